@@ -1,0 +1,209 @@
+"""How good is a run? Metrics over a whole split, never means of batches.
+
+    score(net, ...) -> Scores       one pass over a split: tallies of every photograph, losses, routing
+    load_run(folder) -> Run         a network as it was chosen, with what it was trained for
+    main                            python evaluate.py runs/NAME [--split test]
+
+The metrics themselves stand with their tasks in tasks.py.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from data import InputError
+from model import Net, NetConfig, Routing
+from tasks import TASKS, Task
+
+# n photographs with the label, E experts
+
+
+# ---- scoring ----
+
+@dataclass
+class Scores:
+    """What one pass over a split leaves."""
+    names: dict[str, list[str]]  # task -> its labelled photographs
+    tallies: dict[str, Tensor]  # task -> (n, ...), see Task.tally
+    losses: dict[str, float]  # task -> mean loss
+    usage: dict[str, list[float]]  # task -> (E,) share of the weight that each expert gets
+
+    def metrics(self) -> dict[str, dict]:
+        """{task: {metric: value}}, each over all photographs of the split."""
+        return {t: {"photographs": len(x), "loss": self.losses[t], **TASKS[t].metrics(x)}
+                for t, x in self.tallies.items()}
+
+
+def expert_usage(routing: Routing) -> Tensor:
+    """(E,) mean weight of each expert over one task's tokens."""
+    return torch.zeros_like(routing.load).scatter(1, routing.indices, routing.weights).mean(0)
+
+
+def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device: torch.device,
+           workers: int = 0) -> DataLoader:
+    """Batches of `photographs`; `batches` are lists of its indices."""
+    return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(data.collate, tasks=tasks),
+                      num_workers=workers, pin_memory=device.type == "cuda")
+
+
+@torch.inference_mode()
+def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device, batch: int = 16,
+          progress: str = "") -> Scores:
+    """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label."""
+    net.eval()
+    batches = [[(i, None) for i in range(start, min(start + batch, len(photographs)))]
+               for start in range(0, len(photographs), batch)]
+    scores = Scores({}, {}, {}, {})
+    tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
+    for b in tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
+                  disable=not progress, unit="batch"):
+        b = b.to(device)
+        outputs, routing = net(b.images, b.rows)
+        for task in tasks:
+            if task.name not in outputs:
+                continue
+            output, target = outputs[task.name], b.targets[task.name]
+            tallies[task.name].append(task.tally(task.decode(output), target).cpu())
+            sums[task.name].append((len(target), float(task.loss(output, target))))
+            scores.names.setdefault(task.name, []).extend(b.names[i] for i in b.rows[task.name].tolist())
+            if routing:
+                usage[task.name].append((len(target), expert_usage(routing[task.name]).cpu()))
+    for task in (t.name for t in tasks if tallies[t.name]):
+        n = sum(k for k, _ in sums[task])
+        scores.tallies[task] = torch.cat(tallies[task])
+        scores.losses[task] = sum(k * loss for k, loss in sums[task]) / n
+        if usage[task]:
+            scores.usage[task] = (sum(k * u for k, u in usage[task]) / n).tolist()
+    return scores
+
+
+def primary_score(metrics: Mapping[str, dict]) -> float:
+    """What checkpoints are chosen by: the mean over tasks of each task's primary metric."""
+    return sum(m[TASKS[t].primary] for t, m in metrics.items()) / len(metrics)
+
+
+def table(metrics: Mapping[str, dict]) -> str:
+    """Metrics as lines of text; per task, the primary metric first."""
+    lines = []
+    for task, values in metrics.items():
+        numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+        primary = TASKS[task].primary
+        lines.append(f"{task}   {values['photographs']} photographs   {primary} {numbers[primary]:.3f}   " + "   ".join(
+            f"{k} {v:.3f}" for k, v in numbers.items() if k != primary and not any(c.isupper() for c in k)))
+        kinds = getattr(TASKS[task], "classes", ())
+        if isinstance(kinds, tuple):
+            columns = [k.removesuffix(f"_{kinds[0]}") for k in numbers if k.endswith(f"_{kinds[0]}")]
+            lines.append(" " * 6 + "".join(f"{c:>22}" for c in (f"{c}{s}" for c in columns for s in ("", "_per_image"))))
+            lines += [f"   {kind:3}" + "".join(f"{numbers[f'{c}_{kind}{s}']:>22.3f}"
+                                               for c in columns for s in ("", "_per_image")) for kind in kinds]
+        if "confusion" in values:
+            lines.append("   truth \\ predicted" + "".join(f"{i:>6}" for i in range(len(values["confusion"]))))
+            lines += [f"   {i:>17}" + "".join(f"{n:>6}" for n in row) for i, row in enumerate(values["confusion"])]
+    return "\n".join(lines)
+
+
+# ---- runs ----
+
+@dataclass
+class Run:
+    """A trained network and the options of its training."""
+    folder: Path
+    net: Net
+    tasks: list[Task]
+    options: dict
+    epoch: int
+
+
+def build_net(options: Mapping) -> tuple[Net, list[Task]]:
+    """The network that `options` (of a command line or a checkpoint) describe, with fresh weights."""
+    tasks = [TASKS[t] for t in options["tasks"]]
+    config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
+    return Net(config, tasks).to(memory_format=torch.channels_last), tasks
+
+
+def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
+    """Load a run's chosen checkpoint. InputError: no run folder, no checkpoint in it, not one of ours."""
+    path = folder / checkpoint
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; expected a folder made by train.py, such as runs/cls_seg_1")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
+            raise InputError(f"{path}: trained for the task {unknown[0]!r}, which tasks.py does not list "
+                             f"({', '.join(TASKS)})")
+        net, tasks = build_net(state["options"])
+        net.load_state_dict(state["net"])
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
+        raise InputError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]})") from error
+    return Run(folder, net.to(device), tasks, state["options"], state["epoch"])
+
+
+def split_records(root: Path | None, part: str, seed: int) -> list[data.Record]:
+    """Records of the validation split ("val", cut from the training part by `seed`) or of the test part."""
+    if part == "test":
+        return data.read_records(root, "test")
+    return data.split(data.read_records(root, "train"), seed)[1]
+
+
+def write_predictions(path: Path, scores: Scores) -> None:
+    """One row per photograph with every task's answer and truth."""
+    rows: dict[str, dict] = {}
+    for task, tallies in scores.tallies.items():
+        for name, tally in zip(scores.names[task], tallies):
+            rows.setdefault(name, {"photograph": name}).update(
+                {f"{task}_{k}": v for k, v in TASKS[task].row(tally).items()})
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the GPU where there is one. InputError: a GPU was asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
+def main() -> None:
+    """Score one run on validation or test; metrics.json and predictions.csv are written into the run's folder."""
+    parser = argparse.ArgumentParser(description="Score a run.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder made by train.py")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="test: the official test part")
+    parser.add_argument("--data", help="IDRiD, if it has moved since the run was trained")
+    parser.add_argument("--batch", type=int, default=16, help="photographs at a time")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args()
+    run = load_run(args.run, pick_device(args.device))
+    root = args.data or run.options["data"]
+    root = None if root is None else Path(root)
+    records = split_records(root, args.split, run.options["seed"])
+    photographs = data.Photographs(records, run.options["size"])
+    scores = score(run.net, photographs, run.tasks, pick_device(args.device), args.batch, f"scoring {args.split}")
+    what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
+    print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
+    metrics = scores.metrics()
+    print(table(metrics))
+    suffix = "" if args.split == "val" else "_test"
+    (args.run / f"metrics{suffix}.json").write_text(json.dumps(
+        {"split": args.split, "data": run.options["data"] or "drawn", "epoch": run.epoch, "metrics": metrics,
+         "expert_usage": scores.usage}, indent=1))
+    write_predictions(args.run / f"predictions{suffix}.csv", scores)
+    print(f"wrote metrics{suffix}.json and predictions{suffix}.csv to {args.run}")
+
+
+if __name__ == "__main__":
+    data.command(main)

@@ -1,0 +1,373 @@
+"""One network for several answers about one retina photograph. Read it from top to bottom:
+
+    ConvNormAct, SqueezeExcite, MBConv -> Encoder    EfficientNet (Tan & Le 2019, arXiv 1905.11946)
+    Router, Experts, balance_loss -> ExpertLayer     noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538),
+                                                     one per task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
+    UpBlock -> MaskHead                              U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
+    PooledHead                                       what classifies: convolution, average, linear layer
+    Net                                              all of it in one forward pass
+
+    python -c "import model; print(model.Encoder('b0'))"
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B batch (n_t of them with a label for task t), C channels, H W image, h w token grid, N tokens, E experts, K chosen
+
+
+# ---- encoder: EfficientNet ----
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch norm, SiLU; (B, inputs, H, W) -> (B, outputs, H/stride, W/stride).
+
+    The index of each part ("0" convolution, "1" norm) is its name in torchvision's checkpoints.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1,
+                 act: bool = True, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+        layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), norm(outputs)]
+        super().__init__(*layers, *([nn.SiLU(inplace=True)] if act else []))
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate computed from all channels' means (Hu et al. 2018, arXiv 1709.01507, eqs. 2-4)."""
+
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+        return x * torch.sigmoid(self.fc2(F.silu(self.fc1(mean))))
+
+
+class MBConv(nn.Module):
+    """Inverted residual block: widen, filter each channel, gate, narrow (Sandler et al. 2018, arXiv 1801.04381, fig. 3).
+
+    `drop` is the chance that a photograph skips the block in training (stochastic depth, arXiv 1603.09382, eq. 2).
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int, drop: float, norm):
+        super().__init__()
+        wide = round_channels(inputs * expand)
+        layers = [] if wide == inputs else [ConvNormAct(inputs, wide, 1, norm=norm)]
+        layers += [ConvNormAct(wide, wide, kernel, stride, groups=wide, norm=norm),
+                   SqueezeExcite(wide, max(1, inputs // 4)),
+                   ConvNormAct(wide, outputs, 1, act=False, norm=norm)]
+        self.block = nn.Sequential(*layers)
+        self.residual = stride == 1 and inputs == outputs
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if not self.residual:
+            return y
+        if self.training and self.drop > 0:
+            keep = torch.empty(len(y), 1, 1, 1, device=y.device, dtype=y.dtype).bernoulli_(1 - self.drop)
+            y = y * keep / (1 - self.drop)
+        return x + y
+
+
+# kernel, stride, expand ratio, output channels, blocks: table 1 of the EfficientNet paper (B0)
+STAGES = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
+          (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]
+# width and depth multipliers of the compound scaling rule (section 3.3), dropout before the last linear layer
+VARIANTS = {"b0": (1.0, 1.0, 0.2), "b1": (1.0, 1.1, 0.2), "b2": (1.1, 1.2, 0.3), "b3": (1.2, 1.4, 0.3),
+            "b4": (1.4, 1.8, 0.4), "b5": (1.6, 2.2, 0.4), "b6": (1.8, 2.6, 0.5), "b7": (2.0, 3.1, 0.5)}
+
+
+def round_channels(channels: float) -> int:
+    """Nearest multiple of 8, but never more than 10 % below `channels` (the published scaling rule)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+class Encoder(nn.Module):
+    """EfficientNet without its classifier: (B, 3, H, W) -> five maps at strides 2, 4, 8, 16, 32.
+
+    Names mirror torchvision's (`features.0` ... `features.7`). `channels` are those of the five maps, `pooled` the
+    width of the 1x1 convolution with which EfficientNet's classifier starts. H and W are multiples of 32.
+    """
+
+    def __init__(self, variant: str = "b0", drop: float = 0.2):
+        super().__init__()
+        width, depth, self.dropout = VARIANTS[variant]
+        norm = nn.BatchNorm2d
+        if variant in ("b5", "b6", "b7"):  # trained with the constants of the original TensorFlow code
+            def norm(channels):
+                return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+        inputs = round_channels(32 * width)
+        stages, channels = [ConvNormAct(3, inputs, 3, stride=2, norm=norm)], []
+        repeats = [math.ceil(depth * n) for *_, n in STAGES]
+        for (kernel, stride, expand, outputs, _), n in zip(STAGES, repeats):
+            outputs = round_channels(outputs * width)
+            first, blocks = sum(len(stage) for stage in stages[1:]), []
+            for i in range(n):  # stochastic depth grows linearly with the block's number
+                blocks.append(MBConv(inputs, outputs, kernel, stride if i == 0 else 1, expand,
+                                     drop * (first + i) / sum(repeats), norm))
+                inputs = outputs
+            stages.append(nn.Sequential(*blocks))
+            channels.append(outputs)
+        self.features = nn.Sequential(*stages)
+        self.channels = tuple(channels[i] for i in (0, 1, 2, 4, 6))
+        self.pooled = 4 * channels[-1]
+        self.norm = norm
+        initialise(self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for i, stage in enumerate(self.features):
+            x = stage(x)
+            if i in (1, 2, 3, 5, 7):  # the last stage of each resolution
+                maps.append(x)
+        return maps  # (B, C_i, H / 2^i, W / 2^i) for i = 1..5
+
+
+def initialise(module: nn.Module) -> None:
+    """He initialisation of every convolution inside `module` (arXiv 1502.01852, eq. 10, with the fan-out)."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+# ---- experts: each token of each task is sent to K of E small networks ----
+
+class Routing(NamedTuple):
+    """Where one task's tokens went. N = n_t * h * w; row i is token i of the grid, photograph by photograph."""
+    indices: Tensor  # (N, K) the chosen experts, best first
+    weights: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
+    probabilities: Tensor  # (N, E) softmax of the clean logits
+    load: Tensor  # (N, E) P_i, the chance that expert i is chosen were its noise drawn again; each row sums to about K
+    grid: tuple[int, int, int]  # n_t, h, w
+
+
+class Router(nn.Module):
+    """Noisy top-k gate of one task (Shazeer et al. 2017, section 2.1): (N, C) -> which experts, with which weight."""
+
+    def __init__(self, channels: int, experts: int, chosen: int):
+        super().__init__()
+        self.chosen = chosen
+        # zeros: at the start every expert is as good as any other, and noise alone decides
+        self.gate = nn.Parameter(torch.zeros(channels, experts))
+        self.noise = nn.Parameter(torch.zeros(channels, experts))
+
+    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
+        k, experts = self.chosen, self.gate.shape[1]
+        with torch.autocast(u.device.type, enabled=False):  # which expert wins must not hang on bf16 rounding
+            u = u.float()
+            # h = u W_g ;  s = softplus(u W_n) + 0.01 ;  h~ = h + s * N(0, 1) in training, else h        (eqs. 3, 4)
+            clean = u @ self.gate  # (N, E)
+            scale = F.softplus(u @ self.noise) + 0.01
+            noisy = clean + scale * torch.randn_like(clean) if self.training else clean
+            # S = the K largest of h~ ;  w = softmax over S                                              (eqs. 3, 5)
+            top, best = noisy.topk(min(k + 1, experts), dim=1)  # (N, K + 1)
+            indices = best[:, :k]
+            # with K = 1 a softmax over S is the constant 1 and teaches the router nothing: take it over all, at S
+            weights = top[:, :k].softmax(1) if k > 1 else noisy.softmax(1).gather(1, indices)
+            # P_i = Phi((h_i - kth largest of the *other* noisy logits) / s_i)                           (eqs. 8, 9)
+            if k == experts:
+                load = torch.ones_like(clean)
+            else:
+                inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, indices, True)
+                kth_excluding_i = torch.where(inside, top[:, k:k + 1], top[:, k - 1:k])
+                load = torch.special.ndtr((clean - kth_excluding_i) / scale)
+            return Routing(indices, weights, clean.softmax(1), load, grid)
+
+
+class Experts(nn.Module):
+    """E independent two-layer networks over tokens, of which each token meets only those that it chose.
+
+    y = sum_{i in S} w_i * W2_i silu(W1_i u); hidden width C / 2; W2 starts at zero, so that the layer starts as nothing.
+    """
+
+    def __init__(self, channels: int, experts: int, dropout: float):
+        super().__init__()
+        hidden = channels // 2
+        self.w1 = nn.Parameter(torch.empty(experts, channels, hidden).normal_(std=math.sqrt(2 / channels)))
+        self.w2 = nn.Parameter(torch.zeros(experts, hidden, channels))
+        self.dropout = dropout
+
+    def forward(self, u: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """u (N, C), indices and weights (N, K) -> (N, C). Computes N * K expert rows, whatever E is."""
+        (n, k), experts = indices.shape, len(self.w1)
+        owner, order = indices.flatten().sort(stable=True)  # (N*K,) pairs (token, choice) grouped by expert
+        counts = torch.bincount(owner, minlength=experts).tolist()
+        # unbind, not w1[e]: indexing in the loop would allocate a gradient of the size of *all* experts each time
+        done = [F.dropout(F.silu(rows @ w1), self.dropout, self.training) @ w2
+                for rows, w1, w2 in zip(u[order // k].split(counts), self.w1.unbind(0), self.w2.unbind(0)) if len(rows)]
+        back = torch.empty_like(order).scatter(0, order, torch.arange(n * k, device=order.device))
+        y = torch.cat(done)[back].view(n, k, -1)  # (N, K, C) in the order of the tokens again
+        return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
+
+
+class ExpertLayer(nn.Module):
+    """Shared experts behind one router per task: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
+
+    A token is a position of the map. A task's tokens meet only that task's router; all tasks are dispatched together.
+    """
+
+    def __init__(self, channels: int, tasks: Sequence[str], experts: int = 8, chosen: int = 2, dropout: float = 0.1):
+        super().__init__()
+        if not 1 <= chosen <= experts:
+            raise ValueError(f"--chosen {chosen} of --experts {experts}: choose at least 1 and at most all of them")
+        self.norm = nn.LayerNorm(channels)
+        self.routers = nn.ModuleDict({task: Router(channels, experts, chosen) for task in tasks})
+        self.experts = Experts(channels, experts, dropout)
+
+    def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Routing]]:
+        tokens = {t: x.flatten(2).transpose(1, 2).flatten(0, 1) for t, x in maps.items()}  # (N_t, C)
+        normed = {t: self.norm(x) for t, x in tokens.items()}
+        routing = {t: self.routers[t](u, (len(maps[t]), *maps[t].shape[2:])) for t, u in normed.items()}
+        mixed = self.experts(torch.cat(list(normed.values())),
+                             torch.cat([r.indices for r in routing.values()]),
+                             torch.cat([r.weights for r in routing.values()]))  # (sum of N_t, C)
+        parts = mixed.split([len(x) for x in tokens.values()])
+        # y = x + experts(LayerNorm(x)), back on the grid
+        return {t: maps[t] + y.view(len(maps[t]), *maps[t].shape[2:], -1).permute(0, 3, 1, 2)
+                for t, y in zip(maps, parts)}, routing
+
+
+def balance_loss(routing: Mapping[str, Routing]) -> Tensor:
+    """CV^2(importance) + CV^2(load) over experts (Shazeer et al. 2017, eqs. 6, 7, 11); 0 when all are used equally.
+
+    Importance and load are averaged over a task's tokens, then over tasks: the tasks *together* should use all experts.
+    Balancing every task on its own would forbid what the layer is for, that tasks differ in their experts.
+    """
+    importance, load = [], []
+    for r in routing.values():
+        share = torch.zeros_like(r.load).scatter(1, r.indices, r.weights)  # (N, E)
+        importance.append(share.mean(0))
+        load.append(r.load.mean(0))
+    means = [torch.stack(x).mean(0) for x in (importance, load)]  # (E,)
+    return sum(m.var(correction=0) / m.mean().square() for m in means)
+
+
+# ---- heads: maps -> one task's raw output. A head gets all five maps, the deepest as its task's experts left it ----
+
+class PooledHead(nn.Module):
+    """EfficientNet's classifier: 1x1 convolution, global average, dropout, linear; maps -> (n_t, outputs)."""
+
+    def __init__(self, encoder: Encoder, outputs: int):
+        super().__init__()
+        self.conv = ConvNormAct(encoder.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
+        self.dropout = nn.Dropout(encoder.dropout)
+        self.linear = nn.Linear(encoder.pooled, outputs)
+        initialise(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.linear(self.dropout(self.conv(maps[-1]).mean((2, 3))))
+
+
+class UpBlock(nn.Module):
+    """One step up the U-Net: double the resolution, join the encoder's map of that size, two convolutions."""
+
+    def __init__(self, inputs: int, skip: int, outputs: int):
+        super().__init__()
+        self.conv1 = ConvNormAct(inputs + skip, outputs, 3)
+        self.conv2 = ConvNormAct(outputs, outputs, 3)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if skip is not None:
+            x = torch.cat([x, skip], 1)
+        return self.conv2(self.conv1(x))
+
+
+class MaskHead(nn.Module):
+    """U-Net decoder: maps -> logits (n_t, outputs, H, W), one independent yes/no per pixel and kind of mask."""
+
+    def __init__(self, encoder: Encoder, outputs: int, widths: Sequence[int] = (128, 64, 32, 16, 16)):
+        super().__init__()
+        skips = [*encoder.channels[-2::-1], 0]  # strides 16, 8, 4, 2, and none for the image itself
+        inputs = [encoder.channels[-1], *widths[:-1]]
+        self.blocks = nn.ModuleList(UpBlock(*io) for io in zip(inputs, skips, widths))
+        self.conv = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+        initialise(self)
+        # lesions are rare: start near p = 0.01 everywhere (Lin et al. 2017, arXiv 1708.02002, section 3.3)
+        nn.init.constant_(self.conv.bias, math.log(0.01 / 0.99))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *skips, x = maps
+        for block, skip in zip(self.blocks, [*skips[::-1], None]):
+            x = block(x, skip)
+        return self.conv(x)
+
+
+# ---- the net ----
+
+@dataclass(frozen=True)
+class NetConfig:
+    """What determines the network's shape, beside its tasks."""
+    variant: str = "b0"  # EfficientNet B0 ... B7
+    experts: int = 8  # 0: no expert layer, every head reads the shared map itself
+    chosen: int = 2
+    expert_dropout: float = 0.1
+    stochastic_depth: float = 0.2
+
+
+class Net(nn.Module):
+    """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
+
+    `tasks` are objects with a `name` and a `head(encoder)`. `rows` names, per task, the photographs (n_t,) that are
+    wanted; a task's output has n_t rows, in that order. None: all photographs for all tasks. A task with no row is
+    left out of the answer. ValueError: H or W is no multiple of 32.
+    """
+
+    def __init__(self, config: NetConfig, tasks: Sequence):
+        super().__init__()
+        self.encoder = Encoder(config.variant, config.stochastic_depth)
+        self.heads = nn.ModuleDict({task.name: task.head(self.encoder) for task in tasks})
+        self.experts = ExpertLayer(self.encoder.channels[-1], list(self.heads), config.experts, config.chosen,
+                                   config.expert_dropout) if config.experts else None
+        # the statistics with which torchvision's ImageNet weights were trained, on the 0..255 scale
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
+        if images.shape[2] % 32 or images.shape[3] % 32:
+            raise ValueError(f"photographs of {images.shape[3]}x{images.shape[2]}: both sides must be multiples of 32")
+        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        maps = self.encoder(x)
+
+        def of(task: str, x: Tensor) -> Tensor:  # the photographs that this task wants; no copy when it wants all
+            return x if rows is None or len(rows[task]) == len(x) else x[rows[task]]  # (n_t, C, h, w)
+
+        wanted = [t for t in self.heads if rows is None or len(rows[t])]
+        deepest, routing = {t: of(t, maps[-1]) for t in wanted}, {}
+        if self.experts is not None and wanted:
+            deepest, routing = self.experts(deepest)
+        return {t: self.heads[t]([*(of(t, m) for m in maps[:-1]), deepest[t]]) for t in wanted}, routing
+
+
+def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
+    """Load a torchvision EfficientNet state dict: all of it but the final linear layer (`classifier.1`).
+
+    `features.0` ... `features.7` go to the encoder, `features.8` to every classification head.
+    ValueError: keys or shapes do not fit, with the first of them named.
+    """
+    parts = {"": {}, "features.8.": {}}
+    for key, value in state.items():
+        if key.startswith("features.8."):
+            parts["features.8."][key.removeprefix("features.8.")] = value
+        elif not key.startswith("classifier."):
+            parts[""][key] = value
+    heads = [h.conv for h in net.heads.values() if isinstance(h, PooledHead)]
+    for prefix, module in [("", net.encoder), *(("features.8.", conv) for conv in heads)]:
+        want, have = module.state_dict(), parts[prefix]
+        wrong = [f"{prefix}{k} is missing" for k in want if k not in have]
+        wrong += [f"{prefix}{k} is not part of this network" for k in have if k not in want]
+        wrong += [f"{prefix}{k} is {tuple(have[k].shape)}, expected {tuple(want[k].shape)}"
+                  for k in want if k in have and have[k].shape != want[k].shape]
+        if wrong:
+            raise ValueError(f"not the weights of this EfficientNet: {wrong[0]} (and {len(wrong) - 1} more differences)")
+        module.load_state_dict(have)

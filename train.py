@@ -1,0 +1,422 @@
+"""Train one network on several tasks at once.
+
+    python train.py --tasks cls seg                        # on drawn photographs: nothing to download
+    python train.py --tasks cls seg --data PATH/TO/IDRiD   # on the real ones
+
+Read Trainer.step for what one step is, fit for the loop around it, main for the command line. A run leaves in
+runs/NAME: config.json, metrics.jsonl (a line per epoch), best.pt (chosen on validation), last.pt.
+
+Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import evaluate
+from data import InputError
+from model import VARIANTS, Net, balance_loss, load_pretrained
+from tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that determines a run; plain types, stored in config.json and in every checkpoint."""
+    tasks: tuple[str, ...] = ("cls", "seg")
+    data: str | None = None  # None: drawn photographs
+    size: int = 128
+    epochs: int = 10
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    patience: int = 20
+    loss_weights: tuple[str, ...] = ("fixed",)
+    augment: bool = True
+    variant: str = "b0"
+    weights: str = "none"  # none, imagenet, or a file
+    experts: int = 8
+    chosen: int = 2
+    balance: float = 0.01
+    expert_dropout: float = 0.1
+    stochastic_depth: float = 0.2
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+
+
+# ---- losses of several tasks -> one ----
+
+class LossWeights(nn.Module):
+    """Sum the tasks' losses: with fixed weights, or with learned ones.
+
+    uncertainty: L = sum_t exp(-s_t) L_t + s_t, s_t = log sigma_t^2 learned (Kendall et al. 2018, eq. 10; the factors
+    1/2 that differ between regression and classification are left out). A task that is not in `losses` adds nothing,
+    neither its loss nor its s_t.
+    """
+
+    def __init__(self, tasks: Sequence[Task], words: Sequence[str]):
+        super().__init__()
+        self.fixed = {t.name: t.weight for t in tasks}
+        self.learned = list(words) == ["uncertainty"]
+        if not self.learned and list(words) != ["fixed"]:
+            self.fixed |= self.read(words)
+        self.log_variance = nn.ParameterDict({t.name: nn.Parameter(torch.zeros(())) for t in tasks} if self.learned
+                                             else {})
+
+    def read(self, words: Sequence[str]) -> dict[str, float]:
+        """["cls=0.5", "seg=1"] -> weights. InputError: another form, a task that is not trained, a negative number."""
+        weights = {}
+        for word in words:
+            task, _, number = word.partition("=")
+            try:
+                weights[task] = float(number)
+            except ValueError:
+                raise InputError(f"--loss-weights {word}: expected 'fixed', 'uncertainty', or pairs like cls=0.5") from None
+            if task not in self.fixed:
+                raise InputError(f"--loss-weights {word}: {task!r} is not among --tasks {' '.join(self.fixed)}")
+            if not 0 <= weights[task] < math.inf:
+                raise InputError(f"--loss-weights {word}: expected a number that is not negative")
+        return weights
+
+    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        if self.learned:
+            return sum((-self.log_variance[t]).exp() * loss + self.log_variance[t] for t, loss in losses.items())
+        return sum(self.fixed[t] * loss for t, loss in losses.items())
+
+
+# ---- one step ----
+
+class Trainer:
+    """A network with what it takes to improve it by one batch at a time."""
+
+    def __init__(self, net: Net, tasks: Sequence[Task], options: Options, steps: int, device: torch.device):
+        self.net, self.tasks, self.options, self.device = net, tasks, options, device
+        self.weigh = LossWeights(tasks, options.loss_weights).to(device)
+        # weight decay on matrices and kernels only: on norms and biases it merely fights the data
+        parameters = list(net.parameters())
+        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+                  {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+                  {"params": list(self.weigh.parameters()), "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], options.lr)
+        warm = max(1, min(steps // 10, 200))
+
+        def factor(step):  # linear warm-up, then a cosine to zero
+            return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (steps - warm))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.cuda = device.type == "cuda"
+        self.half = torch.bfloat16 if self.cuda and torch.cuda.is_bf16_supported() else torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.cuda and self.half == torch.float16)
+        self.number = 0  # steps done
+
+    def step(self, batch: data.Batch) -> dict[str, float]:
+        """Learn from one batch; -> its losses. FloatingPointError: a loss is not finite, named with the step."""
+        with torch.autocast(self.device.type, self.half, enabled=self.cuda):
+            outputs, routing = self.net(batch.images, batch.rows)
+        losses = {t.name: t.loss(outputs[t.name].float(), batch.targets[t.name])
+                  for t in self.tasks if t.name in outputs}
+        loss = self.weigh(losses)
+        if routing:
+            losses["balance"] = balance_loss(routing)
+            loss = loss + self.options.balance * losses["balance"]
+        values = dict(zip(losses, torch.stack([v.detach() for v in losses.values()]).tolist()))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss of {name} is {value} at step {self.number + 1}; lower --lr "
+                                         f"(now {self.options.lr}) or look at the labels of that task")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.number += 1
+        return values
+
+
+# ---- the run ----
+
+class Interrupt:
+    """Ctrl-C once: finish the step, save, end. Twice: end at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self.hear)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def hear(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint beside its place and rename it: a crash leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool = False) -> dict:
+    """Train as `options` say and leave everything in `folder`; -> {"epoch", "score", "metrics"} of the chosen epoch.
+
+    InputError: unusable data or options, before anything is trained. FloatingPointError: see Trainer.step.
+    """
+    make_repeatable(options.seed)
+    device = evaluate.pick_device(options.device)
+    net, tasks = evaluate.build_net(asdict(options))
+    training, validation = load_photographs(options, tasks)
+    if options.weights != "none":
+        load_pretrained(net, read_weights(options.weights, options.variant))
+    steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
+    trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
+    batches = iter(evaluate.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
+                                   options.workers))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes)}, indent=1))
+    best = {"epoch": 0, "score": -math.inf, "metrics": {}}
+    stored = {"options": asdict(options) | {"tasks": list(options.tasks), "loss_weights": list(options.loss_weights)}}
+    with Interrupt() as interrupt, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
+        for epoch in range(1, options.epochs + 1):
+            begun = time.perf_counter()
+            losses = train_epoch(trainer, batches, steps.per_epoch, f"epoch {epoch}/{options.epochs}", interrupt, quiet)
+            seconds = time.perf_counter() - begun
+            if interrupt.asked:
+                save(folder / "last.pt", stored | {"net": net.state_dict(), "epoch": epoch,
+                                                   "optimizer": trainer.optimizer.state_dict()})
+                raise KeyboardInterrupt
+            scores = evaluate.score(net, validation, tasks, device, options.batch)
+            metrics = scores.metrics()
+            score = evaluate.primary_score(metrics)
+            state = stored | {"net": net.state_dict(), "epoch": epoch, "metrics": metrics}
+            better = score > best["score"]
+            if better:
+                best = {"epoch": epoch, "score": score, "metrics": metrics}
+                save(folder / "best.pt", state)
+            save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
+            line = {"epoch": epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
+                    "expert_usage": scores.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
+                    "seconds": round(seconds, 3),
+                    "images_per_second": round(steps.per_epoch * options.batch / seconds, 2)}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            if not quiet:
+                print(epoch_line(epoch, options, losses, metrics, score, better, seconds))
+            if epoch - best["epoch"] >= options.patience:
+                print(f"no better validation score for {options.patience} epochs: stopping early")
+                break
+    return best
+
+
+def train_epoch(trainer: Trainer, batches, steps: int, title: str, interrupt: Interrupt, quiet: bool) -> dict[str, float]:
+    """`steps` training steps; -> mean of each loss over the steps that had it. Ends early when interrupted."""
+    trainer.net.train()
+    seen = defaultdict(list)
+    with tqdm(range(steps), desc=title, unit="step", leave=False, disable=quiet) as bar:
+        for _ in bar:
+            for name, value in trainer.step(next(batches).to(trainer.device)).items():
+                seen[name].append(value)
+            bar.set_postfix({name: f"{np.mean(values[-20:]):.3f}" for name, values in seen.items()}, refresh=False)
+            if interrupt.asked:
+                break
+    return {name: float(np.mean(values)) for name, values in seen.items()}
+
+
+def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, score: float, better: bool,
+               seconds: float) -> str:
+    """One line for one epoch."""
+    parts = [f"epoch {epoch:3}/{options.epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
+    for task, values in metrics.items():
+        shown = dict.fromkeys((TASKS[task].primary, *(["accuracy"] if "accuracy" in values else [])))
+        parts.append(f"{task} " + " ".join(f"{k} {values[k]:.3f}" for k in shown))
+    return " | ".join(parts) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"
+
+
+# ---- what a run needs before its first step ----
+
+def make_repeatable(seed: int) -> None:
+    """Seed every generator; the same command then gives the same weights on the same machine."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of handing it back and faulting it in again.
+
+    Measured on two CPU cores: 1.3 to 1.6 times as many photographs a second. Elsewhere than on glibc: nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+        mallopt(option, value)
+
+
+def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs]:
+    """Training and validation photographs. InputError: a task of which nothing is labelled on either side."""
+    root = None if options.data is None else Path(options.data)
+    parts = data.split(data.read_records(root, "train"), options.seed)
+    for task in tasks:
+        for part, name in zip(parts, ("training", "validation")):
+            if not any(getattr(r, task.label) is not None for r in part):
+                possible = [t for t in TASKS if all(any(getattr(r, TASKS[t].label) is not None for r in p) for p in parts)]
+                raise InputError(f"--tasks {task.name}: no {name} photograph in {root} has its label; with this data "
+                                 f"--tasks {' '.join(possible) or '(none)'} would work")
+    training, validation = ([r for r in p if any(getattr(r, t.label) is not None for t in tasks)] for p in parts)
+    return data.Photographs(training, options.size), data.Photographs(validation, options.size)
+
+
+def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
+    """Pretrained weights, a torchvision state dict, from torchvision ("imagenet") or from a file.
+
+    InputError: they cannot be had (within 10 seconds) or the file holds no state dict.
+    """
+    if weights == "imagenet":
+        from torchvision.models import get_model_weights
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(10)
+        try:
+            return get_model_weights(f"efficientnet_{variant}").DEFAULT.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"--weights imagenet: cannot be downloaded ({error}); use --weights none, or --weights "
+                             "FILE with a torchvision state dict") from error
+        finally:
+            socket.setdefaulttimeout(before)
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"--weights {weights}: no such file") from None
+    except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
+        raise InputError(f"--weights {weights}: not a state dict ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it")
+    return state
+
+
+def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
+    """runs/cls_seg_1, or the next number that is free."""
+    number = 1
+    while (runs / f"{'_'.join(tasks)}_{number}").exists():
+        number += 1
+    return runs / f"{'_'.join(tasks)}_{number}"
+
+
+# ---- command line ----
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; flags whose default depends on the data are None here."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", default=["cls", "seg"], help=f"any of {' '.join(TASKS)} (default: cls seg)")
+    add("--data", help="folder with the unzipped IDRiD (default: data/IDRiD if it exists, else drawn photographs)")
+    add("--size", type=int, help="side of the square that the network sees (default: 128 drawn, 384 IDRiD)")
+    add("--name", help="folder below runs/ (default: the tasks and the next free number)")
+    add("--epochs", type=int, help="(default: 7 drawn, 60 IDRiD)")
+    add("--batch", type=int, default=16, help="photographs in a step (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="highest learning rate of AdamW (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
+    add("--patience", type=int, default=20, help="epochs without a better validation score (default: %(default)s)")
+    add("--loss-weights", nargs="+", default=["fixed"], help="fixed, uncertainty, or pairs like cls=0.5 seg=1")
+    add("--no-augment", action="store_true", help="show every photograph as it is")
+    add("--variant", choices=VARIANTS, default="b0", help="EfficientNet variant (default: %(default)s)")
+    add("--weights", help="none, imagenet, or a torchvision state dict (default: none drawn, IDRiD: imagenet if it can "
+                          "be had)")
+    add("--experts", type=int, default=8, help="in the expert layer; 0: no layer (default: %(default)s)")
+    add("--chosen", type=int, default=2, help="experts that each token is sent to (default: %(default)s)")
+    add("--balance", type=float, default=0.01, help="weight of the load-balancing loss (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the split, the weights and everything random (default: %(default)s)")
+    add("--workers", type=int, help="processes that load photographs (default: 0 on CPU, else up to 8)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU if there is one)")
+    return parser.parse_args(argv)
+
+
+def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
+    """Fill in the defaults that depend on the data and check the rest; -> options, notes to print and to keep."""
+    if unknown := [t for t in args.tasks if t not in TASKS]:
+        raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}")
+    for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 32), ("patience", 1), ("lr", 1e-12), ("experts", 0),
+                         ("weight_decay", 0), ("balance", 0), ("workers", 0)):
+        value = getattr(args, flag)
+        if value is not None and not lowest <= value < math.inf:
+            raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
+    if args.size and args.size % 32:
+        raise InputError(f"--size {args.size}: expected a multiple of 32, the stride of the deepest map")
+    if args.experts and not 1 <= args.chosen <= args.experts:
+        raise InputError(f"--chosen {args.chosen}: expected 1 to {args.experts}, the number of --experts")
+    root, notes = data.find_data(args.data), []
+    drawn, weights = root is None, args.weights or "none"
+    if drawn:
+        notes.append("training on DRAWN photographs (synthetic.py): results are no IDRiD results. For IDRiD, unzip it "
+                     f"from {data.SOURCE} and pass --data FOLDER")
+    else:
+        data.read_records(root, "train")  # a wrong folder is told before anything is downloaded
+        notes += data.missing_subsets(root)
+        if args.weights is None:
+            try:
+                read_weights("imagenet", args.variant)
+                weights = "imagenet"
+            except InputError as error:
+                notes.append(f"warning: starting from random weights; {str(error).removeprefix('--weights imagenet: ')}")
+    device = evaluate.pick_device(args.device)
+    workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
+    return Options(
+        tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
+        size=args.size or (128 if drawn else 384), epochs=args.epochs or (7 if drawn else 60), batch=args.batch,
+        lr=args.lr, weight_decay=args.weight_decay, patience=args.patience, loss_weights=tuple(args.loss_weights),
+        augment=not args.no_augment, variant=args.variant, weights=weights, experts=args.experts, chosen=args.chosen,
+        balance=args.balance, seed=args.seed, workers=workers, device=args.device), notes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """python train.py ..."""
+    args = parse(argv)
+    keep_memory()
+    options, notes = settle(args)
+    folder = data.HERE / "runs" / args.name if args.name else next_folder(data.HERE / "runs", options.tasks)
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another --name")
+    for note in notes:
+        print(note)
+    print(f"tasks {' '.join(options.tasks)}, {options.size} px, run folder {folder}")
+    begun = time.perf_counter()
+    try:
+        best = fit(options, folder, notes)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; checkpoints are in {folder}")
+        sys.exit(130)
+    except FloatingPointError as error:
+        print(f"error: {error}; the checkpoints of the epochs before are in {folder}", file=sys.stderr)
+        sys.exit(1)
+    what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
+    print(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
+    print(evaluate.table(best["metrics"]))
+    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
+
+
+if __name__ == "__main__":
+    data.command(main)
