@@ -376,7 +376,7 @@ def fill_cache(record: Record, size: int, cache: Path) -> None:
     os.replace(file.name, path)
 
 
-def build_cache(records: Sequence[Record], size: int, cache: Path = CACHE) -> None:
+def build_cache(records: Sequence[Record], size: int, cache: Path) -> None:
     """Prepare all records that the cache lacks, in parallel. InputError: the first file that cannot be used."""
     todo = [r for r in records if not cache_path(r, size, cache).exists()]
     if not todo:
@@ -384,7 +384,8 @@ def build_cache(records: Sequence[Record], size: int, cache: Path = CACHE) -> No
     with ProcessPoolExecutor() as pool:
         jobs = pool.map(partial(fill_cache, size=size, cache=cache), todo, chunksize=4)
         verb = "drawing" if todo[0].drawing is not None else "reading"
-        for _ in tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False):
+        for _ in tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
+                      disable=None):
             pass
 
 
@@ -395,9 +396,10 @@ class Photographs(torch.utils.data.Dataset):
     process, at whatever time. Without one, it comes as it is.
     """
 
-    def __init__(self, records: Sequence[Record], size: int, cache: Path = CACHE):
-        build_cache(records, size, cache)
+    def __init__(self, records: Sequence[Record], size: int, cache: Path | None = None):
         self.records, self.size = list(records), size
+        cache = cache or CACHE
+        build_cache(self.records, size, cache)
         self.paths = [cache_path(r, size, cache) for r in records]
 
     def __len__(self) -> int:

@@ -66,7 +66,7 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
     scores = Scores({}, {}, {}, {})
     tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
     for b in tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
-                  disable=not progress, unit="batch"):
+                  disable=None if progress else True, unit="batch"):  # None: no bar where there is no terminal
         b = b.to(device)
         outputs, routing = net(b.images, b.rows)
         for task in tasks:

@@ -107,7 +107,7 @@ def plan_lesions(eye: Eye, rng: np.random.Generator) -> None:
         eye.lesions.append(Blob(kind, x, y, radius, **shape))
 
     for _ in range(rng.integers(2, 11) if level == 1 else rng.integers(3, 19)):
-        add("MA", *place(eye, rng), rng.uniform(0.009, 0.013))
+        add("MA", *place(eye, rng), rng.uniform(0.011, 0.015))
     if level == 1:
         return
     signs = set()
@@ -121,7 +121,7 @@ def plan_lesions(eye: Eye, rng: np.random.Generator) -> None:
     else:
         spots = [place(eye, rng) for _ in range(rng.integers(2, 9))]
     for x, y in spots:
-        add("HE", x, y, rng.uniform(0.013, 0.027), stretch=rng.uniform(1.0, 1.8), angle=rng.uniform(0, math.pi),
+        add("HE", x, y, rng.uniform(0.018, 0.03), stretch=rng.uniform(1.0, 1.8), angle=rng.uniform(0, math.pi),
             wave=(rng.uniform(0.05, 0.3), rng.uniform(0, 6.3)))
     if rng.random() < 0.7:
         for _ in range(rng.integers(1, 4)):
@@ -262,7 +262,7 @@ def strokes(eye: Eye, size: int, rng: np.random.Generator) -> tuple[np.ndarray, 
             for _ in range(coils):  # a curl: a walk whose heading turns all the time
                 heading = rng.uniform(0, 6.3) + np.cumsum(rng.normal(0.5 * rng.choice([-1, 1]), 0.5, 14))
                 points = np.stack([np.cumsum(np.cos(heading)), np.sin(heading).cumsum()], 1) * reach * 0.35 + (x, y)
-                pen.line([tuple(p) for p in points * scale], fill=255, width=max(1, round(0.0055 * scale)))
+                pen.line([tuple(p) for p in points * scale], fill=255, width=max(1, round(0.008 * scale)))
         layers.append(np.asarray(canvas.reduce(zoom) if zoom > 1 else canvas, np.float32) / 255)
     return layers[0], layers[1]
 

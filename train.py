@@ -234,7 +234,7 @@ def train_epoch(trainer: Trainer, batches, steps: int, title: str, interrupt: In
     """`steps` training steps; -> mean of each loss over the steps that had it. Ends early when interrupted."""
     trainer.net.train()
     seen = defaultdict(list)
-    with tqdm(range(steps), desc=title, unit="step", leave=False, disable=quiet) as bar:
+    with tqdm(range(steps), desc=title, unit="step", leave=False, disable=True if quiet else None) as bar:
         for _ in bar:
             for name, value in trainer.step(next(batches).to(trainer.device)).items():
                 seen[name].append(value)

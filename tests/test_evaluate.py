@@ -1,0 +1,85 @@
+"""Scoring a run: whole-split metrics, files, and checkpoints that are none."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from data import InputError
+from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+@pytest.fixture
+def run(tmp_path):
+    train.fit(TINY, tmp_path / "run", quiet=True)
+    return tmp_path / "run"
+
+
+def test_metrics_do_not_depend_on_the_batch(run):
+    loaded = evaluate.load_run(run, torch.device("cpu"))
+    photographs = data.Photographs(data.drawn_records("test"), 32)
+    results = [evaluate.score(loaded.net, photographs, loaded.tasks, torch.device("cpu"), b).metrics() for b in (3, 10)]
+    for task in results[0]:
+        for key, value in results[0][task].items():
+            if key != "loss":  # the soft Dice in it pools a batch
+                assert value == pytest.approx(results[1][task][key], abs=1e-6)
+
+
+@pytest.mark.parametrize("split,suffix,number", [("val", "", 6), ("test", "_test", 10)])
+def test_main_writes_metrics_and_predictions(run, monkeypatch, capsys, split, suffix, number):
+    run_main(monkeypatch, run, "--split", split)
+    text = capsys.readouterr().out
+    assert f"{split} split of DRAWN photographs (not IDRiD)" in text and "truth \\ predicted" in text
+    stored = json.loads((run / f"metrics{suffix}.json").read_text())
+    assert stored["split"] == split and stored["data"] == "drawn"
+    rows = list(csv.DictReader(open(run / f"predictions{suffix}.csv")))
+    assert len(rows) == number == stored["metrics"]["cls"]["photographs"]
+    right = sum(r["cls_truth"] == r["cls_predicted"] for r in rows) / number
+    assert right == pytest.approx(stored["metrics"]["cls"]["accuracy"])
+    assert {"seg_dice_MA", "seg_pixels_OD", "cls_p4"} <= set(rows[0])
+
+
+def test_confusion_rows_are_truth(run):
+    stored = evaluate.load_run(run, torch.device("cpu"))
+    records = data.drawn_records("test")
+    scores = evaluate.score(stored.net, data.Photographs(records, 32), stored.tasks, torch.device("cpu"))
+    confusion = scores.metrics()["cls"]["confusion"]
+    assert [sum(row) for row in confusion] == [sum(r.grade == g for r in records) for g in range(5)]
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda run: (run / "best.pt").unlink(), "best.pt: no such checkpoint; expected a folder made by train.py"),
+    (lambda run: (run / "best.pt").write_bytes(b"x" * 100), "best.pt: not a checkpoint of this project"),
+    (lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000]), "not a checkpoint of this"),
+    (lambda run: torch.save({"net": {}}, run / "best.pt"), "not a checkpoint of this project"),
+])
+def test_what_is_no_run_is_one_line(run, spoil, message):
+    spoil(run)
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate.load_run(run, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_task_in_a_checkpoint_is_named(run):
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["options"]["tasks"] = ["smell"]
+    torch.save(state, run / "best.pt")
+    with pytest.raises(InputError, match="trained for the task 'smell', which tasks.py does not list"):
+        evaluate.load_run(run, torch.device("cpu"))
+
+
+def test_asking_for_a_gpu_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(InputError, match="--device cuda: torch finds no CUDA GPU"):
+        evaluate.pick_device("cuda")

@@ -1,0 +1,36 @@
+"""The import graph is the one in the design: no cycles, nothing hidden, only the five packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {"model": set(), "synthetic": set(), "tasks": {"model"}, "data": {"synthetic"},
+           "evaluate": {"model", "tasks", "data"}, "train": {"model", "tasks", "data", "evaluate"}}
+PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("module", sorted(p.stem for p in ROOT.glob("*.py")))
+def test_import_graph(module):
+    names = imported(ROOT / f"{module}.py")
+    assert names & set(ALLOWED) <= ALLOWED[module]
+    assert names - set(ALLOWED) <= PACKAGES | set(sys.stdlib_module_names)
+
+
+def test_imports_run_no_work(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(ALLOWED)}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr, list(tmp_path.iterdir())) == (0, "", "", [])

@@ -1,0 +1,276 @@
+"""Training: what a step learns, what a run leaves, that it repeats, and what a user's mistake looks like."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import data
+import evaluate
+import model
+import tasks
+import train
+from conftest import ROOT, official_tree
+from data import InputError
+from tasks import TASKS
+from train import LossWeights, Options, Trainer
+
+TINY = Options(size=32, epochs=2, batch=6, experts=4)
+
+
+@pytest.fixture(autouse=True)
+def few_drawings(monkeypatch):
+    monkeypatch.setattr(data, "DRAWN", {"train": (0, 30), "test": (1, 10)})
+
+
+def command_line(arguments: str, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments.split()], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | environment)
+
+
+def weights(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)["net"]
+
+
+# ---- a run ----
+
+def test_a_run_leaves_what_it_should(tmp_path):
+    best = train.fit(TINY, tmp_path / "run", ["a note"], quiet=True)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["notes"] == ["a note"] and config["tasks"] == ["cls", "seg"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for line in lines:
+        assert {"cls", "seg", "balance"} == set(line["train"])
+        assert line["val"]["seg"].keys() >= {"loss", "dice", "iou", "dice_MA"} and line["val"]["cls"]["photographs"] > 0
+        assert sum(line["expert_usage"]["cls"]) == pytest.approx(1) and len(line["expert_usage"]["seg"]) == 4
+        assert line["lr"] >= 0 and line["seconds"] > 0 and line["images_per_second"] > 0
+    assert best["score"] == max(line["score"] for line in lines)
+    state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert state["epoch"] == best["epoch"]
+
+
+def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
+    best = train.fit(TINY, tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    records = evaluate.split_records(None, "val", run.options["seed"])
+    again = evaluate.score(run.net, data.Photographs(records, 32), run.tasks, torch.device("cpu"), TINY.batch)
+    assert again.metrics() == best["metrics"] and run.epoch == best["epoch"]
+
+
+def test_same_seed_same_weights_whatever_the_workers(tmp_path):
+    options = replace(TINY, epochs=1)
+    for name, o in (("a", options), ("b", replace(options, workers=2)), ("c", replace(options, seed=1))):
+        train.fit(o, tmp_path / name, quiet=True)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("names", [("cls",), ("seg",), ("cls", "dme", "seg")])
+def test_any_set_of_tasks_trains(tmp_path, names):
+    best = train.fit(replace(TINY, tasks=names, epochs=1), tmp_path / "run", quiet=True)
+    assert set(best["metrics"]) == set(names)
+
+
+def test_a_new_task_is_one_class(tmp_path, monkeypatch):
+    """On which side of the drawn photograph is the optic disc? Read off its mask; no other file knows of this task."""
+    class Side(tasks.Classification):
+        name, label, primary, classes = "side", "masks", "accuracy", 2
+
+        def target(self, sample):
+            columns = sample.masks[-1].nonzero()[:, 1].float().mean()
+            return (columns > sample.masks.shape[2] / 2).long()
+
+    monkeypatch.setitem(TASKS, "side", Side())
+    monkeypatch.setattr(data, "DRAWN", {"train": (0, 150), "test": (1, 40)})
+    options = train.settle(train.parse(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"]))[0]
+    best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
+    assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
+    assert evaluate.load_run(tmp_path / "run", torch.device("cpu")).tasks[0].name == "side"
+
+
+def test_partial_labels_train_together(tmp_path, shared_tree):
+    best = train.fit(replace(TINY, data=str(shared_tree), epochs=1), tmp_path / "run", quiet=True)
+    assert set(best["metrics"]) == {"cls", "seg"}
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    assert len(evaluate.split_records(shared_tree, "test", 0)) == 21
+    scores = evaluate.score(run.net, data.Photographs(evaluate.split_records(shared_tree, "test", 0), 32), run.tasks,
+                            torch.device("cpu"))
+    assert {t: len(n) for t, n in scores.names.items()} == {"cls": 15, "seg": 6}
+
+
+# ---- a step ----
+
+def trainer_and_batch(options: Options = TINY):
+    torch.manual_seed(0)
+    net, chosen = evaluate.build_net(asdict(options))
+    photographs = data.Photographs(data.drawn_records("train")[:6], options.size)
+    batch = data.collate([photographs[i, None] for i in range(6)], chosen)
+    return Trainer(net, chosen, options, 100, torch.device("cpu")), batch
+
+
+def test_a_batch_can_be_learned_by_heart():
+    trainer, batch = trainer_and_batch(replace(TINY, lr=3e-3, stochastic_depth=0.0, expert_dropout=0.0))
+    trainer.net.train()
+    first = trainer.step(batch)
+    for _ in range(60):
+        last = trainer.step(batch)
+    assert last["cls"] < 0.3 * first["cls"] and last["seg"] < 0.7 * first["seg"]
+
+
+def test_a_loss_that_is_not_finite_names_task_and_step():
+    trainer, batch = trainer_and_batch()
+    trainer.step(batch)
+    with torch.no_grad():
+        trainer.net.heads["seg"].conv.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="the loss of seg is nan at step 2"):
+        trainer.step(batch)
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    trainer, _ = trainer_and_batch()
+    rates = []
+    for _ in range(100):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step(), trainer.schedule.step()
+    assert rates[0] == pytest.approx(TINY.lr / 10) and max(rates) == pytest.approx(TINY.lr)
+    assert rates.index(max(rates)) in (9, 10) and rates[-1] < 0.01 * TINY.lr
+
+
+def test_loss_weights():
+    chosen = [TASKS["cls"], TASKS["seg"]]
+    losses = {"cls": torch.tensor(2.0), "seg": torch.tensor(3.0)}
+    assert float(LossWeights(chosen, ["fixed"])(losses)) == 5
+    assert float(LossWeights(chosen, ["cls=0.5"])(losses)) == 4
+    learned = LossWeights(chosen, ["uncertainty"])
+    with torch.no_grad():
+        learned.log_variance["cls"].fill_(math.log(4))
+    assert float(learned(losses)) == pytest.approx(2 / 4 + math.log(4) + 3)
+    only = learned({"seg": losses["seg"]})  # a task without a labelled row: neither loss nor s
+    only.backward()
+    assert float(only) == 3 and learned.log_variance["cls"].grad is None
+
+
+def test_uncertainty_finds_the_loss_as_its_variance():
+    """For constant losses the optimum is exp(s_t) = L_t."""
+    learned = LossWeights([TASKS["cls"]], ["uncertainty"])
+    optimizer = torch.optim.Adam(learned.parameters(), 0.1)
+    for _ in range(300):
+        optimizer.zero_grad(), learned({"cls": torch.tensor(3.0)}).backward(), optimizer.step()
+    assert float(learned.log_variance["cls"].exp()) == pytest.approx(3, rel=1e-3)
+
+
+# ---- weights ----
+
+def test_weights_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    oracle = torchvision.models.efficientnet_b0(weights=None)
+    torch.save(oracle.state_dict(), tmp_path / "b0.pth")
+    net = evaluate.build_net(asdict(TINY))[0]
+    model.load_pretrained(net, train.read_weights(str(tmp_path / "b0.pth"), "b0"))
+    assert torch.equal(net.encoder.features[3][0].block[0][0].weight, oracle.features[3][0].block[0][0].weight)
+    assert torch.equal(net.heads["cls"].conv[0].weight, oracle.features[8][0].weight)
+
+
+@pytest.mark.parametrize("content,message", [
+    (None, "no such file"), (b"garbage", "not a state dict"), ({"a": 1}, "expected a dictionary of tensors")])
+def test_unusable_weights(tmp_path, content, message):
+    path = tmp_path / "w.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=f"--weights .*w.pth: {message}"):
+        train.read_weights(str(path), "b0")
+
+
+def test_real_data_without_network_starts_from_random_weights_with_a_warning(shared_tree, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", "/nonexistent")
+    options, notes = train.settle(train.parse(["--data", str(shared_tree)]))
+    assert options.weights == "none" and any("random weights" in note and "no network" in note for note in notes)
+    with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
+        train.read_weights("imagenet", "b0")
+
+
+# ---- the command line ----
+
+@pytest.mark.parametrize("arguments,message", [
+    ("--data /nonexistent", "/nonexistent: no such folder"),
+    ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg"),
+    ("--size 100", "--size 100: expected a multiple of 32"),
+    ("--epochs 0", "--epochs 0: expected at least 1"),
+    ("--lr nan", "--lr nan: expected at least"),
+    ("--chosen 9", "--chosen 9: expected 1 to 8"),
+    ("--loss-weights cls=x", "--loss-weights cls=x: expected 'fixed'"),
+    ("--loss-weights dme=1", "--loss-weights dme=1: 'dme' is not among --tasks cls seg"),
+    ("--weights /nonexistent.pt", "--weights /nonexistent.pt: no such file"),
+])
+def test_bad_flags_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        data.command(lambda: train.main(arguments.split()))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_bad_data_stops_the_program_with_status_2(tree):
+    next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
+    result = command_line(f"train.py --data {tree} --weights none --size 32")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and ".jpg: not a readable image" in result.stderr.splitlines()[-1]
+
+
+def test_a_task_without_labels_names_those_that_work(tree):
+    import shutil
+    shutil.rmtree(tree / "B. Disease Grading")
+    options = train.settle(train.parse(["--data", str(tree), "--weights", "none"]))[0]
+    with pytest.raises(InputError, match="--tasks cls: no training photograph in .*--tasks seg would work"):
+        train.fit(options, tree / "run")
+
+
+def test_an_existing_run_is_not_overwritten():
+    (data.HERE / "runs" / "taken").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match="taken: exists already; choose another --name"):
+        train.main(["--name", "taken"])
+
+
+def test_the_same_command_can_be_typed_twice(tmp_path):
+    assert train.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_1"
+    (tmp_path / "cls_seg_1").mkdir()
+    assert train.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
+
+
+SMALL_RUN = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+import data, train
+data.HERE = Path({home!r}); data.CACHE = data.HERE / "cache"; data.DRAWN = {{"train": (0, 60), "test": (1, 5)}}
+data.command(lambda: train.main("--size 32 --batch 4 --epochs 200 --name stopped".split()))
+"""
+
+
+def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path):
+    run = tmp_path / "runs" / "stopped"
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, "-c", SMALL_RUN.format(root=str(ROOT), home=str(tmp_path))],
+                                   stdout=output, stderr=subprocess.STDOUT)
+        while not (run / "best.pt").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    text = (tmp_path / "output").read_text()
+    assert "DRAWN" in text.splitlines()[0] and "interrupted; checkpoints are in" in text and "Traceback" not in text
+    assert evaluate.load_run(run, torch.device("cpu")).epoch >= 1
+    assert weights(run) and not list(run.glob("*.part"))
