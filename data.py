@@ -2,16 +2,18 @@
 
     Record          paths and labels of one photograph (None: not known)
     read_idrid, drawn_records   -> records of the training or of the test part
+    prepare         record -> arrays, once: decoded, cropped to the field of view, reduced; build_cache stores them
+    join_copies, find_eyes      which records are one photograph, which photographs are of one eye
     split           records -> training, validation; stratified by grade; an eye is never on both sides
-    prepare         record -> Sample: decoded once, cropped to the field of view, cached
     Photographs     cached samples, augmented
     Steps           which photographs meet in which training step
     collate         samples -> Batch, some of whose photographs have a label and some not
 
-IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561; https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid
+IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 """
 
 import csv
+import functools
 import hashlib
 import math
 import os
@@ -21,7 +23,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from synthetic import LESIONS
 
 HERE = Path(__file__).parent
 CACHE = HERE / "data" / "cache"
-PREPROCESSING = 1  # part of every cache key: raise it when prepare() changes what it makes
+PREPROCESSING = 2  # part of every cache key: raise it when prepare() changes what it makes
 SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
 
 
@@ -195,42 +196,6 @@ def read_records(root: Path | None, part: str) -> list[Record]:
     return drawn_records(part) if root is None else read_idrid(root, part)
 
 
-# ---- split ----
-
-def folds(records: Sequence[Record], number: int, seed: int) -> list[int]:
-    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each grade and of the masks.
-
-    Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, those with most photographs first; each
-    goes where it leaves the counts of its strata most even.
-    """
-    strata = [(r.grade, r.masks is not None) for r in records]
-    total = Counter(strata)
-    eyes = defaultdict(list)
-    for i, record in enumerate(records):
-        eyes[record.eye].append(i)
-    groups = [eyes[eye] for eye in sorted(eyes)]
-    order = np.random.default_rng(seed).permutation(len(groups))
-    counts = [Counter() for _ in range(number)]
-    fold = [0] * len(records)
-    for g in sorted(order, key=lambda g: -len(groups[g])):
-        members = Counter(strata[i] for i in groups[g])
-
-        def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
-            return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
-
-        best = min(range(number), key=crowded)
-        counts[best].update(members)
-        for i in groups[g]:
-            fold[i] = best
-    return fold
-
-
-def split(records: Sequence[Record], seed: int, number: int = 5) -> tuple[list[Record], list[Record]]:
-    """Cut a validation split, one of `number` folds, from the training part: -> training, validation."""
-    fold = folds(records, number, seed)
-    return [r for r, f in zip(records, fold) if f != 0], [r for r, f in zip(records, fold) if f == 0]
-
-
 # ---- prepare: from the file to a square sample ----
 
 @dataclass(frozen=True)
@@ -321,24 +286,29 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
     """Decode one record into the arrays of its cache file: image (3, S, S), geometry (6,), masks bit-packed or empty.
 
     The field of view is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; of a
-    mask a pixel is set where at least half of what it covers is.
+    mask a pixel is set where at least half of what it covers is. A thumbnail (89, 134, 3) and a vessel map (V, V) tell
+    later which photographs are copies and which show one eye, without a second decoding.
     """
     if record.drawing is not None:
         image, masks = synthetic.draw(synthetic.plan(*record.drawing), size)
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
                 "geometry": np.array([size, size, 1, 1, 0, 0], np.float64)}
-    picture, full = read_image(record.image, 2 * size)
+    picture, full = read_image(record.image, max(2 * size, 2 * VESSEL_SIDE))
     box = field_of_view(picture)
     zoom = full[0] / picture.width
-    scale = size / max(box[2] - box[0], box[3] - box[1])
-    width, height = (max(1, round(scale * (box[i + 2] - box[i]))) for i in (0, 1))
-    left, top = (size - width) // 2, (size - height) // 2
 
-    def fit(image, zoom, resample):  # resize the box, which is `zoom` times as large in this image
+    def place(size):  # of the box on a square canvas: left, top, width, height
+        scale = size / max(box[2] - box[0], box[3] - box[1])
+        width, height = (max(1, round(scale * (box[i + 2] - box[i]))) for i in (0, 1))
+        return (size - width) // 2, (size - height) // 2, width, height
+
+    def fit(image, size, zoom, resample):  # cut out the box, which is `zoom` times as large in this image
+        left, top, width, height = place(size)
         canvas = Image.new(image.mode, (size, size))
         canvas.paste(image.resize((width, height), resample, tuple(v * zoom for v in box)), (left, top))
         return np.asarray(canvas)
 
+    left, top, width, height = place(size)
     box_x, box_y, box_width, box_height = (zoom * v for v in (*box[:2], box[2] - box[0], box[3] - box[1]))
     geometry = (*full, width / box_width, height / box_height,
                 left - box_x * width / box_width, top - box_y * height / box_height)
@@ -346,9 +316,11 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
     if record.masks is not None:
         masks = np.zeros((len(LESIONS), size, size), bool)
         for kind, path in record.masks.items():
-            masks[LESIONS.index(kind)] = fit(read_mask(path, full), zoom, Image.BOX) >= 128
-    return {"image": fit(picture, 1, Image.LANCZOS).transpose(2, 0, 1), "masks": np.packbits(masks),
-            "geometry": np.array(geometry, np.float64)}
+            masks[LESIONS.index(kind)] = fit(read_mask(path, full), size, zoom, Image.BOX) >= 128
+    return {"image": fit(picture, size, 1, Image.LANCZOS).transpose(2, 0, 1), "masks": np.packbits(masks),
+            "geometry": np.array(geometry, np.float64),
+            "thumbnail": np.asarray(picture.resize((134, 89), Image.BOX)),
+            "vessels": vessel_map(fit(picture, 2 * VESSEL_SIDE, 1, Image.LANCZOS))}
 
 
 # ---- cache ----
@@ -366,14 +338,18 @@ def cache_path(record: Record, size: int, cache: Path) -> Path:
     return cache / key[:2] / f"{key[2:34]}.npz"
 
 
-def fill_cache(record: Record, size: int, cache: Path) -> None:
-    """Prepare one record and store it; written beside its place and renamed, so that no reader sees half a file."""
-    path = cache_path(record, size, cache)
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Store arrays; written beside their place and renamed, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = prepare(record, size)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         np.savez(file, **arrays)
     os.replace(file.name, path)
+
+
+def fill_cache(record: Record, size: int, cache: Path) -> None:
+    """Prepare one record and store it."""
+    path = cache_path(record, size, cache)
+    write_arrays(path, **prepare(record, size))
 
 
 def build_cache(records: Sequence[Record], size: int, cache: Path) -> None:
@@ -382,12 +358,213 @@ def build_cache(records: Sequence[Record], size: int, cache: Path) -> None:
     if not todo:
         return
     with ProcessPoolExecutor() as pool:
-        jobs = pool.map(partial(fill_cache, size=size, cache=cache), todo, chunksize=4)
+        jobs = pool.map(functools.partial(fill_cache, size=size, cache=cache), todo, chunksize=4)
         verb = "drawing" if todo[0].drawing is not None else "reading"
         for _ in tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
                       disable=None):
             pass
 
+
+# ---- copies and eyes ----
+
+COPY_RMSE = 2.5  # grey levels between thumbnails: re-encoded copies in IDRiD reach 1.2, the next closest pair 5
+SAME_EYE = 0.45  # vessel score: IDRiD's photographs of one eye reach 0.58 and more, all other pairs at most 0.32
+VESSEL_SIDE = 108  # pixels of a vessel map
+REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
+
+
+def low_pass(side: int, sigma: float) -> np.ndarray:
+    """Transfer function (side, side / 2 + 1) of a Gaussian blur of `sigma` pixels."""
+    square = np.fft.fftfreq(side)[:, None] ** 2 + np.fft.rfftfreq(side) ** 2
+    return np.exp(-2 * (math.pi * sigma) ** 2 * square)
+
+
+@functools.cache
+def line_filters(side: int, number: int = 12, sigma: float = 1.6, length: float = 5.0) -> np.ndarray:
+    """Transfer functions (number, side, side / 2 + 1) of dark-line detectors at `number` angles.
+
+    Across the line the second derivative of a Gaussian, along it a Gaussian of `length`.
+    """
+    y, x = np.fft.fftfreq(side, 1 / side)[:, None], np.fft.fftfreq(side, 1 / side)
+    kernels = []
+    for angle in np.pi * np.arange(number) / number:
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        kernel = (1 - (v / sigma) ** 2) * np.exp(-v ** 2 / (2 * sigma ** 2) - u ** 2 / (2 * length ** 2))
+        kernel -= kernel.mean()
+        kernels.append(np.fft.rfft2(kernel / np.linalg.norm(kernel)))
+    return np.stack(kernels).astype(np.complex64)
+
+
+def vessel_map(picture: np.ndarray) -> np.ndarray:
+    """Where dark lines are: square retina (2 V, 2 V, 3) uint8 -> (V, V) uint8; 0 outside the retina, else 1..255.
+
+    The best line response of all angles, less their mean: dust and lesions respond to every angle alike, vessels to
+    one. The rim of the field, where the camera's border would look like a line, is left out.
+    """
+    side = len(picture)
+    padded = side + 40  # so that nothing wraps around
+
+    def convolve(layer, transfer):
+        spectrum = np.fft.rfft2(layer, s=(padded, padded)) * transfer
+        return np.fft.irfft2(spectrum, s=(padded, padded))[..., :side, :side].astype(np.float32)
+
+    green, brightest = picture[..., 1].astype(np.float32), picture.max(2)
+    lit = (brightest > max(12, 0.12 * np.percentile(brightest, 98))).astype(np.float32)
+
+    def local_mean(layer, sigma):  # over the lit pixels around
+        blur = low_pass(padded, sigma)
+        return convolve(layer * lit, blur) / np.maximum(convolve(lit, blur), 1e-3)
+
+    mean = local_mean(green, 8)
+    contrast = np.sqrt(np.maximum(local_mean((green - mean) ** 2, 12), 0)) + 1
+    responses = convolve(np.clip((mean - green) / contrast, -4, 4) * lit, line_filters(padded))
+    lines = np.maximum(responses.max(0) - np.abs(responses).mean(0), 0)
+    inside = convolve(lit, low_pass(padded, 4)) > 0.98
+    if not inside.any():
+        return np.zeros((side // 2, side // 2), np.uint8)
+    lines = np.minimum(lines, np.percentile(lines[inside], 98)) * inside
+    lines = lines.reshape(side // 2, 2, side // 2, 2).mean((1, 3))
+    inside = inside.reshape(side // 2, 2, side // 2, 2).all((1, 3))
+    return np.where(inside, 1 + 254 * lines / max(lines.max(), 1e-6), 0).astype(np.uint8)
+
+
+@torch.inference_mode()
+def vessel_scores(maps: np.ndarray) -> np.ndarray:
+    """Same-eye scores (n, n), upper triangle, of vessel maps (n, V, V): the highest correlation over all shifts.
+
+    One product of spectra gives the correlation at every shift (Lewis 1995, "Fast normalized cross-correlation"); it
+    is divided by how many pixels overlap there, never by less than 40 % of the field.
+    """
+    v = torch.from_numpy(maps).float()
+    inside = (v > 0).float()
+    pixels = inside.sum((1, 2), keepdim=True).clamp(min=1)
+    v = (v - v.sum((1, 2), keepdim=True) / pixels) * inside
+    v = v / (v.square().sum((1, 2), keepdim=True) / pixels).sqrt().clamp(min=1e-6)  # mean 0, variance 1 inside
+    reach = round(REACH * maps.shape[1])
+    side = (maps.shape[1] + reach + 1,) * 2
+    spectra = torch.fft.rfft2(v, s=side)
+    field = torch.fft.rfft2((inside.mean(0) > 0.5).float(), s=side)
+    overlap = torch.fft.irfft2(field.conj() * field, s=side)
+    allowed = torch.zeros(side)
+    shifts = torch.arange(-reach, reach + 1)
+    allowed[shifts[:, None], shifts] = 1
+    per_pixel = allowed / overlap.clamp(min=0.4 * float(overlap[0, 0]))
+    scores = torch.zeros(len(v), len(v))
+    for i in range(len(v) - 1):
+        for j in range(i + 1, len(v), 128):
+            correlation = torch.fft.irfft2(spectra[i].conj() * spectra[j:j + 128], s=side)
+            scores[i, j:j + 128] = (correlation * per_pixel).flatten(1).amax(1)
+    return scores.numpy()
+
+
+def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
+    """For each of `number` items the lowest item that it is connected with through `pairs`."""
+    leader = list(range(number))
+
+    def find(i):
+        while leader[i] != i:
+            i = leader[i]
+        return i
+
+    for a, b in pairs:
+        a, b = sorted((find(a), find(b)))
+        leader[b] = a
+    return [find(i) for i in range(number)]
+
+
+def copies(thumbnails: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of thumbnails (n, h, w, 3) that show one photograph: root mean square difference at most COPY_RMSE."""
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
+    norms = (flat ** 2).sum(1)
+    distances = np.maximum(norms[:, None] + norms - 2 * flat @ flat.T, 0) / flat.shape[1]
+    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(distances <= COPY_RMSE ** 2, 1))]
+
+
+def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[Record]:
+    """Make one record of all copies of a photograph, with the labels of all of them.
+
+    The image is that of the copy with masks, since masks are drawn on its pixels. Where copies carry different grades
+    the higher one stays: the same photograph was graded twice, and missing disease is the worse mistake.
+    """
+    groups = defaultdict(list)
+    for record, leader in zip(records, connected(pairs, len(records))):
+        groups[leader].append(record)
+
+    def highest(labels):
+        return max((label for label in labels if label is not None), default=None)
+
+    joined = []
+    for group in groups.values():
+        first = next((r for r in group if r.masks is not None), group[0])
+        joined.append(replace(first, grade=highest(r.grade for r in group), edema=highest(r.edema for r in group)))
+    return joined
+
+
+def find_eyes(records: Sequence[Record], size: int, cache: Path | None = None) -> list[Record]:
+    """Join copies and name the eye of every photograph, from what the cache holds of each (built here if need be).
+
+    Photographs of one eye are connected through their vessels. Drawn photographs are of one eye each.
+    """
+    if all(r.drawing is not None for r in records):
+        return list(records)
+    cache = cache or CACHE
+    build_cache(records, size, cache)
+    paths = [cache_path(r, size, cache) for r in records]
+    key = hashlib.sha256(repr((SAME_EYE, COPY_RMSE, REACH, [p.name for p in paths])).encode()).hexdigest()
+    stored = cache / f"eyes_{key[:32]}.npz"
+    if not stored.exists():
+        arrays = [np.load(path) for path in paths]
+        thumbnails, maps = (np.stack([a[key] for a in arrays]) for key in ("thumbnail", "vessels"))
+        write_arrays(stored, copies=np.array(copies(thumbnails), int).reshape(-1, 2),
+                     eyes=np.argwhere(vessel_scores(maps) >= SAME_EYE))
+    with np.load(stored) as pairs:
+        same_photograph, same_eye = pairs["copies"].tolist(), pairs["eyes"].tolist()
+    leaders = connected(same_photograph + same_eye, len(records))
+    return join_copies([replace(r, eye=records[k].name) for r, k in zip(records, leaders)], same_photograph)
+
+
+def training_part(root: Path | None, size: int) -> list[Record]:
+    """All records of the training part, copies joined and eyes named: what is split into training and validation."""
+    return find_eyes(read_records(root, "train"), size)
+
+
+# ---- split ----
+
+def folds(records: Sequence[Record], number: int, seed: int) -> list[int]:
+    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each grade and of the masks.
+
+    Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, those with most photographs first; each
+    goes where it leaves the counts of its strata most even.
+    """
+    strata = [(r.grade, r.masks is not None) for r in records]
+    total = Counter(strata)
+    eyes = defaultdict(list)
+    for i, record in enumerate(records):
+        eyes[record.eye].append(i)
+    groups = [eyes[eye] for eye in sorted(eyes)]
+    order = np.random.default_rng(seed).permutation(len(groups))
+    counts = [Counter() for _ in range(number)]
+    fold = [0] * len(records)
+    for g in sorted(order, key=lambda g: -len(groups[g])):
+        members = Counter(strata[i] for i in groups[g])
+
+        def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
+            return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
+
+        best = min(range(number), key=crowded)
+        counts[best].update(members)
+        for i in groups[g]:
+            fold[i] = best
+    return fold
+
+
+def split(records: Sequence[Record], seed: int, number: int = 5) -> tuple[list[Record], list[Record]]:
+    """Cut a validation split, one of `number` folds, from the training part: -> training, validation."""
+    fold = folds(records, number, seed)
+    return [r for r, f in zip(records, fold) if f != 0], [r for r, f in zip(records, fold) if f == 0]
+
+
+# ---- samples ----
 
 class Photographs(torch.utils.data.Dataset):
     """Samples of `records` at `size` pixels from the cache. An index is (number of the record, draw or None).

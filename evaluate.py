@@ -65,8 +65,9 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
                for start in range(0, len(photographs), batch)]
     scores = Scores({}, {}, {}, {})
     tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
-    for b in tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
-                  disable=None if progress else True, unit="batch"):  # None: no bar where there is no terminal
+    bar = tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
+               disable=None if progress else True, unit="batch")  # None: no bar where there is no terminal
+    for b in bar:
         b = b.to(device)
         outputs, routing = net(b.images, b.rows)
         for task in tasks:
@@ -102,10 +103,10 @@ def table(metrics: Mapping[str, dict]) -> str:
             f"{k} {v:.3f}" for k, v in numbers.items() if k != primary and not any(c.isupper() for c in k)))
         kinds = getattr(TASKS[task], "classes", ())
         if isinstance(kinds, tuple):
-            columns = [k.removesuffix(f"_{kinds[0]}") for k in numbers if k.endswith(f"_{kinds[0]}")]
-            lines.append(" " * 6 + "".join(f"{c:>22}" for c in (f"{c}{s}" for c in columns for s in ("", "_per_image"))))
-            lines += [f"   {kind:3}" + "".join(f"{numbers[f'{c}_{kind}{s}']:>22.3f}"
-                                               for c in columns for s in ("", "_per_image")) for kind in kinds]
+            columns = [k.replace(kinds[0], "*") for k in numbers if kinds[0] in k]
+            lines.append(" " * 6 + "".join(f"{c:>20}" for c in columns))
+            lines += [f"   {kind:3}" + "".join(f"{numbers[c.replace('*', kind)]:>20.3f}" for c in columns)
+                      for kind in kinds]
         if "confusion" in values:
             lines.append("   truth \\ predicted" + "".join(f"{i:>6}" for i in range(len(values["confusion"]))))
             lines += [f"   {i:>17}" + "".join(f"{n:>6}" for n in row) for i, row in enumerate(values["confusion"])]
@@ -150,11 +151,11 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"])
 
 
-def split_records(root: Path | None, part: str, seed: int) -> list[data.Record]:
-    """Records of the validation split ("val", cut from the training part by `seed`) or of the test part."""
+def split_records(root: Path | None, part: str, options: Mapping) -> list[data.Record]:
+    """Records of the test part, or of the validation split ("val") that a run with these `options` was chosen on."""
     if part == "test":
         return data.read_records(root, "test")
-    return data.split(data.read_records(root, "train"), seed)[1]
+    return data.split(data.training_part(root, options["size"]), options["seed"])[1]
 
 
 def write_predictions(path: Path, scores: Scores) -> None:
@@ -190,7 +191,7 @@ def main() -> None:
     run = load_run(args.run, pick_device(args.device))
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
-    records = split_records(root, args.split, run.options["seed"])
+    records = split_records(root, args.split, run.options)
     photographs = data.Photographs(records, run.options["size"])
     scores = score(run.net, photographs, run.tasks, pick_device(args.device), args.batch, f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)

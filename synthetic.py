@@ -106,8 +106,8 @@ def plan_lesions(eye: Eye, rng: np.random.Generator) -> None:
     def add(kind, x, y, radius, **shape):
         eye.lesions.append(Blob(kind, x, y, radius, **shape))
 
-    for _ in range(rng.integers(2, 11) if level == 1 else rng.integers(3, 19)):
-        add("MA", *place(eye, rng), rng.uniform(0.011, 0.015))
+    for _ in range(rng.integers(4, 13) if level == 1 else rng.integers(3, 19)):
+        add("MA", *place(eye, rng), rng.uniform(0.012, 0.016))
     if level == 1:
         return
     signs = set()
@@ -140,7 +140,7 @@ def plan_lesions(eye: Eye, rng: np.random.Generator) -> None:
     if "irma" in signs:
         eye.irma = [place(eye, rng) for _ in range(rng.integers(2, 5))]
     if level == 4:
-        eye.new_vessels = [eye.disc if rng.random() < 0.3 else place(eye, rng) for _ in range(rng.integers(1, 4))]
+        eye.new_vessels = [eye.disc if rng.random() < 0.3 else place(eye, rng) for _ in range(rng.integers(2, 5))]
 
 
 def place(eye: Eye, rng: np.random.Generator, within: int | None = None, near: tuple[float, float] = (CENTRE, CENTRE),
@@ -252,7 +252,7 @@ def strokes(eye: Eye, size: int, rng: np.random.Generator) -> tuple[np.ndarray, 
     """Cover (S, S) of ordinary vessels (with beading and IRMA), and of new vessels; drawn large, then reduced."""
     zoom = max(1, round(512 / size))
     layers = []
-    for tangles, reach, coils in ((eye.irma, 0.03, 2), (eye.new_vessels, 0.06, 9)):
+    for tangles, reach, coils in ((eye.irma, 0.03, 2), (eye.new_vessels, 0.08, 12)):
         canvas = Image.new("L", (size * zoom, size * zoom))
         pen, scale = ImageDraw.Draw(canvas), size * zoom
         for stroke in (grow_vessels(eye) if not layers else []):

@@ -165,7 +165,8 @@ class Lesions(Task):
 
     def tally(self, answer, target):
         predicted = answer > 0.5
-        return torch.stack([(predicted & target).sum((2, 3)), predicted.sum((2, 3)), target.sum((2, 3))], 2)  # (n, L, 3)
+        pixels = [mask.sum((2, 3)) for mask in (predicted & target, predicted, target)]
+        return torch.stack(pixels, 2)  # (n, L, 3)
 
     def metrics(self, tally):
         """`dice` and `iou` pool the pixels of the split and average the four lesions; the disc stands beside them.

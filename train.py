@@ -10,15 +10,17 @@ Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
 import os
 import random
 import signal
-import socket
 import sys
+import threading
 import time
+import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,9 +45,9 @@ class Options:
     tasks: tuple[str, ...] = ("cls", "seg")
     data: str | None = None  # None: drawn photographs
     size: int = 128
-    epochs: int = 10
-    batch: int = 16
-    lr: float = 1e-3
+    epochs: int = 5
+    batch: int = 8
+    lr: float = 1.5e-3
     weight_decay: float = 0.01
     patience: int = 20
     loss_weights: tuple[str, ...] = ("fixed",)
@@ -55,7 +58,7 @@ class Options:
     chosen: int = 2
     balance: float = 0.01
     expert_dropout: float = 0.1
-    stochastic_depth: float = 0.2
+    stochastic_depth: float = 0.1
     seed: int = 0
     workers: int = 0
     device: str = "auto"
@@ -88,7 +91,8 @@ class LossWeights(nn.Module):
             try:
                 weights[task] = float(number)
             except ValueError:
-                raise InputError(f"--loss-weights {word}: expected 'fixed', 'uncertainty', or pairs like cls=0.5") from None
+                raise InputError(f"--loss-weights {word}: expected 'fixed', 'uncertainty', or pairs like "
+                                 "cls=0.5") from None
             if task not in self.fixed:
                 raise InputError(f"--loss-weights {word}: {task!r} is not among --tasks {' '.join(self.fixed)}")
             if not 0 <= weights[task] < math.inf:
@@ -230,7 +234,8 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     return best
 
 
-def train_epoch(trainer: Trainer, batches, steps: int, title: str, interrupt: Interrupt, quiet: bool) -> dict[str, float]:
+def train_epoch(trainer: Trainer, batches, steps: int, title: str, interrupt: Interrupt,
+                quiet: bool) -> dict[str, float]:
     """`steps` training steps; -> mean of each loss over the steps that had it. Ends early when interrupted."""
     trainer.net.train()
     seen = defaultdict(list)
@@ -273,22 +278,38 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):
         mallopt(option, value)
 
 
 def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs]:
     """Training and validation photographs. InputError: a task of which nothing is labelled on either side."""
     root = None if options.data is None else Path(options.data)
-    parts = data.split(data.read_records(root, "train"), options.seed)
+    parts = data.split(data.training_part(root, options.size), options.seed)
     for task in tasks:
         for part, name in zip(parts, ("training", "validation")):
             if not any(getattr(r, task.label) is not None for r in part):
-                possible = [t for t in TASKS if all(any(getattr(r, TASKS[t].label) is not None for r in p) for p in parts)]
+                possible = [t for t in TASKS
+                            if all(any(getattr(r, TASKS[t].label) is not None for r in p) for p in parts)]
                 raise InputError(f"--tasks {task.name}: no {name} photograph in {root} has its label; with this data "
                                  f"--tasks {' '.join(possible) or '(none)'} would work")
     training, validation = ([r for r in p if any(getattr(r, t.label) is not None for t in tasks)] for p in parts)
     return data.Photographs(training, options.size), data.Photographs(validation, options.size)
+
+
+def reachable(url: str, seconds: float = 8) -> bool:
+    """Whether `url` answers in time; in a thread, because a name server that is silent heeds no timeout."""
+    answers = []
+
+    def ask():
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answers.append(True)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
 
 
 def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
@@ -297,16 +318,15 @@ def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
     InputError: they cannot be had (within 10 seconds) or the file holds no state dict.
     """
     if weights == "imagenet":
-        from torchvision.models import get_model_weights
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(10)
+        found = torchvision.models.get_model_weights(f"efficientnet_{variant}").DEFAULT
+        stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
         try:
-            return get_model_weights(f"efficientnet_{variant}").DEFAULT.get_state_dict(progress=False, check_hash=True)
+            if not stored.exists() and not reachable(found.url):
+                raise OSError(f"no answer from {found.url}")
+            return found.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise InputError(f"--weights imagenet: cannot be downloaded ({error}); use --weights none, or --weights "
                              "FILE with a torchvision state dict") from error
-        finally:
-            socket.setdefaulttimeout(before)
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -334,11 +354,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", nargs="+", default=["cls", "seg"], help=f"any of {' '.join(TASKS)} (default: cls seg)")
     add("--data", help="folder with the unzipped IDRiD (default: data/IDRiD if it exists, else drawn photographs)")
-    add("--size", type=int, help="side of the square that the network sees (default: 128 drawn, 384 IDRiD)")
+    add("--size", type=int, help="side of the square that the network sees (default: 128 drawn, 256 IDRiD)")
     add("--name", help="folder below runs/ (default: the tasks and the next free number)")
-    add("--epochs", type=int, help="(default: 7 drawn, 60 IDRiD)")
-    add("--batch", type=int, default=16, help="photographs in a step (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="highest learning rate of AdamW (default: %(default)s)")
+    add("--epochs", type=int, help="(default: 5 drawn, 40 IDRiD)")
+    add("--batch", type=int, default=8, help="photographs in a step (default: %(default)s)")
+    add("--lr", type=float, default=1.5e-3, help="highest learning rate of AdamW (default: %(default)s)")
     add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
     add("--patience", type=int, default=20, help="epochs without a better validation score (default: %(default)s)")
     add("--loss-weights", nargs="+", default=["fixed"], help="fixed, uncertainty, or pairs like cls=0.5 seg=1")
@@ -381,12 +401,12 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
                 read_weights("imagenet", args.variant)
                 weights = "imagenet"
             except InputError as error:
-                notes.append(f"warning: starting from random weights; {str(error).removeprefix('--weights imagenet: ')}")
+                notes.append(f"warning: starting from random weights; {error}")
     device = evaluate.pick_device(args.device)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
     return Options(
         tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
-        size=args.size or (128 if drawn else 384), epochs=args.epochs or (7 if drawn else 60), batch=args.batch,
+        size=args.size or (128 if drawn else 256), epochs=args.epochs or (5 if drawn else 40), batch=args.batch,
         lr=args.lr, weight_decay=args.weight_decay, patience=args.patience, loss_weights=tuple(args.loss_weights),
         augment=not args.no_augment, variant=args.variant, weights=weights, experts=args.experts, chosen=args.chosen,
         balance=args.balance, seed=args.seed, workers=workers, device=args.device), notes

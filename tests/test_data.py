@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import data
 import synthetic
@@ -151,8 +151,8 @@ def damage_text_image(root):
 @pytest.mark.parametrize("damage,message", [
     (lambda root: shutil.rmtree(root), r"IDRiD: no such folder; --data wants the folder into which IDRiD was unzipped"),
     (damage_nothing_there, r"IDRiD: expected the folders 'A. Segmentation' and 'B. Disease Grading', found images"),
-    (damage_csv("IDRiD_002,", "IDRiD_002,7"), r"Labels.csv line 3: Retinopathy grade of IDRiD_002 is '7\d', expected a whole "
-                                              "number from 0 to 4"),
+    (damage_csv("IDRiD_002,", "IDRiD_002,7"),
+     r"Labels.csv line 3: Retinopathy grade of IDRiD_002 is '7\d', expected a whole number from 0 to 4"),
     (damage_csv("IDRiD_002,", "IDRiD_002,x"), r"line 3: Retinopathy grade of IDRiD_002 is 'x\d'"),
     (damage_csv("Retinopathy grade", "Grade"), r"Labels.csv: no column 'Retinopathy grade'; found Image name, Grade"),
     (damage_csv("IDRiD_003,", "IDRiD_002,"), r"Labels.csv line 4: a second row for IDRiD_002"),
@@ -371,6 +371,81 @@ def test_collate_points_targets_at_their_photographs(shared_tree):
     assert only.rows["seg"].tolist() == [] and "seg" not in only.targets
 
 
+# ---- copies and eyes ----
+
+def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0) -> Record:
+    """A drawn eye as a file of its own, the view shifted by whole pixels of 300, in another light."""
+    image = synthetic.draw(synthetic.plan(11, index), 300)[0].astype(float) * exposure
+    y, x = (np.arange(300) - 149.5 for _ in range(2))
+    inside = np.hypot(x[None], y[:, None])[..., None] < 120  # the camera's own round field, which does not shift
+    image = np.roll(image, shift, (0, 1)) * inside
+    picture = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+    picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
+    picture.save(path, quality=quality)
+    return Record(path.stem, path, grade=synthetic.plan(11, index).grade, eye=path.stem)
+
+
+def prepared(records, key):
+    return np.stack([data.prepare(r, 64)[key] for r in records])
+
+
+def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
+    records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
+    records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
+    assert data.copies(prepared(records, "thumbnail")) == [(2, 6)]
+
+
+def test_one_eye_is_known_again_by_its_vessels(tmp_path):
+    records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(8)]
+    records += [photograph(tmp_path / "a.jpg", 0, (20, -30)), photograph(tmp_path / "b.jpg", 1, (-12, 25), 0.8),
+                photograph(tmp_path / "c.jpg", 2, (0, 3), 1.2, blur=1.0)]
+    scores = data.vessel_scores(prepared(records, "vessels"))
+    same = {(0, 8), (1, 9), (2, 10)}
+    for i, j in itertools.combinations(range(len(records)), 2):
+        assert (scores[i, j] >= data.SAME_EYE) == ((i, j) in same)
+
+
+def test_dust_and_the_border_of_the_camera_are_no_vessels(tmp_path):
+    """Two blurred views of different eyes through the same dirty lens."""
+    records = [photograph(tmp_path / f"{i}.jpg", i, blur=4.0) for i in (0, 1)]
+    rng = np.random.default_rng(0)
+    spots = [(rng.integers(80, 220, 2), rng.integers(2, 5)) for _ in range(40)]
+    for record in records:
+        pixels = np.asarray(Image.open(record.image)).astype(float)
+        for (x, y), radius in spots:
+            yy, xx = np.mgrid[:300, :300]
+            pixels[np.hypot(xx - x, yy - y) < radius] *= 0.7
+        Image.fromarray(pixels.astype(np.uint8)).save(record.image, quality=95)
+    assert data.vessel_scores(prepared(records, "vessels"))[0, 1] < data.SAME_EYE
+
+
+def test_copies_share_their_labels_and_one_of_them_stays():
+    masks = {"EX": Path("m.tif")}
+    records = [Record("grading/1", Path("a"), 2, 0), Record("grading/2", Path("b"), 3, 1),
+               Record("grading/3", Path("c"), 4, 2), Record("segmentation/1", Path("d"), masks=masks)]
+    joined = data.join_copies(records, [(0, 1), (1, 3)])
+    assert [(r.name, r.grade, r.edema, r.masks) for r in joined] == [
+        ("segmentation/1", 3, 1, masks), ("grading/3", 4, 2, None)]
+
+
+def test_connected():
+    assert data.connected([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
+    assert data.connected([], 2) == [0, 1]
+
+
+def test_no_eye_lies_on_both_sides_of_a_split(tmp_path, monkeypatch):
+    records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(12)]
+    records += [photograph(tmp_path / f"{i}_again.jpg", i, (10, -14), 0.9) for i in range(0, 12, 2)]
+    records += [photograph(tmp_path / f"{i}_copy.jpg", i, quality=80) for i in range(1, 12, 4)]
+    found = data.find_eyes(records, 64)
+    assert len(found) == 18  # three copies have been joined
+    for seed in range(10):
+        sides = [{r.name.split("_")[0] for r in part} for part in data.split(found, seed)]
+        assert sides[0] and sides[1] and sides[0].isdisjoint(sides[1])
+    monkeypatch.setattr(data, "vessel_scores", None)  # the second time it is read from the cache
+    assert data.find_eyes(records, 64) == found
+
+
 # ---- the real photographs, where they are at hand ----
 
 def test_real_counts_and_labels():
@@ -414,3 +489,29 @@ def test_real_originals_and_reductions_give_the_same_sample():
     for name in list(originals)[:8]:
         a, b = (data.prepare(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
         assert 10 * math.log10(255 ** 2 / ((a - b) ** 2).mean()) > 30  # dB
+
+
+CONFIRMED = [("seg 25", "347"), ("seg 11", "083"), ("013", "397"), ("seg 26", "299"), ("seg 39", "271"), ("043", "401"),
+             ("038", "126"), ("339", "354"), ("319", "338")]
+FALSE_ALARMS = [("031", "036"), ("031", "337"), ("183", "200")]
+COPIES = [("seg 01", "102"), ("seg 02", "366"), ("seg 03", "369"), ("seg 06", "196"), ("seg 08", "207"),
+          ("seg 53", "012")]
+IDENTICAL = [("021", "391"), ("028", "327"), ("045", "333")]
+
+
+def test_real_copies_and_eyes():
+    records = data.read_idrid(real_idrid("idrid"), "train")
+    data.build_cache(records, 256, data.CACHE)
+    number = {r.name.replace("segmentation/IDRiD_", "seg ").replace("grading/IDRiD_", ""): i
+              for i, r in enumerate(records)}
+    thumbnails, maps = (np.stack([np.load(data.cache_path(r, 256, data.CACHE))[key] for r in records])
+                        for key in ("thumbnail", "vessels"))
+    pairs = set(data.copies(thumbnails))
+    assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
+    assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5
+    scores = data.vessel_scores(maps)
+    assert all(scores[number[a], number[b]] >= data.SAME_EYE for a, b in CONFIRMED + COPIES)
+    assert all(scores[number[a], number[b]] < data.SAME_EYE for a, b in FALSE_ALARMS)
+    eyes = data.find_eyes(records, 256)
+    assert len(eyes) == 467 - 42 - 5
+    assert {r.name: r.grade for r in eyes}["segmentation/IDRiD_01"] == records[number["102"]].grade

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_a_run_leaves_what_it_should(tmp_path):
 def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
     best = train.fit(TINY, tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
-    records = evaluate.split_records(None, "val", run.options["seed"])
+    records = evaluate.split_records(None, "val", run.options)
     again = evaluate.score(run.net, data.Photographs(records, 32), run.tasks, torch.device("cpu"), TINY.batch)
     assert again.metrics() == best["metrics"] and run.epoch == best["epoch"]
 
@@ -103,9 +104,8 @@ def test_partial_labels_train_together(tmp_path, shared_tree):
     best = train.fit(replace(TINY, data=str(shared_tree), epochs=1), tmp_path / "run", quiet=True)
     assert set(best["metrics"]) == {"cls", "seg"}
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
-    assert len(evaluate.split_records(shared_tree, "test", 0)) == 21
-    scores = evaluate.score(run.net, data.Photographs(evaluate.split_records(shared_tree, "test", 0), 32), run.tasks,
-                            torch.device("cpu"))
+    test = data.Photographs(evaluate.split_records(shared_tree, "test", run.options), 32)
+    scores = evaluate.score(run.net, test, run.tasks, torch.device("cpu"))
     assert {t: len(n) for t, n in scores.names.items()} == {"cls": 15, "seg": 6}
 
 
@@ -197,10 +197,10 @@ def test_unusable_weights(tmp_path, content, message):
 def test_real_data_without_network_starts_from_random_weights_with_a_warning(shared_tree, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
     options, notes = train.settle(train.parse(["--data", str(shared_tree)]))
-    assert options.weights == "none" and any("random weights" in note and "no network" in note for note in notes)
+    assert options.weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
     with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
         train.read_weights("imagenet", "b0")
 
