@@ -15,19 +15,21 @@ IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 import csv
 import functools
 import hashlib
+import io
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -40,7 +42,7 @@ from synthetic import LESIONS
 
 HERE = Path(__file__).parent
 CACHE = HERE / "data" / "cache"
-PREPROCESSING = 2  # part of every cache key: raise it when prepare() changes what it makes
+PREPROCESSING = 3  # part of every cache key: raise it when prepare() changes what it makes
 SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
 
 
@@ -49,12 +51,20 @@ class InputError(ValueError):
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a program's main function: a user's mistake becomes one line on stderr and exit status 2."""
+    """Run a program's main function: a user's mistake becomes one line on stderr and exit status 2, no traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def ignore_ctrl_c(*_) -> None:
+    """For helper processes: a terminal sends Ctrl-C to all of them, and only the main process should answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---- records ----
@@ -121,8 +131,10 @@ def read_segmentation(root: Path, part: str) -> list[Record]:
         folder = root / "2. All Segmentation Groundtruths" / PARTS[part][0] / folder
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; the official layout keeps the {kind} masks there")
-        for path in sorted(folder.glob("*.tif")):
+        for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "Thumbs.db"):
             name = path.stem.removesuffix(f"_{kind}")
+            if path.suffix.lower() not in (".tif", ".tiff", ".png"):
+                raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")
             if name not in masks:
                 raise InputError(f"{path}: a mask without its photograph {name}.jpg in {root / '1. Original Images'}")
             masks[name][kind] = path
@@ -140,7 +152,11 @@ def read_grading(root: Path, part: str) -> list[Record]:
         raise InputError(f"{path}: no such file; the official layout keeps the grades there")
     images = list_images(root / "1. Original Images" / PARTS[part][0])
     grades = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
+    with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
         wanted = ("Image name", "Retinopathy grade", "Risk of macular edema")
@@ -170,7 +186,7 @@ def whole_number(text: str, highest: int, what: str) -> int:
     return int(text)
 
 
-DRAWN = {"train": (0, 1400), "test": (1, 300)}  # series and number of the embedded drawings
+DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
 
 
 def drawn_records(part: str) -> list[Record]:
@@ -259,7 +275,7 @@ def read_image(path: Path, enough: int) -> tuple[Image.Image, tuple[int, int]]:
             zoom = enough / min(size)
             image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
             return image.convert("RGB"), size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except Exception as error:  # damaged files provoke all kinds in the decoders
         raise InputError(f"{path}: not a readable image ({error}); replace the file or remove it and its label")
 
 
@@ -273,7 +289,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except Exception as error:  # damaged files provoke all kinds in the decoders
         raise InputError(f"{path}: not a readable mask ({error}); replace the file")
     if values.shape[1::-1] != size:
         raise InputError(f"{path}: a mask of {values.shape[1]}x{values.shape[0]} for a photograph of "
@@ -293,34 +309,36 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
         image, masks = synthetic.draw(synthetic.plan(*record.drawing), size)
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
                 "geometry": np.array([size, size, 1, 1, 0, 0], np.float64)}
-    picture, full = read_image(record.image, max(2 * size, 2 * VESSEL_SIDE))
-    box = field_of_view(picture)
-    zoom = full[0] / picture.width
+    # what tells copies, eyes and the field of view must not change with `size`, or the split would
+    small, full = read_image(record.image, 512)
+    picture = small if size <= 256 else read_image(record.image, 2 * size)[0]
+    share = np.array(field_of_view(small)) / (small.width, small.height, small.width, small.height)
+    box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
 
     def place(size):  # of the box on a square canvas: left, top, width, height
         scale = size / max(box[2] - box[0], box[3] - box[1])
         width, height = (max(1, round(scale * (box[i + 2] - box[i]))) for i in (0, 1))
         return (size - width) // 2, (size - height) // 2, width, height
 
-    def fit(image, size, zoom, resample):  # cut out the box, which is `zoom` times as large in this image
+    def fit(image, size, resample):  # cut out the box; the image may be a reduced one
         left, top, width, height = place(size)
         canvas = Image.new(image.mode, (size, size))
-        canvas.paste(image.resize((width, height), resample, tuple(v * zoom for v in box)), (left, top))
+        inner = np.minimum(share * (*image.size, *image.size), (*image.size, *image.size))
+        canvas.paste(image.resize((width, height), resample, tuple(inner)), (left, top))
         return np.asarray(canvas)
 
     left, top, width, height = place(size)
-    box_x, box_y, box_width, box_height = (zoom * v for v in (*box[:2], box[2] - box[0], box[3] - box[1]))
-    geometry = (*full, width / box_width, height / box_height,
-                left - box_x * width / box_width, top - box_y * height / box_height)
+    scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
+    geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
     masks = np.zeros(0, bool)
     if record.masks is not None:
         masks = np.zeros((len(LESIONS), size, size), bool)
         for kind, path in record.masks.items():
-            masks[LESIONS.index(kind)] = fit(read_mask(path, full), size, zoom, Image.BOX) >= 128
-    return {"image": fit(picture, size, 1, Image.LANCZOS).transpose(2, 0, 1), "masks": np.packbits(masks),
+            masks[LESIONS.index(kind)] = fit(read_mask(path, full), size, Image.BOX) >= 128
+    return {"image": fit(picture, size, Image.LANCZOS).transpose(2, 0, 1), "masks": np.packbits(masks),
             "geometry": np.array(geometry, np.float64),
-            "thumbnail": np.asarray(picture.resize((134, 89), Image.BOX)),
-            "vessels": vessel_map(fit(picture, 2 * VESSEL_SIDE, 1, Image.LANCZOS))}
+            "thumbnail": np.asarray(small.resize((134, 89), Image.BOX)),
+            "vessels": vessel_map(fit(small, 2 * VESSEL_SIDE, Image.LANCZOS))}
 
 
 # ---- cache ----
@@ -346,6 +364,15 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     os.replace(file.name, path)
 
 
+def stored_arrays(paths: Sequence[Path], key: str) -> np.ndarray:
+    """One array of each of several cache files, stacked."""
+    arrays = []
+    for path in paths:
+        with np.load(path) as stored:
+            arrays.append(stored[key])
+    return np.stack(arrays)
+
+
 def fill_cache(record: Record, size: int, cache: Path) -> None:
     """Prepare one record and store it."""
     path = cache_path(record, size, cache)
@@ -357,7 +384,7 @@ def build_cache(records: Sequence[Record], size: int, cache: Path) -> None:
     todo = [r for r in records if not cache_path(r, size, cache).exists()]
     if not todo:
         return
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=ignore_ctrl_c) as pool:
         jobs = pool.map(functools.partial(fill_cache, size=size, cache=cache), todo, chunksize=4)
         verb = "drawing" if todo[0].drawing is not None else "reading"
         for _ in tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
@@ -450,7 +477,7 @@ def vessel_scores(maps: np.ndarray) -> np.ndarray:
     allowed[shifts[:, None], shifts] = 1
     per_pixel = allowed / overlap.clamp(min=0.4 * float(overlap[0, 0]))
     scores = torch.zeros(len(v), len(v))
-    for i in range(len(v) - 1):
+    for i in tqdm(range(len(v) - 1), desc="comparing vessels, once", leave=False, disable=None):
         for j in range(i + 1, len(v), 128):
             correlation = torch.fft.irfft2(spectra[i].conj() * spectra[j:j + 128], s=side)
             scores[i, j:j + 128] = (correlation * per_pixel).flatten(1).amax(1)
@@ -513,10 +540,8 @@ def find_eyes(records: Sequence[Record], size: int, cache: Path | None = None) -
     key = hashlib.sha256(repr((SAME_EYE, COPY_RMSE, REACH, [p.name for p in paths])).encode()).hexdigest()
     stored = cache / f"eyes_{key[:32]}.npz"
     if not stored.exists():
-        arrays = [np.load(path) for path in paths]
-        thumbnails, maps = (np.stack([a[key] for a in arrays]) for key in ("thumbnail", "vessels"))
-        write_arrays(stored, copies=np.array(copies(thumbnails), int).reshape(-1, 2),
-                     eyes=np.argwhere(vessel_scores(maps) >= SAME_EYE))
+        write_arrays(stored, copies=np.array(copies(stored_arrays(paths, "thumbnail")), int).reshape(-1, 2),
+                     eyes=np.argwhere(vessel_scores(stored_arrays(paths, "vessels")) >= SAME_EYE))
     with np.load(stored) as pairs:
         same_photograph, same_eye = pairs["copies"].tolist(), pairs["eyes"].tolist()
     leaders = connected(same_photograph + same_eye, len(records))
@@ -625,7 +650,7 @@ class Batch:
     """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph rows[t][k]."""
     images: Tensor  # (B, 3, S, S) uint8
     targets: dict[str, Tensor]  # task -> (n_t, ...)
-    rows: dict[str, Tensor]  # task -> (n_t,) int64
+    rows: dict[str, Tensor]  # task -> (n_t,) int64, ascending
     names: list[str]
 
     def to(self, device: torch.device) -> "Batch":
@@ -633,6 +658,11 @@ class Batch:
         def move(tensors):
             return {t: x.to(device, non_blocking=True) for t, x in tensors.items()}
         return Batch(self.images.to(device, non_blocking=True), move(self.targets), move(self.rows), self.names)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
+        return Batch(self.images.pin_memory(), {t: x.pin_memory() for t, x in self.targets.items()},
+                     {t: x.pin_memory() for t, x in self.rows.items()}, self.names)
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence) -> Batch:
@@ -644,7 +674,7 @@ def collate(samples: Sequence[Sample], tasks: Sequence) -> Batch:
 
 
 class Steps:
-    """Which photographs meet in which training step: an iterable of batches, each a list of (record, draw).
+    """Which photographs meet in which training step; a step is a list of (record, draw).
 
     Records fall into streams by the labels they carry for `tasks`; those that carry none are left out. Every step
     takes from every stream, in proportion to the square root of its size: proportional sampling would show too few of

@@ -53,7 +53,7 @@ def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device
            workers: int = 0) -> DataLoader:
     """Batches of `photographs`; `batches` are lists of its indices."""
     return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(data.collate, tasks=tasks),
-                      num_workers=workers, pin_memory=device.type == "cuda")
+                      num_workers=workers, worker_init_fn=data.ignore_ctrl_c, pin_memory=device.type == "cuda")
 
 
 @torch.inference_mode()
@@ -123,6 +123,7 @@ class Run:
     tasks: list[Task]
     options: dict
     epoch: int
+    validation: list[str]  # names of the photographs that it was chosen on
 
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:
@@ -148,18 +149,32 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         raise
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
         raise InputError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]})") from error
-    return Run(folder, net.to(device), tasks, state["options"], state["epoch"])
+    return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"])
 
 
-def split_records(root: Path | None, part: str, options: Mapping) -> list[data.Record]:
-    """Records of the test part, or of the validation split ("val") that a run with these `options` was chosen on."""
+def split_records(run: Run, root: Path | None, part: str) -> list[data.Record]:
+    """Records of the test part, or of the validation split ("val") that `run` was chosen on.
+
+    The validation split goes by the names that the run stored, not by cutting again: a file more or less below `root`
+    would move the cut. InputError: one of them is not below `root`, or none has a label for the run's tasks.
+    """
     if part == "test":
-        return data.read_records(root, "test")
-    return data.split(data.training_part(root, options["size"]), options["seed"])[1]
+        records = data.read_records(root, "test")
+    else:
+        known = {r.name: r for r in data.training_part(root, run.options["size"])}
+        if lost := [name for name in run.validation if name not in known]:
+            raise InputError(f"{root or 'drawn photographs'}: {len(lost)} of the {len(run.validation)} photographs on "
+                             f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
+                             f"was trained on, {run.options['data'] or 'drawn photographs'}")
+        records = [known[name] for name in run.validation]
+    records = [r for r in records if any(getattr(r, t.label) is not None for t in run.tasks)]
+    if not records:
+        raise InputError(f"{root}: no photograph of this split has a label for {' '.join(run.options['tasks'])}")
+    return records
 
 
 def write_predictions(path: Path, scores: Scores) -> None:
-    """One row per photograph with every task's answer and truth."""
+    """One row per photograph with every task's answer beside the truth."""
     rows: dict[str, dict] = {}
     for task, tallies in scores.tallies.items():
         for name, tally in zip(scores.names[task], tallies):
@@ -188,10 +203,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="photographs at a time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch}: expected at least 1")
     run = load_run(args.run, pick_device(args.device))
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
-    records = split_records(root, args.split, run.options)
+    records = split_records(run, root, args.split)
     photographs = data.Photographs(records, run.options["size"])
     scores = score(run.net, photographs, run.tasks, pick_device(args.device), args.batch, f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
@@ -200,7 +217,7 @@ def main() -> None:
     print(table(metrics))
     suffix = "" if args.split == "val" else "_test"
     (args.run / f"metrics{suffix}.json").write_text(json.dumps(
-        {"split": args.split, "data": run.options["data"] or "drawn", "epoch": run.epoch, "metrics": metrics,
+        {"split": args.split, "data": "drawn" if root is None else str(root), "epoch": run.epoch, "metrics": metrics,
          "expert_usage": scores.usage}, indent=1))
     write_predictions(args.run / f"predictions{suffix}.csv", scores)
     print(f"wrote metrics{suffix}.json and predictions{suffix}.csv to {args.run}")

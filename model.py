@@ -147,7 +147,8 @@ class Routing(NamedTuple):
     indices: Tensor  # (N, K) the chosen experts, best first
     weights: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
     probabilities: Tensor  # (N, E) softmax of the clean logits
-    load: Tensor  # (N, E) P_i, the chance that expert i is chosen were its noise drawn again; each row sums to about K
+    load: Tensor  # (N, E) P_i, the chance that expert i is chosen were its noise drawn again; over the noise of
+    #               training a row sums to K on average; in evaluation, without noise, it has no such meaning
     grid: tuple[int, int, int]  # n_t, h, w
 
 
@@ -259,7 +260,7 @@ class PooledHead(nn.Module):
 
     The deepest map takes EfficientNet's own classifier. The maps at strides 4, 8 and 16 join it through a convolution
     each: a lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps
-    alive. On drawn photographs, equal time: accuracy 0.92 with them, HEADLESS without.
+    alive.
     """
 
     def __init__(self, encoder: Encoder, outputs: int):
@@ -326,8 +327,8 @@ class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
     `tasks` are objects with a `name` and a `head(encoder)`. `rows` names, per task, the photographs (n_t,) that are
-    wanted; a task's output has n_t rows, in that order. None: all photographs for all tasks. A task with no row is
-    left out of the answer. ValueError: H or W is no multiple of 32.
+    wanted, ascending and each once; a task's output has n_t rows. None: all photographs for all tasks. A task with no
+    row is left out of the answer. ValueError: H or W is no multiple of 32.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):

@@ -169,15 +169,16 @@ class Lesions(Task):
         return torch.stack(pixels, 2)  # (n, L, 3)
 
     def metrics(self, tally):
-        """`dice` and `iou` pool the pixels of the split and average the four lesions; the disc stands beside them.
+        """`dice` and `iou` pool the pixels of the split and average the lesions that occur there, never the disc.
 
         Pooled first, because a mean of per-image values rewards a model that finds nothing: an image without a lesion
-        then scores 1.
+        then scores 1. For the same reason a kind that occurs nowhere in the split is left out (`lesions` counts them).
         """
         pooled, single = tally.sum(0), tally
-        values = {}
+        occurs = pooled[:-1, 2] > 0
+        values = {"lesions": int(occurs.sum())}
         for name, score in (("dice", dice), ("iou", iou)):
-            values[name] = float(score(pooled)[:-1].mean())
+            values[name] = float(score(pooled)[:-1][occurs].mean()) if occurs.any() else 0.0
             values[f"{name}_per_image"] = float(score(single)[:, :-1].mean())
         for name, score in (("dice", dice), ("iou", iou)):
             for i, kind in enumerate(self.classes):
@@ -187,7 +188,8 @@ class Lesions(Task):
 
     def row(self, tally):
         return {f"dice_{kind}": round(float(v), 4) for kind, v in zip(self.classes, dice(tally))} | \
-               {f"pixels_{kind}": int(v) for kind, v in zip(self.classes, tally[:, 1])}
+               {f"{word}_pixels_{kind}": int(v) for word, counts in (("predicted", tally[:, 1]), ("true", tally[:, 2]))
+                for kind, v in zip(self.classes, counts)}
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions())}

@@ -122,7 +122,8 @@ class Trainer:
         warm = max(1, min(steps // 10, 200))
 
         def factor(step):  # linear warm-up, then a cosine to zero
-            return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (steps - warm))
+            return (step + 1) / warm if step < warm else \
+                0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.cuda = device.type == "cuda"
         self.half = torch.bfloat16 if self.cuda and torch.cuda.is_bf16_supported() else torch.float16
@@ -188,12 +189,13 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
 
     InputError: unusable data or options, before anything is trained. FloatingPointError: see Trainer.step.
     """
-    make_repeatable(options.seed)
     device = evaluate.pick_device(options.device)
+    make_repeatable(options.seed, deterministic=device.type == "cpu")
     net, tasks = evaluate.build_net(asdict(options))
+    start_from(net, options.weights, options.variant)
     training, validation = load_photographs(options, tasks)
-    if options.weights != "none":
-        load_pretrained(net, read_weights(options.weights, options.variant))
+    if not quiet:
+        print(f"training on {describe(training, tasks)}, validation on {describe(validation, tasks)}")
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
     trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
     batches = iter(evaluate.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
@@ -201,20 +203,20 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes)}, indent=1))
     best = {"epoch": 0, "score": -math.inf, "metrics": {}}
-    stored = {"options": asdict(options) | {"tasks": list(options.tasks), "loss_weights": list(options.loss_weights)}}
+    stored = {"options": asdict(options) | {"tasks": list(options.tasks), "loss_weights": list(options.loss_weights)},
+              "validation": [r.name for r in validation.records]}
     with Interrupt() as interrupt, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
         for epoch in range(1, options.epochs + 1):
             begun = time.perf_counter()
             losses = train_epoch(trainer, batches, steps.per_epoch, f"epoch {epoch}/{options.epochs}", interrupt, quiet)
             seconds = time.perf_counter() - begun
+            state = stored | {"net": net.state_dict(), "epoch": epoch}
             if interrupt.asked:
-                save(folder / "last.pt", stored | {"net": net.state_dict(), "epoch": epoch,
-                                                   "optimizer": trainer.optimizer.state_dict()})
+                save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
                 raise KeyboardInterrupt
             scores = evaluate.score(net, validation, tasks, device, options.batch)
             metrics = scores.metrics()
             score = evaluate.primary_score(metrics)
-            state = stored | {"net": net.state_dict(), "epoch": epoch, "metrics": metrics}
             better = score > best["score"]
             if better:
                 best = {"epoch": epoch, "score": score, "metrics": metrics}
@@ -228,6 +230,8 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
             log.flush()
             if not quiet:
                 print(epoch_line(epoch, options, losses, metrics, score, better, seconds))
+            if interrupt.asked:
+                raise KeyboardInterrupt
             if epoch - best["epoch"] >= options.patience:
                 print(f"no better validation score for {options.patience} epochs: stopping early")
                 break
@@ -261,12 +265,12 @@ def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, 
 
 # ---- what a run needs before its first step ----
 
-def make_repeatable(seed: int) -> None:
-    """Seed every generator; the same command then gives the same weights on the same machine."""
+def make_repeatable(seed: int, deterministic: bool) -> None:
+    """Seed every generator; where operations are deterministic too, the same command gives the same weights."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def keep_memory() -> None:
@@ -286,16 +290,23 @@ def keep_memory() -> None:
 def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs]:
     """Training and validation photographs. InputError: a task of which nothing is labelled on either side."""
     root = None if options.data is None else Path(options.data)
+    check_labels([data.read_records(root, "train")], tasks, root)  # before anything is decoded
     parts = data.split(data.training_part(root, options.size), options.seed)
-    for task in tasks:
-        for part, name in zip(parts, ("training", "validation")):
-            if not any(getattr(r, task.label) is not None for r in part):
-                possible = [t for t in TASKS
-                            if all(any(getattr(r, TASKS[t].label) is not None for r in p) for p in parts)]
-                raise InputError(f"--tasks {task.name}: no {name} photograph in {root} has its label; with this data "
-                                 f"--tasks {' '.join(possible) or '(none)'} would work")
+    check_labels(parts, tasks, root)
     training, validation = ([r for r in p if any(getattr(r, t.label) is not None for t in tasks)] for p in parts)
     return data.Photographs(training, options.size), data.Photographs(validation, options.size)
+
+
+def check_labels(parts: Sequence[Sequence[data.Record]], tasks: Sequence[Task], root: Path | None) -> None:
+    """InputError: one of the `parts` has no label for one of the tasks; says which tasks would work."""
+    def possible(task):
+        return all(any(getattr(r, task.label) is not None for r in part) for part in parts)
+
+    for task in tasks:
+        if not possible(task):
+            where = "training and validation both need" if len(parts) > 1 else "found no photograph with"
+            raise InputError(f"--tasks {task.name}: {where} its label in {root}; with this data --tasks "
+                             f"{' '.join(t for t in TASKS if possible(TASKS[t])) or '(none)'} would work")
 
 
 def reachable(url: str, seconds: float = 8) -> bool:
@@ -338,6 +349,23 @@ def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
     return state
 
 
+def start_from(net: Net, weights: str, variant: str) -> None:
+    """Load what --weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
+    if weights == "none":
+        return
+    state = read_weights(weights, variant)
+    try:
+        load_pretrained(net, state)
+    except ValueError as error:
+        raise InputError(f"--weights {weights}, --variant {variant}: {error}") from None
+
+
+def describe(photographs: data.Photographs, tasks: Sequence[Task]) -> str:
+    """How many photographs there are, and how many have a label for each task."""
+    labelled = (f"{t.name} {sum(getattr(r, t.label) is not None for r in photographs.records)}" for t in tasks)
+    return f"{len(photographs)} photographs ({', '.join(labelled)})"
+
+
 def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
     """runs/cls_seg_1, or the next number that is free."""
     number = 1
@@ -351,27 +379,34 @@ def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; flags whose default depends on the data are None here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--tasks", nargs="+", default=["cls", "seg"], help=f"any of {' '.join(TASKS)} (default: cls seg)")
-    add("--data", help="folder with the unzipped IDRiD (default: data/IDRiD if it exists, else drawn photographs)")
-    add("--size", type=int, help="side of the square that the network sees (default: 128 drawn, 256 IDRiD)")
-    add("--name", help="folder below runs/ (default: the tasks and the next free number)")
-    add("--epochs", type=int, help="(default: 5 drawn, 40 IDRiD)")
-    add("--batch", type=int, default=8, help="photographs in a step (default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="highest learning rate of AdamW (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
-    add("--patience", type=int, default=20, help="epochs without a better validation score (default: %(default)s)")
-    add("--loss-weights", nargs="+", default=["fixed"], help="fixed, uncertainty, or pairs like cls=0.5 seg=1")
-    add("--no-augment", action="store_true", help="show every photograph as it is")
-    add("--variant", choices=VARIANTS, default="b0", help="EfficientNet variant (default: %(default)s)")
-    add("--weights", help="none, imagenet, or a torchvision state dict (default: none drawn, IDRiD: imagenet if it can "
-                          "be had)")
-    add("--experts", type=int, default=8, help="in the expert layer; 0: no layer (default: %(default)s)")
-    add("--chosen", type=int, default=2, help="experts that each token is sent to (default: %(default)s)")
-    add("--balance", type=float, default=0.01, help="weight of the load-balancing loss (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the split, the weights and everything random (default: %(default)s)")
-    add("--workers", type=int, help="processes that load photographs (default: 0 on CPU, else up to 8)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU if there is one)")
+
+    def add(group, flag, text, default=None, **how):
+        group.add_argument(flag, default=default, help=text + (default is not None) * " (default: %(default)s)", **how)
+
+    group = parser.add_argument_group("what is learned from what")
+    add(group, "--tasks", f"any of {' '.join(TASKS)}", Options.tasks, nargs="+")
+    add(group, "--data", "folder with the unzipped IDRiD (default: data/IDRiD if it exists, else drawn photographs)")
+    add(group, "--size", "side of the square that the network sees (default: 128 drawn, 256 IDRiD)", type=int)
+    add(group, "--name", "folder below runs/ (default: the tasks and the next free number)")
+    group = parser.add_argument_group("network")
+    add(group, "--variant", "EfficientNet variant", Options.variant, choices=VARIANTS)
+    add(group, "--weights", "none, imagenet, or a file with a torchvision state dict (default: none for drawn "
+                            "photographs; for IDRiD imagenet if it can be had)")
+    add(group, "--experts", "in the expert layer; 0: no layer", Options.experts, type=int)
+    add(group, "--chosen", "experts that each token is sent to", Options.chosen, type=int)
+    group = parser.add_argument_group("training")
+    add(group, "--epochs", "at most (default: 5 drawn, 40 IDRiD)", type=int)
+    add(group, "--batch", "photographs in a step", Options.batch, type=int)
+    add(group, "--lr", "highest learning rate of AdamW", Options.lr, type=float)
+    add(group, "--weight-decay", "of AdamW", Options.weight_decay, type=float)
+    add(group, "--patience", "epochs to wait for a better validation score", Options.patience, type=int)
+    add(group, "--loss-weights", "fixed, uncertainty, or pairs like cls=0.5 seg=1", Options.loss_weights, nargs="+")
+    add(group, "--balance", "weight of the load-balancing loss", Options.balance, type=float)
+    group.add_argument("--no-augment", action="store_true", help="show every photograph as it is")
+    group = parser.add_argument_group("machine")
+    add(group, "--seed", "of the split, the weights and everything random", Options.seed, type=int)
+    add(group, "--workers", "processes that load photographs (default: 0 on CPU, else up to 8)", type=int)
+    add(group, "--device", "auto: the GPU if there is one", Options.device, choices=("auto", "cpu", "cuda"))
     return parser.parse_args(argv)
 
 
@@ -379,8 +414,8 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     """Fill in the defaults that depend on the data and check the rest; -> options, notes to print and to keep."""
     if unknown := [t for t in args.tasks if t not in TASKS]:
         raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}")
-    for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 32), ("patience", 1), ("lr", 1e-12), ("experts", 0),
-                         ("weight_decay", 0), ("balance", 0), ("workers", 0)):
+    for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
+                         ("weight_decay", 0), ("balance", 0), ("workers", 0), ("seed", 0)):
         value = getattr(args, flag)
         if value is not None and not lowest <= value < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
@@ -388,6 +423,9 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
         raise InputError(f"--size {args.size}: expected a multiple of 32, the stride of the deepest map")
     if args.experts and not 1 <= args.chosen <= args.experts:
         raise InputError(f"--chosen {args.chosen}: expected 1 to {args.experts}, the number of --experts")
+    if args.seed >= 1 << 32:
+        raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
+    LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
     root, notes = data.find_data(args.data), []
     drawn, weights = root is None, args.weights or "none"
     if drawn:
@@ -427,10 +465,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         best = fit(options, folder, notes)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; checkpoints are in {folder}")
+        print(f"\ninterrupted; {f'checkpoints are in {folder}' if folder.exists() else 'nothing was trained yet'}")
         sys.exit(130)
     except FloatingPointError as error:
-        print(f"error: {error}; the checkpoints of the epochs before are in {folder}", file=sys.stderr)
+        print(f"error: {error}; checkpoints of the epochs before, if any, are in {folder}", file=sys.stderr)
         sys.exit(1)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
     print(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")

@@ -1,6 +1,7 @@
 """A small IDRiD in the official layout, with the quirks of the real one, made of drawn photographs."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -81,10 +82,15 @@ def shared_tree(tmp_path_factory) -> Path:
     return official_tree(tmp_path_factory.mktemp("shared") / "IDRiD")
 
 
+@pytest.fixture(scope="session")
+def small_tree(tmp_path_factory) -> Path:
+    return official_tree(tmp_path_factory.mktemp("small") / "IDRiD", segmentation=3, grading=5, test=False)
+
+
 @pytest.fixture
-def tree(tmp_path) -> Path:
+def tree(tmp_path, small_tree) -> Path:
     """A tree of one's own to damage."""
-    return official_tree(tmp_path / "IDRiD", segmentation=3, grading=5, test=False)
+    return shutil.copytree(small_tree, tmp_path / "IDRiD")
 
 
 @pytest.fixture(autouse=True)

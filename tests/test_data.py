@@ -165,7 +165,7 @@ def damage_text_image(root):
     (damage_truncate(lambda root: first_mask(root, "EX")), r"_EX.tif: not a readable mask"),
     (damage_text_image, r"IDRiD_002.jpg: not a readable image"),
     (lambda root: shutil.rmtree(grading_csv(root).parent), r"Labels.csv: no such file"),
-    (lambda root: shutil.rmtree(first_mask(root, "SE").parent), r"4. Soft Exudates: no such folder"),
+    (lambda root: shutil.rmtree(first_mask(root, "EX").parent), r"3. Hard Exudates: no such folder"),
     (lambda root: [p.unlink() for p in grading_image(root).parent.iterdir()], r"holds no .jpg or .png photograph"),
 ])
 def test_bad_input_is_one_line_naming_the_file(tree, damage, message):
@@ -215,6 +215,24 @@ def test_points_and_masks_follow_the_image(tmp_path, suffix):
     assert abs(sample.geometry.scale_x / sample.geometry.scale_y - 1) < 0.02  # the aspect is kept
 
 
+@pytest.mark.parametrize("width,height", [(1000, 667), (1001, 701), (997, 1333)])
+def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
+    image, _ = disc_photograph(width, height, (width // 2, height // 2), max(width, height) // 2)
+    image.save(tmp_path / "photo.jpg", quality=95)
+    save_palette_mask(tmp_path / "m.tif", np.ones((height, width), bool))
+    sample = data.Photographs([Record("x", tmp_path / "photo.jpg", masks={"OD": tmp_path / "m.tif"})], 64)[0, None]
+    corners = sample.geometry.to_sample(np.array([(0, 0), (width, height)]))
+    inside = sample.masks[-1].nonzero()
+    assert np.abs(corners[0] - inside.min(0).values.flip(0).numpy()).max() < 0.6
+    assert np.abs(corners[1] - inside.max(0).values.flip(0).numpy() - 1).max() < 0.6
+
+
+def test_size_does_not_move_the_split(tmp_path):
+    record = photograph(tmp_path / "a.jpg", 0)
+    for key in ("thumbnail", "vessels"):
+        assert np.array_equal(*(data.prepare(record, size)[key] for size in (64, 512)))
+
+
 def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
     drawn = Image.fromarray(synthetic.draw(synthetic.plan(0, 3), 1024)[0])
     drawn.save(tmp_path / "a.jpg", quality=92), Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
@@ -245,8 +263,8 @@ def test_split_keeps_eyes_whole_and_strata_even(seed):
 
 def test_split_depends_on_the_seed_and_not_on_the_order():
     records = fake_records(0)
-    names = [r.name for r in data.split(records, 1)[1]]
-    assert names == [r.name for r in data.split(records, 1)[1]] != [r.name for r in data.split(records, 2)[1]]
+    names, shuffled = {r.name for r in data.split(records, 1)[1]}, list(reversed(records))
+    assert names == {r.name for r in data.split(shuffled, 1)[1]} != {r.name for r in data.split(records, 2)[1]}
 
 
 # ---- cache ----
@@ -504,14 +522,21 @@ def test_real_copies_and_eyes():
     data.build_cache(records, 256, data.CACHE)
     number = {r.name.replace("segmentation/IDRiD_", "seg ").replace("grading/IDRiD_", ""): i
               for i, r in enumerate(records)}
-    thumbnails, maps = (np.stack([np.load(data.cache_path(r, 256, data.CACHE))[key] for r in records])
-                        for key in ("thumbnail", "vessels"))
+    paths = [data.cache_path(r, 256, data.CACHE) for r in records]
+    thumbnails, maps = (data.stored_arrays(paths, key) for key in ("thumbnail", "vessels"))
     pairs = set(data.copies(thumbnails))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5
     scores = data.vessel_scores(maps)
     assert all(scores[number[a], number[b]] >= data.SAME_EYE for a, b in CONFIRMED + COPIES)
     assert all(scores[number[a], number[b]] < data.SAME_EYE for a, b in FALSE_ALARMS)
+    others = scores.copy()
+    for a, b in pairs | {tuple(sorted((number[a], number[b]))) for a, b in [*CONFIRMED, ("046", "404")]}:
+        others[a, b] = 0
+    # also between all copies of two photographs of one eye: what remains are different eyes, far below the threshold
+    leaders = data.connected(np.argwhere(scores >= data.SAME_EYE).tolist(), len(records))
+    assert len(set(leaders)) == 467 - 42 - 5 - 10 and others[others < data.SAME_EYE].max() < 0.35
+    assert all(leaders[a] == leaders[b] for a, b in np.argwhere(others >= data.SAME_EYE))
     eyes = data.find_eyes(records, 256)
-    assert len(eyes) == 467 - 42 - 5
+    assert len(eyes) == 467 - 42 - 5 and len({r.eye for r in eyes}) == 410
     assert {r.name: r.grade for r in eyes}["segmentation/IDRiD_01"] == records[number["102"]].grade

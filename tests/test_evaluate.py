@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,8 +32,11 @@ def test_metrics_do_not_depend_on_the_batch(run):
     photographs = data.Photographs(data.drawn_records("test"), 32)
     results = [evaluate.score(loaded.net, photographs, loaded.tasks, torch.device("cpu"), b).metrics() for b in (3, 10)]
     for task in results[0]:
+        assert results[0][task].keys() == results[1][task].keys()
         for key, value in results[0][task].items():
-            if key != "loss":  # the soft Dice in it pools a batch
+            if key == "confusion":
+                assert value == results[1][task][key]
+            elif key != "loss":  # the soft Dice in it pools a batch
                 assert value == pytest.approx(results[1][task][key], abs=1e-6)
 
 
@@ -46,7 +51,31 @@ def test_main_writes_metrics_and_predictions(run, monkeypatch, capsys, split, su
     assert len(rows) == number == stored["metrics"]["cls"]["photographs"]
     right = sum(r["cls_truth"] == r["cls_predicted"] for r in rows) / number
     assert right == pytest.approx(stored["metrics"]["cls"]["accuracy"])
-    assert {"seg_dice_MA", "seg_pixels_OD", "cls_p4"} <= set(rows[0])
+    assert {"seg_dice_MA", "seg_predicted_pixels_OD", "seg_true_pixels_OD", "cls_p4"} <= set(rows[0])
+
+
+def test_validation_goes_by_the_names_that_the_run_stored(tmp_path, tree, monkeypatch):
+    """One photograph more moves the cut; what is scored stays. One less is said."""
+    options = replace(TINY, tasks=("cls",), data=str(tree), epochs=1)
+    train.fit(options, tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    before = evaluate.split_records(run, tree, "val")
+    shutil.rmtree(tree / "A. Segmentation")
+    assert [r.name for r in evaluate.split_records(run, tree, "val")] == [r.name for r in before] == run.validation
+    with pytest.raises(InputError, match="drawn photographs: 1 of the 1 photographs on which .*run was valid"):
+        evaluate.split_records(run, None, "val")
+
+
+def test_a_split_without_any_label_is_one_line(tmp_path, tree):
+    train.fit(replace(TINY, tasks=("seg",), epochs=1), tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    shutil.rmtree(tree / "A. Segmentation")
+    images = tree / "B. Disease Grading" / "1. Original Images"
+    shutil.copytree(images / data.PARTS["train"][0], images / data.PARTS["test"][0])
+    labels = tree / "B. Disease Grading" / "2. Groundtruths"
+    shutil.copy(labels / data.PARTS["train"][1], labels / data.PARTS["test"][1])
+    with pytest.raises(InputError, match="no photograph of this split has a label for seg"):
+        evaluate.split_records(run, tree, "test")
 
 
 def test_confusion_rows_are_truth(run):

@@ -73,7 +73,7 @@ def test_area_of_a_round_lesion():
 
 
 def test_colour_and_side_do_not_tell_the_grade():
-    """A linear fit of the grade from mean colour, contrast, side and disc place explains little of its variance."""
+    """A linear fit of the grade from colour, side and place of the disc leaves most of its variance unexplained."""
     features, grades = [], []
     for i in range(400):
         e = synthetic.plan(5, i)

@@ -20,7 +20,7 @@ import evaluate
 import model
 import tasks
 import train
-from conftest import ROOT, official_tree
+from conftest import ROOT
 from data import InputError
 from tasks import TASKS
 from train import LossWeights, Options, Trainer
@@ -33,9 +33,15 @@ def few_drawings(monkeypatch):
     monkeypatch.setattr(data, "DRAWN", {"train": (0, 30), "test": (1, 10)})
 
 
-def command_line(arguments: str, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments.split()], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | environment)
+# train.py as a process of its own, with few drawings and another home: python -c PROGRAM ROOT HOME FLAGS
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import data, train
+data.HERE = Path(sys.argv[2]); data.CACHE = data.HERE / "cache"; data.DRAWN = {"train": (0, 60), "test": (1, 5)}
+data.command(lambda: train.main(sys.argv[3:]))
+"""
 
 
 def weights(folder: Path, name: str = "last.pt") -> dict:
@@ -63,7 +69,7 @@ def test_a_run_leaves_what_it_should(tmp_path):
 def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
     best = train.fit(TINY, tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
-    records = evaluate.split_records(None, "val", run.options)
+    records = evaluate.split_records(run, None, "val")
     again = evaluate.score(run.net, data.Photographs(records, 32), run.tasks, torch.device("cpu"), TINY.batch)
     assert again.metrics() == best["metrics"] and run.epoch == best["epoch"]
 
@@ -104,7 +110,7 @@ def test_partial_labels_train_together(tmp_path, shared_tree):
     best = train.fit(replace(TINY, data=str(shared_tree), epochs=1), tmp_path / "run", quiet=True)
     assert set(best["metrics"]) == {"cls", "seg"}
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
-    test = data.Photographs(evaluate.split_records(shared_tree, "test", run.options), 32)
+    test = data.Photographs(evaluate.split_records(run, shared_tree, "test"), 32)
     scores = evaluate.score(run.net, test, run.tasks, torch.device("cpu"))
     assert {t: len(n) for t, n in scores.names.items()} == {"cls": 15, "seg": 6}
 
@@ -145,6 +151,12 @@ def test_schedule_warms_up_and_ends_at_zero():
         trainer.optimizer.step(), trainer.schedule.step()
     assert rates[0] == pytest.approx(TINY.lr / 10) and max(rates) == pytest.approx(TINY.lr)
     assert rates.index(max(rates)) in (9, 10) and rates[-1] < 0.01 * TINY.lr
+
+
+def test_a_run_of_a_single_step():
+    trainer, batch = trainer_and_batch()
+    single = Trainer(trainer.net, trainer.tasks, TINY, 1, torch.device("cpu"))
+    assert math.isfinite(single.step(batch)["cls"])
 
 
 def test_loss_weights():
@@ -194,6 +206,13 @@ def test_unusable_weights(tmp_path, content, message):
         train.read_weights(str(path), "b0")
 
 
+def test_weights_of_another_variant_are_one_line(tmp_path):
+    torch.save(torchvision.models.efficientnet_b1(weights=None).state_dict(), tmp_path / "b1.pth")
+    with pytest.raises(InputError, match="--weights .*b1.pth, --variant b0: not the weights of this EfficientNet") as e:
+        train.fit(replace(TINY, weights=str(tmp_path / "b1.pth")), tmp_path / "run")
+    assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
+
+
 def test_real_data_without_network_starts_from_random_weights_with_a_warning(shared_tree, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
@@ -211,6 +230,9 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
     ("--data /nonexistent", "/nonexistent: no such folder"),
     ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg"),
     ("--size 100", "--size 100: expected a multiple of 32"),
+    ("--size 32", "--size 32: expected at least 64"),
+    ("--seed -1", "--seed -1: expected at least 0"),
+    ("--seed 4294967296", "--seed 4294967296: expected less than"),
     ("--epochs 0", "--epochs 0: expected at least 1"),
     ("--lr nan", "--lr nan: expected at least"),
     ("--chosen 9", "--chosen 9: expected 1 to 8"),
@@ -227,16 +249,17 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
 
 def test_bad_data_stops_the_program_with_status_2(tree):
     next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
-    result = command_line(f"train.py --data {tree} --weights none --size 32")
+    result = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tree.parent, f"--data={tree}", "--weights=none"],
+                            capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ") and ".jpg: not a readable image" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ") and ".jpg: not a readable image" in result.stderr
 
 
 def test_a_task_without_labels_names_those_that_work(tree):
     import shutil
     shutil.rmtree(tree / "B. Disease Grading")
     options = train.settle(train.parse(["--data", str(tree), "--weights", "none"]))[0]
-    with pytest.raises(InputError, match="--tasks cls: no training photograph in .*--tasks seg would work"):
+    with pytest.raises(InputError, match="--tasks cls: found no photograph with its label in .*--tasks seg would work"):
         train.fit(options, tree / "run")
 
 
@@ -252,23 +275,17 @@ def test_the_same_command_can_be_typed_twice(tmp_path):
     assert train.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
 
 
-SMALL_RUN = """
-import sys; sys.path.insert(0, {root!r})
-from pathlib import Path
-import data, train
-data.HERE = Path({home!r}); data.CACHE = data.HERE / "cache"; data.DRAWN = {{"train": (0, 60), "test": (1, 5)}}
-data.command(lambda: train.main("--size 32 --batch 4 --epochs 200 --name stopped".split()))
-"""
-
-
-def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers):
+    """The whole process group hears it, as at a terminal; loader processes must not answer."""
     run = tmp_path / "runs" / "stopped"
     with open(tmp_path / "output", "w") as output:
-        process = subprocess.Popen([sys.executable, "-c", SMALL_RUN.format(root=str(ROOT), home=str(tmp_path))],
-                                   stdout=output, stderr=subprocess.STDOUT)
+        flags = f"--size=64 --batch=4 --epochs=200 --name=stopped --workers={workers}".split()
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, ROOT, tmp_path, *flags], stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
         while not (run / "best.pt").exists() and process.poll() is None:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
     text = (tmp_path / "output").read_text()
     assert "DRAWN" in text.splitlines()[0] and "interrupted; checkpoints are in" in text and "Traceback" not in text
