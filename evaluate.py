@@ -196,21 +196,24 @@ def pick_device(name: str) -> torch.device:
 
 def main() -> None:
     """Score one run on validation or test; metrics.json and predictions.csv are written into the run's folder."""
-    parser = argparse.ArgumentParser(description="Score a run.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Score a run.")
     parser.add_argument("run", type=Path, help="folder made by train.py")
-    parser.add_argument("--split", choices=("val", "test"), default="val", help="test: the official test part")
+    parser.add_argument("--split", choices=("val", "test"), default="val",
+                        help="test: the official test part (default: val, what the run was chosen on)")
     parser.add_argument("--data", help="IDRiD, if it has moved since the run was trained")
-    parser.add_argument("--batch", type=int, default=16, help="photographs at a time")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batch", type=int, help="photographs at a time (default: as in training)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto: the GPU if there is one (default: auto)")
     args = parser.parse_args()
-    if args.batch < 1:
+    if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: expected at least 1")
     run = load_run(args.run, pick_device(args.device))
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
     records = split_records(run, root, args.split)
     photographs = data.Photographs(records, run.options["size"])
-    scores = score(run.net, photographs, run.tasks, pick_device(args.device), args.batch, f"scoring {args.split}")
+    scores = score(run.net, photographs, run.tasks, pick_device(args.device),
+                   args.batch or run.options["batch"], f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
     print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
     metrics = scores.metrics()

@@ -165,7 +165,7 @@ class Router(nn.Module):
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
         k, experts = self.chosen, self.gate.shape[1]
         with torch.autocast(u.device.type, enabled=False):  # which expert wins must not hang on bf16 rounding
-            u = u.float()
+            u = u.to(self.gate.dtype)  # float32
             # h = u W_g ;  s = softplus(u W_n) + 0.01 ;  h~ = h + s * N(0, 1) in training, else h        (eqs. 3, 4)
             clean = u @ self.gate  # (N, E)
             scale = F.softplus(u @ self.noise) + 0.01

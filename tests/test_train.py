@@ -167,10 +167,10 @@ def test_loss_weights():
     learned = LossWeights(chosen, ["uncertainty"])
     with torch.no_grad():
         learned.log_variance["cls"].fill_(math.log(4))
-    assert float(learned(losses)) == pytest.approx(2 / 4 + math.log(4) + 3)
+    assert learned(losses).item() == pytest.approx(2 / 4 + math.log(4) + 3)
     only = learned({"seg": losses["seg"]})  # a task without a labelled row: neither loss nor s
     only.backward()
-    assert float(only) == 3 and learned.log_variance["cls"].grad is None
+    assert only.item() == 3 and learned.log_variance["cls"].grad is None
 
 
 def test_uncertainty_finds_the_loss_as_its_variance():
