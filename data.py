@@ -303,7 +303,7 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
 
     The field of view is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; of a
     mask a pixel is set where at least half of what it covers is. A thumbnail (89, 134, 3) and a vessel map (V, V) tell
-    later which photographs are copies and which show one eye, without a second decoding.
+    later which photographs are copies and which show one eye.
     """
     if record.drawing is not None:
         image, masks = synthetic.draw(synthetic.plan(*record.drawing), size)

@@ -173,6 +173,13 @@ def test_loss_weights():
     assert only.item() == 3 and learned.log_variance["cls"].grad is None
 
 
+def test_uncertainty_weights_learn_with_the_network():
+    trainer, batch = trainer_and_batch(replace(TINY, loss_weights=("uncertainty",)))
+    for _ in range(3):
+        trainer.step(batch)
+    assert all(s.item() != 0 for s in trainer.weigh.log_variance.values())
+
+
 def test_uncertainty_finds_the_loss_as_its_variance():
     """For constant losses the optimum is exp(s_t) = L_t."""
     learned = LossWeights([TASKS["cls"]], ["uncertainty"])
