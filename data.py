@@ -95,10 +95,12 @@ def read_idrid(root: Path, part: str) -> list[Record]:
     without its image, an image without its label, a label that is no grade.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; --data wants the folder into which IDRiD was unzipped ({SOURCE})")
+        raise InputError(f"{root}: {'a file' if root.exists() else 'no such folder'}; --data wants the folder "
+                         f"into which IDRiD was unzipped ({SOURCE})")
     if not any((root / subset).is_dir() for subset in SUBSETS):
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
-        raise InputError(f"{root}: expected the folders {' and '.join(map(repr, SUBSETS))}, found {found}")
+        raise InputError(f"{root}: expected at least one of the folders {' and '.join(map(repr, SUBSETS))}, "
+                         f"found {found}")
     records = []
     if (root / "A. Segmentation").is_dir():
         records += read_segmentation(root / "A. Segmentation", part)

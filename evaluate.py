@@ -107,6 +107,8 @@ def table(metrics: Mapping[str, dict]) -> str:
             lines.append(" " * 6 + "".join(f"{c:>20}" for c in columns))
             lines += [f"   {kind:3}" + "".join(f"{numbers[c.replace('*', kind)]:>20.3f}" for c in columns)
                       for kind in kinds]
+            if values["lesions"] < len(kinds) - 1:
+                lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
         if "confusion" in values:
             lines.append("   truth \\ predicted" + "".join(f"{i:>6}" for i in range(len(values["confusion"]))))
             lines += [f"   {i:>17}" + "".join(f"{n:>6}" for n in row) for i, row in enumerate(values["confusion"])]
@@ -136,6 +138,8 @@ def build_net(options: Mapping) -> tuple[Net, list[Task]]:
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
     """Load a run's chosen checkpoint. InputError: no run folder, no checkpoint in it, not one of ours."""
     path = folder / checkpoint
+    if folder.is_file():
+        raise InputError(f"{folder}: a file; expected the run's folder, {folder.parent}")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a folder made by train.py, such as runs/cls_seg_1")
     try:
@@ -148,7 +152,8 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
     except InputError:
         raise
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        raise InputError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: not a checkpoint of this project "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"])
 
 

@@ -172,14 +172,15 @@ class Lesions(Task):
         """`dice` and `iou` pool the pixels of the split and average the lesions that occur there, never the disc.
 
         Pooled first, because a mean of per-image values rewards a model that finds nothing: an image without a lesion
-        then scores 1. For the same reason a kind that occurs nowhere in the split is left out (`lesions` counts them).
+        then scores 1. For the same reason a kind that occurs nowhere in the split is left out (`lesions` counts the
+        kinds that do occur).
         """
         pooled, single = tally.sum(0), tally
         occurs = pooled[:-1, 2] > 0
         values = {"lesions": int(occurs.sum())}
         for name, score in (("dice", dice), ("iou", iou)):
             values[name] = float(score(pooled)[:-1][occurs].mean()) if occurs.any() else 0.0
-            values[f"{name}_per_image"] = float(score(single)[:, :-1].mean())
+            values[f"{name}_per_image"] = float(score(single)[:, :-1][:, occurs].mean()) if occurs.any() else 0.0
         for name, score in (("dice", dice), ("iou", iou)):
             for i, kind in enumerate(self.classes):
                 values[f"{name}_{kind}"] = float(score(pooled)[i])

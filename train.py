@@ -343,7 +343,8 @@ def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"--weights {weights}: no such file") from None
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        raise InputError(f"--weights {weights}: not a state dict ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--weights {weights}: not a state dict, as torch.save writes it ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0]})") from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it")
     return state

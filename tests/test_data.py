@@ -150,7 +150,9 @@ def damage_text_image(root):
 
 @pytest.mark.parametrize("damage,message", [
     (lambda root: shutil.rmtree(root), r"IDRiD: no such folder; --data wants the folder into which IDRiD was unzipped"),
-    (damage_nothing_there, r"IDRiD: expected the folders 'A. Segmentation' and 'B. Disease Grading', found images"),
+    (lambda root: [shutil.rmtree(root), root.write_text("x")], r"IDRiD: a file; --data wants the folder"),
+    (damage_nothing_there,
+     r"IDRiD: expected at least one of the folders 'A. Segmentation' and 'B. Disease Grading', found images"),
     (damage_csv("IDRiD_002,", "IDRiD_002,7"),
      r"Labels.csv line 3: Retinopathy grade of IDRiD_002 is '7\d', expected a whole number from 0 to 4"),
     (damage_csv("IDRiD_002,", "IDRiD_002,x"), r"line 3: Retinopathy grade of IDRiD_002 is 'x\d'"),

@@ -99,6 +99,11 @@ def test_what_is_no_run_is_one_line(run, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_in_place_of_the_run_names_the_folder(run):
+    with pytest.raises(InputError, match="best.pt: a file; expected the run's folder, .*run"):
+        evaluate.load_run(run / "best.pt", torch.device("cpu"))
+
+
 def test_unknown_task_in_a_checkpoint_is_named(run):
     state = torch.load(run / "best.pt", weights_only=True)
     state["options"]["tasks"] = ["smell"]

@@ -89,6 +89,13 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
     assert m["dice"] == pytest.approx(sum(m[f"dice_{k}"] for k in ("MA", "HE", "EX", "SE")) / 4)  # never the disc
 
 
+def test_a_kind_that_occurs_nowhere_does_not_lift_the_mean():
+    truth, found = torch.zeros(2, 5, 8, 8, dtype=torch.bool), torch.zeros(2, 5, 8, 8)
+    truth[:, 1] = True  # haemorrhages only, and nothing is found
+    m = TASKS["seg"].metrics(TASKS["seg"].tally(found, truth))
+    assert (m["lesions"], m["dice"], m["dice_per_image"], m["dice_HE"], m["dice_MA"]) == (1, 0, 0, 0, 1)
+
+
 def test_lesion_loss_by_hand():
     output = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2).expand(1, 5, 1, 2)
     target = torch.tensor([False, True]).view(1, 1, 1, 2).expand(1, 5, 1, 2)
