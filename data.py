@@ -402,6 +402,7 @@ VESSEL_SIDE = 108  # pixels of a vessel map
 REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
 
 
+@functools.cache
 def low_pass(side: int, sigma: float) -> np.ndarray:
     """Transfer function (side, side / 2 + 1) of a Gaussian blur of `sigma` pixels."""
     square = np.fft.fftfreq(side)[:, None] ** 2 + np.fft.rfftfreq(side) ** 2
@@ -550,11 +551,6 @@ def find_eyes(records: Sequence[Record], size: int, cache: Path | None = None) -
     return join_copies([replace(r, eye=records[k].name) for r, k in zip(records, leaders)], same_photograph)
 
 
-def training_part(root: Path | None, size: int) -> list[Record]:
-    """All records of the training part, copies joined and eyes named: what is split into training and validation."""
-    return find_eyes(read_records(root, "train"), size)
-
-
 # ---- split ----
 
 def folds(records: Sequence[Record], number: int, seed: int) -> list[int]:
@@ -669,7 +665,7 @@ class Batch:
 
 def collate(samples: Sequence[Sample], tasks: Sequence) -> Batch:
     """Stack samples; a task without a labelled photograph has empty `rows` and no target."""
-    rows = {t.name: [i for i, s in enumerate(samples) if getattr(s, t.label) is not None] for t in tasks}
+    rows = {t.name: [i for i, s in enumerate(samples) if t.labelled(s)] for t in tasks}
     targets = {t.name: torch.stack([t.target(samples[i]) for i in rows[t.name]]) for t in tasks if rows[t.name]}
     return Batch(torch.stack([s.image for s in samples]), targets,
                  {name: torch.tensor(r, dtype=torch.int64) for name, r in rows.items()}, [s.name for s in samples])
@@ -688,7 +684,7 @@ class Steps:
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool):
         streams = defaultdict(list)
         for i, record in enumerate(records):
-            labels = tuple(t.name for t in tasks if getattr(record, t.label) is not None)
+            labels = tuple(t.name for t in tasks if t.labelled(record))
             if labels:
                 streams[labels].append(i)
         self.streams = [streams[labels] for labels in sorted(streams)]

@@ -166,13 +166,13 @@ def split_records(run: Run, root: Path | None, part: str) -> list[data.Record]:
     if part == "test":
         records = data.read_records(root, "test")
     else:
-        known = {r.name: r for r in data.training_part(root, run.options["size"])}
+        known = {r.name: r for r in data.find_eyes(data.read_records(root, "train"), run.options["size"])}
         if lost := [name for name in run.validation if name not in known]:
             raise InputError(f"{root or 'drawn photographs'}: {len(lost)} of the {len(run.validation)} photographs on "
                              f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
                              f"was trained on, {run.options['data'] or 'drawn photographs'}")
         records = [known[name] for name in run.validation]
-    records = [r for r in records if any(getattr(r, t.label) is not None for t in run.tasks)]
+    records = [r for r in records if any(t.labelled(r) for t in run.tasks)]
     if not records:
         raise InputError(f"{root}: no photograph of this split has a label for {' '.join(run.options['tasks'])}")
     return records
@@ -212,13 +212,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: expected at least 1")
-    run = load_run(args.run, pick_device(args.device))
+    device = pick_device(args.device)
+    run = load_run(args.run, device)
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
     records = split_records(run, root, args.split)
     photographs = data.Photographs(records, run.options["size"])
-    scores = score(run.net, photographs, run.tasks, pick_device(args.device),
-                   args.batch or run.options["batch"], f"scoring {args.split}")
+    scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
+                   f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
     print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
     metrics = scores.metrics()

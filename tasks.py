@@ -23,6 +23,10 @@ class Task:
     primary: str  # the metric that selects checkpoints, at most 1, higher is better
     weight: float = 1.0  # of its loss in the sum
 
+    def labelled(self, record) -> bool:
+        """Whether a record or sample carries this task's label."""
+        return getattr(record, self.label) is not None
+
     def head(self, encoder: model.Encoder) -> nn.Module:
         """The layer that turns the five maps into this task's raw output."""
         raise NotImplementedError

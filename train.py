@@ -290,17 +290,18 @@ def keep_memory() -> None:
 def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs]:
     """Training and validation photographs. InputError: a task of which nothing is labelled on either side."""
     root = None if options.data is None else Path(options.data)
-    check_labels([data.read_records(root, "train")], tasks, root)  # before anything is decoded
-    parts = data.split(data.training_part(root, options.size), options.seed)
+    records = data.read_records(root, "train")
+    check_labels([records], tasks, root)  # before anything is decoded
+    parts = data.split(data.find_eyes(records, options.size), options.seed)
     check_labels(parts, tasks, root)
-    training, validation = ([r for r in p if any(getattr(r, t.label) is not None for t in tasks)] for p in parts)
+    training, validation = ([r for r in p if any(t.labelled(r) for t in tasks)] for p in parts)
     return data.Photographs(training, options.size), data.Photographs(validation, options.size)
 
 
 def check_labels(parts: Sequence[Sequence[data.Record]], tasks: Sequence[Task], root: Path | None) -> None:
     """InputError: one of the `parts` has no label for one of the tasks; says which tasks would work."""
     def possible(task):
-        return all(any(getattr(r, task.label) is not None for r in part) for part in parts)
+        return all(any(task.labelled(r) for r in part) for part in parts)
 
     for task in tasks:
         if not possible(task):
@@ -363,7 +364,7 @@ def start_from(net: Net, weights: str, variant: str) -> None:
 
 def describe(photographs: data.Photographs, tasks: Sequence[Task]) -> str:
     """How many photographs there are, and how many have a label for each task."""
-    labelled = (f"{t.name} {sum(getattr(r, t.label) is not None for r in photographs.records)}" for t in tasks)
+    labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
     return f"{len(photographs)} photographs ({', '.join(labelled)})"
 
 
