@@ -1,217 +1,50 @@
-"""From files to batches. Read in this order:
+"""From records to batches. Read in this order:
 
-    Record          paths and labels of one photograph (None: not known)
-    read_idrid, drawn_records   -> records of the training or of the test part
     prepare         record -> arrays, once: decoded, cropped to the field of view, reduced; build_cache stores them
-    join_copies, find_eyes      which records are one photograph, which photographs are of one eye
-    split           records -> training, validation; stratified by grade; an eye is never on both sides
+    find_eyes       joins copies of one photograph and names the eye of each, from what the cache holds
     Photographs     cached samples, augmented
-    Steps           which photographs meet in which training step
     collate         samples -> Batch, some of whose photographs have a label and some not
+    Steps           which photographs meet in which training step
+    examine         what a data set holds and what is wrong with it, before anyone trains on it
 
-IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
+    python data.py PATH/TO/IDRiD --pictures findings
 """
 
-import csv
+import argparse
 import functools
 import hashlib
-import io
+import json
 import math
 import os
-import signal
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import eyes
 import synthetic
+from records import DRAWN_SIDE, HERE, POINTS, DataSet, InputError, Record, command, find_data, ignore_ctrl_c, \
+    open_image, read_data
 from synthetic import LESIONS
 
-# S side of the square sample in pixels, L lesion classes (LESIONS), B photographs of a batch, n_t those with label t
+# S side of the square sample in pixels, L lesion classes (LESIONS), P points (POINTS), B photographs of a batch,
+# n_t those with label t, V side of a vessel map
 
-HERE = Path(__file__).parent
 CACHE = HERE / "data" / "cache"
-PREPROCESSING = 3  # part of every cache key: raise it when prepare() changes what it makes
-SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
-
-
-class InputError(ValueError):
-    """A user's mistake. Its text is one line: what, where, what was expected, what to do."""
-
-
-def command(main: Callable[[], None]) -> None:
-    """Run a program's main function: a user's mistake becomes one line on stderr and exit status 2, no traceback."""
-    try:
-        main()
-    except (InputError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def ignore_ctrl_c(*_) -> None:
-    """For helper processes: a terminal sends Ctrl-C to all of them, and only the main process should answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ---- records ----
-
-@dataclass(frozen=True)
-class Record:
-    """What is known of one photograph before it is opened."""
-    name: str  # unique within its part, e.g. "grading/IDRiD_001"
-    image: Path | None  # None: drawn
-    grade: int | None = None  # diabetic retinopathy, 0..4
-    edema: int | None = None  # risk of macular edema, 0..2
-    masks: dict[str, Path] | None = field(default=None, hash=False)  # a kind that is absent: no such lesion
-    eye: str = ""  # photographs with the same eye stay on one side of every split
-    drawing: tuple[int, int] | None = None  # seed and index for synthetic.plan
-
-
-PARTS = {"train": ("a. Training Set", "a. IDRiD_Disease Grading_Training Labels.csv"),
-         "test": ("b. Testing Set", "b. IDRiD_Disease Grading_Testing Labels.csv")}
-MASK_FOLDERS = {"MA": "1. Microaneurysms", "HE": "2. Haemorrhages", "EX": "3. Hard Exudates",
-                "SE": "4. Soft Exudates", "OD": "5. Optic Disc"}
-SUBSETS = {"A. Segmentation": "seg", "B. Disease Grading": "cls, dme"}
-
-
-def read_idrid(root: Path, part: str) -> list[Record]:
-    """Records of the official `part` ("train" or "test") below `root`, in the official layout and names.
-
-    Segmentation or grading may be absent as a whole. InputError: no such folder, neither subset in it, a label
-    without its image, an image without its label, a label that is no grade.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: {'a file' if root.exists() else 'no such folder'}; --data wants the folder "
-                         f"into which IDRiD was unzipped ({SOURCE})")
-    if not any((root / subset).is_dir() for subset in SUBSETS):
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
-        raise InputError(f"{root}: expected at least one of the folders {' and '.join(map(repr, SUBSETS))}, "
-                         f"found {found}")
-    records = []
-    if (root / "A. Segmentation").is_dir():
-        records += read_segmentation(root / "A. Segmentation", part)
-    if (root / "B. Disease Grading").is_dir():
-        records += read_grading(root / "B. Disease Grading", part)
-    return records
-
-
-def missing_subsets(root: Path) -> list[str]:
-    """A sentence for each IDRiD subset that `root` lacks: which tasks cannot be had without it."""
-    return [f"{root} has no '{subset}': nothing to learn {tasks} from"
-            for subset, tasks in SUBSETS.items() if not (root / subset).is_dir()]
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """{name without suffix: path} of the photographs in `folder`, sorted by name."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; the official layout keeps photographs there")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not paths:
-        raise InputError(f"{folder}: holds no .jpg or .png photograph")
-    return {p.stem: p for p in paths}
-
-
-def read_segmentation(root: Path, part: str) -> list[Record]:
-    """Photographs with masks. A mask file that is not there means: no such lesion."""
-    images = list_images(root / "1. Original Images" / PARTS[part][0])
-    masks: dict[str, dict[str, Path]] = {name: {} for name in images}
-    for kind, folder in MASK_FOLDERS.items():
-        folder = root / "2. All Segmentation Groundtruths" / PARTS[part][0] / folder
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; the official layout keeps the {kind} masks there")
-        for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "Thumbs.db"):
-            name = path.stem.removesuffix(f"_{kind}")
-            if path.suffix.lower() not in (".tif", ".tiff", ".png"):
-                raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")
-            if name not in masks:
-                raise InputError(f"{path}: a mask without its photograph {name}.jpg in {root / '1. Original Images'}")
-            masks[name][kind] = path
-    for name, found in masks.items():
-        if not found:  # a photograph without any lesion still has an optic disc
-            raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
-    return [Record(f"segmentation/{name}", images[name], masks=masks[name], eye=f"segmentation/{name}")
-            for name in images]
-
-
-def read_grading(root: Path, part: str) -> list[Record]:
-    """Graded photographs. Column names carry stray spaces and rows empty cells in the official files."""
-    path = root / "2. Groundtruths" / PARTS[part][1]
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the official layout keeps the grades there")
-    images = list_images(root / "1. Original Images" / PARTS[part][0])
-    grades = {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
-    with io.StringIO(text, newline="") as file:
-        rows = csv.DictReader(file)
-        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-        wanted = ("Image name", "Retinopathy grade", "Risk of macular edema")
-        if lacking := [name for name in wanted if name not in rows.fieldnames]:
-            raise InputError(f"{path}: no column {lacking[0]!r}; found {', '.join(filter(None, rows.fieldnames))}")
-        for row in rows:
-            if not (row["Image name"] or "").strip():
-                continue  # the files end in rows of empty cells
-            name, *labels = ((row[key] or "").strip() for key in wanted)
-            where = f"{path} line {rows.line_num}"
-            if name not in images:
-                raise InputError(f"{where}: a grade for {name}, but no {name}.jpg in {root / '1. Original Images'}")
-            if name in grades:
-                raise InputError(f"{where}: a second row for {name}")
-            grades[name] = [whole_number(text, highest, f"{where}: {column} of {name}")
-                            for text, highest, column in zip(labels, (4, 2), wanted[1:])]
-    for name, image in images.items():
-        if name not in grades:
-            raise InputError(f"{image}: a photograph without its row in {path}")
-    return [Record(f"grading/{name}", images[name], *grades[name], eye=f"grading/{name}") for name in images]
-
-
-def whole_number(text: str, highest: int, what: str) -> int:
-    """A label 0..highest from a cell's text."""
-    if text not in map(str, range(highest + 1)):
-        raise InputError(f"{what} is {text!r}, expected a whole number from 0 to {highest}")
-    return int(text)
-
-
-DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
-
-
-def drawn_records(part: str) -> list[Record]:
-    """Records of the drawn photographs of `part`; every label is known."""
-    series, number = DRAWN[part]
-    records = []
-    for i in range(number):
-        eye = synthetic.plan(series, i)
-        records.append(Record(f"drawn/{series}_{i:04d}", None, eye.grade, eye.edema, masks={},
-                              eye=f"drawn/{series}_{i}", drawing=(series, i)))
-    return records
-
-
-def find_data(path: str | None) -> Path | None:
-    """The data set that a command means: `path`, else data/IDRiD where it exists, else None for drawn photographs."""
-    if path is not None:
-        return Path(path)
-    return HERE / "data" / "IDRiD" if (HERE / "data" / "IDRiD").is_dir() else None
-
-
-def read_records(root: Path | None, part: str) -> list[Record]:
-    """Records of `part` from IDRiD at `root`, or drawn ones where `root` is None."""
-    return drawn_records(part) if root is None else read_idrid(root, part)
+PREPROCESSING = 4  # part of every cache key: raise it when prepare() or what it calls changes what it makes
+UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known
 
 
 # ---- prepare: from the file to a square sample ----
@@ -245,14 +78,18 @@ class Sample:
     image: Tensor  # (3, S, S) uint8 RGB
     grade: int | None
     edema: int | None
-    masks: Tensor | None  # (L, S, S) bool
+    category: int | None
+    masks: Tensor | None  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
+    points: Tensor | None  # (P, 2) float32, x and y in pixels of the sample; nan: not known, or out of the picture
     geometry: Geometry
 
 
-def field_of_view(image: Image.Image) -> tuple[float, float, float, float]:
-    """Box (left, top, right, bottom), in pixels, around the lit circle; the whole image where there is none.
+def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
+    """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
 
-    A row or column belongs to it when more than 2 % of its pixels are brighter than a tenth of the bright retina.
+    A row or column belongs to it when more than 2 % of its pixels are brighter than a tenth of the bright retina. It
+    is a circle, perhaps cut off on two sides, if it is large, about as wide as high, fills its box, and leaves the
+    corners of the box dark.
     """
     small = image.copy()
     small.thumbnail((256, 256), Image.BILINEAR)
@@ -260,9 +97,15 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float]:
     lit = brightest > max(12, 0.1 * np.percentile(brightest, 98))
     columns, rows = (np.flatnonzero(lit.mean(axis) > 0.02) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
-        return 0, 0, *image.size
+        return None
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    inside = lit[top:bottom, left:right]
+    corners = inside[[0, 0, -1, -1], [0, -1, 0, -1]]
+    short, long = sorted(inside.shape)
+    if corners.any() or inside.mean() < 0.6 or short < 0.6 * long or long < 0.5 * min(small.size):
+        return None
     zoom_x, zoom_y = image.width / small.width, image.height / small.height
-    return columns[0] * zoom_x, rows[0] * zoom_y, (columns[-1] + 1) * zoom_x, (rows[-1] + 1) * zoom_y
+    return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
 
 
 def read_image(path: Path, enough: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -271,50 +114,49 @@ def read_image(path: Path, enough: int) -> tuple[Image.Image, tuple[int, int]]:
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side keeps `enough` pixels: nine
     tenths of the time saved, and nothing lost as long as the picture is reduced after that.
     """
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            zoom = enough / min(size)
-            image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
-            return image.convert("RGB"), size
-    except Exception as error:  # damaged files provoke all kinds in the decoders
-        raise InputError(f"{path}: not a readable image ({error}); replace the file or remove it and its label")
+    with open_image(path) as image:
+        size = image.size
+        zoom = enough / min(size)
+        image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
+        return image.convert("RGB"), size
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A lesion mask as an image of 0 and 255, of `size` (width, height).
+def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
+    """A lesion mask as an image of 0 and 255, of `size` (width, height), and how it was stored ("P 0 1").
 
     IDRiD's are palette files with the values 0 and 1, which read 0 and 76 once converted to grey; one is RGBA with
     its mask in the first channel. So: palette index or first channel, and set is what exceeds half of the highest
     value. InputError: not readable, not the size of its photograph.
     """
-    try:
-        with Image.open(path) as image:
-            values = np.asarray(image)
-    except Exception as error:  # damaged files provoke all kinds in the decoders
-        raise InputError(f"{path}: not a readable mask ({error}); replace the file")
+    with open_image(path) as image:
+        values, mode = np.asarray(image), image.mode
     if values.shape[1::-1] != size:
         raise InputError(f"{path}: a mask of {values.shape[1]}x{values.shape[0]} for a photograph of "
                          f"{size[0]}x{size[1]}; both must have the same size")
     values = values if values.ndim == 2 else values[..., 0]
-    return Image.fromarray(np.where(values > values.max() / 2, 255, 0).astype(np.uint8))
+    found = np.unique(values).astype(int)
+    stored = f"{mode} {' '.join(map(str, found)) if len(found) < 4 else f'{len(found)} values'}"
+    return Image.fromarray(np.where(values > values.max() / 2, 255, 0).astype(np.uint8)), stored
 
 
 def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
-    """Decode one record into the arrays of its cache file: image (3, S, S), geometry (6,), masks bit-packed or empty.
+    """Decode one record into the arrays of its cache file.
 
-    The field of view is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; of a
-    mask a pixel is set where at least half of what it covers is. A thumbnail (89, 134, 3) and a vessel map (V, V) tell
-    later which photographs are copies and which show one eye.
+    image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and oddities:
+    a thumbnail (89, 134, 3), a vessel map (V, V), how each mask was stored. The field of view is cut out, padded to a
+    square with black, and reduced to `size` pixels with antialiasing; of a mask a pixel is set where at least half of
+    what it covers is. Pictures without a field of view are taken whole.
     """
     if record.drawing is not None:
         image, masks = synthetic.draw(synthetic.plan(*record.drawing), size)
+        scale = size / DRAWN_SIDE
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
-                "geometry": np.array([size, size, 1, 1, 0, 0], np.float64)}
+                "geometry": np.array([DRAWN_SIDE, DRAWN_SIDE, scale, scale, 0, 0], np.float64)}
     # what tells copies, eyes and the field of view must not change with `size`, or the split would
     small, full = read_image(record.image, 512)
     picture = small if size <= 256 else read_image(record.image, 2 * size)[0]
-    share = np.array(field_of_view(small)) / (small.width, small.height, small.width, small.height)
+    field = field_of_view(small)
+    share = np.array(field or (0, 0, *small.size)) / (small.width, small.height, small.width, small.height)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
 
     def place(size):  # of the box on a square canvas: left, top, width, height
@@ -332,30 +174,37 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
     left, top, width, height = place(size)
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
-    masks = np.zeros(0, bool)
+    masks, stored = np.zeros(0, bool), {}
     if record.masks is not None:
         masks = np.zeros((len(LESIONS), size, size), bool)
         for kind, path in record.masks.items():
-            masks[LESIONS.index(kind)] = fit(read_mask(path, full), size, Image.BOX) >= 128
+            if path is not None:
+                mask, stored[kind] = read_mask(path, full)
+                masks[LESIONS.index(kind)] = fit(mask, size, Image.BOX) >= 128
+    side = eyes.VESSEL_SIDE
     return {"image": fit(picture, size, Image.LANCZOS).transpose(2, 0, 1), "masks": np.packbits(masks),
             "geometry": np.array(geometry, np.float64),
             "thumbnail": np.asarray(small.resize((134, 89), Image.BOX)),
-            "vessels": vessel_map(fit(small, 2 * VESSEL_SIDE, Image.LANCZOS))}
+            "vessels": eyes.vessel_map(fit(small, 2 * side, Image.LANCZOS)) if field else
+            np.zeros((side, side), np.uint8),
+            "stored": np.array([f"{kind} {how}" for kind, how in stored.items()], str)}
 
 
 # ---- cache ----
 
 def cache_path(record: Record, size: int, cache: Path) -> Path:
     """File of the cache for this record: its name changes with every input that prepare() reads."""
+    kinds = {kind: path for kind, path in (record.masks or {}).items() if path is not None}
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
         inputs = []
-        for path in (record.image, *(record.masks or {}).values()):
+        for path in (record.image, *kinds.values()):
             status = path.stat()
             inputs.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    key = hashlib.sha256(repr((PREPROCESSING, size, sorted(record.masks or {}), inputs)).encode()).hexdigest()
-    return cache / key[:2] / f"{key[2:34]}.npz"
+    key = repr((PREPROCESSING, size, record.masks is not None, sorted(kinds), inputs))
+    name = hashlib.sha256(key.encode()).hexdigest()
+    return cache / name[:2] / f"{name[2:34]}.npz"
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -366,225 +215,87 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     os.replace(file.name, path)
 
 
-def stored_arrays(paths: Sequence[Path], key: str) -> np.ndarray:
-    """One array of each of several cache files, stacked."""
-    arrays = []
+def read_arrays(paths: Iterable[Path], *keys: str) -> list[list[np.ndarray]]:
+    """For each key the list of that array from each of several cache files."""
+    found = []
     for path in paths:
         with np.load(path) as stored:
-            arrays.append(stored[key])
-    return np.stack(arrays)
+            found.append([stored[key] for key in keys])
+    return [list(arrays) for arrays in zip(*found)] or [[] for _ in keys]
 
 
-def fill_cache(record: Record, size: int, cache: Path) -> None:
-    """Prepare one record and store it."""
-    path = cache_path(record, size, cache)
-    write_arrays(path, **prepare(record, size))
+def fill_cache(record: Record, size: int, cache: Path) -> str:
+    """Prepare one record and store it; -> what is wrong with its files, "" if nothing."""
+    try:
+        write_arrays(cache_path(record, size, cache), **prepare(record, size))
+        return ""
+    except InputError as error:
+        return f"{record.where}: {error}" if record.where else str(error)
 
 
-def build_cache(records: Sequence[Record], size: int, cache: Path) -> None:
-    """Prepare all records that the cache lacks, in parallel. InputError: the first file that cannot be used."""
+def build_cache(records: Sequence[Record], size: int, cache: Path) -> dict[str, str]:
+    """Prepare all records that the cache lacks, in parallel; -> {name: what is wrong} for those that cannot be used."""
     todo = [r for r in records if not cache_path(r, size, cache).exists()]
     if not todo:
-        return
+        return {}
+    verb = "drawing" if todo[0].drawing is not None else "reading"
     with ProcessPoolExecutor(initializer=ignore_ctrl_c) as pool:
         jobs = pool.map(functools.partial(fill_cache, size=size, cache=cache), todo, chunksize=4)
-        verb = "drawing" if todo[0].drawing is not None else "reading"
-        for _ in tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
-                      disable=None):
-            pass
+        problems = list(tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
+                             disable=None))
+    return {r.name: problem for r, problem in zip(todo, problems) if problem}
+
+
+def want_cache(records: Sequence[Record], size: int, cache: Path) -> list[Path]:
+    """Cache files of all records. InputError: the first of them that cannot be used."""
+    for problem in build_cache(records, size, cache).values():
+        raise InputError(problem)
+    return [cache_path(r, size, cache) for r in records]
 
 
 # ---- copies and eyes ----
 
-COPY_RMSE = 2.5  # grey levels between thumbnails: re-encoded copies in IDRiD reach 1.2, the next closest pair 5
-SAME_EYE = 0.45  # vessel score: IDRiD's photographs of one eye reach 0.58 and more, all other pairs at most 0.32
-VESSEL_SIDE = 108  # pixels of a vessel map
-REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
+@dataclass
+class Comparison:
+    """Which of n photographs are copies and which show one eye; indices count the photographs."""
+    copies: np.ndarray  # (c, 2)
+    pairs: np.ndarray  # (p, 2) of different photographs whose vessels are somewhat alike ...
+    scores: np.ndarray  # (p,) ... and how much; see eyes.SAME_EYE
+    sizes: np.ndarray  # (n, 2) width and height in pixels
+
+    def same_eye(self) -> list[list[int]]:
+        """Copies and pairs of one eye."""
+        return self.copies.tolist() + self.pairs[self.scores >= eyes.SAME_EYE].tolist()
 
 
-@functools.cache
-def low_pass(side: int, sigma: float) -> np.ndarray:
-    """Transfer function (side, side / 2 + 1) of a Gaussian blur of `sigma` pixels."""
-    square = np.fft.fftfreq(side)[:, None] ** 2 + np.fft.rfftfreq(side) ** 2
-    return np.exp(-2 * (math.pi * sigma) ** 2 * square)
+def compare(records: Sequence[Record], size: int, cache: Path | None = None) -> Comparison:
+    """Compare all photographs with each other, from what the cache holds of each; done once, and kept there.
 
-
-@functools.cache
-def line_filters(side: int, number: int = 12, sigma: float = 1.6, length: float = 5.0) -> np.ndarray:
-    """Transfer functions (number, side, side / 2 + 1) of dark-line detectors at `number` angles.
-
-    Across the line the second derivative of a Gaussian, along it a Gaussian of `length`.
+    Copies are compared by their thumbnails, vessels of one copy of each. Drawn photographs are of one eye each.
     """
-    y, x = np.fft.fftfreq(side, 1 / side)[:, None], np.fft.fftfreq(side, 1 / side)
-    kernels = []
-    for angle in np.pi * np.arange(number) / number:
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        kernel = (1 - (v / sigma) ** 2) * np.exp(-v ** 2 / (2 * sigma ** 2) - u ** 2 / (2 * length ** 2))
-        kernel -= kernel.mean()
-        kernels.append(np.fft.rfft2(kernel / np.linalg.norm(kernel)))
-    return np.stack(kernels).astype(np.complex64)
-
-
-def vessel_map(picture: np.ndarray) -> np.ndarray:
-    """Where dark lines are: square retina (2 V, 2 V, 3) uint8 -> (V, V) uint8; 0 outside the retina, else 1..255.
-
-    The best line response of all angles, less their mean: dust and lesions respond to every angle alike, vessels to
-    one. The rim of the field, where the camera's border would look like a line, is left out.
-    """
-    side = len(picture)
-    padded = side + 40  # so that nothing wraps around
-
-    def convolve(layer, transfer):
-        spectrum = np.fft.rfft2(layer, s=(padded, padded)) * transfer
-        return np.fft.irfft2(spectrum, s=(padded, padded))[..., :side, :side].astype(np.float32)
-
-    green, brightest = picture[..., 1].astype(np.float32), picture.max(2)
-    lit = (brightest > max(12, 0.12 * np.percentile(brightest, 98))).astype(np.float32)
-
-    def local_mean(layer, sigma):  # over the lit pixels around
-        blur = low_pass(padded, sigma)
-        return convolve(layer * lit, blur) / np.maximum(convolve(lit, blur), 1e-3)
-
-    mean = local_mean(green, 8)
-    contrast = np.sqrt(np.maximum(local_mean((green - mean) ** 2, 12), 0)) + 1
-    responses = convolve(np.clip((mean - green) / contrast, -4, 4) * lit, line_filters(padded))
-    lines = np.maximum(responses.max(0) - np.abs(responses).mean(0), 0)
-    inside = convolve(lit, low_pass(padded, 4)) > 0.98
-    if not inside.any():
-        return np.zeros((side // 2, side // 2), np.uint8)
-    lines = np.minimum(lines, np.percentile(lines[inside], 98)) * inside
-    lines = lines.reshape(side // 2, 2, side // 2, 2).mean((1, 3))
-    inside = inside.reshape(side // 2, 2, side // 2, 2).all((1, 3))
-    return np.where(inside, 1 + 254 * lines / max(lines.max(), 1e-6), 0).astype(np.uint8)
-
-
-@torch.inference_mode()
-def vessel_scores(maps: np.ndarray) -> np.ndarray:
-    """Same-eye scores (n, n), upper triangle, of vessel maps (n, V, V): the highest correlation over all shifts.
-
-    One product of spectra gives the correlation at every shift (Lewis 1995, "Fast normalized cross-correlation"); it
-    is divided by how many pixels overlap there, never by less than 40 % of the field.
-    """
-    v = torch.from_numpy(maps).float()
-    inside = (v > 0).float()
-    pixels = inside.sum((1, 2), keepdim=True).clamp(min=1)
-    v = (v - v.sum((1, 2), keepdim=True) / pixels) * inside
-    v = v / (v.square().sum((1, 2), keepdim=True) / pixels).sqrt().clamp(min=1e-6)  # mean 0, variance 1 inside
-    reach = round(REACH * maps.shape[1])
-    side = (maps.shape[1] + reach + 1,) * 2
-    spectra = torch.fft.rfft2(v, s=side)
-    field = torch.fft.rfft2((inside.mean(0) > 0.5).float(), s=side)
-    overlap = torch.fft.irfft2(field.conj() * field, s=side)
-    allowed = torch.zeros(side)
-    shifts = torch.arange(-reach, reach + 1)
-    allowed[shifts[:, None], shifts] = 1
-    per_pixel = allowed / overlap.clamp(min=0.4 * float(overlap[0, 0]))
-    scores = torch.zeros(len(v), len(v))
-    for i in tqdm(range(len(v) - 1), desc="comparing vessels, once", leave=False, disable=None):
-        for j in range(i + 1, len(v), 128):
-            correlation = torch.fft.irfft2(spectra[i].conj() * spectra[j:j + 128], s=side)
-            scores[i, j:j + 128] = (correlation * per_pixel).flatten(1).amax(1)
-    return scores.numpy()
-
-
-def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
-    """For each of `number` items the lowest item that it is connected with through `pairs`."""
-    leader = list(range(number))
-
-    def find(i):
-        while leader[i] != i:
-            i = leader[i]
-        return i
-
-    for a, b in pairs:
-        a, b = sorted((find(a), find(b)))
-        leader[b] = a
-    return [find(i) for i in range(number)]
-
-
-def copies(thumbnails: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of thumbnails (n, h, w, 3) that show one photograph: root mean square difference at most COPY_RMSE."""
-    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
-    norms = (flat ** 2).sum(1)
-    distances = np.maximum(norms[:, None] + norms - 2 * flat @ flat.T, 0) / flat.shape[1]
-    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(distances <= COPY_RMSE ** 2, 1))]
-
-
-def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[Record]:
-    """Make one record of all copies of a photograph, with the labels of all of them.
-
-    The image is that of the copy with masks, since masks are drawn on its pixels. Where copies carry different grades
-    the higher one stays: the same photograph was graded twice, and missing disease is the worse mistake.
-    """
-    groups = defaultdict(list)
-    for record, leader in zip(records, connected(pairs, len(records))):
-        groups[leader].append(record)
-
-    def highest(labels):
-        return max((label for label in labels if label is not None), default=None)
-
-    joined = []
-    for group in groups.values():
-        first = next((r for r in group if r.masks is not None), group[0])
-        joined.append(replace(first, grade=highest(r.grade for r in group), edema=highest(r.edema for r in group)))
-    return joined
-
-
-def find_eyes(records: Sequence[Record], size: int, cache: Path | None = None) -> list[Record]:
-    """Join copies and name the eye of every photograph, from what the cache holds of each (built here if need be).
-
-    Photographs of one eye are connected through their vessels. Drawn photographs are of one eye each.
-    """
+    number = len(records)
     if all(r.drawing is not None for r in records):
-        return list(records)
+        return Comparison(np.zeros((0, 2), int), np.zeros((0, 2), int), np.zeros(0), np.full((number, 2), DRAWN_SIDE))
     cache = cache or CACHE
-    build_cache(records, size, cache)
-    paths = [cache_path(r, size, cache) for r in records]
-    key = hashlib.sha256(repr((SAME_EYE, COPY_RMSE, REACH, [p.name for p in paths])).encode()).hexdigest()
+    paths = want_cache(records, size, cache)
+    settings = eyes.COPY_RMSE, eyes.SCREEN, eyes.REACH, eyes.COARSE_VIEWS, eyes.FINE_VIEWS
+    key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
     stored = cache / f"eyes_{key[:32]}.npz"
     if not stored.exists():
-        write_arrays(stored, copies=np.array(copies(stored_arrays(paths, "thumbnail")), int).reshape(-1, 2),
-                     eyes=np.argwhere(vessel_scores(stored_arrays(paths, "vessels")) >= SAME_EYE))
-    with np.load(stored) as pairs:
-        same_photograph, same_eye = pairs["copies"].tolist(), pairs["eyes"].tolist()
-    leaders = connected(same_photograph + same_eye, len(records))
-    return join_copies([replace(r, eye=records[k].name) for r, k in zip(records, leaders)], same_photograph)
+        thumbnails, vessels, geometry = read_arrays(paths, "thumbnail", "vessels", "geometry")
+        copies = np.array(eyes.copies(np.stack(thumbnails)), int).reshape(-1, 2)
+        different = np.unique(eyes.connected(copies.tolist(), number))
+        pairs, scores = eyes.same_eye_scores(np.stack(vessels)[different])
+        write_arrays(stored, copies=copies, pairs=different[pairs], scores=scores,
+                     sizes=np.stack(geometry)[:, :2].astype(int))
+    with np.load(stored) as arrays:
+        return Comparison(**arrays)
 
 
-# ---- split ----
-
-def folds(records: Sequence[Record], number: int, seed: int) -> list[int]:
-    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each grade and of the masks.
-
-    Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, those with most photographs first; each
-    goes where it leaves the counts of its strata most even.
-    """
-    strata = [(r.grade, r.masks is not None) for r in records]
-    total = Counter(strata)
-    eyes = defaultdict(list)
-    for i, record in enumerate(records):
-        eyes[record.eye].append(i)
-    groups = [eyes[eye] for eye in sorted(eyes)]
-    order = np.random.default_rng(seed).permutation(len(groups))
-    counts = [Counter() for _ in range(number)]
-    fold = [0] * len(records)
-    for g in sorted(order, key=lambda g: -len(groups[g])):
-        members = Counter(strata[i] for i in groups[g])
-
-        def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
-            return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
-
-        best = min(range(number), key=crowded)
-        counts[best].update(members)
-        for i in groups[g]:
-            fold[i] = best
-    return fold
-
-
-def split(records: Sequence[Record], seed: int, number: int = 5) -> tuple[list[Record], list[Record]]:
-    """Cut a validation split, one of `number` folds, from the training part: -> training, validation."""
-    fold = folds(records, number, seed)
-    return [r for r, f in zip(records, fold) if f != 0], [r for r, f in zip(records, fold) if f == 0]
+def find_eyes(records: Sequence[Record], size: int) -> tuple[list[Record], list[eyes.Conflict]]:
+    """Join the copies of each photograph and name the eye of each; -> records, conflicts between labels of copies."""
+    found = compare(records, size)
+    return eyes.join_copies(eyes.name_eyes(records, found.same_eye()), found.copies.tolist(), found.sizes.tolist())
 
 
 # ---- samples ----
@@ -598,9 +309,7 @@ class Photographs(torch.utils.data.Dataset):
 
     def __init__(self, records: Sequence[Record], size: int, cache: Path | None = None):
         self.records, self.size = list(records), size
-        cache = cache or CACHE
-        build_cache(self.records, size, cache)
-        self.paths = [cache_path(r, size, cache) for r in records]
+        self.paths = want_cache(self.records, size, cache or CACHE)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -610,13 +319,18 @@ class Photographs(torch.utils.data.Dataset):
         record, size = self.records[i], self.size
         with np.load(self.paths[i]) as stored:
             image, packed, geometry = (stored[key] for key in ("image", "masks", "geometry"))
-        masks = None
+        width, height, *affine = geometry.tolist()
+        geometry = Geometry(int(width), int(height), *affine)
+        masks = points = None
         if record.masks is not None:
             bits = np.unpackbits(packed, count=len(LESIONS) * size * size)
-            masks = torch.from_numpy(bits.reshape(len(LESIONS), size, size)).bool()
-        width, height, *affine = geometry.tolist()
-        sample = Sample(record.name, torch.from_numpy(image), record.grade, record.edema, masks,
-                        Geometry(int(width), int(height), *affine))
+            masks = torch.from_numpy(bits.reshape(len(LESIONS), size, size))
+            masks[[kind not in record.masks for kind in LESIONS]] = UNKNOWN
+        if record.points is not None:
+            there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
+            points = torch.from_numpy(geometry.to_sample(there)).float()
+        sample = Sample(record.name, torch.from_numpy(image), record.grade, record.edema, record.category, masks,
+                        points, geometry)
         return sample if draw is None else augment(sample, draw)
 
 
@@ -632,13 +346,27 @@ AUGMENT = v2.Compose([
 
 
 def augment(sample: Sample, draw: int) -> Sample:
-    """Flip, turn, scale, shift, recolour and blur a sample, image and masks alike, as the seed `draw` says."""
+    """Flip, turn, scale, shift, recolour and blur a sample as the seed `draw` says; masks and points go along.
+
+    A point that leaves the picture is not known any more.
+    """
+    size = sample.image.shape[-1]
+    parts = {"image": tv_tensors.Image(sample.image)}
+    if sample.masks is not None:
+        parts["masks"] = tv_tensors.Mask(sample.masks)
+    if sample.points is not None:  # as boxes without extent: tv_tensors.KeyPoints end up to 0.3 pixels off
+        parts["points"] = tv_tensors.BoundingBoxes(sample.points.repeat(1, 2), format="XYXY", canvas_size=(size, size),
+                                                   clamping_mode=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw)
-        if sample.masks is None:
-            return replace(sample, image=AUGMENT(tv_tensors.Image(sample.image)).as_subclass(Tensor))
-        image, masks = AUGMENT(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.masks))
-    return replace(sample, image=image.as_subclass(Tensor), masks=masks.as_subclass(Tensor))
+        parts = {name: x.as_subclass(Tensor) for name, x in AUGMENT(parts).items()}
+    if sample.masks is not None:  # the border that has moved in is as unknown as the rest
+        parts["masks"][(sample.masks == UNKNOWN).all((1, 2))] = UNKNOWN
+    if sample.points is not None:
+        points = parts["points"][:, :2]
+        outside = ((points < 0) | (points > size)).any(1, keepdim=True)
+        parts["points"] = points.masked_fill(outside, math.nan)
+    return replace(sample, **parts)
 
 
 # ---- batches ----
@@ -715,3 +443,275 @@ class Steps:
     def range(self, start: int, stop: int) -> Iterator[list[tuple[int, int | None]]]:
         """Steps start..stop-1."""
         return (self.step(number) for number in range(start, stop))
+
+
+# ---- examination: what is in a data set, before anyone trains on it ----
+
+LABELS = {"grade": "cls", "edema": "dme", "category": "cls", "masks": "seg", "points": "loc"}  # and their tasks
+EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
+
+
+@dataclass
+class Examined:
+    """What `page` and `contact_sheets` need."""
+    report: dict  # plain types, for --json
+    records: list[Record]  # those that can be read, before copies are joined
+    found: Comparison
+    odd: list[tuple[Record, str]]  # masks that are stored unlike most
+
+
+def labelled(records: Iterable[Record]) -> dict[str, int]:
+    """How many records carry each label that occurs at all."""
+    return {label: n for label in LABELS if (n := sum(getattr(r, label) is not None for r in records))}
+
+
+def class_shares(records: Sequence[Record], classes: Sequence[str]) -> dict[str, dict]:
+    """For each label of the whole photograph: how often each value occurs, and what a constant guess scores."""
+    shares = {}
+    for label in ("grade", "edema", "category"):
+        counts = Counter(v for r in records if (v := getattr(r, label)) is not None)
+        if counts:
+            value, number = max(counts.items(), key=lambda item: (item[1], -item[0]))
+            names = {v: classes[v] if label == "category" else str(v) for v in sorted(counts)}
+            shares[label] = {"counts": {names[v]: counts[v] for v in names}, "constant_guess": names[value],
+                             "constant_accuracy": round(number / counts.total(), 4)}
+    return shares
+
+
+def overview(records: Sequence[Record], classes: Sequence[str]) -> dict:
+    """Photographs by subset, labels, classes and masks of some records."""
+    masks = {kind: {"masks": sum(bool((r.masks or {}).get(kind)) for r in records),
+                    "none": sum(kind in (r.masks or {}) and r.masks[kind] is None for r in records)}
+             for kind in LESIONS} if any(r.masks is not None and r.image for r in records) else {}
+    return {"photographs": len(records), "subsets": dict(Counter(r.name.removeprefix("test/").rpartition("/")[0]
+                                                                 for r in records)),
+            "labels": labelled(records), "classes": class_shares(records, classes), "masks": masks}
+
+
+def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined:
+    """Look at a data set as training would: counts, files, copies, eyes, leaks, conflicts, the split.
+
+    InputError: nothing in it can be read.
+    """
+    size = EXAMINED_SIZE
+    problems = build_cache(data_set.records, size, CACHE)
+    records = [r for r in data_set.records if r.name not in problems]
+    if not records:
+        raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
+                         f"{next(iter(problems.values()))}")
+    found = compare(records, size)
+    joined, conflicts = find_eyes(records, size)
+    split = eyes.split(joined, fold)
+    stored, without_field = [], []
+    if root is not None:
+        paths = [cache_path(r, size, CACHE) for r in records]
+        formats, vessels = read_arrays(paths, "stored", "vessels")
+        stored = [(r, str(mask)) for r, masks in zip(records, formats) for mask in masks]
+        without_field = [r.name for r, v in zip(records, vessels) if not v.any()]
+    forms = Counter(mask.partition(" ")[2] for _, mask in stored)
+    odd = [(r, mask) for r, mask in stored if mask.partition(" ")[2] != forms.most_common(1)[0][0]]
+    same = found.scores >= eyes.SAME_EYE
+    groups = defaultdict(list)
+    for r in joined:
+        groups[r.eye].append(r.name)
+    trained = {r.eye for r in joined if r.part != "test"}
+
+    def pairs(which):
+        order = np.argsort(-found.scores, kind="stable")
+        return [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
+                for k in order if which[k]]
+
+    parts = [part for part in ("train", "val", "test") if any(r.part == part for r in data_set.records)]
+    report = {
+        "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
+        "parts": {p: overview([r for r in data_set.records if r.part == p], data_set.classes) for p in parts},
+        "unreadable": problems,
+        "sizes": dict(Counter(f"{w}x{h}" for w, h in found.sizes.tolist()).most_common()),
+        "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
+        "without_field_of_view": without_field,
+        "copies": [[records[i].name, records[j].name] for i, j in found.copies],
+        "same_eye": {"threshold": eyes.SAME_EYE, "pairs": pairs(same), "closest_below": pairs(~same)[:12],
+                     "photographs": len(joined), "eyes": len(groups),
+                     "groups": [names for names in groups.values() if len(names) > 1]},
+        "conflicts": [{"label": c.label, "photographs": list(c.names), "values": list(c.values), "used": c.used}
+                      for c in conflicts],
+        "leaks": {"training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
+                  "test_labels": labelled([r for r in split.test if r.eye in trained])},
+        "split": {"fold": fold, "training": overview(split.training, data_set.classes),
+                  "validation": overview(split.validation, data_set.classes)}}
+    return Examined(report, records, found, odd)
+
+
+def page(report: Mapping) -> str:
+    """A report as text for the screen."""
+    lines = [f"{report['data']}", *report["notes"], ""]
+
+    def listed(title, items, most=12):
+        lines.append(f"{title}: {len(items)}")
+        lines.extend(f"    {item}" for item in items[:most])
+        if len(items) > most:
+            lines.append(f"    ... and {len(items) - most} more (--json lists all)")
+
+    def show(title, part):
+        subsets = ", ".join(f"{name} {n}" for name, n in part["subsets"].items()) if len(part["subsets"]) < 13 else ""
+        labels = ", ".join(f"{name} {n} ({LABELS[name]})" for name, n in part["labels"].items()) or "none"
+        lines.append(f"{title}: {part['photographs']} photographs ({subsets}); labelled: {labels}")
+        for label, shares in part["classes"].items():
+            counts, total = shares["counts"], sum(shares["counts"].values())
+            lines.append(f"    {label:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in counts.items()) +
+                         f"   always {shares['constant_guess']}: accuracy {shares['constant_accuracy']:.3f}")
+        if part["masks"]:
+            lines.append("    masks    " + "  ".join(
+                f"{kind}: {n['masks']}" + (f" (+ {n['none']} without)" if n["none"] else "")
+                for kind, n in part["masks"].items()))
+
+    for part, counts in report["parts"].items():
+        show(part, counts)
+    lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
+    if report["mask_formats"]:
+        lines.append("masks are stored as: " + ", ".join(f"{form} ({n})" for form, n in report["mask_formats"].items()))
+    listed("masks stored unlike the others", report["odd_masks"])
+    listed("unreadable files", list(report["unreadable"].values()))
+    listed("photographs without a round field of view (taken whole, not compared by vessels)",
+           report["without_field_of_view"], 3)
+    same = report["same_eye"]
+    lines.append("")
+    listed("copies: pairs of files that show one photograph", [" = ".join(pair) for pair in report["copies"]], 4)
+    listed(f"other pairs that show one eye (score {same['threshold']} and up)",
+           [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
+    if same["closest_below"]:
+        lines.append(f"    closest below: {same['closest_below'][0]['score']:.2f}  "
+                     f"{' / '.join(same['closest_below'][0]['photographs'])}")
+    lines.append(f"together: {same['photographs']} photographs of {same['eyes']} eyes")
+    listed("labels that contradict each other", [
+        f"{c['label']} {' or '.join(map(str, c['values']))} of {' = '.join(c['photographs'])}; training uses "
+        f"{c['used']}" for c in report["conflicts"]])
+
+    def counted(labels):
+        return ", ".join(f"{LABELS[label]} ({label}) {n}" for label, n in labels.items()) or "none"
+
+    if "test" in report["parts"]:
+        lines += ["", f"leaks: training photographs of an eye in the test part: {len(report['leaks']['training'])}; by "
+                  f"task: {counted(report['leaks']['training_labels'])}",
+                  f"    test photographs of an eye in the training part, by task: "
+                  f"{counted(report['leaks']['test_labels'])}",
+                  "    train.py leaves those training photographs out, unless --keep-leaks"]
+    lines += ["", f"the split of train.py, fold {report['split']['fold']}, copies joined:"]
+    show("  training", report["split"]["training"])
+    show("  validation", report["split"]["validation"])
+    return "\n".join(lines)
+
+
+# ---- contact sheets ----
+
+TILE, CAPTION = 176, 30  # pixels: side of a picture, height of the text below
+
+
+def picture(record: Record) -> Image.Image:
+    """The cached sample of a record as a small picture."""
+    with np.load(cache_path(record, EXAMINED_SIZE, CACHE)) as stored:
+        image = Image.fromarray(stored["image"].transpose(1, 2, 0))
+    return image.resize((TILE, TILE), Image.LANCZOS)
+
+
+def labelled_picture(record: Record) -> Image.Image:
+    """With its masks outlined and its points marked, as they lie in the sample."""
+    sample = Photographs([record], EXAMINED_SIZE)[0, None]
+    image = sample.image.clone()
+    if sample.masks is not None:
+        for mask, colour in zip((sample.masks == 1).float()[:, None], ((0, 114, 178), (213, 94, 0), (0, 158, 115),
+                                                                       (204, 121, 167), (240, 228, 66))):
+            inner = -torch.nn.functional.max_pool2d(-mask, 3, 1, 1)
+            image = torch.where(mask > inner, torch.tensor(colour, dtype=torch.uint8)[:, None, None], image)
+    drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(drawn)
+    for x, y in [] if sample.points is None else sample.points.nan_to_num(-99).tolist():
+        for colour, width in (("black", 5), ("white", 2)):
+            pen.line((x - 9, y, x + 9, y), colour, width), pen.line((x, y - 9, x, y + 9), colour, width)
+    return drawn.resize((TILE, TILE), Image.LANCZOS)
+
+
+def contact_sheet(path: Path, groups: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], most: int = 48) -> None:
+    """Write groups of pictures that belong together, each with a caption and each picture with its name."""
+    font = ImageFont.load_default(12)
+    wide = max(len(pictures) for _, pictures in groups[:most])
+    tiles = []
+    for caption, pictures in groups[:most]:
+        tile = Image.new("RGB", (wide * TILE, TILE + CAPTION + 4), "white")
+        pen = ImageDraw.Draw(tile)
+        for k, (name, image) in enumerate(pictures):
+            tile.paste(image, (k * TILE, 0))
+            pen.text((k * TILE + 3, TILE + 1), name[-28:], "black", font)
+        pen.text((3, TILE + 15), caption, "black", font)
+        tiles.append(v2.functional.pil_to_tensor(tile) / 255)
+    save_image(make_grid(tiles, nrow=max(1, 6 // wide), padding=6, pad_value=0.8), path)
+
+
+def contact_sheets(examined: Examined, folder: Path) -> list[str]:
+    """One sheet for each kind of finding, in `folder`; -> their names and what they show."""
+    records, found, report = examined.records, examined.found, examined.report
+    by_name = {r.name: r for r in records}
+
+    def shown(*names):
+        return [(name, picture(by_name[name])) for name in names]
+
+    same = report["same_eye"]
+    groups = defaultdict(list)
+    for i, leader in enumerate(eyes.connected(found.same_eye(), len(records))):
+        groups[leader].append(records[i])
+    leaks = [next((a.name, b.name) for a in group if a.part == "test" for b in group if b.part != "test")
+             for group in groups.values() if {"test"} < {r.part for r in group}]
+    graded = defaultdict(list)
+    for r in records:
+        graded[r.grade, r.category, r.masks is not None].append(r)
+    sheets = {
+        "labels": ("labels as they lie on the photographs", [
+            (", ".join(f"{k} {v}" for k in ("grade", "edema") if (v := getattr(r, k)) is not None),
+             [(r.name, labelled_picture(r))]) for rs in graded.values() for r in rs[:6]]),
+        "copies": ("files that show one photograph", [("", shown(*pair)) for pair in report["copies"]]),
+        "same_eye": ("photographs of one eye", [(f"score {p['score']:.2f}", shown(*p["photographs"]))
+                                                for p in same["pairs"]]),
+        "just_below": ("pairs closest below the threshold", [(f"score {p['score']:.2f}", shown(*p["photographs"]))
+                                                             for p in same["closest_below"]]),
+        "conflicts": ("one photograph, different labels", [
+            (f"{c['label']} {' or '.join(map(str, c['values']))}", shown(*c["photographs"]))
+            for c in report["conflicts"]]),
+        "leaks": ("an eye of the test part in the training part", [("", shown(*pair)) for pair in leaks]),
+        "odd_masks": ("masks stored unlike the others", [(mask, [(r.name, labelled_picture(r))])
+                                                         for r, mask in examined.odd]),
+        "no_field": ("no round field of view found", [("", shown(name)) for name in report["without_field_of_view"]])}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, (title, groups_) in sheets.items():
+        if groups_:
+            contact_sheet(folder / f"{name}.png", groups_)
+            lines.append(f"{folder / name}.png: {title} ({min(len(groups_), 48)} of {len(groups_)})")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """python data.py PATH: examine a data set. Nothing on disk changes but the cache."""
+    parser = argparse.ArgumentParser(description="Examine a data set before training on it.")
+    parser.add_argument("data", nargs="?", help="IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it "
+                                                "(default: data/IDRiD if it exists, else drawn photographs)")
+    parser.add_argument("--fold", default="1/5", help="show the split with this fold for validation (default: 1/5)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER",
+                        help="write a contact sheet for each kind of finding")
+    args = parser.parse_args(argv)
+    eyes.read_fold(args.fold)
+    if args.pictures is not None and args.pictures.exists() and not args.pictures.is_dir():
+        raise InputError(f"--pictures {args.pictures}: a file; expected a folder, which may be new")
+    root = find_data(args.data)
+    examined = examine(read_data(root), root, args.fold)
+    print(json.dumps(examined.report, indent=1) if args.json else page(examined.report))
+    if args.pictures is not None:
+        lines = contact_sheets(examined, args.pictures)
+        print("\n".join(["", *lines]), file=sys.stderr if args.json else sys.stdout)
+    if problems := examined.report["unreadable"]:
+        raise InputError(f"{root}: {len(problems)} of its photographs cannot be used, see above; train.py would refuse "
+                         "them: replace the files, or remove them and their labels")
+
+
+if __name__ == "__main__":
+    command(main)

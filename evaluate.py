@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import InputError
+import eyes
 from model import Net, NetConfig, Routing
-from tasks import TASKS, Task
+from records import InputError, Record, command, find_data, ignore_ctrl_c, read_data
+from tasks import TASKS, Task, make_tasks
 
 # n photographs with the label, E experts
 
@@ -33,6 +34,7 @@ from tasks import TASKS, Task
 @dataclass
 class Scores:
     """What one pass over a split leaves."""
+    tasks: list[Task]
     names: dict[str, list[str]]  # task -> its labelled photographs
     tallies: dict[str, Tensor]  # task -> (n, ...), see Task.tally
     losses: dict[str, float]  # task -> mean loss
@@ -40,8 +42,8 @@ class Scores:
 
     def metrics(self) -> dict[str, dict]:
         """{task: {metric: value}}, each over all photographs of the split."""
-        return {t: {"photographs": len(x), "loss": self.losses[t], **TASKS[t].metrics(x)}
-                for t, x in self.tallies.items()}
+        return {t.name: {"photographs": len(self.tallies[t.name]), "loss": self.losses[t.name],
+                         **t.metrics(self.tallies[t.name])} for t in self.tasks if t.name in self.tallies}
 
 
 def expert_usage(routing: Routing) -> Tensor:
@@ -53,7 +55,7 @@ def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device
            workers: int = 0) -> DataLoader:
     """Batches of `photographs`; `batches` are lists of its indices."""
     return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(data.collate, tasks=tasks),
-                      num_workers=workers, worker_init_fn=data.ignore_ctrl_c, pin_memory=device.type == "cuda")
+                      num_workers=workers, worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
 
 
 @torch.inference_mode()
@@ -63,7 +65,7 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
     net.eval()
     batches = [[(i, None) for i in range(start, min(start + batch, len(photographs)))]
                for start in range(0, len(photographs), batch)]
-    scores = Scores({}, {}, {}, {})
+    scores = Scores(list(tasks), {}, {}, {}, {})
     tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
     bar = tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
                disable=None if progress else True, unit="batch")  # None: no bar where there is no terminal
@@ -88,30 +90,35 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
     return scores
 
 
-def primary_score(metrics: Mapping[str, dict]) -> float:
+def primary_score(metrics: Mapping[str, dict], tasks: Sequence[Task]) -> float:
     """What checkpoints are chosen by: the mean over tasks of each task's primary metric."""
-    return sum(m[TASKS[t].primary] for t, m in metrics.items()) / len(metrics)
+    return sum(metrics[t.name][t.primary] for t in tasks if t.name in metrics) / len(metrics)
 
 
-def table(metrics: Mapping[str, dict]) -> str:
-    """Metrics as lines of text; per task, the primary metric first."""
+def table(metrics: Mapping[str, dict], tasks: Sequence[Task]) -> str:
+    """Metrics as lines of text; per task, the primary metric first, then what there is for each kind or class."""
     lines = []
-    for task, values in metrics.items():
+    for task in (t for t in tasks if t.name in metrics):
+        values = metrics[task.name]
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
-        primary = TASKS[task].primary
-        lines.append(f"{task}   {values['photographs']} photographs   {primary} {numbers[primary]:.3f}   " + "   ".join(
-            f"{k} {v:.3f}" for k, v in numbers.items() if k != primary and not any(c.isupper() for c in k)))
-        kinds = getattr(TASKS[task], "classes", ())
-        if isinstance(kinds, tuple):
-            columns = [k.replace(kinds[0], "*") for k in numbers if kinds[0] in k]
-            lines.append(" " * 6 + "".join(f"{c:>20}" for c in columns))
-            lines += [f"   {kind:3}" + "".join(f"{numbers[c.replace('*', kind)]:>20.3f}" for c in columns)
-                      for kind in kinds]
-            if values["lesions"] < len(kinds) - 1:
-                lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
-        if "confusion" in values:
-            lines.append("   truth \\ predicted" + "".join(f"{i:>6}" for i in range(len(values["confusion"]))))
-            lines += [f"   {i:>17}" + "".join(f"{n:>6}" for n in row) for i, row in enumerate(values["confusion"])]
+        kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
+        columns = list(dict.fromkeys(k.replace(kind, "*") for k in numbers for kind in kinds if kind in k))
+        rest = [f"{k} {v:.3f}" for k, v in numbers.items() if k != task.primary and not any(x in k for x in kinds)]
+        lines.append(f"{task.name}   {values['photographs']} photographs   {task.primary} {numbers[task.primary]:.3f}"
+                     "   " + "   ".join(rest))
+        if columns:
+            lines.append(" " * 9 + "".join(f"{c:>20}" for c in columns))
+            for kind in kinds:
+                cells = (numbers.get(c.replace("*", kind)) for c in columns)
+                lines.append(f"   {kind:6}" + "".join(f"{'-' if v is None else format(v, '.3f'):>20}" for v in cells))
+        if values.get("lesions", 4) < 4:
+            lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
+        if len(values.get("confusion", range(99))) <= 12:
+            names = [n[:12] for n in getattr(task, "names", map(str, range(task.classes)))]
+            width = max(6, *(len(n) + 2 for n in names))
+            lines.append("   truth \\ predicted" + "".join(f"{n:>{width}}" for n in names))
+            lines += [f"   {n:>17}" + "".join(f"{c:>{width}}" for c in row)
+                      for n, row in zip(names, values["confusion"])]
     return "\n".join(lines)
 
 
@@ -130,7 +137,7 @@ class Run:
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:
     """The network that `options` (of a command line or a checkpoint) describe, with fresh weights."""
-    tasks = [TASKS[t] for t in options["tasks"]]
+    tasks = make_tasks(options["tasks"], options["classes"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
     return Net(config, tasks).to(memory_format=torch.channels_last), tasks
 
@@ -157,16 +164,23 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"])
 
 
-def split_records(run: Run, root: Path | None, part: str) -> list[data.Record]:
+def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
     """Records of the test part, or of the validation split ("val") that `run` was chosen on.
 
     The validation split goes by the names that the run stored, not by cutting again: a file more or less below `root`
-    would move the cut. InputError: one of them is not below `root`, or none has a label for the run's tasks.
+    would move the cut. InputError: one of them is not below `root`, or none has a label for the run's tasks, or the
+    data set has other classes than the run.
     """
+    found = read_data(root)
+    if list(found.classes) != run.options["classes"]:
+        here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
+        raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
+                         f"{there}; expected the same")
+    records, _ = data.find_eyes(found.records, run.options["size"])
     if part == "test":
-        records = data.read_records(root, "test")
+        records = eyes.split(records).test
     else:
-        known = {r.name: r for r in data.find_eyes(data.read_records(root, "train"), run.options["size"])}
+        known = {r.name: r for r in records}
         if lost := [name for name in run.validation if name not in known]:
             raise InputError(f"{root or 'drawn photographs'}: {len(lost)} of the {len(run.validation)} photographs on "
                              f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
@@ -174,17 +188,18 @@ def split_records(run: Run, root: Path | None, part: str) -> list[data.Record]:
         records = [known[name] for name in run.validation]
     records = [r for r in records if any(t.labelled(r) for t in run.tasks)]
     if not records:
-        raise InputError(f"{root}: no photograph of this split has a label for {' '.join(run.options['tasks'])}")
+        raise InputError(f"{root}: no photograph of its {part} part has a label for {' '.join(run.options['tasks'])}; "
+                         "expected at least one")
     return records
 
 
 def write_predictions(path: Path, scores: Scores) -> None:
     """One row per photograph with every task's answer beside the truth."""
     rows: dict[str, dict] = {}
-    for task, tallies in scores.tallies.items():
-        for name, tally in zip(scores.names[task], tallies):
+    for task in (t for t in scores.tasks if t.name in scores.tallies):
+        for name, tally in zip(scores.names[task.name], scores.tallies[task.name]):
             rows.setdefault(name, {"photograph": name}).update(
-                {f"{task}_{k}": v for k, v in TASKS[task].row(tally).items()})
+                {f"{task.name}_{k}": v for k, v in task.row(tally).items()})
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -204,8 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score a run.")
     parser.add_argument("run", type=Path, help="folder made by train.py")
     parser.add_argument("--split", choices=("val", "test"), default="val",
-                        help="test: the official test part (default: val, what the run was chosen on)")
-    parser.add_argument("--data", help="IDRiD, if it has moved since the run was trained")
+                        help="test: the test part of the data set (default: val, what the run was chosen on)")
+    parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
     parser.add_argument("--batch", type=int, help="photographs at a time (default: as in training)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: the GPU if there is one (default: auto)")
@@ -223,7 +238,7 @@ def main() -> None:
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
     print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
     metrics = scores.metrics()
-    print(table(metrics))
+    print(table(metrics, run.tasks))
     suffix = "" if args.split == "val" else "_test"
     (args.run / f"metrics{suffix}.json").write_text(json.dumps(
         {"split": args.split, "data": "drawn" if root is None else str(root), "epoch": run.epoch, "metrics": metrics,
@@ -233,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.command(main)
+    command(main)

@@ -311,6 +311,28 @@ class MaskHead(nn.Module):
         return self.conv(x)
 
 
+class PointHead(nn.Module):
+    """Find points: a light way down from the deepest map to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
+
+    1x1 convolutions bring the maps at strides 8, 16 and 32 to one width, each is added to the next deeper one at twice
+    its size (Lin et al. 2017, arXiv 1612.03144, figure 3), and the last gives one heatmap for each point. Where the
+    point is, the task reads off.
+    """
+
+    def __init__(self, encoder: Encoder, points: int, width: int = 64):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in encoder.channels[:1:-1])  # strides 32, 16, 8
+        self.smooth = ConvNormAct(width, width, 3)
+        self.conv = nn.Conv2d(width, points, 1)
+        initialise(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[:1:-1])]
+        for lateral in shallower:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest") + lateral
+        return self.conv(self.smooth(x))
+
+
 # ---- the net ----
 
 @dataclass(frozen=True)

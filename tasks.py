@@ -1,11 +1,14 @@
 """What a task is, and the tasks. A task names its label, head, loss, decoding and metrics in one class.
 
-Read Task first, then Grading and Lesions as its two examples. To add a task, write one more class and list it in
-TASKS; `train.py --tasks` then knows its name. Metrics are functions of per-photograph tallies collected over a whole
-split, never means of batches.
+Read Task first, then Grading, Lesions and Landmarks as its three examples. To add a task, write one more class and list
+it in TASKS; `train.py --tasks` then knows its name. Metrics are functions of per-photograph tallies collected over a
+whole split, never means of batches.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 
 import model
 
-# n photographs with the label, L lesion classes, G grades, S side of the photograph in pixels
+# n photographs with the label, L lesion classes, G grades, P points, S side of the photograph in pixels
+
+UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known (as in data.py)
 
 
 class Task:
@@ -87,6 +92,7 @@ def macro_f1(confusion: Tensor) -> float:
 class Classification(Task):
     """A label 0..classes-1 from the whole photograph."""
     classes: int
+    ordered = True  # neighbouring classes are alike, so that quadratic kappa means something
 
     def head(self, encoder):
         return model.PooledHead(encoder, self.classes)
@@ -105,8 +111,9 @@ class Classification(Task):
 
     def metrics(self, tally):
         confusion = confusion_matrix(tally[:, -1].long(), tally[:, :-1].argmax(1), self.classes)
-        return {"accuracy": float(confusion.diagonal().sum() / confusion.sum()),
-                "kappa": quadratic_kappa(confusion), "macro_f1": macro_f1(confusion), "confusion": confusion.tolist()}
+        kappa = {"kappa": quadratic_kappa(confusion)} if self.ordered else {}
+        return {"accuracy": float(confusion.diagonal().sum() / confusion.sum()), **kappa,
+                "macro_f1": macro_f1(confusion), "confusion": confusion.tolist()}
 
     def row(self, tally):
         *probabilities, truth = tally.tolist()
@@ -124,21 +131,29 @@ class Edema(Classification):
     name, label, primary, classes = "dme", "edema", "accuracy", 3
 
 
+class Categories(Classification):
+    """Which of the folders of a data set a photograph belongs to; the task `cls` where the data are such folders."""
+    name, label, primary, ordered = "cls", "category", "accuracy", False
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self.classes = tuple(names), len(names)
+
+
 # ---- masks ----
 
 def dice(counts: Tensor) -> Tensor:
     """2 |A and B| / (|A| + |B|) (Dice 1945, Ecology 26:297) from (..., 3) counts of both, predicted, true pixels.
 
-    Nothing there and nothing found is right: 0 / 0 counts as 1.
+    Nothing there and nothing found is right: 0 / 0 counts as 1. nan counts, of a mask that is not known, stay nan.
     """
     both, predicted, true = counts.double().unbind(-1)
-    return torch.where(predicted + true > 0, 2 * both / (predicted + true).clamp(min=1), 1.0)
+    return torch.where(predicted + true == 0, 1.0, 2 * both / (predicted + true).clamp(min=1))
 
 
 def iou(counts: Tensor) -> Tensor:
     """|A and B| / |A or B| (Jaccard 1912) from the same counts as `dice`, with the same convention for 0 / 0."""
     both, predicted, true = counts.double().unbind(-1)
-    return torch.where(predicted + true > 0, both / (predicted + true - both).clamp(min=1), 1.0)
+    return torch.where(predicted + true == 0, 1.0, both / (predicted + true - both).clamp(min=1))
 
 
 class Lesions(Task):
@@ -150,51 +165,154 @@ class Lesions(Task):
         return model.MaskHead(encoder, len(self.classes))
 
     def target(self, sample):
-        return sample.masks  # (L, S, S) bool
+        return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
 
     def loss(self, output, target):
         """Cross-entropy of each pixel, and soft Dice (Milletari et al. 2016, arXiv 1606.04797, section 3).
 
         The overlap is taken over all rows of a batch: most photographs lack some lesion, and their own Dice would
-        jump between 0 and 1 on a single pixel.
+        jump between 0 and 1 on a single pixel. Masks that are not known count in neither.
         """
-        target = target.to(output.dtype)
-        p = output.sigmoid()
-        overlap = (p * target).sum((0, 2, 3))  # (L,)
-        soft_dice = (2 * overlap + 1) / (p.sum((0, 2, 3)) + target.sum((0, 2, 3)) + 1)
-        return F.binary_cross_entropy_with_logits(output, target) + 1 - soft_dice.mean()
+        known, truth = ((target != UNKNOWN).to(output.dtype), (target == 1).to(output.dtype))
+        p = output.sigmoid() * known
+        overlap = (p * truth).sum((0, 2, 3))  # (L,)
+        soft_dice = (2 * overlap + 1) / (p.sum((0, 2, 3)) + truth.sum((0, 2, 3)) + 1)
+        entropy = F.binary_cross_entropy_with_logits(output, truth, known) * (known.numel() / known.sum())
+        return entropy + 1 - soft_dice.mean()
 
     def decode(self, output):
         return output.sigmoid()
 
     def tally(self, answer, target):
-        predicted = answer > 0.5
-        pixels = [mask.sum((2, 3)) for mask in (predicted & target, predicted, target)]
-        return torch.stack(pixels, 2)  # (n, L, 3)
+        predicted, true = answer > 0.5, target == 1
+        pixels = torch.stack([mask.sum((2, 3)) for mask in (predicted & true, predicted, true)], 2).double()
+        return pixels.masked_fill((target == UNKNOWN).any(3).any(2)[..., None], math.nan)  # (n, L, 3)
 
     def metrics(self, tally):
         """`dice` and `iou` pool the pixels of the split and average the lesions that occur there, never the disc.
 
         Pooled first, because a mean of per-image values rewards a model that finds nothing: an image without a lesion
         then scores 1. For the same reason a kind that occurs nowhere in the split is left out (`lesions` counts the
-        kinds that do occur).
+        kinds that do occur). A kind that is not known for any photograph has no value of its own.
         """
-        pooled, single = tally.sum(0), tally
+        pooled = tally.nansum(0)
         occurs = pooled[:-1, 2] > 0
         values = {"lesions": int(occurs.sum())}
+        single = {name: score(tally).nanmean(0) for name, score in (("dice", dice), ("iou", iou))}  # (L,)
         for name, score in (("dice", dice), ("iou", iou)):
             values[name] = float(score(pooled)[:-1][occurs].mean()) if occurs.any() else 0.0
-            values[f"{name}_per_image"] = float(score(single)[:, :-1][:, occurs].mean()) if occurs.any() else 0.0
+            values[f"{name}_per_image"] = float(single[name][:-1][occurs].mean()) if occurs.any() else 0.0
         for name, score in (("dice", dice), ("iou", iou)):
             for i, kind in enumerate(self.classes):
-                values[f"{name}_{kind}"] = float(score(pooled)[i])
-                values[f"{name}_{kind}_per_image"] = float(score(single)[:, i].mean())
+                if not tally[:, i].isnan().all():
+                    values[f"{name}_{kind}"] = float(score(pooled)[i])
+                    values[f"{name}_{kind}_per_image"] = float(single[name][i])
         return values
 
     def row(self, tally):
-        return {f"dice_{kind}": round(float(v), 4) for kind, v in zip(self.classes, dice(tally))} | \
-               {f"{word}_pixels_{kind}": int(v) for word, counts in (("predicted", tally[:, 1]), ("true", tally[:, 2]))
-                for kind, v in zip(self.classes, counts)}
+        known = [(kind, counts) for kind, counts in zip(self.classes, tally) if not counts.isnan().any()]
+        return {f"dice_{kind}": round(float(dice(counts)), 4) for kind, counts in known} | \
+               {f"{word}_pixels_{kind}": int(counts[k]) for k, word in ((1, "predicted"), (2, "true"))
+                for kind, counts in known}
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions())}
+# ---- points ----
+
+DISC_DIAMETER = 0.154  # of the side of a sample: 54 discs of IDRiD's training part measure 0.154 +- 0.014
+ORIGINAL_WIDTH = 4288  # of IDRiD's photographs in pixels, the unit of its literature
+
+
+def soft_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Heatmaps (n, P, h, w) -> expected position (n, P, 2), x and y as shares of the sides, and probabilities.
+
+    The expectation can be differentiated, which the argmax cannot (DSNT: Nibali et al. 2018, arXiv 1801.07372).
+    """
+    height, width = logits.shape[2:]
+    p = logits.flatten(2).softmax(2).view_as(logits)
+    x = (torch.arange(width, device=p.device, dtype=p.dtype) + 0.5) / width  # of the cells' centres
+    y = (torch.arange(height, device=p.device, dtype=p.dtype) + 0.5) / height
+    return torch.stack([(p.sum(2) * x).sum(2), (p.sum(3) * y).sum(2)], 2), p
+
+
+def gaussian_heatmap(points: Tensor, height: int, width: int, sigma: float = 1.0) -> Tensor:
+    """Points (n, P, 2) as shares of the sides -> normalised Gaussians (n, P, h, w) of `sigma` cells."""
+    x = torch.arange(width, device=points.device) + 0.5 - points[..., 0, None] * width  # (n, P, w)
+    y = torch.arange(height, device=points.device) + 0.5 - points[..., 1, None] * height  # (n, P, h)
+    square = x.square()[..., None, :] + y.square()[..., :, None]
+    return (-square / (2 * sigma ** 2)).flatten(2).softmax(2).view(*points.shape[:2], height, width)
+
+
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions (n, P, h, w) -> (n, P), in nats (Lin 1991, IEEE Trans. IT 37:145)."""
+    middle = 0.5 * (p + q)
+
+    def kl(a):
+        return (a * ((a + 1e-12).log() - (middle + 1e-12).log())).sum((2, 3))
+    return 0.5 * kl(p) + 0.5 * kl(q)
+
+
+class Landmarks(Task):
+    """Centres of the optic disc and of the fovea."""
+    name, label, primary = "loc", "points", "within_radius"
+    classes = ("disc", "fovea")  # the order of a sample's points
+
+    def head(self, encoder):
+        return model.PointHead(encoder, len(self.classes))
+
+    def target(self, sample):
+        """(P + 2, 2): the points as shares of the side, nan where not known; then, along x and y, what the whole side
+
+        measures in pixels of a 4288 pixels wide original and in disc diameters.
+        """
+        g, side = sample.geometry, sample.image.shape[-1]
+        original = [ORIGINAL_WIDTH / g.width * side / scale for scale in (g.scale_x, g.scale_y)]
+        return torch.cat([sample.points / side, torch.tensor([original, [1 / DISC_DIAMETER] * 2])])
+
+    def loss(self, output, target):
+        """Smooth L1 of the expected point, and divergence of its heatmap from a Gaussian of one cell around the truth
+
+        (Nibali et al. 2018, arXiv 1801.07372, whose first term is the Euclidean distance). Points that are not known
+        count in neither.
+        """
+        truth = target[:, :-2]
+        known = ~truth.isnan().any(2)  # (n, P)
+        truth = torch.where(known[..., None], truth, 0.5)
+        points, p = soft_argmax(output)
+        # coordinates -1 to 1 as in the paper; quadratic within one cell, linear beyond
+        distance = F.smooth_l1_loss(2 * points, 2 * truth, beta=2 / output.shape[3], reduction="none").sum(2)
+        divergence = js_divergence(p, gaussian_heatmap(truth, *output.shape[2:]))
+        return ((distance + divergence) * known).sum() / known.sum().clamp(min=1)
+
+    def decode(self, output):
+        return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
+
+    def tally(self, answer, target):
+        """(n, P, 6): distance in pixels of the original, in disc diameters, predicted x and y, true x and y."""
+        truth, (original, diameters) = target[:, :-2], target[:, -2:].unbind(1)
+        gaps = [((answer - truth) * unit[:, None]).norm(dim=2) for unit in (original, diameters)]  # (n, P)
+        return torch.cat([torch.stack(gaps, 2), answer, truth], 2)
+
+    def metrics(self, tally):
+        """Means over photographs: `within_radius`, the share of points closer than one disc radius, and distances."""
+        values = {}
+        for i, point in enumerate(self.classes):
+            pixels, diameters = (x[~x.isnan()] for x in tally[:, i, :2].unbind(1))
+            if len(pixels):
+                values |= {f"within_radius_{point}": float((diameters < 0.5).double().mean()),
+                           f"pixels_{point}": float(pixels.mean()), f"median_pixels_{point}": float(pixels.median()),
+                           f"diameters_{point}": float(diameters.mean())}
+        share = [v for k, v in values.items() if k.startswith("within_radius")]
+        return {"within_radius": sum(share) / len(share) if share else 0.0, **values}
+
+    def row(self, tally):
+        columns = ("pixels", "diameters", "predicted_x", "predicted_y", "true_x", "true_y")
+        return {f"{column}_{point}": round(v, 4) for point, values in zip(self.classes, tally.tolist())
+                for column, v in zip(columns, values) if not math.isnan(v)}
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions(), Landmarks())}
+
+
+def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
+    """The tasks with these names; `cls` tells the `classes` of the data set apart where it has any of its own."""
+    return [Categories(classes) if name == Categories.name and classes else TASKS[name] for name in names]

@@ -34,9 +34,11 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from data import InputError
+import eyes
+import records
 from model import VARIANTS, Net, balance_loss, load_pretrained
-from tasks import TASKS, Task
+from records import InputError
+from tasks import TASKS, Task, make_tasks
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Options:
     """All that determines a run; plain types, stored in config.json and in every checkpoint."""
     tasks: tuple[str, ...] = ("cls", "seg")
     data: str | None = None  # None: drawn photographs
+    classes: tuple[str, ...] = ()  # where the data set is folders of classes
+    fold: str = "1/5"
+    keep_leaks: bool = False
     size: int = 128
     epochs: int = 5
     batch: int = 8
@@ -193,17 +198,21 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     make_repeatable(options.seed, deterministic=device.type == "cpu")
     net, tasks = evaluate.build_net(asdict(options))
     start_from(net, options.weights, options.variant)
-    training, validation = load_photographs(options, tasks)
+    training, validation, leaks = load_photographs(options, tasks)
     if not quiet:
-        print(f"training on {describe(training, tasks)}, validation on {describe(validation, tasks)}")
+        print(f"training on {describe(training, tasks)}, validation (fold {options.fold}) on "
+              f"{describe(validation, tasks)}")
+        if leaks["photographs"]:
+            print(f"{leaks['photographs']} photographs of the training part show an eye of the test part: "
+                  f"{'kept (--keep-leaks): test scores will say little' if leaks['kept'] else 'left out'}")
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
     trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
     batches = iter(evaluate.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
                                    options.workers))
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes)}, indent=1))
+    (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes), "leaks": leaks}, indent=1))
     best = {"epoch": 0, "score": -math.inf, "metrics": {}}
-    stored = {"options": asdict(options) | {"tasks": list(options.tasks), "loss_weights": list(options.loss_weights)},
+    stored = {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
               "validation": [r.name for r in validation.records]}
     with Interrupt() as interrupt, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
         for epoch in range(1, options.epochs + 1):
@@ -216,7 +225,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
                 raise KeyboardInterrupt
             scores = evaluate.score(net, validation, tasks, device, options.batch)
             metrics = scores.metrics()
-            score = evaluate.primary_score(metrics)
+            score = evaluate.primary_score(metrics, tasks)
             better = score > best["score"]
             if better:
                 best = {"epoch": epoch, "score": score, "metrics": metrics}
@@ -229,7 +238,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
             log.write(json.dumps(line) + "\n")
             log.flush()
             if not quiet:
-                print(epoch_line(epoch, options, losses, metrics, score, better, seconds))
+                print(epoch_line(epoch, options, losses, metrics, tasks, score, better, seconds))
             if interrupt.asked:
                 raise KeyboardInterrupt
             if epoch - best["epoch"] >= options.patience:
@@ -253,13 +262,14 @@ def train_epoch(trainer: Trainer, batches, steps: int, title: str, interrupt: In
     return {name: float(np.mean(values)) for name, values in seen.items()}
 
 
-def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, score: float, better: bool,
-               seconds: float) -> str:
+def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, tasks: Sequence[Task], score: float,
+               better: bool, seconds: float) -> str:
     """One line for one epoch."""
     parts = [f"epoch {epoch:3}/{options.epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
-    for task, values in metrics.items():
-        shown = dict.fromkeys((TASKS[task].primary, *(["accuracy"] if "accuracy" in values else [])))
-        parts.append(f"{task} " + " ".join(f"{k} {values[k]:.3f}" for k in shown))
+    for task in tasks:
+        values = metrics[task.name]
+        shown = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
+        parts.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in shown))
     return " | ".join(parts) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"
 
 
@@ -287,19 +297,27 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
-def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs]:
-    """Training and validation photographs. InputError: a task of which nothing is labelled on either side."""
+def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs, dict]:
+    """Training and validation photographs, and the record of leaks for the run.
+
+    InputError: a task of which nothing is labelled on either side.
+    """
     root = None if options.data is None else Path(options.data)
-    records = data.read_records(root, "train")
-    check_labels([records], tasks, root)  # before anything is decoded
-    parts = data.split(data.find_eyes(records, options.size), options.seed)
-    check_labels(parts, tasks, root)
-    training, validation = ([r for r in p if any(t.labelled(r) for t in tasks)] for p in parts)
-    return data.Photographs(training, options.size), data.Photographs(validation, options.size)
+    found = records.read_data(root).records
+    everything = make_tasks(TASKS, options.classes)
+    check_labels([[r for r in found if r.part != "test"]], tasks, everything, root)  # before anything is decoded
+    split = eyes.split(data.find_eyes(found, options.size)[0], options.fold, options.keep_leaks)
+    check_labels([split.training, split.validation], tasks, everything, root)
+    training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in tasks)]
+                                   for part in (split.training, split.validation, split.leaks))
+    record = {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
+              **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}}
+    return data.Photographs(training, options.size), data.Photographs(validation, options.size), record
 
 
-def check_labels(parts: Sequence[Sequence[data.Record]], tasks: Sequence[Task], root: Path | None) -> None:
-    """InputError: one of the `parts` has no label for one of the tasks; says which tasks would work."""
+def check_labels(parts: Sequence[Sequence[records.Record]], tasks: Sequence[Task], everything: Sequence[Task],
+                 root: Path | None) -> None:
+    """InputError: one of the `parts` has no label for one of the tasks; says which of `everything` would work."""
     def possible(task):
         return all(any(task.labelled(r) for r in part) for part in parts)
 
@@ -307,7 +325,7 @@ def check_labels(parts: Sequence[Sequence[data.Record]], tasks: Sequence[Task], 
         if not possible(task):
             where = "training and validation both need" if len(parts) > 1 else "found no photograph with"
             raise InputError(f"--tasks {task.name}: {where} its label in {root}; with this data --tasks "
-                             f"{' '.join(t for t in TASKS if possible(TASKS[t])) or '(none)'} would work")
+                             f"{' '.join(t.name for t in everything if possible(t)) or '(none)'} would work")
 
 
 def reachable(url: str, seconds: float = 8) -> bool:
@@ -387,26 +405,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     group = parser.add_argument_group("what is learned from what")
     add(group, "--tasks", f"any of {' '.join(TASKS)}", Options.tasks, nargs="+")
-    add(group, "--data", "folder with the unzipped IDRiD (default: data/IDRiD if it exists, else drawn photographs)")
-    add(group, "--size", "side of the square that the network sees (default: 128 drawn, 256 IDRiD)", type=int)
+    add(group, "--data", "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see README (default: "
+                         "data/IDRiD if it exists, else drawn photographs)")
+    add(group, "--size", "side of the square that the network sees (default: 128 drawn, else 256)", type=int)
+    add(group, "--fold", "I/N: validate on fold I of N of the training part", Options.fold)
+    group.add_argument("--keep-leaks", action="store_true",
+                       help="train on photographs of eyes in the test part too, as most of the literature does")
     add(group, "--name", "folder below runs/ (default: the tasks and the next free number)")
     group = parser.add_argument_group("network")
     add(group, "--variant", "EfficientNet variant", Options.variant, choices=VARIANTS)
     add(group, "--weights", "none, imagenet, or a file with a torchvision state dict (default: none for drawn "
-                            "photographs; for IDRiD imagenet if it can be had)")
+                            "photographs, else imagenet if it can be had)")
     add(group, "--experts", "in the expert layer; 0: no layer", Options.experts, type=int)
     add(group, "--chosen", "experts that each token is sent to", Options.chosen, type=int)
     group = parser.add_argument_group("training")
-    add(group, "--epochs", "at most (default: 5 drawn, 40 IDRiD)", type=int)
+    add(group, "--epochs", "at most (default: 5 drawn, else 40)", type=int)
     add(group, "--batch", "photographs in a step", Options.batch, type=int)
-    add(group, "--lr", "highest learning rate of AdamW (default: 2.5e-3 drawn, 1.5e-3 IDRiD)", type=float)
+    add(group, "--lr", "highest learning rate of AdamW (default: 2.5e-3 drawn, else 1.5e-3)", type=float)
     add(group, "--weight-decay", "of AdamW", Options.weight_decay, type=float)
     add(group, "--patience", "epochs to wait for a better validation score", Options.patience, type=int)
     add(group, "--loss-weights", "fixed, uncertainty, or pairs like cls=0.5 seg=1", Options.loss_weights, nargs="+")
     add(group, "--balance", "weight of the load-balancing loss", Options.balance, type=float)
     group.add_argument("--no-augment", action="store_true", help="show every photograph as it is")
     group = parser.add_argument_group("machine")
-    add(group, "--seed", "of the split, the weights and everything random", Options.seed, type=int)
+    add(group, "--seed", "of the weights and everything random", Options.seed, type=int)
     add(group, "--workers", "processes that load photographs (default: 0 on CPU, else up to 8)", type=int)
     add(group, "--device", "auto: the GPU if there is one", Options.device, choices=("auto", "cpu", "cuda"))
     return parser.parse_args(argv)
@@ -428,24 +450,25 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if args.seed >= 1 << 32:
         raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
     LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
-    root, notes = data.find_data(args.data), []
+    eyes.read_fold(args.fold)
+    root = records.find_data(args.data)
+    found = records.read_data(root)  # a wrong folder is told before anything is downloaded
+    notes = list(found.notes)
     drawn, weights = root is None, args.weights or "none"
     if drawn:
         notes.append("training on DRAWN photographs (synthetic.py): results are no IDRiD results. For IDRiD, unzip it "
-                     f"from {data.SOURCE} and pass --data FOLDER")
-    else:
-        data.read_records(root, "train")  # a wrong folder is told before anything is downloaded
-        notes += data.missing_subsets(root)
-        if args.weights is None:
-            try:
-                read_weights("imagenet", args.variant)
-                weights = "imagenet"
-            except InputError as error:
-                notes.append(f"warning: starting from random weights; {error}")
+                     f"from {records.SOURCE} and pass --data FOLDER")
+    elif args.weights is None:
+        try:
+            read_weights("imagenet", args.variant)
+            weights = "imagenet"
+        except InputError as error:
+            notes.append(f"warning: starting from random weights; {error}")
     device = evaluate.pick_device(args.device)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
     return Options(
         tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
+        classes=found.classes, fold=args.fold, keep_leaks=args.keep_leaks,
         size=args.size or (128 if drawn else 256), epochs=args.epochs or (5 if drawn else 40), batch=args.batch,
         # five epochs of drawings are too short to overfit: learn faster and drop less
         lr=args.lr or (2.5e-3 if drawn else 1.5e-3), stochastic_depth=0.05 if drawn else 0.1,
@@ -459,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_memory()
     options, notes = settle(args)
-    folder = data.HERE / "runs" / args.name if args.name else next_folder(data.HERE / "runs", options.tasks)
+    folder = records.HERE / "runs" / args.name if args.name else next_folder(records.HERE / "runs", options.tasks)
     if folder.exists():
         raise InputError(f"{folder}: exists already; choose another --name")
     for note in notes:
@@ -476,9 +499,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
     print(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
-    print(evaluate.table(best["metrics"]))
+    print(evaluate.table(best["metrics"], make_tasks(options.tasks, options.classes)))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
 
 
 if __name__ == "__main__":
-    data.command(main)
+    records.command(main)

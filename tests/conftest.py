@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import records  # noqa: E402
 import synthetic  # noqa: E402
 
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
@@ -30,14 +31,14 @@ def save_palette_mask(path: Path, mask: np.ndarray) -> None:
 def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bool = True) -> Path:
     """Write photographs 144x96 and labels below `root`; the numbers are those of the training part."""
     series = 7
-    for part, (folder, labels) in data.PARTS.items():
+    for part, (folder, word) in records.PARTS.items():
         if part == "test" and not test:
             continue
-        a, b = root / "A. Segmentation", root / "B. Disease Grading"
+        a, b, c = (root / subset for subset in records.SUBSETS)
         images = a / "1. Original Images" / folder
         images.mkdir(parents=True)
         masks = a / "2. All Segmentation Groundtruths" / folder
-        for kind in data.MASK_FOLDERS.values():
+        for kind in records.MASK_FOLDERS.values():
             (masks / kind).mkdir(parents=True)
         for i in range(segmentation):
             name = f"IDRiD_{i + 1 + (54 if part == 'test' else 0):02d}"
@@ -46,18 +47,27 @@ def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bo
             widen(picture).save(images / f"{name}.jpg", quality=92)
             for kind, mask in zip(data.LESIONS, truth):
                 if mask.any():
-                    save_palette_mask(masks / data.MASK_FOLDERS[kind] / f"{name}_{kind}.tif", np.asarray(widen(mask)))
+                    file = masks / records.MASK_FOLDERS[kind] / f"{name}_{kind}.tif"
+                    save_palette_mask(file, np.asarray(widen(mask)))
         images = b / "1. Original Images" / folder
         images.mkdir(parents=True)
-        (b / "2. Groundtruths").mkdir(exist_ok=True)
         rows = ["Image name,Retinopathy grade,Risk of macular edema ,,,"]
+        points = {kind: ["Image No,X- Coordinate,Y - Coordinate,,,"] for kind in records.POINTS}
         for i in range(grading):
             name = f"IDRiD_{i + 1:03d}"  # the same names in both parts
             eye = synthetic.plan(series + 1, i + (1000 if part == "test" else 0))
             widen(synthetic.draw(eye, 96)[0]).save(images / f"{name}.jpg", quality=92)
             rows.append(f"{name},{eye.grade},{eye.edema},,,")
-        rows += [",,,,,"] * 2
-        (b / "2. Groundtruths" / labels).write_text("\r\n".join(rows) + "\r\n")
+            for kind, (x, y) in zip(records.POINTS, (eye.disc, eye.fovea)):
+                points[kind].append(f"{name},{24 + 96 * x:.2f},{96 * y:.2f},,,")
+        letter, tables = folder[0], c / "2. Groundtruths"
+        for path, lines in (
+                (b / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{word} Labels.csv", rows),
+                (tables / "1. Optic Disc Center Location" / f"{letter}. IDRiD_OD_Center_{word} Set_Markups.csv",
+                 points["disc"]),
+                (tables / "2. Fovea Center Location" / f"IDRiD_Fovea_Center_{word} Set_Markups.csv", points["fovea"])):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\r\n".join([*lines, ",,,,,", ",,,,,"]) + "\r\n")
     return root
 
 
@@ -97,7 +107,7 @@ def tree(tmp_path, small_tree) -> Path:
 def own_cache_and_runs(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache, runs, or data/IDRiD."""
     home = tmp_path_factory.getbasetemp() / "home"
-    monkeypatch.setattr(data, "HERE", home)
+    monkeypatch.setattr(records, "HERE", home)
     monkeypatch.setattr(data, "CACHE", home / "cache")
 
 

@@ -11,8 +11,9 @@ import torch
 
 import data
 import evaluate
+import records
 import train
-from data import InputError
+from records import InputError
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
 
@@ -29,7 +30,7 @@ def run(tmp_path):
 
 def test_metrics_do_not_depend_on_the_batch(run):
     loaded = evaluate.load_run(run, torch.device("cpu"))
-    photographs = data.Photographs(data.drawn_records("test"), 32)
+    photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "test"], 32)
     results = [evaluate.score(loaded.net, photographs, loaded.tasks, torch.device("cpu"), b).metrics() for b in (3, 10)]
     for task in results[0]:
         assert results[0][task].keys() == results[1][task].keys()
@@ -71,19 +72,20 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     shutil.rmtree(tree / "A. Segmentation")
     images = tree / "B. Disease Grading" / "1. Original Images"
-    shutil.copytree(images / data.PARTS["train"][0], images / data.PARTS["test"][0])
-    labels = tree / "B. Disease Grading" / "2. Groundtruths"
-    shutil.copy(labels / data.PARTS["train"][1], labels / data.PARTS["test"][1])
-    with pytest.raises(InputError, match="no photograph of this split has a label for seg"):
+    shutil.copytree(images / records.PARTS["train"][0], images / records.PARTS["test"][0])
+    for table in list(tree.rglob("*Training*.csv")):
+        copy = table.name.replace("a. ", "b. ").replace("Training", "Testing")
+        shutil.copy(table, table.with_name(copy))
+    with pytest.raises(InputError, match="no photograph of its test part has a label for seg"):
         evaluate.split_records(run, tree, "test")
 
 
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
-    records = data.drawn_records("test")
-    scores = evaluate.score(stored.net, data.Photographs(records, 32), stored.tasks, torch.device("cpu"))
+    test = [r for r in records.read_drawn().records if r.part == "test"]
+    scores = evaluate.score(stored.net, data.Photographs(test, 32), stored.tasks, torch.device("cpu"))
     confusion = scores.metrics()["cls"]["confusion"]
-    assert [sum(row) for row in confusion] == [sum(r.grade == g for r in records) for g in range(5)]
+    assert [sum(row) for row in confusion] == [sum(r.grade == g for r in test) for g in range(5)]
 
 
 @pytest.mark.parametrize("spoil,message", [

@@ -1,14 +1,20 @@
 """Metrics against brute force and values worked out by hand; losses against their formulas."""
 
+import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import data
+import records
+import synthetic
 import tasks
-from tasks import TASKS, confusion_matrix, dice, iou, macro_f1, quadratic_kappa
+from tasks import TASKS, UNKNOWN, confusion_matrix, dice, iou, macro_f1, quadratic_kappa
+from test_eyes import photograph
 
 
 def brute_kappa(truth, predicted, classes):
@@ -74,7 +80,7 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
     truth = torch.rand(3, 5, 8, 8) > 0.7
     truth[0, 3] = False
     p[0, 3] = 0.1  # nothing there and nothing found
-    m = task.metrics(torch.cat([task.tally(p[i:i + 1], truth[i:i + 1]) for i in range(3)]))
+    m = task.metrics(torch.cat([task.tally(p[i:i + 1], truth[i:i + 1].byte()) for i in range(3)]))
     predicted = p > 0.5
 
     def brute(a, b):
@@ -90,20 +96,143 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
 
 
 def test_a_kind_that_occurs_nowhere_does_not_lift_the_mean():
-    truth, found = torch.zeros(2, 5, 8, 8, dtype=torch.bool), torch.zeros(2, 5, 8, 8)
-    truth[:, 1] = True  # haemorrhages only, and nothing is found
+    truth, found = torch.zeros(2, 5, 8, 8, dtype=torch.uint8), torch.zeros(2, 5, 8, 8)
+    truth[:, 1] = 1  # haemorrhages only, and nothing is found
     m = TASKS["seg"].metrics(TASKS["seg"].tally(found, truth))
     assert (m["lesions"], m["dice"], m["dice_per_image"], m["dice_HE"], m["dice_MA"]) == (1, 0, 0, 0, 1)
 
 
 def test_lesion_loss_by_hand():
     output = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2).expand(1, 5, 1, 2)
-    target = torch.tensor([False, True]).view(1, 1, 1, 2).expand(1, 5, 1, 2)
+    target = torch.tensor([0, 1]).view(1, 1, 1, 2).expand(1, 5, 1, 2)
     p = [0.5, 1 / (1 + math.exp(-2))]
     cross_entropy = -(math.log(1 - p[0]) + math.log(p[1])) / 2
     soft_dice = (2 * p[1] + 1) / (p[0] + p[1] + 1 + 1)
     assert float(TASKS["seg"].loss(output, target)) == pytest.approx(cross_entropy + 1 - soft_dice)
 
 
-def test_channels_of_masks_have_one_order():
-    assert tasks.Lesions.classes == data.LESIONS == tuple(data.MASK_FOLDERS)
+def test_masks_that_are_not_known_change_nothing():
+    """Loss and metrics with unknown masks are those of the known ones alone, whatever the network says there."""
+    torch.manual_seed(0)
+    task, output, truth = TASKS["seg"], torch.randn(4, 5, 8, 8), torch.rand(4, 5, 8, 8).gt(0.7).byte()
+    truth[1:, 0] = truth[2, 3] = UNKNOWN
+    other = torch.where(truth == UNKNOWN, 9.0, output)
+    assert float(task.loss(output, truth)) == float(task.loss(other, truth))
+    a, b = (task.metrics(task.tally(task.decode(x), truth)) for x in (output, other))
+    assert a == b
+    first = task.metrics(task.tally(task.decode(output[:1]), truth[:1]))
+    assert a["dice_MA"] == first["dice_MA"] == a["dice_MA_per_image"]  # known for the first photograph only
+    three = [0, 1, 3]
+    assert a["dice_SE"] == task.metrics(task.tally(task.decode(output[three]), truth[three]))["dice_SE"]
+    kind = torch.where(truth != UNKNOWN, 1.0, 0.0)  # cross-entropy by hand
+    p = output.sigmoid()
+    entropy = -((truth == 1) * p.log() + (truth == 0) * (1 - p).log()).sum() / kind.sum()
+    p, true = p * kind, (truth == 1).float()
+    soft_dice = (2 * (p * true).sum((0, 2, 3)) + 1) / (p.sum((0, 2, 3)) + true.sum((0, 2, 3)) + 1)
+    assert float(task.loss(output, truth)) == pytest.approx(float(entropy + 1 - soft_dice.mean()), rel=1e-5)
+
+
+def test_a_kind_that_is_never_known_has_no_value_and_no_column():
+    truth = torch.zeros(2, 5, 8, 8, dtype=torch.uint8)
+    truth[:, 2] = UNKNOWN
+    truth[:, 0] = 1
+    tally = TASKS["seg"].tally(torch.ones(2, 5, 8, 8), truth)
+    m = TASKS["seg"].metrics(tally)
+    assert m["dice_MA"] == 1 and "dice_EX" not in m and not any(v != v for v in m.values()) and m["dice"] == 1
+    assert "dice_EX" not in TASKS["seg"].row(tally[0]) and TASKS["seg"].row(tally[0])["true_pixels_MA"] == 64
+
+
+def test_channels_of_masks_and_points_have_one_order():
+    assert tasks.Lesions.classes == synthetic.LESIONS == tuple(records.MASK_FOLDERS)
+    assert tasks.Landmarks.classes == records.POINTS and UNKNOWN == data.UNKNOWN
+
+
+# ---- points ----
+
+LOC = TASKS["loc"]
+
+
+def loc_target(points, original=(4288.0, 4288.0)) -> torch.Tensor:
+    """Targets (n, 4, 2) of photographs whose whole width the sample shows."""
+    points = torch.tensor(points)
+    return torch.cat([points, torch.tensor([original, [1 / tasks.DISC_DIAMETER] * 2]).expand(len(points), 2, 2)], 1)
+
+
+def test_soft_argmax_reads_a_peak_and_a_mean():
+    logits = torch.full((1, 2, 4, 8), -50.0)
+    logits[0, 0, 1, 6] = 50  # centre of that cell: x = 6.5 of 8, y = 1.5 of 4
+    logits[0, 1, 0, 0] = logits[0, 1, 3, 7] = 50  # two peaks: their middle
+    points, p = tasks.soft_argmax(logits)
+    assert torch.allclose(points[0], torch.tensor([[6.5 / 8, 1.5 / 4], [0.5, 0.5]]))
+    assert torch.allclose(p.sum((2, 3)), torch.ones(1, 2))
+
+
+def test_gaussian_heatmap_equals_its_formula():
+    heatmap = tasks.gaussian_heatmap(torch.tensor([[[0.3, 0.6]]]), 6, 10)[0, 0]
+    brute = torch.tensor([[math.exp(-((x + 0.5 - 3) ** 2 + (y + 0.5 - 3.6) ** 2) / 2) for x in range(10)]
+                          for y in range(6)])
+    assert torch.allclose(heatmap, brute / brute.sum(), atol=1e-7)
+
+
+def test_js_divergence_by_hand():
+    p, q = (torch.tensor(v).view(1, 1, 1, 2) for v in ([1.0, 0.0], [0.5, 0.5]))
+    expected = 0.5 * math.log(1 / 0.75) + 0.5 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+    assert float(tasks.js_divergence(p, q)) == pytest.approx(expected, abs=1e-6)
+    assert float(tasks.js_divergence(p, 1 - p)) == pytest.approx(math.log(2), abs=1e-6)  # nothing in common
+    assert float(tasks.js_divergence(q, q)) == 0
+
+
+def test_the_loss_of_points_leads_to_them():
+    torch.manual_seed(0)
+    logits = torch.zeros(3, 2, 16, 16, requires_grad=True)
+    target = loc_target([[[0.21, 0.43], [0.77, 0.5]], [[0.8, 0.2], [0.33, 0.66]], [[0.5, 0.5], [0.2, 0.75]]])
+    optimizer = torch.optim.Adam([logits], 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        LOC.loss(logits, target).backward()
+        optimizer.step()
+    assert (LOC.decode(logits) - target[:, :2]).abs().max() < 0.01
+    assert float(LOC.loss(logits, target).detach()) < 0.02
+
+
+def test_points_that_are_not_known_change_neither_loss_nor_metrics():
+    torch.manual_seed(0)
+    output, nan = torch.randn(3, 2, 8, 8), math.nan
+    target = loc_target([[[0.2, 0.4], [0.7, 0.5]], [[nan, nan], [0.3, 0.6]], [[nan, nan], [nan, nan]]])
+    both = LOC.loss(output[:1], target[:1]) * 2  # of two points
+    alone = LOC.loss(output[1:2, [1, 1]], target[1:2, [1, 1, 2, 3]])
+    assert float(LOC.loss(output, target)) == pytest.approx(float((both + alone) / 3), rel=1e-5)
+    assert float(LOC.loss(output[2:], target[2:])) == 0
+    output.requires_grad_()
+    LOC.loss(output, target).backward()
+    assert output.grad.isfinite().all() and not output.grad[2].any()
+    tally = LOC.tally(LOC.decode(output.detach()), target)
+    m = LOC.metrics(tally)
+    assert m["pixels_disc"] == pytest.approx(float(tally[0, 0, 0])) and not any(v != v for v in m.values())
+    assert set(LOC.row(tally[1])) == {f"{k}_{p}" for k, p in itertools.product(
+        ("pixels", "diameters", "predicted_x", "predicted_y", "true_x", "true_y"), ("disc", "fovea"))} - {
+        "pixels_disc", "diameters_disc", "true_x_disc", "true_y_disc"}
+    assert "pixels_disc" not in LOC.metrics(LOC.tally(LOC.decode(output.detach())[2:], target[2:]))
+
+
+def test_distances_by_hand():
+    """3 and 4 hundredths of the side apart, of which 4000 (wide) and 3000 (high) pixels are the original's."""
+    target = loc_target([[[0.5, 0.5], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.2]]], (4000.0, 3000.0))
+    answer = torch.tensor([[[0.53, 0.54], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.29]]])
+    m = LOC.metrics(LOC.tally(answer, target))
+    assert m["pixels_disc"] == pytest.approx(math.hypot(120, 120) / 2) and m["diameters_disc"] == pytest.approx(
+        0.05 / tasks.DISC_DIAMETER / 2)
+    assert m["within_radius_disc"] == 1 and m["within_radius_fovea"] == 0.5  # 0.09 is more than half of 0.154
+    assert m["within_radius"] == 0.75
+
+
+def test_targets_are_in_pixels_of_the_original(tmp_path):
+    """A photograph half as wide as the originals: one of its pixels is two of theirs."""
+    photograph(tmp_path / "a.png", 0)
+    Image.open(tmp_path / "a.png").resize((2144, 2144)).save(tmp_path / "b.png")
+    record = records.Record("x", tmp_path / "b.png", points={"disc": (700.0, 900.0)})
+    target = LOC.target(data.Photographs([record], 64)[0, None])
+    moved = target[None, :2].clone()
+    sample = data.Photographs([replace(record, points={"disc": (730.0, 940.0)})], 64)[0, None]
+    moved[0, 0] = sample.points[0] / 64
+    assert float(LOC.tally(moved, target[None])[0, 0, 0]) == pytest.approx(100, rel=1e-3)

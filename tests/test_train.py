@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,17 +12,21 @@ import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import data
 import evaluate
 import model
+import records
+import synthetic
 import tasks
 import train
 from conftest import ROOT
-from data import InputError
+from records import InputError
 from tasks import TASKS
 from train import LossWeights, Options, Trainer
 
@@ -30,7 +35,7 @@ TINY = Options(size=32, epochs=2, batch=6, experts=4)
 
 @pytest.fixture(autouse=True)
 def few_drawings(monkeypatch):
-    monkeypatch.setattr(data, "DRAWN", {"train": (0, 30), "test": (1, 10)})
+    monkeypatch.setattr(records, "DRAWN", {"train": (0, 30), "test": (1, 10)})
 
 
 # train.py as a process of its own, with few drawings and another home: python -c PROGRAM ROOT HOME FLAGS
@@ -38,9 +43,10 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import data, train
-data.HERE = Path(sys.argv[2]); data.CACHE = data.HERE / "cache"; data.DRAWN = {"train": (0, 60), "test": (1, 5)}
-data.command(lambda: train.main(sys.argv[3:]))
+import data, records, train
+records.HERE = Path(sys.argv[2]); data.CACHE = records.HERE / "cache"
+records.DRAWN = {"train": (0, 60), "test": (1, 5)}
+records.command(lambda: train.main(sys.argv[3:]))
 """
 
 
@@ -83,7 +89,7 @@ def test_same_seed_same_weights_whatever_the_workers(tmp_path):
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("names", [("cls",), ("seg",), ("cls", "dme", "seg")])
+@pytest.mark.parametrize("names", [("cls",), ("seg",), ("loc",), ("cls", "dme", "seg", "loc")])
 def test_any_set_of_tasks_trains(tmp_path, names):
     best = train.fit(replace(TINY, tasks=names, epochs=1), tmp_path / "run", quiet=True)
     assert set(best["metrics"]) == set(names)
@@ -99,7 +105,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
             return (columns > sample.masks.shape[2] / 2).long()
 
     monkeypatch.setitem(TASKS, "side", Side())
-    monkeypatch.setattr(data, "DRAWN", {"train": (0, 150), "test": (1, 40)})
+    monkeypatch.setattr(records, "DRAWN", {"train": (0, 150), "test": (1, 40)})
     options = train.settle(train.parse(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"]))[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
@@ -115,12 +121,90 @@ def test_partial_labels_train_together(tmp_path, shared_tree):
     assert {t: len(n) for t, n in scores.names.items()} == {"cls": 15, "seg": 6}
 
 
+def test_all_folds_together_validate_on_every_photograph_once(tmp_path):
+    tasks_ = [TASKS["cls"]]
+    parts = [train.load_photographs(replace(TINY, fold=f"{k}/3"), tasks_)[1] for k in (1, 2, 3)]
+    assert sorted(r.name for p in parts for r in p.records) == [f"drawn/0_{i:04d}" for i in range(30)]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_tree, capsys, keep):
+    """Two test photographs are put among the training ones, one in another light."""
+    root = shutil.copytree(shared_tree, tmp_path / "IDRiD")
+    images = root / "B. Disease Grading" / "1. Original Images"
+    shutil.copy(images / "b. Testing Set" / "IDRiD_003.jpg", images / "a. Training Set" / "IDRiD_005.jpg")
+    brighter = Image.open(images / "b. Testing Set" / "IDRiD_007.jpg").point(lambda v: min(255, round(v * 1.15)))
+    brighter.save(images / "a. Training Set" / "IDRiD_009.jpg", quality=90)
+    options = replace(TINY, data=str(root), epochs=1, keep_leaks=keep)
+    train.fit(options, tmp_path / "run")
+    assert f"2 photographs of the training part show an eye of the test part: {'kept' if keep else 'left out'}" in \
+        capsys.readouterr().out
+    leaks = json.loads((tmp_path / "run" / "config.json").read_text())["leaks"]
+    assert leaks == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"], "cls": 2,
+                     "seg": 0}
+    parts = train.load_photographs(options, [TASKS["cls"], TASKS["seg"]])[:2]
+    assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for p in parts for r in p.records}) == 2 * keep
+
+
+def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
+    """Bright against dark; no retina anywhere."""
+    rng = np.random.default_rng(0)
+    for part, number in (("train", 20), ("test", 6)):
+        for name, level in (("night", 40), ("dusk", 110), ("day", 200)):
+            (tmp_path / "sky" / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = np.clip(rng.normal(level, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "sky" / part / name / f"{i}.png")
+    train.main(["--data", str(tmp_path / "sky"), "--name", f"sky_{tmp_path.name}",
+                *"--tasks cls --size 64 --weights none --lr 3e-3 --epochs 8".split()])
+    run = records.HERE / "runs" / f"sky_{tmp_path.name}"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--split", "test"])
+    evaluate.main()
+    text = capsys.readouterr().out
+    assert "kappa 0" not in text and text.splitlines()[-2].split()[0] == "night"
+    stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
+    assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
+    shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
+    with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
+        evaluate.main()
+    with pytest.raises(InputError, match="--tasks seg: found no photograph with its label in .*--tasks cls would work"):
+        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg", "--size", "64", "--weights", "none"])
+
+
+def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
+    """Grades here, one kind of mask there, points elsewhere; groups stay together."""
+    lines = ["image,cls,mask_ex,mask_se,od_x,od_y,fovea_x,fovea_y,split,group"]
+    for i in range(24):
+        eye = synthetic.plan(3, i)
+        picture, masks = synthetic.draw(eye, 96)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        Image.fromarray(masks[synthetic.LESIONS.index("EX")]).save(tmp_path / f"{i}_ex.png")
+        points = [f"{96 * v:.1f}" for v in (*eye.disc, *eye.fovea)]
+        lines.append(",".join([
+            f"{i}.png", str(eye.grade) if i % 3 else "", f"{i}_ex.png" if i % 2 else "", "none" if i % 4 else "",
+            *(points if i % 5 else [""] * 4), "test" if i > 20 else "", f"patient{i // 2}"]))
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    options = replace(TINY, tasks=("cls", "seg", "loc"), data=str(tmp_path / "labels.csv"), epochs=1)
+    train.fit(options, tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    test = evaluate.split_records(run, tmp_path / "labels.csv", "test")
+    assert [r.name for r in test] == ["21.png", "22.png", "23.png"]
+    training, validation, leaks = train.load_photographs(options, run.tasks)
+    assert leaks["names"] == ["20.png"]  # of the same patient as 21.png
+    groups = [{int(r.name[:-4]) // 2 for r in p.records} for p in (training, validation)]
+    assert not groups[0] & groups[1] and len(training) + len(validation) == 19  # 0.png has no label
+    scores = evaluate.score(run.net, data.Photographs(test, 32), run.tasks, torch.device("cpu"))
+    m = scores.metrics()["seg"]
+    assert {k for k in synthetic.LESIONS if f"dice_{k}" in m} == {"EX", "SE"}
+    evaluate.write_predictions(tmp_path / "predictions.csv", scores)
+
+
 # ---- a step ----
 
 def trainer_and_batch(options: Options = TINY):
     torch.manual_seed(0)
     net, chosen = evaluate.build_net(asdict(options))
-    photographs = data.Photographs(data.drawn_records("train")[:6], options.size)
+    photographs = data.Photographs(records.read_drawn().records[:6], options.size)
     batch = data.collate([photographs[i, None] for i in range(6)], chosen)
     return Trainer(net, chosen, options, 100, torch.device("cpu")), batch
 
@@ -234,8 +318,9 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
 # ---- the command line ----
 
 @pytest.mark.parametrize("arguments,message", [
-    ("--data /nonexistent", "/nonexistent: no such folder"),
-    ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg"),
+    ("--data /nonexistent", "/nonexistent: no such file or folder"),
+    ("--fold 6/5", "--fold 6/5: expected I/N"),
+    ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg, loc"),
     ("--size 100", "--size 100: expected a multiple of 32"),
     ("--size 32", "--size 32: expected at least 64"),
     ("--seed -1", "--seed -1: expected at least 0"),
@@ -249,7 +334,7 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
 ])
 def test_bad_flags_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
-        data.command(lambda: train.main(arguments.split()))
+        records.command(lambda: train.main(arguments.split()))
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
 
@@ -263,7 +348,6 @@ def test_bad_data_stops_the_program_with_status_2(tree):
 
 
 def test_a_task_without_labels_names_those_that_work(tree):
-    import shutil
     shutil.rmtree(tree / "B. Disease Grading")
     options = train.settle(train.parse(["--data", str(tree), "--weights", "none"]))[0]
     with pytest.raises(InputError, match="--tasks cls: found no photograph with its label in .*--tasks seg would work"):
@@ -271,7 +355,7 @@ def test_a_task_without_labels_names_those_that_work(tree):
 
 
 def test_an_existing_run_is_not_overwritten():
-    (data.HERE / "runs" / "taken").mkdir(parents=True, exist_ok=True)
+    (records.HERE / "runs" / "taken").mkdir(parents=True, exist_ok=True)
     with pytest.raises(InputError, match="taken: exists already; choose another --name"):
         train.main(["--name", "taken"])
 

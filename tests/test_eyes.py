@@ -1,0 +1,313 @@
+"""Copies, eyes, splits: what shows one eye is found, what does not is not, and no eye is on both sides."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+import data
+import eyes
+import synthetic
+from conftest import real_idrid
+from records import InputError, Record, read_idrid
+
+
+def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
+               part="train") -> Record:
+    """A drawn eye as a file of its own, the view turned, zoomed and shifted (in pixels of 300), in another light."""
+    image = Image.fromarray(synthetic.draw(synthetic.plan(11, index), 300)[0])
+    image = image.rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
+    corner = (image.width - 300) // 2
+    pixels = np.asarray(image.crop((corner, corner, corner + 300, corner + 300))).astype(float) * exposure
+    y, x = (np.arange(300) - 149.5 for _ in range(2))
+    inside = np.hypot(x[None], y[:, None])[..., None] < 120  # the camera's own round field, which does not move
+    pixels = np.roll(pixels, shift, (0, 1)) * inside
+    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
+    picture.save(path, quality=quality)
+    grade = synthetic.plan(11, index).grade
+    return Record(path.stem, path, part, grade)
+
+
+def prepared(records, key):
+    return np.stack([data.prepare(r, 64)[key] for r in records])
+
+
+def scores(records) -> dict[tuple[int, int], float]:
+    pairs, values = eyes.same_eye_scores(prepared(records, "vessels"))
+    return {(int(i), int(j)): float(v) for (i, j), v in zip(pairs, values)}
+
+
+def brute_score(a: np.ndarray, b: np.ndarray, turn: float, zoom: float) -> float:
+    """Definition of the score, shift by shift: mean product over the overlap, which counts as 40 % at least."""
+    v = eyes.standardise(torch.from_numpy(np.stack([a, b])).float())
+    a, b = v[0].numpy(), eyes.seen_at(v[1:], turn, zoom)[0].numpy()
+    side, field = len(a), (a != 0)
+    reach, best = round(eyes.REACH * side), -1.0
+    for dy, dx in itertools.product(range(-reach, reach + 1, 1), repeat=2):
+        here = (slice(max(0, -dy), side - max(0, dy)), slice(max(0, -dx), side - max(0, dx)))
+        there = (slice(max(0, dy), side - max(0, -dy)), slice(max(0, dx), side - max(0, -dx)))
+        overlap = max((field[here] & field[there]).sum(), 0.4 * field.sum())
+        best = max(best, (a[here] * b[there]).sum() / overlap)
+    return best
+
+
+# ---- vessels ----
+
+def test_correlation_equals_brute_force_over_shifts(tmp_path):
+    """Two maps of one field; the transform's answer against a loop over all shifts."""
+    maps = prepared([photograph(tmp_path / "a.png", 0), photograph(tmp_path / "b.png", 0, (7, -9), turn=3)], "vessels")
+    maps = np.where((maps > 0).all(0), maps, 0)  # the same pixels are inside, so that field and mask agree
+    v = eyes.standardise(torch.from_numpy(maps).float())
+    correlation = eyes.Correlation((v[0] != 0).float())
+    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(eyes.seen_at(v[1:], -3, 1.04)))
+    assert float(fast) == pytest.approx(brute_score(*maps, -3, 1.04), abs=1e-4)
+
+
+def test_one_eye_is_known_again_by_its_vessels(tmp_path):
+    records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(8)]
+    records += [photograph(tmp_path / "a.jpg", 0, (20, -30)), photograph(tmp_path / "b.jpg", 1, (-12, 25), 0.8),
+                photograph(tmp_path / "c.jpg", 2, (0, 3), 1.2, blur=1.0), photograph(tmp_path / "d.jpg", 3, turn=7),
+                photograph(tmp_path / "e.jpg", 4, zoom=1.08), photograph(tmp_path / "f.jpg", 5, (9, 9), turn=-11),
+                photograph(tmp_path / "g.jpg", 6, (-8, 4), 1.1, zoom=0.93, turn=4)]
+    same = {(i, i + 8) for i in range(7)}
+    found = scores(records)
+    for pair in itertools.combinations(range(len(records)), 2):
+        assert (found.get(pair, 0) >= eyes.SAME_EYE) == (pair in same)
+
+
+@pytest.mark.parametrize("sharp", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_dust_and_the_border_of_the_camera_are_no_vessels(tmp_path, sharp, seed):
+    """Two blurred views of different eyes through the same dirty lens."""
+    records = [photograph(tmp_path / f"{i}.jpg", i, blur=4.0) for i in (2 * seed, 2 * seed + 1)]
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:300, :300]
+    dust = np.full((300, 300), 255, np.uint8)
+    for _ in range(40):
+        (spot_x, spot_y), radius = rng.integers(80, 220, 2), rng.integers(2, 5)
+        dust[np.hypot(x - spot_x, y - spot_y) < radius] = 178
+    dust = Image.fromarray(dust) if sharp else Image.fromarray(dust).filter(ImageFilter.GaussianBlur(2))
+    dust = np.asarray(dust)[..., None] / 255
+    for record in records:
+        Image.fromarray((np.asarray(Image.open(record.image)) * dust).astype(np.uint8)).save(record.image, quality=95)
+    assert scores(records).get((0, 1), 0) < eyes.SAME_EYE
+
+
+def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
+    """Lines in the same places, as in a form or under a caption, do not make two pictures one eye."""
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(100, 255, (300, 300, 3), dtype=np.uint8)
+        pixels[::37], pixels[:, ::41] = 20, 20
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    records = [Record(str(i), tmp_path / f"{i}.png") for i in range(2)]
+    assert not prepared(records, "vessels").any() and scores(records) == {}
+
+
+# ---- copies ----
+
+def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
+    records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
+    records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
+    assert eyes.copies(prepared(records, "thumbnail")) == [(2, 6)]
+
+
+def test_copies_equal_brute_force():
+    rng = np.random.default_rng(0)
+    thumbnails = rng.integers(0, 255, (40, 6, 9, 3)).astype(np.uint8)
+    for i in range(20, 40):  # from hardly changed to clearly changed
+        thumbnails[i] = np.clip(thumbnails[i - 20] + rng.normal(0, (i - 20) / 4, (6, 9, 3)), 0, 255)
+    close = [(i, j) for i, j in itertools.combinations(range(40), 2)
+             if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= eyes.COPY_RMSE]
+    assert eyes.copies(thumbnails) == close and 5 < len(close) < 15
+
+
+def test_dark_pictures_are_no_copies_of_each_other():
+    rng = np.random.default_rng(0)
+    dark = rng.integers(0, 3, (4, 89, 134, 3)).astype(np.uint8)
+    assert eyes.copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
+
+
+def joined(records, pairs, sizes=None):
+    return eyes.join_copies(records, pairs, sizes or [(100, 50)] * len(records))
+
+
+def test_copies_share_their_labels_and_one_of_them_stays():
+    masks = {"EX": Path("m.tif")}
+    records = [Record("grading/1", Path("a"), grade=2, edema=0), Record("grading/2", Path("b"), grade=3, edema=1),
+               Record("grading/3", Path("c"), grade=4, edema=2), Record("segmentation/1", Path("d"), masks=masks)]
+    found, conflicts = joined(records, [(0, 1), (1, 3)])
+    assert [(r.name, r.grade, r.edema, r.masks, r.image) for r in found] == [
+        ("segmentation/1", 3, 1, masks, Path("d")), ("grading/3", 4, 2, None, Path("c"))]
+    assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
+        ("grade", ("grading/1", "grading/2"), (2, 3), 3), ("edema", ("grading/1", "grading/2"), (0, 1), 1)]
+
+
+def test_points_are_carried_over_in_the_pixels_of_the_image_that_stays():
+    records = [Record("a", Path("a"), points={"disc": (40.0, 20.0)}), Record("b", Path("b"), masks={"EX": Path("m")}),
+               Record("c", Path("c"), points={"disc": (10.4, 5.2), "fovea": (20.0, 10.0)})]
+    found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
+    assert found[0].name == "b" and not conflicts  # 20 and 20.8 differ by less than 1 % of the width
+    assert found[0].points == {"disc": pytest.approx((20.4, 10.2)), "fovea": pytest.approx((40, 20))}
+    records[2] = Record("c", Path("c"), points={"disc": (15.0, 5.0)})
+    found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
+    assert [(c.label, c.values) for c in conflicts] == [("disc", ((20, 10), (30, 10)))]
+    assert found[0].points == {"disc": pytest.approx((25, 10))}
+
+
+def test_categories_that_contradict_each_other_do_not_count():
+    records = [Record("a", Path("a"), category=2), Record("b", Path("b"), category=1)]
+    found, conflicts = joined(records, [(0, 1)])
+    assert [r.category for r in found] == [None] and conflicts[0].values == (2, 1)
+
+
+def test_no_label_crosses_from_test_into_training():
+    point = {"disc": (1, 1)}
+    records = [Record("a", Path("a"), "train", grade=0), Record("b", Path("b"), "test", grade=3, points=point)]
+    found, conflicts = joined(records, [(0, 1)])
+    assert [(r.name, r.grade, r.points) for r in found] == [("a", 0, None), ("b", 3, point)]
+    assert not conflicts
+
+
+def test_connected():
+    assert eyes.connected([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
+    assert eyes.connected([], 2) == [0, 1]
+
+
+def test_eyes_are_connected_by_vessels_and_by_the_groups_of_the_data_set():
+    records = [Record(n, Path(n), eye=group) for n, group in (("a", ""), ("b", "p"), ("c", ""), ("d", "p"), ("e", "q"))]
+    assert [r.eye for r in eyes.name_eyes(records, [(2, 3)])] == ["a", "b", "b", "b", "e"]
+
+
+# ---- split ----
+
+def fake_records(seed: int, number: int = 200) -> list[Record]:
+    rng = np.random.default_rng(seed)
+    grades = [int(g) for g in rng.choice(5, number, p=[0.4, 0.1, 0.25, 0.15, 0.1])]
+    return [Record(f"r{i}", Path(f"{i}.jpg"), grade=grades[i] if i % 9 else None, edema=0,
+                   masks=None if i % 9 else {"EX": None}, eye=f"eye{rng.integers(number * 2 // 3)}")
+            for i in range(number)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_keep_eyes_whole_and_strata_even(seed):
+    records = fake_records(seed)
+    validated = Counter()
+    for k in range(1, 6):
+        split = eyes.split(records, f"{k}/5")
+        assert sorted(r.name for r in split.training + split.validation) == sorted(r.name for r in records)
+        assert {r.eye for r in split.training}.isdisjoint(r.eye for r in split.validation)
+        validated.update(r.name for r in split.validation)
+        for label in ("grade", "masks"):
+            whole = Counter(repr(getattr(r, label)) for r in records)
+            part = Counter(repr(getattr(r, label)) for r in split.validation)
+            assert all(abs(part[k] - n / 5) <= 2.5 for k, n in whole.items())
+    assert validated == Counter(r.name for r in records)  # each photograph is validated on once
+
+
+def test_split_does_not_depend_on_the_order():
+    records = fake_records(0)
+    names = {r.name for r in eyes.split(records).validation}
+    assert names == {r.name for r in eyes.split(list(reversed(records))).validation}
+
+
+def test_training_photographs_of_a_test_eye_are_left_out_unless_kept():
+    records = fake_records(0)
+    tested = [Record(f"test{i}", Path("t"), "test", grade=0, eye=f"eye{i}") for i in range(30)]
+    split = eyes.split(records + tested)
+    seen = {r.eye for r in tested}
+    assert seen.isdisjoint(r.eye for r in split.training + split.validation)
+    assert {r.name for r in split.leaks} == {r.name for r in records if r.eye in seen} and len(split.leaks) > 20
+    assert split.test == tested and len(split.training + split.validation + split.leaks) == len(records)
+    kept = eyes.split(records + tested, keep_leaks=True)
+    assert len(kept.training + kept.validation) == len(records) and kept.leaks == split.leaks
+
+
+def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
+    records = fake_records(0)
+    given = [Record(f"val{i}", Path("v"), "val", grade=0, eye=f"eye{i}") for i in range(20)]
+    tested = [Record(f"test{i}", Path("t"), "test", grade=0, eye=f"eye{i}") for i in range(5)]
+    split = eyes.split(records + given + tested)
+    assert [r.name for r in split.validation] == [f"val{i}" for i in range(5, 20)]
+    assert {r.eye for r in split.training}.isdisjoint(r.eye for r in given + tested)
+
+
+@pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "-1/5", ""])
+def test_bad_folds_are_one_line(text):
+    with pytest.raises(InputError, match=f"--fold {text}: expected I/N, fold I of N, such as 1/5"):
+        eyes.split(fake_records(0), text)
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory) -> list[Record]:
+    """Eyes photographed again and again: re-encoded, shifted, turned, in another light; some of them for the test."""
+    folder = tmp_path_factory.mktemp("album")
+    records = [photograph(folder / f"{i}.jpg", i) for i in range(20)]
+    records += [photograph(folder / f"{i}_again.jpg", i, (10, -14), 0.9) for i in range(0, 12, 2)]
+    records += [photograph(folder / f"{i}_turned.jpg", i, turn=6, exposure=1.1) for i in range(0, 12, 3)]
+    records += [photograph(folder / f"{i}_copy.jpg", i, quality=80) for i in range(1, 12, 4)]
+    records += [photograph(folder / f"{i}_test{k}.jpg", i, part="test", **how)
+                for i, k, how in [(0, 0, {"quality": 70}), (4, 1, {"shift": (-20, 12)}), (5, 2, {"turn": -8}),
+                                  (13, 3, {"exposure": 0.8}), (30, 4, {}), (31, 5, {"zoom": 1.05})]]
+    return records
+
+
+def eye_of(record: Record) -> str:
+    return record.name.split("_")[0]
+
+
+def test_no_eye_lies_on_both_sides_of_any_split(album, monkeypatch):
+    found, _ = data.find_eyes(album, 64)
+    assert len(found) == len(album) - 3  # three copies have been joined; the copy in the test part stays
+    for number in range(2, 8):
+        for k in range(1, number + 1):
+            split = eyes.split(found, f"{k}/{number}")
+            training, validation, test, leaks = ({eye_of(r) for r in part} for part in (
+                split.training, split.validation, split.test, split.leaks))
+            assert training and validation and len(test) == 6 and leaks == {"0", "4", "5", "13"}
+            assert not (training & validation or training & test or validation & test)
+    everything = eyes.split(found, keep_leaks=True)
+    assert {"0", "4", "5", "13"} <= {eye_of(r) for r in everything.training + everything.validation}
+    monkeypatch.setattr(eyes, "same_eye_scores", None)  # the second time it is read from the cache
+    assert data.find_eyes(album, 64)[0] == found
+
+
+# ---- the real photographs, where they are at hand ----
+
+CONFIRMED = [("seg 25", "347"), ("seg 11", "083"), ("013", "397"), ("seg 26", "299"), ("seg 39", "271"), ("043", "401"),
+             ("038", "126"), ("339", "354"), ("319", "338")]
+FOUND_HERE = [("046", "404"), ("seg 40", "133")]  # not in anybody's list; looked at
+FALSE_ALARMS = [("031", "036"), ("031", "337"), ("183", "200")]
+COPIES = [("seg 01", "102"), ("seg 02", "366"), ("seg 03", "369"), ("seg 06", "196"), ("seg 08", "207"),
+          ("seg 53", "012")]
+IDENTICAL = [("021", "391"), ("028", "327"), ("045", "333")]
+
+
+def test_real_copies_and_eyes():
+    records = read_idrid(real_idrid("idrid")).records
+    number = {r.name.replace("segmentation/IDRiD_", "seg ").replace("grading/IDRiD_", ""): i
+              for i, r in enumerate(records)}
+    found = data.compare(records, 256)
+    pairs = set(map(tuple, found.copies.tolist()))
+    assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
+    assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
+    leaders = eyes.connected(found.same_eye(), len(records))
+    for a, b in CONFIRMED + FOUND_HERE + COPIES:
+        assert leaders[number[a]] == leaders[number[b]]
+    for a, b in FALSE_ALARMS:
+        assert leaders[number[a]] != leaders[number[b]]
+    assert len(set(leaders)) == 467 - 42 - 5 - len(CONFIRMED + FOUND_HERE)
+    same = found.scores >= eyes.SAME_EYE  # and the threshold lies in a wide gap
+    assert found.scores[same].min() > 0.55 and found.scores[~same].max() < 0.38
+    joined, conflicts = data.find_eyes(records, 256)
+    assert len(joined) == 467 - 42 - 5 and len({r.eye for r in joined}) == 409
+    assert [(c.label, *(n[-3:] for n in c.names), *c.values) for c in conflicts] == [
+        ("grade", "021", "391", 1, 2), ("grade", "028", "327", 4, 3), ("edema", "045", "333", 0, 1)]
+    by_name = {r.name: r for r in joined}
+    assert by_name["segmentation/IDRiD_01"].grade == records[number["102"]].grade
+    assert by_name["segmentation/IDRiD_01"].points == records[number["102"]].points
+    assert sum(r.masks is not None and r.points is not None for r in joined) == 42

@@ -1,0 +1,349 @@
+"""Reading data sets: IDRiD's quirks, tables, folders of classes; bad input is one line that names the file."""
+
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import records
+import synthetic
+from conftest import ROOT, real_idrid
+from records import InputError, read_data, read_idrid
+
+
+def part_of(root: Path, part: str = "train") -> list[records.Record]:
+    return [r for r in read_idrid(root).records if r.part == part]
+
+
+def read_all(root: Path) -> data.Photographs:
+    return data.Photographs(read_data(root).records, 64)
+
+
+def grading_csv(root: Path) -> Path:
+    return root / "B. Disease Grading" / "2. Groundtruths" / "a. IDRiD_Disease Grading_Training Labels.csv"
+
+
+def fovea_csv(root: Path) -> Path:
+    return root / "C. Localization" / "2. Groundtruths" / "2. Fovea Center Location" / \
+        "IDRiD_Fovea_Center_Training Set_Markups.csv"
+
+
+def images(root: Path, subset: str = "B. Disease Grading") -> Path:
+    return root / subset / "1. Original Images" / "a. Training Set"
+
+
+def first_mask(root: Path, kind: str) -> Path:
+    folder = root / "A. Segmentation" / "2. All Segmentation Groundtruths" / "a. Training Set"
+    return sorted((folder / records.MASK_FOLDERS[kind]).iterdir())[0]
+
+
+# ---- IDRiD ----
+
+def test_reads_the_official_layout(shared_tree):
+    for part, prefix, numbers in (("train", "", range(1, 7)), ("test", "test/", range(55, 61))):
+        found = part_of(shared_tree, part)
+        masked, graded = ([r for r in found if getattr(r, label) is not None] for label in ("masks", "grade"))
+        assert [r.name for r in masked] == [f"{prefix}segmentation/IDRiD_{i:02d}" for i in numbers]
+        assert [r.name for r in graded] == [f"{prefix}grading/IDRiD_{i:03d}" for i in range(1, 16)]
+        assert all(r.masks is None and r.edema is not None for r in graded)
+        for i, r in enumerate(graded):  # labels of the same names differ between the parts and are those of the file
+            eye = synthetic.plan(8, i + (1000 if part == "test" else 0))
+            assert r.grade == eye.grade
+            assert r.points["disc"] == pytest.approx((24 + 96 * eye.disc[0], 96 * eye.disc[1]), abs=0.006)
+            assert r.points["fovea"] == pytest.approx((24 + 96 * eye.fovea[0], 96 * eye.fovea[1]), abs=0.006)
+    assert {r.image for r in part_of(shared_tree)}.isdisjoint(r.image for r in part_of(shared_tree, "test"))
+
+
+def test_names_are_unique_across_parts(shared_tree):
+    names = [r.name for r in read_idrid(shared_tree).records]
+    assert len(set(names)) == len(names) == 42
+
+
+@pytest.mark.parametrize("subset,label", [("A. Segmentation", "masks"), ("B. Disease Grading", "grade"),
+                                          ("C. Localization", "points")])
+def test_a_subset_may_be_missing(tree, subset, label):
+    if subset == "B. Disease Grading":  # then the localization part needs its own images
+        shutil.copytree(images(tree), images(tree, "C. Localization"))
+    shutil.rmtree(tree / subset)
+    found = read_idrid(tree)
+    assert found.records and all(getattr(r, label) is None for r in found.records)
+    for other in {"masks", "grade", "points"} - {label}:
+        assert any(getattr(r, other) is not None for r in found.records)
+    assert found.notes == (f"{tree} has no '{subset}': nothing to learn {records.SUBSETS[subset]} from",)
+
+
+def test_localization_uses_its_own_images_where_it_has_them(tree):
+    shutil.copytree(images(tree), images(tree, "C. Localization"))
+    found = {r.name: r for r in part_of(tree)}
+    assert found["localization/IDRiD_001"].points and found["localization/IDRiD_001"].grade is None
+    assert found["grading/IDRiD_001"].points is None
+    joined, _ = data.find_eyes(list(found.values()), 64)  # copies by content
+    assert len(joined) == 8 and sum(r.grade is not None and r.points is not None for r in joined) == 5
+
+
+def test_points_without_any_image_are_one_line(tree):
+    shutil.rmtree(tree / "A. Segmentation"), shutil.rmtree(tree / "B. Disease Grading")
+    with pytest.raises(InputError, match="expected IDRiD's folders .* found C. Localization"):
+        read_idrid(tree)
+
+
+def test_drawn_points_are_where_the_drawing_has_them(monkeypatch):
+    monkeypatch.setattr(records, "DRAWN", {"test": (1, 6)})
+    found = records.read_drawn().records
+    photographs = data.Photographs(found, 96)
+    for i, record in enumerate(found):
+        eye, sample = synthetic.plan(*record.drawing), photographs[i, None]
+        assert np.allclose(sample.points, 96 * np.array([eye.disc, eye.fovea]), atol=1e-3)
+        y, x = (v.float().mean().item() + 0.5 for v in (sample.masks[-1] == 1).nonzero(as_tuple=True))
+        assert np.hypot(*(sample.points[0].numpy() - (x, y))) < 1
+
+
+# ---- bad input: one line that names the file ----
+
+def damage_text(path_of, old, new):
+    def damage(root):
+        text = path_of(root).read_text()
+        assert old in text
+        path_of(root).write_text(text.replace(old, new))
+    return damage
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 3])
+
+
+def damage_nothing_there(root):
+    for subset in records.SUBSETS:
+        shutil.rmtree(root / subset)
+    (root / "images").mkdir()
+
+
+def damage_mask_size(root):
+    Image.open(first_mask(root, "OD")).resize((72, 48)).save(first_mask(root, "OD"))
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda root: shutil.rmtree(root), r"IDRiD: no such file or folder; expected a table \(.csv\), a folder with"),
+    (lambda root: [shutil.rmtree(root), root.write_text("x")], r"IDRiD: a file that is no table; expected"),
+    (damage_nothing_there, r"IDRiD: expected IDRiD's folders 'A. Segmentation', .* found images"),
+    (damage_text(grading_csv, "IDRiD_002,", "IDRiD_002,7"),
+     r"Labels.csv line 3: Retinopathy grade of IDRiD_002 is '7\d', expected a whole number from 0 to 4"),
+    (damage_text(grading_csv, "IDRiD_002,", "IDRiD_002,x"), r"line 3: Retinopathy grade of IDRiD_002 is 'x\d'"),
+    (damage_text(grading_csv, "Retinopathy grade", "Grade"),
+     r"Labels.csv: no column 'Retinopathy grade'; found Image name, Grade"),
+    (damage_text(grading_csv, "IDRiD_003,", "IDRiD_002,"), r"Labels.csv line 4: a second row for IDRiD_002"),
+    (lambda root: (images(root) / "IDRiD_003.jpg").unlink(),
+     r"Labels.csv line 4: a grade for IDRiD_003, but no IDRiD_003.jpg"),
+    (lambda root: shutil.copy(images(root) / "IDRiD_001.jpg", images(root) / "IDRiD_099.jpg"),
+     r"IDRiD_099.jpg: a photograph without its row in .*Labels.csv"),
+    (lambda root: shutil.copy(images(root) / "IDRiD_001.jpg", images(root) / "IDRiD_001.png"),
+     r"IDRiD_001.png: IDRiD_001.jpg has the same name"),
+    (lambda root: shutil.copy(first_mask(root, "EX"), first_mask(root, "EX").with_name("IDRiD_77_EX.tif")),
+     r"IDRiD_77_EX.tif: a mask without its photograph IDRiD_77.jpg"),
+    (lambda root: shutil.copy(images(root, "A. Segmentation") / "IDRiD_01.jpg",
+                              images(root, "A. Segmentation") / "IDRiD_50.jpg"),
+     r"IDRiD_50.jpg: a photograph without any mask"),
+    (damage_mask_size, r"IDRiD_01_OD.tif: a mask of 72x48 for a photograph of 144x96"),
+    (lambda root: truncate(images(root) / "IDRiD_002.jpg"), r"IDRiD_002.jpg: not a readable image"),
+    (lambda root: truncate(first_mask(root, "EX")), r"_EX.tif: not a readable image"),
+    (lambda root: (images(root) / "IDRiD_002.jpg").write_text("this is no JPEG"),
+     r"IDRiD_002.jpg: not a readable image"),
+    (lambda root: shutil.rmtree(grading_csv(root).parent), r"Labels.csv: no such file"),
+    (lambda root: shutil.rmtree(first_mask(root, "EX").parent), r"3. Hard Exudates: no such folder"),
+    (lambda root: [p.unlink() for p in images(root).iterdir()], r"holds no photograph"),
+    (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_002,x"),
+     r"Markups.csv line 3: the fovea of IDRiD_002 is at \('x[\d.]+', '[\d.]+'\), expected two numbers"),
+    (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_002,9"),
+     r"line 3: the fovea of IDRiD_002 is at \(9[\d.]+, [\d.]+\), outside IDRiD_002.jpg with its 144x96 pixels"),
+    (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_077,"), r"line 3: a point for IDRiD_077, but no IDRiD_077.jpg"),
+    (damage_text(fovea_csv, "IDRiD_003,", "IDRiD_002,"), r"Markups.csv line 4: a second row for IDRiD_002"),
+    (damage_text(fovea_csv, "X- Coordinate", "X"), r"Markups.csv: no column 'X- Coordinate'; found Image No, X, Y"),
+])
+def test_bad_input_is_one_line_naming_the_file(tree, damage, message):
+    damage(tree)
+    with pytest.raises(InputError, match=message) as caught:
+        read_all(tree)
+    assert "\n" not in str(caught.value)
+
+
+# ---- tables ----
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a table beside three photographs, a.png to c.png (60x40), and a mask; -> its path."""
+    for i, name in enumerate("abc"):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{name}.png")
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:20, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+
+    def write(*lines):
+        (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+        return tmp_path / "labels.csv"
+    return write
+
+
+def test_a_table_of_all_columns(table):
+    path = table("image,cls,dme,od_x,od_y,fovea_x,fovea_y,mask_ma,mask_ex,split,group",
+                 "images/a.png,2,1,10,20,30.5,20,mask.png,none,,p1", "images/b.png,,0,,,1,2,,,val,",
+                 "images/c.png,4.0,,,,,,,,test,p1")
+    a, b, c = read_data(path).records
+    assert (a.grade, a.edema, a.part, a.points) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
+    assert a.masks == {"MA": path.parent / "mask.png", "EX": None}
+    assert (b.grade, b.edema, b.part, b.points, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
+    assert (c.grade, c.edema, c.part, c.points) == (4, None, "test", None)
+    assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
+    sample = data.Photographs([a], 64)[0, None]
+    values = [sorted(m.unique().tolist()) for m in sample.masks]  # MA known, EX known to be absent, others not known
+    assert values == [[0, 1], [255], [0], [255], [255]]
+
+
+def test_rows_that_say_the_same_are_one(table):
+    found = read_data(table("image,cls", "images/a.png,1", "images/../images/a.png,1", "images/b.png,2")).records
+    assert [r.grade for r in found] == [1, 2]
+
+
+def png_header(path: Path, width: int, height: int) -> None:
+    """A PNG that claims a size and holds next to nothing."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) +
+                     chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+
+
+def truncated_tiff(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
+    truncate(path)
+
+
+@pytest.mark.parametrize("lines,message", [
+    (["picture,cls", "images/a.png,1"], "labels.csv: no column 'image'; found picture, cls"),
+    ([""], "labels.csv: no column 'image'; found no header"),
+    (["image,cls"], "labels.csv: no row"),
+    (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; .* separated by commas"),
+    (["image,grade", "images/a.png,1"], "labels.csv: unknown column 'grade'; known are image, cls, dme, od_x"),
+    (["image,cls,cls", "images/a.png,1,1"], "labels.csv: two columns are named 'cls'"),
+    (["image,cls", "images/a.png,1", "images/b.png,two"], "line 3: cls of images/b.png is 'two', expected a whole"),
+    (["image,cls", "images/a.png,7"], "line 2: cls of images/a.png is '7', expected a whole number from 0 to 4"),
+    (["image,cls", "images/a.png,1.5"], "line 2: cls of images/a.png is '1.5', expected"),
+    (["image,cls", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
+    (["image,dme", "images/a.png,3"], "line 2: dme of images/a.png is '3', expected a whole number from 0 to 2"),
+    (["image,cls", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
+    (["image,cls", "images,1"], "line 2: image 'images': a folder: "),
+    (["image,cls", ",1"], "line 2: the cell of column 'image' is empty"),
+    (["image,mask_ma", "images/a.png,m.png"], "line 2: mask_ma 'm.png': no such file"),
+    (["image,od_x,od_y", "images/a.png,60.5,3"],
+     r"line 2: od of images/a.png is at \(60.5, 3\), outside a.png with its 60x40 pixels"),
+    (["image,od_x,od_y", "images/a.png,5,"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
+    (["image,od_x", "images/a.png,5"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
+    (["image,fovea_x,fovea_y", "images/a.png,5,nan"], r"fovea of images/a.png is at \('5', 'nan'\), expected two num"),
+    (["image,cls,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
+    (["image,cls", "images/a.png,1", "images/b.png,0", "images/a.png,2"],
+     "line 4: images/a.png stands at .*labels.csv line 2 already, with other cells"),
+    (["image,cls", "images/a.png,1", "cut.tif,0"], "labels.csv line 3: .*cut.tif: not a readable image"),
+    (["image,cls", "images/a.png,1", "huge.png,0"], "line 3: .*huge.png: claims more than 89 million pixels"),
+    (["image,cls", "labels.csv,1"], "labels.csv line 2: .*labels.csv: not a readable image"),
+    (["image,mask_ma", "images/a.png,huge.png"], "labels.csv line 2: .*huge.png: claims more than"),
+    (["image,mask_ma", "images/a.png,images/other.png"], "line 2: .*other.png: a mask of 30x40 for a photo"),
+])
+def test_a_bad_table_is_one_line_naming_file_and_row(table, lines, message):
+    path = table(*lines)
+    truncated_tiff(path.parent / "cut.tif"), png_header(path.parent / "huge.png", 100_000, 100_000)
+    Image.new("L", (30, 40)).save(path.parent / "images" / "other.png")
+    with pytest.raises(InputError, match=message) as caught:
+        read_all(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_that_is_not_utf8_is_one_line(table):
+    path = table("image,cls")
+    path.write_bytes("image,cls\nb\xe4r.png,1\n".encode("latin-1"))
+    with pytest.raises(InputError, match="labels.csv: not UTF-8 text"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "--tasks", "cls", "--data"], ["data.py"]])
+def test_a_bad_table_ends_the_program_with_status_2(table, arguments):
+    path = table("image,cls", "images/a.png,9")
+    result = subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:], path], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == f"error: {path} line 2: cls of images/a.png is '9', expected a whole number from 0 to 4\n"
+
+
+def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):
+    """The error is made by hand: whoever runs this may be root, who is never refused."""
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(SystemExit) as stop:
+        records.command(lambda: read_data(tree))
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: {images(tree, 'A. Segmentation')}: no permission; ") and text.count("\n") == 1
+
+
+# ---- folders of classes ----
+
+@pytest.fixture
+def folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, number in (("train", 5), ("test", 2)):
+        for name in ("rose", "daisy", "10", "9"):
+            (tmp_path / "flowers" / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 255, (30, 45, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "flowers" / part / name / f"{i}.png")
+    return tmp_path / "flowers"
+
+
+def test_folders_of_classes(folders):
+    (folders / "train" / "rose" / "Thumbs.db").write_text("litter")
+    found = read_data(folders)
+    assert found.classes == ("9", "10", "daisy", "rose")
+    assert Counter((r.part, r.category) for r in found.records) == {(p, c): n for p, n in (("train", 5), ("test", 2))
+                                                                   for c in range(4)}
+    assert all(r.grade is None and r.name.split("/")[1] == found.classes[r.category] for r in found.records)
+    sample = data.Photographs(found.records, 64)[0, None]
+    assert sample.geometry.scale_x == 64 / 45 and sample.category == 0  # the whole picture: no field of view in it
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda root: [shutil.rmtree(root / "train" / n) for n in ("rose", "9", "10")],
+     "train: found 1 folders; expected one for each class, at least two"),
+    (lambda root: (root / "test" / "tulip").mkdir(), "test/tulip: a class that 'train' does not have; expected 9, 10"),
+    (lambda root: (root / "train" / "rose" / "a.txt").write_text("x"), "rose/a.txt: expected nothing but photographs"),
+    (lambda root: (root / "train" / "rose" / "more").mkdir(), "rose/more: expected nothing but photographs"),
+    (lambda root: (root / "train" / "tulip").mkdir(), "train/tulip: holds no photograph"),
+    (lambda root: (root / "train" / "rose" / "0.png").write_text("x"), "rose/0.png: not a readable image"),
+])
+def test_bad_folders_are_one_line(folders, damage, message):
+    damage(folders)
+    with pytest.raises(InputError, match=message) as caught:
+        read_all(folders)
+    assert "\n" not in str(caught.value)
+
+
+# ---- the real photographs, where they are at hand ----
+
+def test_real_counts_and_labels():
+    found = part_of(real_idrid("idrid"))
+    masked = [r for r in found if r.masks is not None]
+    assert (len(masked), len(found)) == (54, 467)
+    files = Counter(kind for r in masked for kind, path in r.masks.items() if path)
+    assert files == {"MA": 54, "HE": 53, "EX": 54, "SE": 26, "OD": 54}
+    assert [r.name for r in masked if not r.masks["HE"]] == ["segmentation/IDRiD_43"]
+    assert Counter(r.grade for r in found if r.grade is not None) == {0: 134, 1: 20, 2: 136, 3: 74, 4: 49}
+    assert Counter(r.edema for r in found if r.edema is not None) == {0: 177, 1: 41, 2: 195}
+    points = {r.name: r.points for r in found if r.points}
+    assert len(points) == 413 and all(set(p) == {"disc", "fovea"} for p in points.values())
+    assert points["grading/IDRiD_001"]["disc"] == (714.5, 451.25)
