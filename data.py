@@ -460,7 +460,7 @@ class Examined:
     odd: list[tuple[Record, str]]  # masks that are stored unlike most
 
 
-def labelled(records: Iterable[Record]) -> dict[str, int]:
+def labelled(records: Sequence[Record]) -> dict[str, int]:
     """How many records carry each label that occurs at all."""
     return {label: n for label in LABELS if (n := sum(getattr(r, label) is not None for r in records))}
 
@@ -488,39 +488,39 @@ def overview(records: Sequence[Record], classes: Sequence[str]) -> dict:
             "labels": labelled(records), "classes": class_shares(records, classes), "masks": masks}
 
 
+def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record, str]], list[str]]:
+    """How masks are stored: counts, those stored unlike most; and the photographs without a field of view."""
+    if all(r.drawing is not None for r in records):
+        return Counter(), [], []
+    stored, vessels = read_arrays((cache_path(r, EXAMINED_SIZE, CACHE) for r in records), "stored", "vessels")
+    masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
+    forms = Counter(mask.partition(" ")[2] for _, mask in masks)
+    usual = max(forms, key=forms.get, default="")
+    return (forms, [(r, mask) for r, mask in masks if mask.partition(" ")[2] != usual],
+            [r.name for r, v in zip(records, vessels) if not v.any()])
+
+
 def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined:
     """Look at a data set as training would: counts, files, copies, eyes, leaks, conflicts, the split.
 
     InputError: nothing in it can be read.
     """
-    size = EXAMINED_SIZE
-    problems = build_cache(data_set.records, size, CACHE)
+    problems = build_cache(data_set.records, EXAMINED_SIZE, CACHE)
     records = [r for r in data_set.records if r.name not in problems]
     if not records:
         raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
                          f"{next(iter(problems.values()))}")
-    found = compare(records, size)
-    joined, conflicts = find_eyes(records, size)
+    found = compare(records, EXAMINED_SIZE)
+    joined, conflicts = find_eyes(records, EXAMINED_SIZE)
     split = eyes.split(joined, fold)
-    stored, without_field = [], []
-    if root is not None:
-        paths = [cache_path(r, size, CACHE) for r in records]
-        formats, vessels = read_arrays(paths, "stored", "vessels")
-        stored = [(r, str(mask)) for r, masks in zip(records, formats) for mask in masks]
-        without_field = [r.name for r, v in zip(records, vessels) if not v.any()]
-    forms = Counter(mask.partition(" ")[2] for _, mask in stored)
-    odd = [(r, mask) for r, mask in stored if mask.partition(" ")[2] != forms.most_common(1)[0][0]]
-    same = found.scores >= eyes.SAME_EYE
+    forms, odd, without_field = stored_forms(records)
     groups = defaultdict(list)
     for r in joined:
         groups[r.eye].append(r.name)
     trained = {r.eye for r in joined if r.part != "test"}
-
-    def pairs(which):
-        order = np.argsort(-found.scores, kind="stable")
-        return [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
-                for k in order if which[k]]
-
+    pairs = [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
+             for k in np.argsort(-found.scores, kind="stable")]
+    same = int((found.scores >= eyes.SAME_EYE).sum())
     parts = [part for part in ("train", "val", "test") if any(r.part == part for r in data_set.records)]
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
@@ -530,7 +530,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
         "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
         "without_field_of_view": without_field,
         "copies": [[records[i].name, records[j].name] for i, j in found.copies],
-        "same_eye": {"threshold": eyes.SAME_EYE, "pairs": pairs(same), "closest_below": pairs(~same)[:12],
+        "same_eye": {"threshold": eyes.SAME_EYE, "pairs": pairs[:same], "closest_below": pairs[same:same + 12],
                      "photographs": len(joined), "eyes": len(groups),
                      "groups": [names for names in groups.values() if len(names) > 1]},
         "conflicts": [{"label": c.label, "photographs": list(c.names), "values": list(c.values), "used": c.used}
@@ -542,64 +542,64 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
     return Examined(report, records, found, odd)
 
 
+def listing(title: str, items: Sequence[str], most: int = 12) -> list[str]:
+    """Lines of text: how many there are, and the first of them."""
+    rest = [f"    ... and {len(items) - most} more (--json lists all)"] if len(items) > most else []
+    return [f"{title}: {len(items)}", *(f"    {item}" for item in items[:most]), *rest]
+
+
+def by_task(labels: Mapping[str, int]) -> str:
+    """Counts of labels, each with the task that learns from it."""
+    return ", ".join(f"{LABELS[label]} ({label}) {n}" for label, n in labels.items()) or "none"
+
+
+def part_lines(title: str, part: Mapping) -> list[str]:
+    """Lines of text for one overview."""
+    subsets = ", ".join(f"{name} {n}" for name, n in list(part["subsets"].items())[:12])
+    lines = [f"{title}: {part['photographs']} photographs ({subsets}); labelled: {by_task(part['labels'])}"]
+    for label, shares in part["classes"].items():
+        total = sum(shares["counts"].values())
+        lines.append(f"    {label:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in shares["counts"].items()) +
+                     f"   always {shares['constant_guess']}: accuracy {shares['constant_accuracy']:.3f}")
+    if part["masks"]:
+        lines.append("    masks    " + "  ".join(f"{kind}: {n['masks']}" + f" (+ {n['none']} without)" * bool(n["none"])
+                                                 for kind, n in part["masks"].items()))
+    return lines
+
+
 def page(report: Mapping) -> str:
     """A report as text for the screen."""
-    lines = [f"{report['data']}", *report["notes"], ""]
-
-    def listed(title, items, most=12):
-        lines.append(f"{title}: {len(items)}")
-        lines.extend(f"    {item}" for item in items[:most])
-        if len(items) > most:
-            lines.append(f"    ... and {len(items) - most} more (--json lists all)")
-
-    def show(title, part):
-        subsets = ", ".join(f"{name} {n}" for name, n in part["subsets"].items()) if len(part["subsets"]) < 13 else ""
-        labels = ", ".join(f"{name} {n} ({LABELS[name]})" for name, n in part["labels"].items()) or "none"
-        lines.append(f"{title}: {part['photographs']} photographs ({subsets}); labelled: {labels}")
-        for label, shares in part["classes"].items():
-            counts, total = shares["counts"], sum(shares["counts"].values())
-            lines.append(f"    {label:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in counts.items()) +
-                         f"   always {shares['constant_guess']}: accuracy {shares['constant_accuracy']:.3f}")
-        if part["masks"]:
-            lines.append("    masks    " + "  ".join(
-                f"{kind}: {n['masks']}" + (f" (+ {n['none']} without)" if n["none"] else "")
-                for kind, n in part["masks"].items()))
-
+    lines = [report["data"], *report["notes"], ""]
     for part, counts in report["parts"].items():
-        show(part, counts)
+        lines += part_lines(part, counts)
     lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
     if report["mask_formats"]:
-        lines.append("masks are stored as: " + ", ".join(f"{form} ({n})" for form, n in report["mask_formats"].items()))
-    listed("masks stored unlike the others", report["odd_masks"])
-    listed("unreadable files", list(report["unreadable"].values()))
-    listed("photographs without a round field of view (taken whole, not compared by vessels)",
-           report["without_field_of_view"], 3)
+        lines.append("masks are stored as (mode and values): " + ", ".join(
+            f"{form} ({n})" for form, n in report["mask_formats"].items()))
+    lines += listing("masks stored unlike the others", report["odd_masks"])
+    lines += listing("unreadable files", list(report["unreadable"].values()))
+    lines += listing("photographs without a round field of view (taken whole, not compared by vessels)",
+                     report["without_field_of_view"], 3)
     same = report["same_eye"]
-    lines.append("")
-    listed("copies: pairs of files that show one photograph", [" = ".join(pair) for pair in report["copies"]], 4)
-    listed(f"other pairs that show one eye (score {same['threshold']} and up)",
-           [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
-    if same["closest_below"]:
-        lines.append(f"    closest below: {same['closest_below'][0]['score']:.2f}  "
-                     f"{' / '.join(same['closest_below'][0]['photographs'])}")
+    lines += ["", *listing("copies: pairs of files that show one photograph",
+                           [" = ".join(pair) for pair in report["copies"]], 4)]
+    lines += listing(f"other pairs that show one eye (score {same['threshold']} and up)",
+                     [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
+    lines += [f"    closest below: {p['score']:.2f}  {' / '.join(p['photographs'])}"
+              for p in same["closest_below"][:1]]
     lines.append(f"together: {same['photographs']} photographs of {same['eyes']} eyes")
-    listed("labels that contradict each other", [
+    lines += listing("labels that contradict each other", [
         f"{c['label']} {' or '.join(map(str, c['values']))} of {' = '.join(c['photographs'])}; training uses "
         f"{c['used']}" for c in report["conflicts"]])
-
-    def counted(labels):
-        return ", ".join(f"{LABELS[label]} ({label}) {n}" for label, n in labels.items()) or "none"
-
+    leaks = report["leaks"]
     if "test" in report["parts"]:
-        lines += ["", f"leaks: training photographs of an eye in the test part: {len(report['leaks']['training'])}; by "
-                  f"task: {counted(report['leaks']['training_labels'])}",
-                  f"    test photographs of an eye in the training part, by task: "
-                  f"{counted(report['leaks']['test_labels'])}",
+        lines += ["", f"leaks: training photographs of an eye in the test part: {len(leaks['training'])}; by task: "
+                  f"{by_task(leaks['training_labels'])}",
+                  f"    test photographs of an eye in the training part, by task: {by_task(leaks['test_labels'])}",
                   "    train.py leaves those training photographs out, unless --keep-leaks"]
     lines += ["", f"the split of train.py, fold {report['split']['fold']}, copies joined:"]
-    show("  training", report["split"]["training"])
-    show("  validation", report["split"]["validation"])
-    return "\n".join(lines)
+    lines += part_lines("  training", report["split"]["training"])
+    return "\n".join(lines + part_lines("  validation", report["split"]["validation"]))
 
 
 # ---- contact sheets ----

@@ -314,7 +314,7 @@ def test_folders_of_classes(folders):
                                                                    for c in range(4)}
     assert all(r.grade is None and r.name.split("/")[1] == found.classes[r.category] for r in found.records)
     sample = data.Photographs(found.records, 64)[0, None]
-    assert sample.geometry.scale_x == 64 / 45 and sample.category == 0  # the whole picture: no field of view in it
+    assert sample.geometry.scale_x == 64 / 45 and sample.category == 1  # the whole picture: no field of view in it
 
 
 @pytest.mark.parametrize("damage,message", [

@@ -156,7 +156,7 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
                 pixels = np.clip(rng.normal(level, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "sky" / part / name / f"{i}.png")
     train.main(["--data", str(tmp_path / "sky"), "--name", f"sky_{tmp_path.name}",
-                *"--tasks cls --size 64 --weights none --lr 3e-3 --epochs 8".split()])
+                *"--tasks cls --size 64 --weights none --lr 3e-3 --epochs 15".split()])
     run = records.HERE / "runs" / f"sky_{tmp_path.name}"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--split", "test"])
     evaluate.main()
