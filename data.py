@@ -268,7 +268,7 @@ class Comparison:
         return self.copies.tolist() + self.pairs[self.scores >= eyes.SAME_EYE].tolist()
 
 
-def compare(records: Sequence[Record], size: int, cache: Path | None = None) -> Comparison:
+def compare(records: Sequence[Record], size: int) -> Comparison:
     """Compare all photographs with each other, from what the cache holds of each; done once, and kept there.
 
     Copies are compared by their thumbnails, vessels of one copy of each. Drawn photographs are of one eye each.
@@ -276,11 +276,10 @@ def compare(records: Sequence[Record], size: int, cache: Path | None = None) -> 
     number = len(records)
     if all(r.drawing is not None for r in records):
         return Comparison(np.zeros((0, 2), int), np.zeros((0, 2), int), np.zeros(0), np.full((number, 2), DRAWN_SIDE))
-    cache = cache or CACHE
-    paths = want_cache(records, size, cache)
+    paths = want_cache(records, size, CACHE)
     settings = eyes.COPY_RMSE, eyes.SCREEN, eyes.REACH, eyes.COARSE_VIEWS, eyes.FINE_VIEWS
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
-    stored = cache / f"eyes_{key[:32]}.npz"
+    stored = CACHE / f"eyes_{key[:32]}.npz"
     if not stored.exists():
         thumbnails, vessels, geometry = read_arrays(paths, "thumbnail", "vessels", "geometry")
         copies = np.array(eyes.copies(np.stack(thumbnails)), int).reshape(-1, 2)
@@ -307,9 +306,9 @@ class Photographs(torch.utils.data.Dataset):
     process, at whatever time. Without one, it comes as it is.
     """
 
-    def __init__(self, records: Sequence[Record], size: int, cache: Path | None = None):
+    def __init__(self, records: Sequence[Record], size: int):
         self.records, self.size = list(records), size
-        self.paths = want_cache(self.records, size, cache or CACHE)
+        self.paths = want_cache(self.records, size, CACHE)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -597,7 +596,8 @@ def page(report: Mapping) -> str:
                   f"{by_task(leaks['training_labels'])}",
                   f"    test photographs of an eye in the training part, by task: {by_task(leaks['test_labels'])}",
                   "    train.py leaves those training photographs out, unless --keep-leaks"]
-    lines += ["", f"the split of train.py, fold {report['split']['fold']}, copies joined:"]
+    how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
+    lines += ["", f"the split of train.py, {how}, copies joined:"]
     lines += part_lines("  training", report["split"]["training"])
     return "\n".join(lines + part_lines("  validation", report["split"]["validation"]))
 

@@ -200,8 +200,9 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     start_from(net, options.weights, options.variant)
     training, validation, leaks = load_photographs(options, tasks)
     if not quiet:
-        print(f"training on {describe(training, tasks)}, validation (fold {options.fold}) on "
-              f"{describe(validation, tasks)}")
+        given = any(r.part == "val" for r in validation.records)
+        print(f"training on {describe(training, tasks)}, validation ({'as the data set says' if given else 'fold '}"
+              f"{'' if given else options.fold}) on {describe(validation, tasks)}")
         if leaks["photographs"]:
             print(f"{leaks['photographs']} photographs of the training part show an eye of the test part: "
                   f"{'kept (--keep-leaks): test scores will say little' if leaks['kept'] else 'left out'}")
@@ -408,7 +409,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(group, "--data", "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see README (default: "
                          "data/IDRiD if it exists, else drawn photographs)")
     add(group, "--size", "side of the square that the network sees (default: 128 drawn, else 256)", type=int)
-    add(group, "--fold", "I/N: validate on fold I of N of the training part", Options.fold)
+    add(group, "--fold", f"I/N: validate on fold I of N of the training part (default: {Options.fold})")
     group.add_argument("--keep-leaks", action="store_true",
                        help="train on photographs of eyes in the test part too, as most of the literature does")
     add(group, "--name", "folder below runs/ (default: the tasks and the next free number)")
@@ -450,9 +451,11 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if args.seed >= 1 << 32:
         raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
     LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
-    eyes.read_fold(args.fold)
+    eyes.read_fold(args.fold or Options.fold)
     root = records.find_data(args.data)
     found = records.read_data(root)  # a wrong folder is told before anything is downloaded
+    if args.fold and any(r.part == "val" for r in found.records):
+        raise InputError(f"--fold {args.fold}: {root} names its own validation part; leave --fold out")
     notes = list(found.notes)
     drawn, weights = root is None, args.weights or "none"
     if drawn:
@@ -468,7 +471,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
     return Options(
         tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
-        classes=found.classes, fold=args.fold, keep_leaks=args.keep_leaks,
+        classes=found.classes, fold=args.fold or Options.fold, keep_leaks=args.keep_leaks,
         size=args.size or (128 if drawn else 256), epochs=args.epochs or (5 if drawn else 40), batch=args.batch,
         # five epochs of drawings are too short to overfit: learn faster and drop less
         lr=args.lr or (2.5e-3 if drawn else 1.5e-3), stochastic_depth=0.05 if drawn else 0.1,

@@ -9,7 +9,7 @@ import torchvision
 from torchvision.transforms import v2
 
 import model
-from model import Encoder, ExpertLayer, Experts, MaskHead, Net, NetConfig, PooledHead, Router, balance_loss
+from model import Encoder, ExpertLayer, Experts, MaskHead, Net, NetConfig, PointHead, PooledHead, Router, balance_loss
 from tasks import TASKS
 
 C, E = 24, 6
@@ -160,6 +160,23 @@ def test_mask_head_starts_near_one_percent():
     with torch.no_grad():
         p = MaskHead(encoder, 5).eval()(encoder(torch.randn(2, 3, 64, 64))).sigmoid()
     assert 0.001 < p.median() < 0.1
+
+
+def test_point_head_is_a_feature_pyramid():
+    """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
+    torch.manual_seed(0)
+    encoder = Encoder("b0")
+    head = PointHead(encoder, 2).eval()
+    maps = [torch.randn(3, c, 64 >> i, 96 >> i) for i, c in enumerate(encoder.channels)]
+
+    def lateral(k, x):  # a 1x1 convolution is a matrix product over channels
+        conv = head.laterals[k]
+        return torch.einsum("oc,nchw->nohw", conv.weight[:, :, 0, 0], x) + conv.bias[:, None, None]
+    sixteen = lateral(1, maps[3]) + lateral(0, maps[4]).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    eight = lateral(2, maps[2]) + sixteen.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(head(maps), head.conv(head.smooth(eight)))
+    assert head(maps).shape == (3, 2, 16, 24)
+    torch.testing.assert_close(head(maps), head([m + 1 if i < 2 else m for i, m in enumerate(maps)]))
 
 
 # ---- experts ----

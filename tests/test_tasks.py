@@ -142,9 +142,10 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     assert "dice_EX" not in TASKS["seg"].row(tally[0]) and TASKS["seg"].row(tally[0])["true_pixels_MA"] == 64
 
 
-def test_channels_of_masks_and_points_have_one_order():
+def test_what_files_hold_is_what_tasks_expect():
     assert tasks.Lesions.classes == synthetic.LESIONS == tuple(records.MASK_FOLDERS)
     assert tasks.Landmarks.classes == records.POINTS and UNKNOWN == data.UNKNOWN
+    assert (tasks.Grading.classes, tasks.Edema.classes) == (records.GRADES, records.EDEMA_RISKS)
 
 
 # ---- points ----

@@ -171,6 +171,18 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
         train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg", "--size", "64", "--weights", "none"])
 
 
+def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
+    for i in range(4):
+        Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
+        f"{i}.png,{i % 2},{'val' if i > 2 else ''}\n" for i in range(4)))
+    options = train.settle(train.parse(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"]))[0]
+    training, validation, _ = train.load_photographs(options, [TASKS["cls"]])
+    assert [r.name for r in validation.records] == ["3.png"] and len(training) == 3
+    with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
+        train.settle(train.parse(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"]))
+
+
 def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     """Grades here, one kind of mask there, points elsewhere; groups stay together."""
     lines = ["image,cls,mask_ex,mask_se,od_x,od_y,fovea_x,fovea_y,split,group"]
