@@ -237,6 +237,8 @@ def main() -> None:
                    f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
     print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
+    if args.split == "test" and run.options["keep_leaks"]:
+        print("trained with --keep-leaks: it may have seen eyes of the test part")
     metrics = scores.metrics()
     print(table(metrics, run.tasks))
     suffix = "" if args.split == "val" else "_test"

@@ -200,12 +200,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     start_from(net, options.weights, options.variant)
     training, validation, leaks = load_photographs(options, tasks)
     if not quiet:
-        given = any(r.part == "val" for r in validation.records)
-        print(f"training on {describe(training, tasks)}, validation ({'as the data set says' if given else 'fold '}"
-              f"{'' if given else options.fold}) on {describe(validation, tasks)}")
-        if leaks["photographs"]:
-            print(f"{leaks['photographs']} photographs of the training part show an eye of the test part: "
-                  f"{'kept (--keep-leaks): test scores will say little' if leaks['kept'] else 'left out'}")
+        print(announcement(training, validation, leaks, tasks, options))
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
     trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
     batches = iter(evaluate.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
@@ -385,6 +380,19 @@ def describe(photographs: data.Photographs, tasks: Sequence[Task]) -> str:
     """How many photographs there are, and how many have a label for each task."""
     labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
     return f"{len(photographs)} photographs ({', '.join(labelled)})"
+
+
+def announcement(training: data.Photographs, validation: data.Photographs, leaks: Mapping, tasks: Sequence[Task],
+                 options: Options) -> str:
+    """What a run is about to learn from, and what it left out."""
+    given = any(r.part == "val" for r in validation.records)
+    how = "as the data set says" if given else f"fold {options.fold}"
+    line = f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"
+    if not leaks["photographs"]:
+        return line
+    return (f"{line}\n{leaks['photographs']} photographs of the training part show an eye of the test "
+            f"{'or validation ' * given}part: "
+            f"{'kept (--keep-leaks), so test scores say little about new eyes' if leaks['kept'] else 'left out'}")
 
 
 def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
