@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import eyes
 import synthetic
 from records import DRAWN_SIDE, HERE, POINTS, DataSet, InputError, Record, command, find_data, ignore_ctrl_c, \
-    open_image, read_data
+    is_on_its_side, open_image, read_data
 from synthetic import LESIONS
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), P points (POINTS), B photographs of a batch,
@@ -108,35 +108,65 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
 
 
-def read_image(path: Path, enough: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Open a photograph: RGB, and the size in pixels that the file has.
+@dataclass
+class Decoded:
+    """A photograph, perhaps at a fraction of its size."""
+    image: Image.Image  # RGB
+    extent: tuple[float, float]  # what it shows, in its pixels: a reduced JPEG may end in a fraction of one
+    size: tuple[int, int]  # width and height of the file, as a viewer shows it
+
+
+def read_image(path: Path, enough: int) -> Decoded:
+    """Open a photograph. InputError: not readable, or more than 8 bits a channel.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side keeps `enough` pixels: nine
     tenths of the time saved, and nothing lost as long as the picture is reduced after that.
     """
     with open_image(path) as image:
-        size = image.size
+        if image.mode[0] in "IF":
+            raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
+        size, on_its_side = image.size, is_on_its_side(image)
         zoom = enough / min(size)
-        image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
-        return image.convert("RGB"), size
+        drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
+        extent = drafted[1][2:] if drafted else size
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return Decoded(image, *(v[::-1] if on_its_side else v for v in (extent, size)))
+
+
+def telling_channel(image: Image.Image) -> np.ndarray:
+    """The channel (height, width) of a mask's picture that tells lesion from background: the brightest that varies.
+
+    IDRiD's masks are palette files, black and a red that reads 76 once converted to grey; one is RGBA, opaque, with
+    its mask in the first channel. Where no colour varies, numbers of the palette or opacity may.
+    """
+    stored = np.atleast_3d(np.asarray(image) * 1)  # a picture of one bit comes as truth values
+    colours = np.asarray(image.convert("RGB")) if image.mode == "P" else stored[..., :3 if stored.shape[2] > 2 else 1]
+    channels = [*colours.transpose(2, 0, 1)]
+    others = [stored[..., -1]] if image.mode in ("P", "RGBA", "LA") else []
+    return max([c for c in channels if np.ptp(c)] or [c for c in others if np.ptp(c)] or
+               (others if image.mode == "P" else channels)[:1], key=np.max).astype(float)
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     """A lesion mask as an image of 0 and 255, of `size` (width, height), and how it was stored ("P 0 1").
 
-    IDRiD's are palette files with the values 0 and 1, which read 0 and 76 once converted to grey; one is RGBA with
-    its mask in the first channel. So: palette index or first channel, and set is what exceeds half of the highest
-    value. InputError: not readable, not the size of its photograph.
+    Set is what exceeds half of the highest value. InputError: not readable, not the size of its photograph, not two
+    values (a smooth or compressed outline of a mask up to 255 may have more).
     """
     with open_image(path) as image:
-        values, mode = np.asarray(image), image.mode
-    if values.shape[1::-1] != size:
+        image = ImageOps.exif_transpose(image)
+    values, found, mode = telling_channel(image), np.unique(np.asarray(image)).astype(float), image.mode
+    if values.shape[::-1] != size:
         raise InputError(f"{path}: a mask of {values.shape[1]}x{values.shape[0]} for a photograph of "
                          f"{size[0]}x{size[1]}; both must have the same size")
-    values = values if values.ndim == 2 else values[..., 0]
-    found = np.unique(values).astype(int)
-    stored = f"{mode} {' '.join(map(str, found)) if len(found) < 4 else f'{len(found)} values'}"
-    return Image.fromarray(np.where(values > values.max() / 2, 255, 0).astype(np.uint8)), stored
+    highest = values.max()
+    between = (values > 0.1 * highest) & (values < 0.9 * highest)
+    smooth = highest >= 128 and between.sum() <= (values > highest / 2).sum()
+    if not np.isfinite(highest) or (len(np.unique(values)) > 2 and not smooth):
+        raise InputError(f"{path}: {len(found)} values from {found[0]:g} to {found[-1]:g}; expected a mask of two, "
+                         "such as 0 and 255")
+    form = f"{mode} {' '.join(f'{v:g}' for v in found)}" if len(found) < 4 else f"{mode} {len(found)} values"
+    return Image.fromarray(np.where(values > highest / 2, 255, 0).astype(np.uint8)), form
 
 
 def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
@@ -153,10 +183,10 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
                 "geometry": np.array([DRAWN_SIDE, DRAWN_SIDE, scale, scale, 0, 0], np.float64)}
     # what tells copies, eyes and the field of view must not change with `size`, or the split would
-    small, full = read_image(record.image, 512)
-    picture = small if size <= 256 else read_image(record.image, 2 * size)[0]
-    field = field_of_view(small)
-    share = np.array(field or (0, 0, *small.size)) / (small.width, small.height, small.width, small.height)
+    small = read_image(record.image, 512)
+    picture, full = small if size <= 256 else read_image(record.image, 2 * size), small.size
+    field = field_of_view(small.image)
+    share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
 
     def place(size):  # of the box on a square canvas: left, top, width, height
@@ -164,11 +194,10 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
         width, height = (max(1, round(scale * (box[i + 2] - box[i]))) for i in (0, 1))
         return (size - width) // 2, (size - height) // 2, width, height
 
-    def fit(image, size, resample):  # cut out the box; the image may be a reduced one
+    def fit(image, extent, size, resample):  # cut out the box; the image may be a reduced one
         left, top, width, height = place(size)
         canvas = Image.new(image.mode, (size, size))
-        inner = np.minimum(share * (*image.size, *image.size), (*image.size, *image.size))
-        canvas.paste(image.resize((width, height), resample, tuple(inner)), (left, top))
+        canvas.paste(image.resize((width, height), resample, tuple(share * (*extent, *extent))), (left, top))
         return np.asarray(canvas)
 
     left, top, width, height = place(size)
@@ -180,13 +209,13 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
         for kind, path in record.masks.items():
             if path is not None:
                 mask, stored[kind] = read_mask(path, full)
-                masks[LESIONS.index(kind)] = fit(mask, size, Image.BOX) >= 128
+                masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
     side = eyes.VESSEL_SIDE
-    return {"image": fit(picture, size, Image.LANCZOS).transpose(2, 0, 1), "masks": np.packbits(masks),
-            "geometry": np.array(geometry, np.float64),
-            "thumbnail": np.asarray(small.resize((134, 89), Image.BOX)),
-            "vessels": eyes.vessel_map(fit(small, 2 * side, Image.LANCZOS)) if field else
-            np.zeros((side, side), np.uint8),
+    vessels = eyes.vessel_map(fit(small.image, small.extent, 2 * side, Image.LANCZOS)) if field else \
+        np.zeros((side, side), np.uint8)
+    return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
+            "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
+            "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
             "stored": np.array([f"{kind} {how}" for kind, how in stored.items()], str)}
 
 
@@ -292,7 +321,7 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
 
 
 def find_eyes(records: Sequence[Record], size: int) -> tuple[list[Record], list[eyes.Conflict]]:
-    """Join the copies of each photograph and name the eye of each; -> records, conflicts between labels of copies."""
+    """Name the eye of each photograph, and join copies in the training part; -> records, conflicts between labels."""
     found = compare(records, size)
     return eyes.join_copies(eyes.name_eyes(records, found.same_eye()), found.copies.tolist(), found.sizes.tolist())
 
@@ -327,10 +356,15 @@ class Photographs(torch.utils.data.Dataset):
             masks[[kind not in record.masks for kind in LESIONS]] = UNKNOWN
         if record.points is not None:
             there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
-            points = torch.from_numpy(geometry.to_sample(there)).float()
+            points = inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
         sample = Sample(record.name, torch.from_numpy(image), record.grade, record.edema, record.category, masks,
                         points, geometry)
         return sample if draw is None else augment(sample, draw)
+
+
+def inside(points: Tensor, size: int) -> Tensor:
+    """Points (P, 2) with nan in place of those that lie outside of the picture."""
+    return points.masked_fill(((points < 0) | (points > size)).any(1, keepdim=True), math.nan)
 
 
 # ---- augmentation ----
@@ -362,9 +396,7 @@ def augment(sample: Sample, draw: int) -> Sample:
     if sample.masks is not None:  # the border that has moved in is as unknown as the rest
         parts["masks"][(sample.masks == UNKNOWN).all((1, 2))] = UNKNOWN
     if sample.points is not None:
-        points = parts["points"][:, :2]
-        outside = ((points < 0) | (points > size)).any(1, keepdim=True)
-        parts["points"] = points.masked_fill(outside, math.nan)
+        parts["points"] = inside(parts["points"][:, :2], size)
     return replace(sample, **parts)
 
 
@@ -516,7 +548,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
     groups = defaultdict(list)
     for r in joined:
         groups[r.eye].append(r.name)
-    trained = {r.eye for r in joined if r.part != "test"}
+    trained = {r.eye for r in joined if r.part == "train"}
     pairs = [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
              for k in np.argsort(-found.scores, kind="stable")]
     same = int((found.scores >= eyes.SAME_EYE).sum())
@@ -532,8 +564,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
         "same_eye": {"threshold": eyes.SAME_EYE, "pairs": pairs[:same], "closest_below": pairs[same:same + 12],
                      "photographs": len(joined), "eyes": len(groups),
                      "groups": [names for names in groups.values() if len(names) > 1]},
-        "conflicts": [{"label": c.label, "photographs": list(c.names), "values": list(c.values), "used": c.used}
-                      for c in conflicts],
+        "conflicts": [c.plain(data_set.classes) for c in conflicts],
         "leaks": {"training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
                   "test_labels": labelled([r for r in split.test if r.eye in trained])},
         "split": {"fold": fold, "training": overview(split.training, data_set.classes),
@@ -631,61 +662,59 @@ def labelled_picture(record: Record) -> Image.Image:
     return drawn.resize((TILE, TILE), Image.LANCZOS)
 
 
-def contact_sheet(path: Path, groups: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], most: int = 48) -> None:
-    """Write groups of pictures that belong together, each with a caption and each picture with its name."""
+def contact_sheet(path: Path, groups: Sequence[tuple[str, Sequence[Record]]], draw=picture) -> None:
+    """Write pictures of records in groups that belong together, each group with a caption, each picture with a name."""
     font = ImageFont.load_default(12)
-    wide = max(len(pictures) for _, pictures in groups[:most])
+    wide = max(len(members) for _, members in groups)
     tiles = []
-    for caption, pictures in groups[:most]:
+    for caption, members in groups:
         tile = Image.new("RGB", (wide * TILE, TILE + CAPTION + 4), "white")
         pen = ImageDraw.Draw(tile)
-        for k, (name, image) in enumerate(pictures):
-            tile.paste(image, (k * TILE, 0))
-            pen.text((k * TILE + 3, TILE + 1), name[-28:], "black", font)
+        for k, record in enumerate(members):
+            tile.paste(draw(record), (k * TILE, 0))
+            pen.text((k * TILE + 3, TILE + 1), record.name[-28:], "black", font)
         pen.text((3, TILE + 15), caption, "black", font)
         tiles.append(v2.functional.pil_to_tensor(tile) / 255)
     save_image(make_grid(tiles, nrow=max(1, 6 // wide), padding=6, pad_value=0.8), path)
 
 
-def contact_sheets(examined: Examined, folder: Path) -> list[str]:
+def contact_sheets(examined: Examined, folder: Path, most: int = 48) -> list[str]:
     """One sheet for each kind of finding, in `folder`; -> their names and what they show."""
-    records, found, report = examined.records, examined.found, examined.report
+    records, report = examined.records, examined.report
     by_name = {r.name: r for r in records}
 
-    def shown(*names):
-        return [(name, picture(by_name[name])) for name in names]
+    def pairs(found):
+        return [(f"score {p['score']:.2f}", [by_name[n] for n in p["photographs"]]) for p in found]
 
-    same = report["same_eye"]
     groups = defaultdict(list)
-    for i, leader in enumerate(eyes.connected(found.same_eye(), len(records))):
-        groups[leader].append(records[i])
-    leaks = [next((a.name, b.name) for a in group if a.part == "test" for b in group if b.part != "test")
+    for r in eyes.name_eyes(records, examined.found.same_eye()):
+        groups[r.eye].append(r)
+    leaks = [("", [next(r for r in group if r.part == "test"), next(r for r in group if r.part != "test")])
              for group in groups.values() if {"test"} < {r.part for r in group}]
-    graded = defaultdict(list)
+    alike = defaultdict(list)
     for r in records:
-        graded[r.grade, r.category, r.masks is not None].append(r)
+        alike[r.grade, r.category, r.masks is not None].append(r)
+    labels = [(", ".join(f"{k} {v}" for k in ("grade", "edema") if (v := getattr(r, k)) is not None), [r])
+              for group in alike.values() for r in group[:6]]
     sheets = {
-        "labels": ("labels as they lie on the photographs", [
-            (", ".join(f"{k} {v}" for k in ("grade", "edema") if (v := getattr(r, k)) is not None),
-             [(r.name, labelled_picture(r))]) for rs in graded.values() for r in rs[:6]]),
-        "copies": ("files that show one photograph", [("", shown(*pair)) for pair in report["copies"]]),
-        "same_eye": ("photographs of one eye", [(f"score {p['score']:.2f}", shown(*p["photographs"]))
-                                                for p in same["pairs"]]),
-        "just_below": ("pairs closest below the threshold", [(f"score {p['score']:.2f}", shown(*p["photographs"]))
-                                                             for p in same["closest_below"]]),
+        "labels": ("labels as they lie on the photographs", labels, labelled_picture),
+        "copies": ("files that show one photograph", [("", [by_name[n] for n in p]) for p in report["copies"]],
+                   picture),
+        "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"]), picture),
+        "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"]), picture),
         "conflicts": ("one photograph, different labels", [
-            (f"{c['label']} {' or '.join(map(str, c['values']))}", shown(*c["photographs"]))
-            for c in report["conflicts"]]),
-        "leaks": ("an eye of the test part in the training part", [("", shown(*pair)) for pair in leaks]),
-        "odd_masks": ("masks stored unlike the others", [(mask, [(r.name, labelled_picture(r))])
-                                                         for r, mask in examined.odd]),
-        "no_field": ("no round field of view found", [("", shown(name)) for name in report["without_field_of_view"]])}
+            (f"{c['label']} {' or '.join(map(str, c['values']))}", [by_name[n] for n in c["photographs"]])
+            for c in report["conflicts"]], picture),
+        "leaks": ("an eye of the test part in the training part", leaks, picture),
+        "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in examined.odd], labelled_picture),
+        "no_field": ("no round field of view found", [("", [by_name[n]]) for n in report["without_field_of_view"]],
+                     picture)}
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, (title, groups_) in sheets.items():
-        if groups_:
-            contact_sheet(folder / f"{name}.png", groups_)
-            lines.append(f"{folder / name}.png: {title} ({min(len(groups_), 48)} of {len(groups_)})")
+    for name, (title, found, draw) in sheets.items():
+        if found:
+            contact_sheet(folder / f"{name}.png", found[:most], draw)
+            lines.append(f"{folder / name}.png: {title} ({min(len(found), most)} of {len(found)})")
     return lines
 
 

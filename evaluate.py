@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import eyes
 from model import Net, NetConfig, Routing
-from records import InputError, Record, command, find_data, ignore_ctrl_c, read_data
+from records import InputError, Record, command, ignore_ctrl_c, read_data
 from tasks import TASKS, Task, make_tasks
 
 # n photographs with the label, E experts

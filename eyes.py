@@ -11,6 +11,7 @@ Normalised correlation by Fourier transform: Lewis 1995, "Fast normalized cross-
 import functools
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -150,8 +151,8 @@ def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (p, 2) of vessel maps (n, V, V) that may show one eye, i < j, and their scores (p,).
 
     The score is the highest correlation over shifts, turns and zooms of the second map. All pairs are compared on maps
-    reduced to a third (15 views, 3 microseconds each on one core), those that reach SCREEN once more in full (45
-    views). Maps without a retina are left out.
+    reduced to a third (15 views, each a thirtieth of the time of a full one), those that reach SCREEN once more in full
+    (45 views). Maps without a retina are left out.
     """
     usable = np.flatnonzero((maps > 0).any((1, 2)))
     none = np.zeros((0, 2), int), np.zeros(0, np.float32)
@@ -192,7 +193,7 @@ def copies(thumbnails: np.ndarray) -> list[tuple[int, int]]:
     """
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     tolerance = np.minimum(COPY_RMSE, 0.1 * flat.std(1))
-    norms = (flat.astype(np.float64) ** 2).sum(1)
+    norms = np.einsum("ij,ij->i", flat, flat, dtype=np.float64)
     found = []
     for start in range(0, len(flat), 512):  # differences of large sums: exact enough to find candidates only
         squares = norms[start:start + 512, None] + norms - 2.0 * (flat[start:start + 512] @ flat.T)
@@ -221,43 +222,80 @@ def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
 @dataclass(frozen=True)
 class Conflict:
     """Files of one photograph that carry different labels of one kind."""
-    label: str  # the field of Record
+    label: str  # a field of Record, a point, or a kind of mask
     names: tuple[str, ...]
     values: tuple
-    used: object  # what training goes by
+    used: object  # what training goes by; None: nothing
+
+    def plain(self, classes: Sequence[str]) -> dict:
+        """As plain types, categories by their names."""
+        def named(value):
+            return classes[value] if self.label == "category" and value is not None else value
+        return {"label": self.label, "photographs": list(self.names), "values": [named(v) for v in self.values],
+                "used": named(self.used)}
+
+
+def join_numbers(group: Sequence[Record]) -> tuple[dict, list[Conflict]]:
+    """Grade, edema and category of copies. The higher grade counts, but different categories cancel each other."""
+    labels, conflicts = {}, []
+    for label in ("grade", "edema", "category"):
+        known = {r.name: v for r in group if (v := getattr(r, label)) is not None}
+        labels[label] = max(known.values(), default=None)
+        if len(set(known.values())) > 1:
+            labels[label] = None if label == "category" else labels[label]
+            conflicts.append(Conflict(label, tuple(known), tuple(known.values()), labels[label]))
+    return labels, conflicts
+
+
+def join_points(group: Sequence[Record], sizes: Sequence, size: tuple[int, int]) -> tuple[dict, list[Conflict]]:
+    """Points of copies of `sizes`, carried over to an image of `size`; different ones count by their mean."""
+    points, conflicts = {}, []
+    for point in dict.fromkeys(p for r in group for p in r.points or {}):
+        known = {r.name: np.multiply(r.points[point], np.divide(size, own))
+                 for r, own in zip(group, sizes) if point in (r.points or {})}
+        points[point] = tuple(np.mean(list(known.values()), 0).tolist())
+        if np.ptp(list(known.values()), 0).max() > 0.01 * size[0]:
+            places = tuple(tuple(v.round(1).tolist()) for v in known.values())
+            conflicts.append(Conflict(point, tuple(known), places, points[point]))
+    return {"points": points or None}, conflicts
+
+
+def join_masks(group: Sequence[Record], sizes: Sequence, size: tuple[int, int]) -> tuple[dict, list[Conflict]]:
+    """Masks of the copies that have `size`, since masks are drawn on pixels; a file beats "none", the first counts."""
+    masks, conflicts = {}, []
+    for kind in dict.fromkeys(k for r in group for k in r.masks or {}):
+        known = {r.name: r.masks[kind] for r, own in zip(group, sizes)
+                 if kind in (r.masks or {}) and tuple(own) == tuple(size)}
+        if known:
+            masks[kind] = next(filter(None, known.values()), None)
+        if len(set(known.values())) > 1:
+            values = ["none" if path is None else str(path) for path in known.values()]
+            conflicts.append(Conflict(kind, tuple(known), tuple(values), str(masks[kind])))
+    return {"masks": masks or None}, conflicts
 
 
 def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
                 sizes: Sequence[tuple[int, int]]) -> tuple[list[Record], list[Conflict]]:
-    """Make one record of all copies of a photograph in one part, with the labels of all of them; -> records, conflicts.
+    """Make one record of all training copies of a photograph, with the labels of all of them; -> records, conflicts.
 
-    The image is that of the copy with masks, since masks are drawn on its pixels; points of another copy are carried
-    over by the ratio of `sizes` (width, height). Where copies carry different grades the higher one counts: the same
-    photograph was graded twice, and missing disease is the worse mistake. Different points count by their mean.
-    Different categories, which have no order, cancel each other. Copies in different parts stay apart: no label
-    crosses from test into training.
+    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. Where copies carry
+    different grades the higher one counts: the same photograph was graded twice, and missing disease is the worse
+    mistake. Photographs of other parts stay as they are: they are scored as they were given, and no label crosses from
+    test into training.
     """
     groups = defaultdict(list)
     for i, leader in enumerate(connected(pairs, len(records))):
-        groups[leader, records[i].part].append(i)
+        groups[(leader, "train") if records[i].part == "train" else (i, "alone")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
-        first = max(group, key=lambda i: len(records[i].masks or {}))
-        labels = {"points": {}}
-        for label in ("grade", "edema", "category"):
-            known = {records[i].name: v for i in group if (v := getattr(records[i], label)) is not None}
-            labels[label] = max(known.values(), default=None)
-            if len(set(known.values())) > 1:
-                labels[label] = None if label == "category" else labels[label]
-                conflicts.append(Conflict(label, tuple(known), tuple(known.values()), labels[label]))
-        for point in dict.fromkeys(p for i in group for p in records[i].points or {}):
-            known = {records[i].name: np.multiply(records[i].points[point], np.divide(sizes[first], sizes[i]))
-                     for i in group if point in (records[i].points or {})}
-            labels["points"][point] = tuple(np.mean(list(known.values()), 0).tolist())
-            if np.ptp(list(known.values()), 0).max() > 0.01 * sizes[first][0]:
-                places = tuple(tuple(v.round(1).tolist()) for v in known.values())
-                conflicts.append(Conflict(point, tuple(known), places, labels["points"][point]))
-        joined.append(replace(records[first], **labels | {"points": labels["points"] or None}))
+        first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
+        members, own = [records[i] for i in group], [sizes[i] for i in group]
+        labels = {}
+        for found, contradictions in (join_numbers(members), join_points(members, own, sizes[first]),
+                                      join_masks(members, own, sizes[first])):
+            labels |= found
+            conflicts += contradictions
+        joined.append(replace(records[first], **labels) if len(group) > 1 else records[first])
     return joined, conflicts
 
 
@@ -281,7 +319,7 @@ class Split:
     training: list[Record]
     validation: list[Record]
     test: list[Record]
-    leaks: list[Record]  # photographs of the training part that show an eye of the test part (or a given validation)
+    leaks: list[Record]  # photographs to train or validate on that show an eye of the test part
 
 
 def folds(records: Sequence[Record], number: int) -> list[int]:
@@ -290,7 +328,9 @@ def folds(records: Sequence[Record], number: int) -> list[int]:
     Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, always the same, those with most
     photographs first; each goes where it leaves the counts of its strata most even.
     """
-    strata = [(r.grade, r.category, r.masks is not None) for r in records]
+    ungraded = [r.grade is None and r.category is None for r in records]  # what else they carry decides for these
+    strata = [(r.grade, r.category, r.masks is not None, u and (r.edema, r.points is not None))
+              for r, u in zip(records, ungraded)]
     total = Counter(strata)
     eyes = defaultdict(list)
     for i, record in enumerate(records):
@@ -314,9 +354,9 @@ def folds(records: Sequence[Record], number: int) -> list[int]:
 
 def read_fold(text: str) -> tuple[int, int]:
     """"2/5", the second of five folds -> (2, 5). InputError: another form."""
-    first, slash, number = text.partition("/")
-    if not (slash and first.isdecimal() and number.isdecimal() and 1 <= int(first) <= int(number) >= 2):
-        raise InputError(f"--fold {text}: expected I/N, fold I of N, such as 1/5; I from 1 to N, N at least 2")
+    first, _, number = text.partition("/")
+    if not re.fullmatch(r"\d{1,3}/\d{1,3}", text, re.ASCII) or not 1 <= int(first) <= int(number) >= 2:
+        raise InputError(f"--fold {text[:20]}: expected I/N, fold I of N, such as 1/5; I from 1 to N, N from 2 to 999")
     return int(first), int(number)
 
 
@@ -324,18 +364,16 @@ def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False
     """Cut the training part into training and validation (fold I of N) such that no eye lies on both sides.
 
     Training photographs of an eye in the test part are left out, unless `keep_leaks`. Where the data set names its own
-    validation part, that is taken, and protected in the same way. InputError: `fold` has no such form.
+    validation part, that is taken, and photographs of its eyes never train. InputError: `fold` has no such form.
     """
     index, number = read_fold(fold)
     parts = {part: [r for r in records if r.part == part] for part in ("train", "val", "test")}
     tested, validated = ({r.eye for r in parts[part]} for part in ("test", "val"))
-    leaks = [r for part in ("train", "val") for r in parts[part] if r.eye in tested]
-    leaks += [r for r in parts["train"] if r.eye in validated - tested]
+    leaks = [r for r in parts["train"] + parts["val"] if r.eye in tested]
     if not keep_leaks:
-        left_out = {r.name for r in leaks}
-        parts = {part: [r for r in rs if part == "test" or r.name not in left_out] for part, rs in parts.items()}
+        parts |= {part: [r for r in parts[part] if r.eye not in tested] for part in ("train", "val")}
     if parts["val"]:
-        return Split(parts["train"], parts["val"], parts["test"], leaks)
+        return Split([r for r in parts["train"] if r.eye not in validated], parts["val"], parts["test"], leaks)
     training, validation = [], []
     for record, f in zip(parts["train"], folds(parts["train"], number)):
         (validation if f == index - 1 else training).append(record)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 import synthetic
 from synthetic import LESIONS
@@ -56,6 +56,9 @@ def command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:  # a link to nothing, a name too long, a full disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def ignore_ctrl_c(*_) -> None:
@@ -137,11 +140,16 @@ def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
     return images
 
 
+def is_on_its_side(image: Image.Image) -> bool:
+    """Whether a viewer swaps width and height, because the camera noted so (EXIF orientation 5 to 8)."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
 def image_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) in pixels; None where the file is no image, which is reported when it is to be decoded."""
+    """(width, height) in pixels, as a viewer shows it; None where the file is no image, which decoding will report."""
     try:
         with open_image(path) as image:
-            return image.size
+            return image.size[::-1] if is_on_its_side(image) else image.size
     except InputError:
         return None
 
@@ -152,7 +160,7 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """A CSV file with a header -> its columns, and its rows as (where, {column: text}).
 
     Spaces around cells, rows of empty cells and empty columns without a name are dropped. InputError: not UTF-8, two
-    columns of one name, a cell in no named column.
+    columns of one name, a cell in no named column, a quote that is not closed, a cell of two lines.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -161,14 +169,16 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
     rows = []
-    lines = csv.reader(io.StringIO(text, newline=""))
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        columns = [name.strip() for name in next(lines, [])]
+        columns = [name.strip() for name in next(filter(any, lines), [])]
         if twice := [c for c in columns if c and columns.count(c) > 1]:
             raise InputError(f"{path}: two columns are named {twice[0]!r}; expected each name once")
         for cells in lines:
             where = f"{path} line {lines.line_num}"
             row = dict.fromkeys(filter(None, columns), "")
+            if any("\n" in cell for cell in cells):
+                raise InputError(f"{where}: a cell of more than one line; expected one, look for a missing quote")
             for k, cell in enumerate(cell.strip() for cell in cells):
                 if k < len(columns) and columns[k]:
                     row[columns[k]] = cell
@@ -201,7 +211,7 @@ def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | 
     if not x and not y:
         return None
     try:
-        point = float(x), float(y)
+        point = float(x.replace("_", "x")), float(y.replace("_", "x"))  # Python would read 1_0 as 10
     except ValueError:
         point = math.nan, math.nan
     if not all(map(math.isfinite, point)):
@@ -395,20 +405,25 @@ def read_folders(root: Path) -> DataSet:
     """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
 
     Class names and their number are those of the folders below train. InputError: fewer than two classes, a class
-    elsewhere that train does not have, anything in a class that is no image.
+    elsewhere that train does not have, anything that is neither a class nor a photograph of one.
     """
-    def folders(part):
-        return [p for p in (root / part).iterdir() if p.is_dir() and not p.name.startswith(".")]
+    def folders(folder):
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
+    if unknown := [p for p in folders(root) if p.name not in ("train", "val", "test")]:
+        raise InputError(f"{unknown[0]}: expected no folders but train, val and test beside 'train'; rename or move it")
     # numbered classes in the order of their numbers
-    classes = sorted((p.name for p in folders("train")), key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+    classes = sorted((p.name for p in folders(root / "train")),
+                     key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
     if len(classes) < 2:
         raise InputError(f"{root / 'train'}: found {len(classes)} folders; expected one for each class, at least two")
     records = []
-    for part in ("train", "val", "test"):
-        if not (root / part).is_dir():
-            continue
-        for folder in sorted(folders(part)):
+    for part in (p.name for p in folders(root)):
+        if loose := [p for p in sorted((root / part).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]:
+            raise InputError(f"{loose[0]}: a photograph outside of a class; expected it in {root / part}/CLASS/")
+        if not folders(root / part):
+            raise InputError(f"{root / part}: holds no class; expected {', '.join(classes[:12])}; or remove it")
+        for folder in folders(root / part):
             if folder.name not in classes:
                 raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}")
             records += [Record(f"{part}/{folder.name}/{image.name}", image, part, category=classes.index(folder.name))

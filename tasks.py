@@ -193,15 +193,18 @@ class Lesions(Task):
 
         Pooled first, because a mean of per-image values rewards a model that finds nothing: an image without a lesion
         then scores 1. For the same reason a kind that occurs nowhere in the split is left out (`lesions` counts the
-        kinds that do occur). A kind that is not known for any photograph has no value of its own.
+        kinds that do occur). A kind that is not known for any photograph has no value of its own. Where nothing but
+        the disc is known, the disc counts.
         """
         pooled = tally.nansum(0)
-        occurs = pooled[:-1, 2] > 0
+        occurs = pooled[:, 2] > 0
+        if not tally[:, :-1].isnan().all():
+            occurs[-1] = False
         values = {"lesions": int(occurs.sum())}
         single = {name: score(tally).nanmean(0) for name, score in (("dice", dice), ("iou", iou))}  # (L,)
         for name, score in (("dice", dice), ("iou", iou)):
-            values[name] = float(score(pooled)[:-1][occurs].mean()) if occurs.any() else 0.0
-            values[f"{name}_per_image"] = float(single[name][:-1][occurs].mean()) if occurs.any() else 0.0
+            values[name] = float(score(pooled)[occurs].mean()) if occurs.any() else 0.0
+            values[f"{name}_per_image"] = float(single[name][occurs].mean()) if occurs.any() else 0.0
         for name, score in (("dice", dice), ("iou", iou)):
             for i, kind in enumerate(self.classes):
                 if not tally[:, i].isnan().all():

@@ -198,15 +198,15 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     make_repeatable(options.seed, deterministic=device.type == "cpu")
     net, tasks = evaluate.build_net(asdict(options))
     start_from(net, options.weights, options.variant)
-    training, validation, leaks = load_photographs(options, tasks)
+    training, validation, findings = load_photographs(options, tasks)
     if not quiet:
-        print(announcement(training, validation, leaks, tasks, options))
+        print(announcement(training, validation, findings, tasks, options))
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
     trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
     batches = iter(evaluate.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
                                    options.workers))
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes), "leaks": leaks}, indent=1))
+    (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes), **findings}, indent=1))
     best = {"epoch": 0, "score": -math.inf, "metrics": {}}
     stored = {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
               "validation": [r.name for r in validation.records]}
@@ -294,34 +294,40 @@ def keep_memory() -> None:
 
 
 def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs, dict]:
-    """Training and validation photographs, and the record of leaks for the run.
+    """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
 
     InputError: a task of which nothing is labelled on either side.
     """
     root = None if options.data is None else Path(options.data)
     found = records.read_data(root).records
     everything = make_tasks(TASKS, options.classes)
-    check_labels([[r for r in found if r.part != "test"]], tasks, everything, root)  # before anything is decoded
-    split = eyes.split(data.find_eyes(found, options.size)[0], options.fold, options.keep_leaks)
-    check_labels([split.training, split.validation], tasks, everything, root)
+    check_labels({"train or val": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
+    joined, conflicts = data.find_eyes(found, options.size)
+    split = eyes.split(joined, options.fold, options.keep_leaks)
+    check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
+                 f" (of {sum(r.part != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
+                 "test part)")
     training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in tasks)]
                                    for part in (split.training, split.validation, split.leaks))
-    record = {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
-              **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}}
-    return data.Photographs(training, options.size), data.Photographs(validation, options.size), record
+    findings = {"leaks": {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
+                          **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
+                "conflicts": [c.plain(options.classes) for c in conflicts]}
+    return data.Photographs(training, options.size), data.Photographs(validation, options.size), findings
 
 
-def check_labels(parts: Sequence[Sequence[records.Record]], tasks: Sequence[Task], everything: Sequence[Task],
-                 root: Path | None) -> None:
+def check_labels(parts: Mapping[str, Sequence[records.Record]], tasks: Sequence[Task], everything: Sequence[Task],
+                 root: Path | None, why: str = "") -> None:
     """InputError: one of the `parts` has no label for one of the tasks; says which of `everything` would work."""
-    def possible(task):
-        return all(any(task.labelled(r) for r in part) for part in parts)
+    def labels(task):
+        return {name: sum(task.labelled(r) for r in part) for name, part in parts.items()}
 
     for task in tasks:
-        if not possible(task):
-            where = "training and validation both need" if len(parts) > 1 else "found no photograph with"
-            raise InputError(f"--tasks {task.name}: {where} its label in {root}; with this data --tasks "
-                             f"{' '.join(t.name for t in everything if possible(t)) or '(none)'} would work")
+        if not all(labels(task).values()):
+            counts = ", ".join(f"{n} for {name}" for name, n in labels(task).items())
+            possible = " ".join(t.name for t in everything if all(labels(t).values()))
+            raise InputError(f"--tasks {task.name}: photographs with its label in {root}: {counts}{why}; expected at "
+                             f"least one each; " + (f"--tasks {possible} would work" if possible else
+                                                    "no task would work with this data"))
 
 
 def reachable(url: str, seconds: float = 8) -> bool:
@@ -382,17 +388,18 @@ def describe(photographs: data.Photographs, tasks: Sequence[Task]) -> str:
     return f"{len(photographs)} photographs ({', '.join(labelled)})"
 
 
-def announcement(training: data.Photographs, validation: data.Photographs, leaks: Mapping, tasks: Sequence[Task],
+def announcement(training: data.Photographs, validation: data.Photographs, findings: Mapping, tasks: Sequence[Task],
                  options: Options) -> str:
-    """What a run is about to learn from, and what it left out."""
-    given = any(r.part == "val" for r in validation.records)
-    how = "as the data set says" if given else f"fold {options.fold}"
-    line = f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"
-    if not leaks["photographs"]:
-        return line
-    return (f"{line}\n{leaks['photographs']} photographs of the training part show an eye of the test "
-            f"{'or validation ' * given}part: "
-            f"{'kept (--keep-leaks), so test scores say little about new eyes' if leaks['kept'] else 'left out'}")
+    """What a run is about to learn from, what it left out, and what it had to decide."""
+    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {options.fold}"
+    lines = [f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"]
+    if leaks := findings["leaks"]["photographs"]:
+        lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
+            "kept (--keep-leaks), so test scores say little about new eyes" if options.keep_leaks else "left out"))
+    if conflicts := len(findings["conflicts"]):
+        lines.append(f"{conflicts} times copies of one photograph carry different labels (config.json lists them; "
+                     "the higher grade counts)")
+    return "\n".join(lines)
 
 
 def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
@@ -459,7 +466,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if args.seed >= 1 << 32:
         raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
     LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
-    eyes.read_fold(args.fold or Options.fold)
+    eyes.read_fold(Options.fold if args.fold is None else args.fold)
     root = records.find_data(args.data)
     found = records.read_data(root)  # a wrong folder is told before anything is downloaded
     if args.fold and any(r.part == "val" for r in found.records):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import data
 import records
@@ -50,6 +50,12 @@ def test_no_mask_file_means_no_lesion(shared_tree):
     lambda m: Image.fromarray(m),  # one bit
     lambda m: Image.fromarray(np.stack([m * 255, m * 0, m * 0, m * 0 + 255], 2).astype(np.uint8)),  # RGBA
     lambda m: Image.fromarray(np.stack([m * 255, m * 0, m * 0], 2).astype(np.uint8)),
+    lambda m: Image.fromarray(np.stack([m * 0, m * 128, m * 0], 2).astype(np.uint8)),  # drawn in green
+    lambda m: Image.fromarray(np.stack([m * 0, m * 0, m * 0, m * 255], 2).astype(np.uint8)),  # in the opacity
+    lambda m: Image.fromarray(np.stack([m * 255] * 3, 2).astype(np.uint8)).quantize(2),  # palette, white first
+    lambda m: Image.fromarray(m.astype(np.uint16) * 65535),
+    lambda m: Image.fromarray(m.astype(np.float32)),
+    lambda m: Image.fromarray((m * 250 + np.random.default_rng(0).integers(0, 5, m.shape)).astype(np.uint8)),
 ])
 def test_every_encoding_of_a_mask_reads_the_same(tmp_path, encode):
     mask = np.random.default_rng(0).random((40, 60)) > 0.7
@@ -62,6 +68,32 @@ def test_palette_mask_reads_its_indices(tmp_path):
     save_palette_mask(tmp_path / "mask.tif", mask)
     assert np.unique(np.asarray(Image.open(tmp_path / "mask.tif").convert("L"))).tolist() == [0, 76]
     assert np.array_equal(np.asarray(data.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA"])
+def test_masks_of_one_value(tmp_path, mode):
+    for colour, expected in (("black", 0), ("white", 255)):
+        Image.new(mode, (60, 40), colour).save(tmp_path / "mask.tif")
+        assert np.unique(np.asarray(data.read_mask(tmp_path / "mask.tif", (60, 40))[0])).tolist() == [expected]
+
+
+def test_a_smooth_outline_is_allowed(tmp_path):
+    y, x = np.mgrid[:40, :60]
+    mask = Image.fromarray((np.hypot(x - 30, y - 20) < 4).astype(np.uint8) * 255)
+    mask.filter(ImageFilter.GaussianBlur(0.7)).save(tmp_path / "mask.png")
+    found = np.asarray(data.read_mask(tmp_path / "mask.png", (60, 40))[0]) > 0
+    assert (found != (np.asarray(mask) > 0)).mean() < 0.01
+
+
+@pytest.mark.parametrize("values", [
+    lambda rng: rng.integers(0, 4, (40, 60)).astype(np.uint8),  # a map of labels, or noise
+    lambda rng: rng.integers(0, 256, (40, 60)).astype(np.uint8),  # a photograph
+    lambda rng: np.where(rng.random((40, 60)) > 0.5, np.nan, 1).astype(np.float32),
+])
+def test_what_is_no_mask_is_one_line(tmp_path, values):
+    Image.fromarray(values(np.random.default_rng(0))).save(tmp_path / "mask.tif")
+    with pytest.raises(InputError, match="mask.tif: .* values from .*; expected a mask of two, such as 0 and 255"):
+        data.read_mask(tmp_path / "mask.tif", (60, 40))
 
 
 def test_an_empty_mask_file_is_an_empty_mask(tmp_path):
@@ -117,6 +149,26 @@ def test_points_and_masks_follow_the_image(tmp_path, suffix):
         assert math.dist(dot, sample.geometry.to_file(np.array((x, y)))) < 0.6 * 1000 / 128
     assert np.allclose(sample.geometry.to_file(sample.geometry.to_sample(np.array([[3.0, 5.0]]))), [[3, 5]])
     assert abs(sample.geometry.scale_x / sample.geometry.scale_y - 1) < 0.02  # the aspect is kept
+
+
+@pytest.mark.parametrize("size", [4097, 2051, 1025])
+def test_reduced_decoding_moves_nothing(tmp_path, size):
+    """A JPEG reduced to a fraction of a pixel: a dot near the far corner still lies where geometry says."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    at = size - 8 * size // 100
+    pixels[at - size // 50:at + size // 50, at - size // 50:at + size // 50] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    sample = data.Photographs([Record("x", tmp_path / "a.jpg", points={"disc": (at, at)})], 256)[0, None]
+    light = sample.image.float().mean(0)
+    x = float((light * (torch.arange(256) + 0.5)).sum() / light.sum())
+    assert abs(x - float(sample.points[0, 0])) < 0.05
+
+
+def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
+    disc_photograph()[0].save(tmp_path / "a.png")
+    points = {"disc": (1, 1), "fovea": (330, 190)}
+    sample = data.Photographs([Record("x", tmp_path / "a.png", points=points)], 64)[0, None]
+    assert sample.points.isnan().any(1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("width,height", [(1000, 667), (1001, 701), (997, 1333)])

@@ -163,6 +163,8 @@ def test_categories_that_contradict_each_other_do_not_count():
     records = [Record("a", Path("a"), category=2), Record("b", Path("b"), category=1)]
     found, conflicts = joined(records, [(0, 1)])
     assert [r.category for r in found] == [None] and conflicts[0].values == (2, 1)
+    assert conflicts[0].plain(("x", "y", "z")) == {"label": "category", "photographs": ["a", "b"], "values": ["z", "y"],
+                                                   "used": None}
 
 
 def test_no_label_crosses_from_test_into_training():
@@ -171,6 +173,25 @@ def test_no_label_crosses_from_test_into_training():
     found, conflicts = joined(records, [(0, 1)])
     assert [(r.name, r.grade, r.points) for r in found] == [("a", 0, None), ("b", 3, point)]
     assert not conflicts
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_what_is_scored_stays_as_it_was_given(part):
+    records = [Record("a", Path("a"), part, grade=1), Record("b", Path("b"), part, grade=4)]
+    assert joined(records, [(0, 1)]) == (records, [])
+
+
+def test_masks_of_copies_are_put_together_kind_by_kind():
+    one, two, other = Path("one.tif"), Path("two.tif"), Path("other.tif")
+    records = [Record("a", Path("a"), masks={"MA": one, "SE": None, "HE": None}),
+               Record("b", Path("b"), masks={"SE": two, "EX": one, "HE": None, "OD": two}),
+               Record("c", Path("c"), masks={"OD": other})]
+    found, conflicts = joined(records, [(0, 1), (1, 2)])
+    assert [(r.name, r.masks) for r in found] == [("b", {"MA": one, "SE": two, "HE": None, "EX": one, "OD": two})]
+    assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
+        ("SE", ("a", "b"), ("none", "two.tif"), "two.tif"), ("OD", ("b", "c"), ("two.tif", "other.tif"), "two.tif")]
+    found, conflicts = joined(records, [(0, 1), (1, 2)], [(200, 100), (100, 50), (100, 50)])  # other pixels: not joined
+    assert found[0].masks == {"SE": two, "EX": one, "HE": None, "OD": two} and len(conflicts) == 1
 
 
 def test_connected():
@@ -234,9 +255,21 @@ def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
     split = eyes.split(records + given + tested)
     assert [r.name for r in split.validation] == [f"val{i}" for i in range(5, 20)]
     assert {r.eye for r in split.training}.isdisjoint(r.eye for r in given + tested)
+    kept = eyes.split(records + given + tested, keep_leaks=True)  # test eyes may be learned, validated ones never
+    assert [r.name for r in kept.validation] == [f"val{i}" for i in range(20)]
+    assert {r.eye for r in kept.training}.isdisjoint(r.eye for r in given) and kept.leaks == split.leaks
 
 
-@pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "-1/5", ""])
+@pytest.mark.parametrize("label", ["edema", "points"])
+def test_folds_are_even_for_what_ungraded_photographs_carry(label):
+    records = [Record(f"r{i}", Path("x"), edema=i % 10 // 9, points={"disc": (1, 1)} if i % 10 else None, eye=f"e{i}")
+               for i in range(100)]
+    for k in range(1, 6):
+        validation = eyes.split(records, f"{k}/5").validation
+        assert sum(r.edema == 1 for r in validation) == sum(r.points is None for r in validation) == 2
+
+
+@pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "-1/5", "", "1/2000", "1/\u0665"])
 def test_bad_folds_are_one_line(text):
     with pytest.raises(InputError, match=f"--fold {text}: expected I/N, fold I of N, such as 1/5"):
         eyes.split(fake_records(0), text)

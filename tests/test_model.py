@@ -166,8 +166,8 @@ def test_point_head_is_a_feature_pyramid():
     """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
     torch.manual_seed(0)
     encoder = Encoder("b0")
-    head = PointHead(encoder, 2).eval()
-    maps = [torch.randn(3, c, 64 >> i, 96 >> i) for i, c in enumerate(encoder.channels)]
+    head = PointHead(encoder, 2).eval().double()
+    maps = [torch.randn(3, c, 64 >> i, 96 >> i, dtype=torch.float64) for i, c in enumerate(encoder.channels)]
 
     def lateral(k, x):  # a 1x1 convolution is a matrix product over channels
         conv = head.laterals[k]

@@ -17,6 +17,7 @@ import records
 import synthetic
 from conftest import ROOT, real_idrid
 from records import InputError, read_data, read_idrid
+from test_eyes import photograph
 
 
 def part_of(root: Path, part: str = "train") -> list[records.Record]:
@@ -236,6 +237,11 @@ def truncated_tiff(path: Path) -> None:
     (["image,cls", "images/a.png,1", "images/b.png,two"], "line 3: cls of images/b.png is 'two', expected a whole"),
     (["image,cls", "images/a.png,7"], "line 2: cls of images/a.png is '7', expected a whole number from 0 to 4"),
     (["image,cls", "images/a.png,1.5"], "line 2: cls of images/a.png is '1.5', expected"),
+    (["image,group", 'images/a.png,"x', "images/b.png,"], "line 3: not CSV .unexpected end of data."),
+    (["image,group", 'images/a.png,"x', 'images/b.png,"'], "line 3: a cell of more than one line"),
+    (["image,od_x,od_y", "images/a.png,1_0,3"], "od of images/a.png is at .'1_0', '3'., expected two numbers"),
+    (["image,cls", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
+    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
     (["image,cls", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
     (["image,dme", "images/a.png,3"], "line 2: dme of images/a.png is '3', expected a whole number from 0 to 2"),
     (["image,cls", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
@@ -260,9 +266,34 @@ def test_a_bad_table_is_one_line_naming_file_and_row(table, lines, message):
     path = table(*lines)
     truncated_tiff(path.parent / "cut.tif"), png_header(path.parent / "huge.png", 100_000, 100_000)
     Image.new("L", (30, 40)).save(path.parent / "images" / "other.png")
+    Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(path.parent / "deep.png")
+    Image.fromarray((np.arange(2400).reshape(40, 60) % 4).astype(np.uint8)).save(path.parent / "levels.png")
     with pytest.raises(InputError, match=message) as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
+
+
+def test_blank_lines_byte_order_marks_and_quotes(table):
+    path = table("", '"image", cls', '"images/a.png",  1', "", ",", "images/b.png,2,")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert [r.grade for r in read_data(path).records] == [1, 2]
+
+
+def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
+    """The camera notes that it was turned; width, points and copies go by what people see."""
+    upright = photograph(tmp_path / "upright.jpg", 0, quality=95)
+    Image.open(upright.image).crop((0, 20, 300, 280)).save(tmp_path / "upright.jpg", quality=95)
+    turned = Image.open(tmp_path / "upright.jpg").transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x112] = 6  # "turn by 90 degrees clockwise to view"
+    turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    (tmp_path / "t.csv").write_text("image,od_x,od_y\nupright.jpg,290,100\nturned.jpg,290,100\n")
+    a, b = read_data(tmp_path / "t.csv").records
+    found, _ = data.find_eyes([a, b], 64)
+    assert len(found) == 1 and found[0].points == {"disc": (290, 100)}
+    x, y = (data.Photographs([r], 64)[0, None] for r in (a, b))
+    assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
+    assert (x.image.float() - y.image.float()).abs().mean() < 3
 
 
 def test_a_table_that_is_not_utf8_is_one_line(table):
@@ -290,6 +321,14 @@ def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith(f"error: {images(tree, 'A. Segmentation')}: no permission; ") and text.count("\n") == 1
+
+
+def test_what_the_system_refuses_is_one_line(folders, capsys):
+    (folders / "train" / "rose" / "link.png").symlink_to("nowhere.png")
+    with pytest.raises(SystemExit) as stop:
+        records.command(lambda: read_all(folders))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.endswith("link.png: No such file or directory\n") and text.count("\n") == 1
 
 
 # ---- folders of classes ----
@@ -324,6 +363,10 @@ def test_folders_of_classes(folders):
     (lambda root: (root / "train" / "rose" / "a.txt").write_text("x"), "rose/a.txt: expected nothing but photographs"),
     (lambda root: (root / "train" / "rose" / "more").mkdir(), "rose/more: expected nothing but photographs"),
     (lambda root: (root / "train" / "tulip").mkdir(), "train/tulip: holds no photograph"),
+    (lambda root: (root / "test").rename(root / "valid"), "valid: expected no folders but train, val and test"),
+    (lambda root: (root / "train" / "9" / "0.png").rename(root / "train" / "0.png"),
+     "train/0.png: a photograph outside of a class; expected it in .*train/CLASS/"),
+    (lambda root: (root / "val").mkdir(), "val: holds no class; expected 9, 10, daisy, rose; or remove it"),
     (lambda root: (root / "train" / "rose" / "0.png").write_text("x"), "rose/0.png: not a readable image"),
 ])
 def test_bad_folders_are_one_line(folders, damage, message):

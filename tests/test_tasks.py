@@ -3,18 +3,16 @@
 import itertools
 import math
 import random
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import records
 import synthetic
 import tasks
 from tasks import TASKS, UNKNOWN, confusion_matrix, dice, iou, macro_f1, quadratic_kappa
-from test_eyes import photograph
 
 
 def brute_kappa(truth, predicted, classes):
@@ -196,6 +194,25 @@ def test_the_loss_of_points_leads_to_them():
     assert float(LOC.loss(logits, target).detach()) < 0.02
 
 
+def test_the_loss_of_points_by_hand():
+    """One cell has all the weight: its centre against the point, and its divergence from the Gaussian around that."""
+    logits = torch.full((1, 2, 4, 4), -60.0)
+    logits[:, :, 1, 2] = 60  # at (0.625, 0.375)
+    target = loc_target([[[0.125, 0.375], [math.nan, math.nan]]])
+    distance = 2 * 0.5 - 0.5 / 2  # half the side apart: |d| - beta / 2 with d = 1 and beta = 2 / 4, coordinates -1..1
+    gaussian = tasks.gaussian_heatmap(torch.tensor([[[0.125, 0.375]]]), 4, 4)[0, 0]
+    q = float(gaussian[1, 2])
+    middle = gaussian / 2
+    middle[1, 2] += 0.5
+    divergence = 0.5 * math.log(1 / float(middle[1, 2])) + 0.5 * float((gaussian * (gaussian / middle).log()).sum())
+    assert 0 < q < 0.3 and 0 < divergence < math.log(2)
+    assert float(LOC.loss(logits, target)) == pytest.approx(distance + divergence, abs=1e-4)
+    near = loc_target([[[0.575, 0.375], [math.nan, math.nan]]])  # within a cell: d^2 / (2 beta)
+    without = tasks.js_divergence(logits.flatten(2).softmax(2).view(1, 2, 4, 4)[:, :1],
+                                  tasks.gaussian_heatmap(near[:, :1], 4, 4))
+    assert float(LOC.loss(logits, near) - without) == pytest.approx(0.1 ** 2 / (2 * 0.5), abs=1e-4)
+
+
 def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     torch.manual_seed(0)
     output, nan = torch.randn(3, 2, 8, 8), math.nan
@@ -227,13 +244,13 @@ def test_distances_by_hand():
     assert m["within_radius"] == 0.75
 
 
-def test_targets_are_in_pixels_of_the_original(tmp_path):
-    """A photograph half as wide as the originals: one of its pixels is two of theirs."""
-    photograph(tmp_path / "a.png", 0)
-    Image.open(tmp_path / "a.png").resize((2144, 2144)).save(tmp_path / "b.png")
-    record = records.Record("x", tmp_path / "b.png", points={"disc": (700.0, 900.0)})
-    target = LOC.target(data.Photographs([record], 64)[0, None])
-    moved = target[None, :2].clone()
-    sample = data.Photographs([replace(record, points={"disc": (730.0, 940.0)})], 64)[0, None]
-    moved[0, 0] = sample.points[0] / 64
-    assert float(LOC.tally(moved, target[None])[0, 0, 0]) == pytest.approx(100, rel=1e-3)
+def test_distances_are_in_pixels_of_the_original():
+    """A file half as wide as the originals, squeezed into a square: one of its pixels is two of theirs either way."""
+    geometry = data.Geometry(2144, 1072, 64 / 2144, 64 / 1072, 0.0, 0.0)
+
+    def target(x, y):
+        points = torch.from_numpy(geometry.to_sample(np.array([[x, y], [5.0, 5.0]]))).float()
+        return LOC.target(data.Sample("x", torch.zeros(3, 64, 64), None, None, None, None, points, geometry))[None]
+    a, b = target(700.0, 900.0), target(730.0, 940.0)
+    assert float(LOC.tally(b[:, :2], a)[0, 0, 0]) == pytest.approx(100, rel=1e-4)  # 30 and 40 of the file's
+    assert float(LOC.tally(b[:, :2], a)[0, 1, 0]) == 0

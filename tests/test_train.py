@@ -127,6 +127,26 @@ def test_all_folds_together_validate_on_every_photograph_once(tmp_path):
     assert sorted(r.name for p in parts for r in p.records) == [f"drawn/0_{i:04d}" for i in range(30)]
 
 
+def test_a_run_says_where_labels_contradict_each_other(tmp_path, capsys):
+    for i in range(8):
+        Image.fromarray(synthetic.draw(synthetic.plan(3, i // 2 if i < 2 else i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,cls\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(8)))
+    train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"), epochs=1), tmp_path / "run")
+    assert "1 times copies of one photograph carry different labels" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["conflicts"] == [
+        {"label": "grade", "photographs": ["0.png", "1.png"], "values": [0, 1], "used": 1}]
+
+
+def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
+    for i in range(4):
+        Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,cls,group,split\n0.png,1,a,\n1.png,1,b,\n2.png,1,b,test\n3.png,1,b,test\n")
+    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"))
+    with pytest.raises(InputError, match="1 for training, 0 for validation|0 for training, 1 for validation") as error:
+        train.load_photographs(options, [TASKS["cls"]])
+    assert "(of 2 photographs, 1 show an eye of the test part); expected at least one each; no task" in str(error.value)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_tree, capsys, keep):
     """Two test photographs are put among the training ones, one in another light."""
@@ -167,7 +187,7 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
-    with pytest.raises(InputError, match="--tasks seg: found no photograph with its label in .*--tasks cls would work"):
+    with pytest.raises(InputError, match="--tasks seg: photographs with its label .*: 0 for .*--tasks cls would work"):
         train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg", "--size", "64", "--weights", "none"])
 
 
@@ -201,8 +221,8 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     test = evaluate.split_records(run, tmp_path / "labels.csv", "test")
     assert [r.name for r in test] == ["21.png", "22.png", "23.png"]
-    training, validation, leaks = train.load_photographs(options, run.tasks)
-    assert leaks["names"] == ["20.png"]  # of the same patient as 21.png
+    training, validation, findings = train.load_photographs(options, run.tasks)
+    assert findings["leaks"]["names"] == ["20.png"]  # of the same patient as 21.png
     groups = [{int(r.name[:-4]) // 2 for r in p.records} for p in (training, validation)]
     assert not groups[0] & groups[1] and len(training) + len(validation) == 19  # 0.png has no label
     scores = evaluate.score(run.net, data.Photographs(test, 32), run.tasks, torch.device("cpu"))
@@ -362,7 +382,7 @@ def test_bad_data_stops_the_program_with_status_2(tree):
 def test_a_task_without_labels_names_those_that_work(tree):
     shutil.rmtree(tree / "B. Disease Grading")
     options = train.settle(train.parse(["--data", str(tree), "--weights", "none"]))[0]
-    with pytest.raises(InputError, match="--tasks cls: found no photograph with its label in .*--tasks seg would work"):
+    with pytest.raises(InputError, match="--tasks cls: photographs with its label .*: 0 for .*--tasks seg would work"):
         train.fit(options, tree / "run")
 
 
