@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import eyes
 import synthetic
-from records import DRAWN_SIDE, HERE, POINTS, DataSet, InputError, Record, command, find_data, ignore_ctrl_c, \
-    is_on_its_side, open_image, read_data
+from records import DRAWN_SIDE, HERE, POINTS, SIDEWAYS, DataSet, InputError, Record, command, find_data, \
+    ignore_ctrl_c, open_image, orientation, read_data
 from synthetic import LESIONS
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), P points (POINTS), B photographs of a batch,
@@ -125,12 +125,12 @@ def read_image(path: Path, enough: int) -> Decoded:
     with open_image(path) as image:
         if image.mode[0] in "IF":
             raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
-        size, on_its_side = image.size, is_on_its_side(image)
+        size, held = image.size, orientation(image)
         zoom = enough / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
         extent = drafted[1][2:] if drafted else size
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        return Decoded(image, *(v[::-1] if on_its_side else v for v in (extent, size)))
+        image = (ImageOps.exif_transpose(image) if held > 1 else image).convert("RGB")
+        return Decoded(image, *(v[::-1] if held in SIDEWAYS else v for v in (extent, size)))
 
 
 def telling_channel(image: Image.Image) -> np.ndarray:
@@ -154,7 +154,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     values (a smooth or compressed outline of a mask up to 255 may have more).
     """
     with open_image(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
     values, found, mode = telling_channel(image), np.unique(np.asarray(image)).astype(float), image.mode
     if values.shape[::-1] != size:
         raise InputError(f"{path}: a mask of {values.shape[1]}x{values.shape[0]} for a photograph of "

@@ -151,7 +151,7 @@ def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (p, 2) of vessel maps (n, V, V) that may show one eye, i < j, and their scores (p,).
 
     The score is the highest correlation over shifts, turns and zooms of the second map. All pairs are compared on maps
-    reduced to a third (15 views, each a thirtieth of the time of a full one), those that reach SCREEN once more in full
+    reduced to a third (15 views, each a twentieth of the time of a full one), those that reach SCREEN once more in full
     (45 views). Maps without a retina are left out.
     """
     usable = np.flatnonzero((maps > 0).any((1, 2)))

@@ -140,16 +140,21 @@ def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
     return images
 
 
-def is_on_its_side(image: Image.Image) -> bool:
-    """Whether a viewer swaps width and height, because the camera noted so (EXIF orientation 5 to 8)."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+SIDEWAYS = (5, 6, 7, 8)  # orientations in which a viewer swaps width and height
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held (EXIF); 1 is upright. PNG counts as upright, as most viewers have it."""
+    if image.format == "PNG":  # also because Pillow decodes the whole file to tell
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def image_size(path: Path) -> tuple[int, int] | None:
     """(width, height) in pixels, as a viewer shows it; None where the file is no image, which decoding will report."""
     try:
         with open_image(path) as image:
-            return image.size[::-1] if is_on_its_side(image) else image.size
+            return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
     except InputError:
         return None
 
