@@ -302,7 +302,8 @@ class Landmarks(Task):
             pixels, diameters = (x[~x.isnan()] for x in tally[:, i, :2].unbind(1))
             if len(pixels):
                 values |= {f"within_radius_{point}": float((diameters < 0.5).double().mean()),
-                           f"pixels_{point}": float(pixels.mean()), f"median_pixels_{point}": float(pixels.median()),
+                           f"pixels_{point}": float(pixels.mean()),
+                           f"median_pixels_{point}": float(pixels.quantile(0.5)),
                            f"diameters_{point}": float(diameters.mean())}
         share = [v for k, v in values.items() if k.startswith("within_radius")]
         return {"within_radius": sum(share) / len(share) if share else 0.0, **values}
