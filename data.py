@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import eyes
@@ -479,6 +479,7 @@ class Steps:
 # ---- examination: what is in a data set, before anyone trains on it ----
 
 LABELS = {"grade": "cls", "edema": "dme", "category": "cls", "masks": "seg", "points": "loc"}  # and their tasks
+KINDS = dict(zip(LESIONS, ("microaneurysms", "haemorrhages", "hard exudates", "soft exudates", "optic disc")))
 EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
 
 
@@ -565,7 +566,8 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
                      "photographs": len(joined), "eyes": len(groups),
                      "groups": [names for names in groups.values() if len(names) > 1]},
         "conflicts": [c.plain(data_set.classes) for c in conflicts],
-        "leaks": {"training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
+        "leaks": {"validated": [r.name for r in split.validated],
+                  "training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
                   "test_labels": labelled([r for r in split.test if r.eye in trained])},
         "split": {"fold": fold, "training": overview(split.training, data_set.classes),
                   "validation": overview(split.validation, data_set.classes)}}
@@ -590,9 +592,9 @@ def part_lines(title: str, part: Mapping) -> list[str]:
     for label, shares in part["classes"].items():
         total = sum(shares["counts"].values())
         lines.append(f"    {label:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in shares["counts"].items()) +
-                     f"   always {shares['constant_guess']}: accuracy {shares['constant_accuracy']:.3f}")
+                     f"   always guessing {shares['constant_guess']} is right for {shares['constant_accuracy']:.1%}")
     if part["masks"]:
-        lines.append("    masks    " + "  ".join(f"{kind}: {n['masks']}" + f" (+ {n['none']} without)" * bool(n["none"])
+        lines.append("    masks    " + "  ".join(f"{kind}: {n['masks']}" + f" ({n['none']} have none)" * bool(n["none"])
                                                  for kind, n in part["masks"].items()))
     return lines
 
@@ -604,8 +606,8 @@ def page(report: Mapping) -> str:
         lines += part_lines(part, counts)
     lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
     if report["mask_formats"]:
-        lines.append("masks are stored as (mode and values): " + ", ".join(
-            f"{form} ({n})" for form, n in report["mask_formats"].items()))
+        lines.append(f"masks ({', '.join(f'{k} {name}' for k, name in KINDS.items())}) are stored as " + ", ".join(
+            f"mode {form.replace(' ', ' with values ', 1)} ({n} files)" for form, n in report["mask_formats"].items()))
     lines += listing("masks stored unlike the others", report["odd_masks"])
     lines += listing("unreadable files", list(report["unreadable"].values()))
     lines += listing("photographs without a round field of view (taken whole, not compared by vessels)",
@@ -617,7 +619,7 @@ def page(report: Mapping) -> str:
                      [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
     lines += [f"    closest below: {p['score']:.2f}  {' / '.join(p['photographs'])}"
               for p in same["closest_below"][:1]]
-    lines.append(f"together: {same['photographs']} photographs of {same['eyes']} eyes")
+    lines.append(f"after joining copies in the training part: {same['photographs']} photographs of {same['eyes']} eyes")
     lines += listing("labels that contradict each other", [
         f"{c['label']} {' or '.join(map(str, c['values']))} of {' = '.join(c['photographs'])}; training uses "
         f"{c['used']}" for c in report["conflicts"]])
@@ -625,8 +627,13 @@ def page(report: Mapping) -> str:
     if "test" in report["parts"]:
         lines += ["", f"leaks: training photographs of an eye in the test part: {len(leaks['training'])}; by task: "
                   f"{by_task(leaks['training_labels'])}",
-                  f"    test photographs of an eye in the training part, by task: {by_task(leaks['test_labels'])}",
-                  "    train.py leaves those training photographs out, unless --keep-leaks"]
+                  f"    test photographs of an eye in the training part, by task: {by_task(leaks['test_labels'])}"]
+        lines += ["    train.py leaves those training photographs out, unless --keep-leaks"] * bool(leaks["training"])
+    else:
+        lines += ["", "leaks: there is no test part here to look for in the training part"]
+    if leaks["validated"]:
+        lines += listing("training photographs of an eye in the validation part (train.py leaves them out)",
+                         leaks["validated"])
     how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
     lines += ["", f"the split of train.py, {how}, copies joined:"]
     lines += part_lines("  training", report["split"]["training"])
@@ -635,7 +642,8 @@ def page(report: Mapping) -> str:
 
 # ---- contact sheets ----
 
-TILE, CAPTION = 176, 30  # pixels: side of a picture, height of the text below
+TILE, CAPTION = 208, 30  # pixels: side of a picture, height of the text below
+COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))))
 
 
 def picture(record: Record) -> Image.Image:
@@ -650,19 +658,20 @@ def labelled_picture(record: Record) -> Image.Image:
     sample = Photographs([record], EXAMINED_SIZE)[0, None]
     image = sample.image.clone()
     if sample.masks is not None:
-        for mask, colour in zip((sample.masks == 1).float()[:, None], ((0, 114, 178), (213, 94, 0), (0, 158, 115),
-                                                                       (204, 121, 167), (240, 228, 66))):
-            inner = -torch.nn.functional.max_pool2d(-mask, 3, 1, 1)
-            image = torch.where(mask > inner, torch.tensor(colour, dtype=torch.uint8)[:, None, None], image)
+        for mask, colour in zip((sample.masks == 1).float()[:, None], COLOURS.values()):
+            outline = torch.nn.functional.max_pool2d(mask, 5, 1, 2) > mask
+            image = torch.where(outline, torch.tensor(colour, dtype=torch.uint8)[:, None, None], image)
     drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(drawn)
-    for x, y in [] if sample.points is None else sample.points.nan_to_num(-99).tolist():
+    strokes = (((-9, 0, 9, 0), (0, -9, 0, 9)), ((-7, -7, 7, 7), (-7, 7, 7, -7)))  # + for the disc, x for the fovea
+    for (x, y), lines in zip([] if sample.points is None else sample.points.nan_to_num(-99).tolist(), strokes):
         for colour, width in (("black", 5), ("white", 2)):
-            pen.line((x - 9, y, x + 9, y), colour, width), pen.line((x, y - 9, x, y + 9), colour, width)
+            for left, top, right, bottom in lines:
+                pen.line((x + left, y + top, x + right, y + bottom), colour, width)
     return drawn.resize((TILE, TILE), Image.LANCZOS)
 
 
-def contact_sheet(path: Path, groups: Sequence[tuple[str, Sequence[Record]]], draw=picture) -> None:
+def contact_sheet(path: Path, title: str, groups: Sequence[tuple[str, Sequence[Record]]], draw=picture) -> None:
     """Write pictures of records in groups that belong together, each group with a caption, each picture with a name."""
     font = ImageFont.load_default(12)
     wide = max(len(members) for _, members in groups)
@@ -675,10 +684,14 @@ def contact_sheet(path: Path, groups: Sequence[tuple[str, Sequence[Record]]], dr
             pen.text((k * TILE + 3, TILE + 1), record.name[-28:], "black", font)
         pen.text((3, TILE + 15), caption, "black", font)
         tiles.append(v2.functional.pil_to_tensor(tile) / 255)
-    save_image(make_grid(tiles, nrow=max(1, 6 // wide), padding=6, pad_value=0.8), path)
+    grid = v2.functional.to_pil_image(make_grid(tiles, nrow=max(1, 6 // wide), padding=6, pad_value=0.8))
+    sheet = Image.new("RGB", (max(grid.width, round(font.getlength(title)) + 12), grid.height + 22), "white")
+    sheet.paste(grid, (0, 22))
+    ImageDraw.Draw(sheet).text((6, 4), title, "black", font)
+    sheet.save(path)
 
 
-def contact_sheets(examined: Examined, folder: Path, most: int = 48) -> list[str]:
+def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str]:
     """One sheet for each kind of finding, in `folder`; -> their names and what they show."""
     records, report = examined.records, examined.report
     by_name = {r.name: r for r in records}
@@ -695,16 +708,18 @@ def contact_sheets(examined: Examined, folder: Path, most: int = 48) -> list[str
     for r in records:
         alike[r.grade, r.category, r.masks is not None].append(r)
     labels = [(", ".join(f"{k} {v}" for k in ("grade", "edema") if (v := getattr(r, k)) is not None), [r])
-              for group in alike.values() for r in group[:6]]
+              for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]
+    legend = "; outlines: " + ", ".join(f"{name} {colour}" for name, colour in zip(
+        KINDS.values(), ("blue", "orange", "green", "pink", "yellow"))) + "; + optic disc, x fovea"
     sheets = {
-        "labels": ("labels as they lie on the photographs", labels, labelled_picture),
+        "labels": ("labels as they lie on the photographs" + legend, labels, labelled_picture),
         "copies": ("files that show one photograph", [("", [by_name[n] for n in p]) for p in report["copies"]],
                    picture),
         "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"]), picture),
         "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"]), picture),
         "conflicts": ("one photograph, different labels", [
-            (f"{c['label']} {' or '.join(map(str, c['values']))}", [by_name[n] for n in c["photographs"]])
-            for c in report["conflicts"]], picture),
+            (f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}",
+             [by_name[n] for n in c["photographs"]]) for c in report["conflicts"]], picture),
         "leaks": ("an eye of the test part in the training part", leaks, picture),
         "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in examined.odd], labelled_picture),
         "no_field": ("no round field of view found", [("", [by_name[n]]) for n in report["without_field_of_view"]],
@@ -713,8 +728,9 @@ def contact_sheets(examined: Examined, folder: Path, most: int = 48) -> list[str
     lines = []
     for name, (title, found, draw) in sheets.items():
         if found:
-            contact_sheet(folder / f"{name}.png", found[:most], draw)
-            lines.append(f"{folder / name}.png: {title} ({min(len(found), most)} of {len(found)})")
+            title += f" ({min(len(found), most)} of {len(found)})"
+            contact_sheet(folder / f"{name}.png", title, found[:most], draw)
+            lines.append(f"{folder / name}.png: {title}")
     return lines
 
 

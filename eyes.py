@@ -320,6 +320,7 @@ class Split:
     validation: list[Record]
     test: list[Record]
     leaks: list[Record]  # photographs to train or validate on that show an eye of the test part
+    validated: list[Record]  # training photographs that show an eye of a validation part of the data set's own
 
 
 def folds(records: Sequence[Record], number: int) -> list[int]:
@@ -373,8 +374,9 @@ def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False
     if not keep_leaks:
         parts |= {part: [r for r in parts[part] if r.eye not in tested] for part in ("train", "val")}
     if parts["val"]:
-        return Split([r for r in parts["train"] if r.eye not in validated], parts["val"], parts["test"], leaks)
+        sides = [[r for r in parts["train"] if (r.eye in validated) == side] for side in (False, True)]
+        return Split(sides[0], parts["val"], parts["test"], leaks, sides[1])
     training, validation = [], []
     for record, f in zip(parts["train"], folds(parts["train"], number)):
         (validation if f == index - 1 else training).append(record)
-    return Split(training, validation, parts["test"], leaks)
+    return Split(training, validation, parts["test"], leaks, [])

@@ -161,11 +161,12 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 # ---- cells of tables ----
 
-def read_rows(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+def read_rows(path: Path, exact: bool = False) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """A CSV file with a header -> its columns, and its rows as (where, {column: text}).
 
     Spaces around cells, rows of empty cells and empty columns without a name are dropped. InputError: not UTF-8, two
-    columns of one name, a cell in no named column, a quote that is not closed, a cell of two lines.
+    columns of one name, a cell in no named column, a quote that is not closed, a cell of two lines, and, if `exact`,
+    more cells than columns.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -184,6 +185,8 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
             row = dict.fromkeys(filter(None, columns), "")
             if any("\n" in cell for cell in cells):
                 raise InputError(f"{where}: a cell of more than one line; expected one, look for a missing quote")
+            if exact and len(cells) > len(columns):
+                raise InputError(f"{where}: {len(cells)} cells, expected {len(columns)}, one for each column")
             for k, cell in enumerate(cell.strip() for cell in cells):
                 if k < len(columns) and columns[k]:
                     row[columns[k]] = cell
@@ -361,7 +364,7 @@ def read_table(path: Path) -> DataSet:
     patient) never lie on both sides of a split. InputError: an unknown column, a cell that is no such label, a file
     that is not there, two rows for one image with different labels.
     """
-    columns, rows = read_rows(path)
+    columns, rows = read_rows(path, exact=True)
     want_columns(path, columns, ["image"])
     if unknown := [c for c in columns if c not in TABLE_COLUMNS]:
         raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(TABLE_COLUMNS)}; rename or "
@@ -430,7 +433,8 @@ def read_folders(root: Path) -> DataSet:
             raise InputError(f"{root / part}: holds no class; expected {', '.join(classes[:12])}; or remove it")
         for folder in folders(root / part):
             if folder.name not in classes:
-                raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}")
+                raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}; "
+                                 "add it there or remove it here")
             records += [Record(f"{part}/{folder.name}/{image.name}", image, part, category=classes.index(folder.name))
                         for image in list_images(folder, only=True).values()]
     return DataSet(records, tuple(classes))

@@ -138,6 +138,11 @@ class Categories(Classification):
     def __init__(self, names: Sequence[str]):
         self.names, self.classes = tuple(names), len(names)
 
+    def row(self, tally):
+        *probabilities, truth = tally.tolist()
+        return {"truth": self.names[int(truth)], "predicted": self.names[int(tally[:-1].argmax())],
+                **{f"p_{name}": round(p, 4) for name, p in zip(self.names, probabilities)}}
+
 
 # ---- masks ----
 
@@ -213,10 +218,11 @@ class Lesions(Task):
         return values
 
     def row(self, tally):
-        known = [(kind, counts) for kind, counts in zip(self.classes, tally) if not counts.isnan().any()]
-        return {f"dice_{kind}": round(float(dice(counts)), 4) for kind, counts in known} | \
-               {f"{word}_pixels_{kind}": int(counts[k]) for k, word in ((1, "predicted"), (2, "true"))
-                for kind, counts in known}
+        columns = {}
+        for kind, counts in zip(self.classes, tally):
+            values = ["", "", ""] if counts.isnan().any() else [round(float(dice(counts)), 4), *map(int, counts[1:])]
+            columns |= dict(zip((f"dice_{kind}", f"predicted_pixels_{kind}", f"true_pixels_{kind}"), values))
+        return columns
 
 
 # ---- points ----
@@ -263,13 +269,15 @@ class Landmarks(Task):
         return model.PointHead(encoder, len(self.classes))
 
     def target(self, sample):
-        """(P + 2, 2): the points as shares of the side, nan where not known; then, along x and y, what the whole side
+        """(P + 4, 2): the points as shares of the side, nan where not known; then what turns shares into other units.
 
-        measures in pixels of a 4288 pixels wide original and in disc diameters.
+        Along x and y: where the sample begins and what its side measures in pixels of the file; its side in pixels of
+        a 4288 pixels wide original and in disc diameters.
         """
         g, side = sample.geometry, sample.image.shape[-1]
-        original = [ORIGINAL_WIDTH / g.width * side / scale for scale in (g.scale_x, g.scale_y)]
-        return torch.cat([sample.points / side, torch.tensor([original, [1 / DISC_DIAMETER] * 2])])
+        begin, pixels = (-g.shift_x / g.scale_x, -g.shift_y / g.scale_y), (side / g.scale_x, side / g.scale_y)
+        original = [ORIGINAL_WIDTH / g.width * p for p in pixels]
+        return torch.cat([sample.points / side, torch.tensor([begin, pixels, original, [1 / DISC_DIAMETER] * 2])])
 
     def loss(self, output, target):
         """Smooth L1 of the expected point, and divergence of its heatmap from a Gaussian of one cell around the truth
@@ -277,7 +285,7 @@ class Landmarks(Task):
         (Nibali et al. 2018, arXiv 1801.07372, whose first term is the Euclidean distance). Points that are not known
         count in neither.
         """
-        truth = target[:, :-2]
+        truth = target[:, :-4]
         known = ~truth.isnan().any(2)  # (n, P)
         truth = torch.where(known[..., None], truth, 0.5)
         points, p = soft_argmax(output)
@@ -290,28 +298,32 @@ class Landmarks(Task):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
 
     def tally(self, answer, target):
-        """(n, P, 6): distance in pixels of the original, in disc diameters, predicted x and y, true x and y."""
-        truth, (original, diameters) = target[:, :-2], target[:, -2:].unbind(1)
+        """(n, P, 6): distance in pixels of the original, in disc diameters; answer and truth in pixels of the file."""
+        truth, (begin, pixels, original, diameters) = target[:, :-4], target[:, -4:].unbind(1)
         gaps = [((answer - truth) * unit[:, None]).norm(dim=2) for unit in (original, diameters)]  # (n, P)
-        return torch.cat([torch.stack(gaps, 2), answer, truth], 2)
+        return torch.cat([torch.stack(gaps, 2), *(begin[:, None] + p * pixels[:, None] for p in (answer, truth))], 2)
 
     def metrics(self, tally):
-        """Means over photographs: `within_radius`, the share of points closer than one disc radius, and distances."""
+        """`within_radius`, the share of points closer than one disc radius, and distances.
+
+        These are in disc diameters and in pixels of a photograph 4288 pixels wide (px4288), whatever the width of the
+        file, so that data sets compare.
+        """
         values = {}
         for i, point in enumerate(self.classes):
             pixels, diameters = (x[~x.isnan()] for x in tally[:, i, :2].unbind(1))
             if len(pixels):
                 values |= {f"within_radius_{point}": float((diameters < 0.5).double().mean()),
-                           f"pixels_{point}": float(pixels.mean()),
-                           f"median_pixels_{point}": float(pixels.quantile(0.5)),
+                           f"px4288_{point}": float(pixels.mean()),
+                           f"median_px4288_{point}": float(pixels.quantile(0.5)),
                            f"diameters_{point}": float(diameters.mean())}
         share = [v for k, v in values.items() if k.startswith("within_radius")]
         return {"within_radius": sum(share) / len(share) if share else 0.0, **values}
 
     def row(self, tally):
-        columns = ("pixels", "diameters", "predicted_x", "predicted_y", "true_x", "true_y")
-        return {f"{column}_{point}": round(v, 4) for point, values in zip(self.classes, tally.tolist())
-                for column, v in zip(columns, values) if not math.isnan(v)}
+        columns = ("px4288", "diameters", "predicted_x", "predicted_y", "true_x", "true_y")
+        return {f"{column}_{point}": "" if math.isnan(v) else round(v, 4)
+                for point, values in zip(self.classes, tally.tolist()) for column, v in zip(columns, values)}
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions(), Landmarks())}

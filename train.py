@@ -301,7 +301,7 @@ def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Phot
     root = None if options.data is None else Path(options.data)
     found = records.read_data(root).records
     everything = make_tasks(TASKS, options.classes)
-    check_labels({"train or val": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
+    check_labels({"training": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
     joined, conflicts = data.find_eyes(found, options.size)
     split = eyes.split(joined, options.fold, options.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
@@ -309,9 +309,10 @@ def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Phot
                  "test part)")
     training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in tasks)]
                                    for part in (split.training, split.validation, split.leaks))
+    validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "conflicts": [c.plain(options.classes) for c in conflicts]}
+                "left_out_for_validation": validated, "conflicts": [c.plain(options.classes) for c in conflicts]}
     return data.Photographs(training, options.size), data.Photographs(validation, options.size), findings
 
 
@@ -362,10 +363,11 @@ def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"--weights {weights}: no such file") from None
+        raise InputError(f"--weights {weights}: no such file; expected none, imagenet, or a file with a torchvision "
+                         "state dict") from None
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        raise InputError(f"--weights {weights}: not a state dict, as torch.save writes it ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0]})") from error
+        raise InputError(f"--weights {weights}: not a state dict, as torch.save writes it "
+                         f"({type(error).__name__})") from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it")
     return state
@@ -396,6 +398,8 @@ def announcement(training: data.Photographs, validation: data.Photographs, findi
     if leaks := findings["leaks"]["photographs"]:
         lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
             "kept (--keep-leaks), so test scores say little about new eyes" if options.keep_leaks else "left out"))
+    if validated := len(findings["left_out_for_validation"]):
+        lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
     if conflicts := len(findings["conflicts"]):
         lines.append(f"{conflicts} times copies of one photograph carry different labels (config.json lists them; "
                      "the higher grade counts)")
@@ -417,7 +421,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 
     def add(group, flag, text, default=None, **how):
-        group.add_argument(flag, default=default, help=text + (default is not None) * " (default: %(default)s)", **how)
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        group.add_argument(flag, default=default, help=text + (default is not None) * f" (default: {shown})", **how)
 
     group = parser.add_argument_group("what is learned from what")
     add(group, "--tasks", f"any of {' '.join(TASKS)}", Options.tasks, nargs="+")
@@ -453,7 +458,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     """Fill in the defaults that depend on the data and check the rest; -> options, notes to print and to keep."""
     if unknown := [t for t in args.tasks if t not in TASKS]:
-        raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}")
+        raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}; separate them by spaces")
     for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
                          ("weight_decay", 0), ("balance", 0), ("workers", 0), ("seed", 0)):
         value = getattr(args, flag)
@@ -500,6 +505,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_memory()
     options, notes = settle(args)
+    if args.name and Path(args.name).name != args.name:
+        raise InputError(f"--name {args.name}: expected a name, not a path; runs are kept in {records.HERE / 'runs'}")
     folder = records.HERE / "runs" / args.name if args.name else next_folder(records.HERE / "runs", options.tasks)
     if folder.exists():
         raise InputError(f"{folder}: exists already; choose another --name")

@@ -387,7 +387,8 @@ def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
     assert sorted(map(sorted, report["copies"])) == [
         ["grading/IDRiD_001", "grading/IDRiD_011"], ["grading/IDRiD_005", "test/grading/IDRiD_003"],
         ["grading/IDRiD_007", "segmentation/IDRiD_02"]]
-    assert report["leaks"] == {"training": ["grading/IDRiD_005"], "test_labels": {"grade": 1, "edema": 1, "points": 1},
+    assert report["leaks"] == {"validated": [], "training": ["grading/IDRiD_005"],
+                               "test_labels": {"grade": 1, "edema": 1, "points": 1},
                                "training_labels": {"grade": 1, "edema": 1, "points": 1}}
     conflicts = {c["label"]: (c["values"], c["used"]) for c in report["conflicts"]}
     assert conflicts["grade"] == ([2, 3], 3) and {"disc", "fovea"} < set(conflicts)
@@ -407,7 +408,7 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}
     sheets = {p.stem: Image.open(p).size for p in (tmp_path / "sheets" / "new").iterdir()}
     assert {"labels", "copies", "conflicts", "leaks", "odd_masks"} <= set(sheets)
-    assert sheets["copies"] == (3 * (2 * data.TILE + 6) + 6, data.TILE + data.CAPTION + 4 + 12)
+    assert sheets["copies"] == (3 * (2 * data.TILE + 6) + 6, data.TILE + data.CAPTION + 4 + 12 + 22)
 
 
 def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):

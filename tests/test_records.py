@@ -242,7 +242,8 @@ def truncated_tiff(path: Path) -> None:
     (["image,od_x,od_y", "images/a.png,1_0,3"], "od of images/a.png is at .'1_0', '3'., expected two numbers"),
     (["image,cls", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
     (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
-    (["image,cls", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
+    (["image,cls", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
+    (["image,cls,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
     (["image,dme", "images/a.png,3"], "line 2: dme of images/a.png is '3', expected a whole number from 0 to 2"),
     (["image,cls", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
     (["image,cls", "images,1"], "line 2: image 'images': a folder: "),
@@ -274,7 +275,7 @@ def test_a_bad_table_is_one_line_naming_file_and_row(table, lines, message):
 
 
 def test_blank_lines_byte_order_marks_and_quotes(table):
-    path = table("", '"image", cls', '"images/a.png",  1', "", ",", "images/b.png,2,")
+    path = table("", '"image", cls', '"images/a.png",  1', "", ",", "images/b.png,2")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert [r.grade for r in read_data(path).records] == [1, 2]
 

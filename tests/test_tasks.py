@@ -1,6 +1,5 @@
 """Metrics against brute force and values worked out by hand; losses against their formulas."""
 
-import itertools
 import math
 import random
 
@@ -137,7 +136,8 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     tally = TASKS["seg"].tally(torch.ones(2, 5, 8, 8), truth)
     m = TASKS["seg"].metrics(tally)
     assert m["dice_MA"] == 1 and "dice_EX" not in m and not any(v != v for v in m.values()) and m["dice"] == 1
-    assert "dice_EX" not in TASKS["seg"].row(tally[0]) and TASKS["seg"].row(tally[0])["true_pixels_MA"] == 64
+    row = TASKS["seg"].row(tally[0])
+    assert row["dice_EX"] == row["true_pixels_EX"] == "" and row["true_pixels_MA"] == 64 and row["dice_MA"] == 1
 
 
 def test_what_files_hold_is_what_tasks_expect():
@@ -154,7 +154,8 @@ LOC = TASKS["loc"]
 def loc_target(points, original=(4288.0, 4288.0)) -> torch.Tensor:
     """Targets (n, 4, 2) of photographs whose whole width the sample shows."""
     points = torch.tensor(points)
-    return torch.cat([points, torch.tensor([original, [1 / tasks.DISC_DIAMETER] * 2]).expand(len(points), 2, 2)], 1)
+    rows = torch.tensor([[0.0, 0.0], original, original, [1 / tasks.DISC_DIAMETER] * 2])
+    return torch.cat([points, rows.expand(len(points), 4, 2)], 1)
 
 
 def test_soft_argmax_reads_a_peak_and_a_mean():
@@ -218,7 +219,7 @@ def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     output, nan = torch.randn(3, 2, 8, 8), math.nan
     target = loc_target([[[0.2, 0.4], [0.7, 0.5]], [[nan, nan], [0.3, 0.6]], [[nan, nan], [nan, nan]]])
     both = LOC.loss(output[:1], target[:1]) * 2  # of two points
-    alone = LOC.loss(output[1:2, [1, 1]], target[1:2, [1, 1, 2, 3]])
+    alone = LOC.loss(output[1:2, [1, 1]], target[1:2, [1, 1, 2, 3, 4, 5]])
     assert float(LOC.loss(output, target)) == pytest.approx(float((both + alone) / 3), rel=1e-5)
     assert float(LOC.loss(output[2:], target[2:])) == 0
     output.requires_grad_()
@@ -226,11 +227,11 @@ def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     assert output.grad.isfinite().all() and not output.grad[2].any()
     tally = LOC.tally(LOC.decode(output.detach()), target)
     m = LOC.metrics(tally)
-    assert m["pixels_disc"] == pytest.approx(float(tally[0, 0, 0])) and not any(v != v for v in m.values())
-    assert set(LOC.row(tally[1])) == {f"{k}_{p}" for k, p in itertools.product(
-        ("pixels", "diameters", "predicted_x", "predicted_y", "true_x", "true_y"), ("disc", "fovea"))} - {
-        "pixels_disc", "diameters_disc", "true_x_disc", "true_y_disc"}
-    assert "pixels_disc" not in LOC.metrics(LOC.tally(LOC.decode(output.detach())[2:], target[2:]))
+    assert m["px4288_disc"] == pytest.approx(float(tally[0, 0, 0])) and not any(v != v for v in m.values())
+    row = LOC.row(tally[1])
+    assert list(row) == list(LOC.row(tally[0])) and [k for k, v in row.items() if v == ""] == [
+        "px4288_disc", "diameters_disc", "true_x_disc", "true_y_disc"]
+    assert "px4288_disc" not in LOC.metrics(LOC.tally(LOC.decode(output.detach())[2:], target[2:]))
 
 
 def test_distances_by_hand():
@@ -238,7 +239,7 @@ def test_distances_by_hand():
     target = loc_target([[[0.5, 0.5], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.2]]], (4000.0, 3000.0))
     answer = torch.tensor([[[0.53, 0.54], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.29]]])
     m = LOC.metrics(LOC.tally(answer, target))
-    assert m["pixels_disc"] == pytest.approx(math.hypot(120, 120) / 2) and m["diameters_disc"] == pytest.approx(
+    assert m["px4288_disc"] == pytest.approx(math.hypot(120, 120) / 2) and m["diameters_disc"] == pytest.approx(
         0.05 / tasks.DISC_DIAMETER / 2)
     assert m["within_radius_disc"] == 1 and m["within_radius_fovea"] == 0.5  # 0.09 is more than half of 0.154
     assert m["within_radius"] == 0.75
@@ -246,7 +247,7 @@ def test_distances_by_hand():
 
 def test_distances_are_in_pixels_of_the_original():
     """A file half as wide as the originals, squeezed into a square: one of its pixels is two of theirs either way."""
-    geometry = data.Geometry(2144, 1072, 64 / 2144, 64 / 1072, 0.0, 0.0)
+    geometry = data.Geometry(2144, 1072, 64 / 2144, 64 / 1072, 3.0, -2.0)
 
     def target(x, y):
         points = torch.from_numpy(geometry.to_sample(np.array([[x, y], [5.0, 5.0]]))).float()
@@ -254,3 +255,4 @@ def test_distances_are_in_pixels_of_the_original():
     a, b = target(700.0, 900.0), target(730.0, 940.0)
     assert float(LOC.tally(b[:, :2], a)[0, 0, 0]) == pytest.approx(100, rel=1e-4)  # 30 and 40 of the file's
     assert float(LOC.tally(b[:, :2], a)[0, 1, 0]) == 0
+    assert LOC.tally(b[:, :2], a)[0, 0, 2:].tolist() == pytest.approx([730, 940, 700, 900], rel=1e-4)

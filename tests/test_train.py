@@ -184,6 +184,8 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     assert "kappa 0" not in text and text.splitlines()[-2].split()[0] == "night"
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
+    row = (run / "predictions_test.csv").read_text().splitlines()[:2]
+    assert row[0] == "photograph,cls_truth,cls_predicted,cls_p_day,cls_p_dusk,cls_p_night" and ",day," in row[1]
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
@@ -199,6 +201,12 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     options = train.settle(train.parse(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"]))[0]
     training, validation, _ = train.load_photographs(options, [TASKS["cls"]])
     assert [r.name for r in validation.records] == ["3.png"] and len(training) == 3
+    (tmp_path / "u.csv").write_text("image,cls,split,group\n0.png,1,,p\n1.png,1,,q\n2.png,0,,q\n3.png,1,val,p\n")
+    training, validation, findings = train.load_photographs(replace(options, data=str(tmp_path / "u.csv")),
+                                                            [TASKS["cls"]])
+    assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
+    said = train.announcement(training, validation, findings, [TASKS["cls"]], options)
+    assert "1 photographs of the training part show an eye of the validation part: left out" in said
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
         train.settle(train.parse(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"]))
 
@@ -352,6 +360,8 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
 @pytest.mark.parametrize("arguments,message", [
     ("--data /nonexistent", "/nonexistent: no such file or folder"),
     ("--fold 6/5", "--fold 6/5: expected I/N"),
+    ("--name ../x", "--name ../x: expected a name, not a path"),
+    ("--tasks cls,seg", "--tasks cls,seg: no such task; there are cls, dme, seg, loc; separate them by spaces"),
     ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg, loc"),
     ("--size 100", "--size 100: expected a multiple of 32"),
     ("--size 32", "--size 32: expected at least 64"),
