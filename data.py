@@ -296,6 +296,10 @@ class Comparison:
         """Copies and pairs of one eye."""
         return self.copies.tolist() + self.pairs[self.scores >= eyes.SAME_EYE].tolist()
 
+    def join(self, records: Sequence[Record]) -> tuple[list[Record], list[eyes.Conflict]]:
+        """Name the eye of each photograph, and join copies in the training part; -> records, conflicts of labels."""
+        return eyes.join_copies(eyes.name_eyes(records, self.same_eye()), self.copies.tolist(), self.sizes.tolist())
+
 
 def compare(records: Sequence[Record], size: int) -> Comparison:
     """Compare all photographs with each other, from what the cache holds of each; done once, and kept there.
@@ -321,9 +325,8 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
 
 
 def find_eyes(records: Sequence[Record], size: int) -> tuple[list[Record], list[eyes.Conflict]]:
-    """Name the eye of each photograph, and join copies in the training part; -> records, conflicts between labels."""
-    found = compare(records, size)
-    return eyes.join_copies(eyes.name_eyes(records, found.same_eye()), found.copies.tolist(), found.sizes.tolist())
+    """Compare all photographs and join; see Comparison.join."""
+    return compare(records, size).join(records)
 
 
 # ---- samples ----
@@ -543,7 +546,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
         raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
                          f"{next(iter(problems.values()))}")
     found = compare(records, EXAMINED_SIZE)
-    joined, conflicts = find_eyes(records, EXAMINED_SIZE)
+    joined, conflicts = found.join(records)
     split = eyes.split(joined, fold)
     forms, odd, without_field = stored_forms(records)
     groups = defaultdict(list)

@@ -288,6 +288,9 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
         groups[(leader, "train") if records[i].part == "train" else (i, "alone")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
+        if len(group) == 1:
+            joined.append(records[group[0]])
+            continue
         first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
         members, own = [records[i] for i in group], [sizes[i] for i in group]
         labels = {}
@@ -295,7 +298,7 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
                                       join_masks(members, own, sizes[first])):
             labels |= found
             conflicts += contradictions
-        joined.append(replace(records[first], **labels) if len(group) > 1 else records[first])
+        joined.append(replace(records[first], **labels))
     return joined, conflicts
 
 

@@ -115,6 +115,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
                          "labels") from None
 
 
+def files_in(folder: Path) -> list[Path]:
+    """What lies in `folder`, sorted by name, but for the litter of file managers."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER)
+
+
 def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
     """{name without suffix: path} of the photographs in `folder`, sorted by name.
 
@@ -123,9 +128,7 @@ def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected photographs there")
     images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in LITTER:
-            continue
+    for path in files_in(folder):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             if only:
                 raise InputError(f"{path}: expected nothing but photographs ({' '.join(IMAGE_SUFFIXES)}) in this "
@@ -285,7 +288,7 @@ def read_segmentation(root: Path, part: str) -> list[Record]:
         folder = root / "2. All Segmentation Groundtruths" / PARTS[part][0] / folder
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; the official layout keeps the {kind} masks there")
-        for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER):
+        for path in files_in(folder):
             name = path.stem.removesuffix(f"_{kind}")
             if path.suffix.lower() not in (".tif", ".tiff", ".png"):
                 raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")

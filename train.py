@@ -401,8 +401,8 @@ def announcement(training: data.Photographs, validation: data.Photographs, findi
     if validated := len(findings["left_out_for_validation"]):
         lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
     if conflicts := len(findings["conflicts"]):
-        lines.append(f"{conflicts} times copies of one photograph carry different labels (config.json lists them; "
-                     "the higher grade counts)")
+        lines.append(f"{conflicts} times copies of one photograph carry different labels; config.json lists them and "
+                     "what training goes by")
     return "\n".join(lines)
 
 
@@ -471,13 +471,15 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if args.seed >= 1 << 32:
         raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
     LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
-    eyes.read_fold(Options.fold if args.fold is None else args.fold)
+    fold = Options.fold if args.fold is None else args.fold
+    eyes.read_fold(fold)
     root = records.find_data(args.data)
-    found = records.read_data(root)  # a wrong folder is told before anything is downloaded
-    if args.fold and any(r.part == "val" for r in found.records):
+    drawn, weights = root is None, args.weights or "none"
+    # a wrong folder is told before anything is downloaded; drawings are never wrong
+    found = records.DataSet([]) if drawn else records.read_data(root)
+    if args.fold is not None and any(r.part == "val" for r in found.records):
         raise InputError(f"--fold {args.fold}: {root} names its own validation part; leave --fold out")
     notes = list(found.notes)
-    drawn, weights = root is None, args.weights or "none"
     if drawn:
         notes.append("training on DRAWN photographs (synthetic.py): results are no IDRiD results. For IDRiD, unzip it "
                      f"from {records.SOURCE} and pass --data FOLDER")
@@ -491,7 +493,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
     return Options(
         tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
-        classes=found.classes, fold=args.fold or Options.fold, keep_leaks=args.keep_leaks,
+        classes=found.classes, fold=fold, keep_leaks=args.keep_leaks,
         size=args.size or (128 if drawn else 256), epochs=args.epochs or (5 if drawn else 40), batch=args.batch,
         # five epochs of drawings are too short to overfit: learn faster and drop less
         lr=args.lr or (2.5e-3 if drawn else 1.5e-3), stochastic_depth=0.05 if drawn else 0.1,
