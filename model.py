@@ -3,8 +3,8 @@
     ConvNormAct, SqueezeExcite, MBConv -> Encoder    EfficientNet (Tan & Le 2019, arXiv 1905.11946)
     Router, Experts, balance_loss -> ExpertLayer     noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538),
                                                      one per task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
-    UpBlock -> MaskHead                              U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
-    PooledHead                                       what classifies: convolutions, averages, linear layer
+    UpBlock -> Decoder                               U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
+    PooledHead, MaskHead, PointHead                  maps -> classes, masks, points
     Net                                              all of it in one forward pass
 
     python -c "import model; print(model.Encoder('b0'))"
@@ -148,82 +148,138 @@ class Routing(NamedTuple):
     weights: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
     probabilities: Tensor  # (N, E) softmax of the clean logits
     load: Tensor  # (N, E) P_i, the chance that expert i is chosen were its noise drawn again; over the noise of
-    #               training a row sums to K on average; in evaluation, without noise, it has no such meaning
+    #               training a row sums to K on average; 0 or 1 where there is no noise, as in evaluation
     grid: tuple[int, int, int]  # n_t, h, w
+
+    def spread(self, values: Tensor | float) -> Tensor:
+        """Values of the chosen experts, (N, K) or one for all -> (N, E), 0 for the others."""
+        empty = torch.zeros_like(self.probabilities)
+        return empty.scatter(1, self.indices, values)
 
 
 class Router(nn.Module):
-    """Noisy top-k gate of one task (Shazeer et al. 2017, section 2.1): (N, C) -> which experts, with which weight."""
+    """Noisy top-k gate (Shazeer et al. 2017, section 2.1): tokens (N, C) -> which experts, with which weight.
 
-    def __init__(self, channels: int, experts: int, chosen: int):
+    `frozen` makes a control of it, the frozen random router: drawn once, without noise, and no gradient passes.
+    """
+
+    def __init__(self, channels: int, experts: int, chosen: int, frozen: bool = False):
         super().__init__()
-        self.chosen = chosen
+        self.chosen, self.frozen = chosen, frozen
         # zeros: at the start every expert is as good as any other, and noise alone decides
         self.gate = nn.Parameter(torch.zeros(channels, experts))
         self.noise = nn.Parameter(torch.zeros(channels, experts))
+        if frozen:
+            nn.init.normal_(self.gate, std=channels ** -0.5)  # logits of variance 1
+            self.requires_grad_(False)
 
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
         k, experts = self.chosen, self.gate.shape[1]
         with torch.autocast(u.device.type, enabled=False):  # which expert wins must not hang on bf16 rounding
-            u = u.to(self.gate.dtype)  # float32
+            u = (u.detach() if self.frozen else u).to(self.gate.dtype)  # float32
             # h = u W_g ;  s = softplus(u W_n) + 0.01 ;  h~ = h + s * N(0, 1) in training, else h        (eqs. 3, 4)
-            clean = u @ self.gate  # (N, E)
-            scale = F.softplus(u @ self.noise) + 0.01
-            noisy = clean + scale * torch.randn_like(clean) if self.training else clean
+            clean, raw = (u @ torch.cat([self.gate, self.noise], 1)).chunk(2, 1)  # (N, E) each
+            scale = F.softplus(raw) + 0.01
+            noise = self.training and not self.frozen
+            noisy = clean + scale * torch.randn_like(clean) if noise else clean
             # S = the K largest of h~ ;  w = softmax over S                                              (eqs. 3, 5)
             top, best = noisy.topk(min(k + 1, experts), dim=1)  # (N, K + 1)
             indices = best[:, :k]
             # with K = 1 a softmax over S is the constant 1 and teaches the router nothing: take it over all, at S
             weights = top[:, :k].softmax(1) if k > 1 else noisy.softmax(1).gather(1, indices)
             # P_i = Phi((h_i - kth largest of the *other* noisy logits) / s_i)                           (eqs. 8, 9)
-            if k == experts:
-                load = torch.ones_like(clean)
-            else:
-                inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, indices, True)
+            inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, indices, True)
+            if noise and k < experts:
                 kth_excluding_i = torch.where(inside, top[:, k:k + 1], top[:, k - 1:k])
                 load = torch.special.ndtr((clean - kth_excluding_i) / scale)
+            else:
+                load = inside.to(clean.dtype)
             return Routing(indices, weights, clean.softmax(1), load, grid)
+
+
+class FixedRouter(nn.Module):
+    """A control: every token goes to the experts `own` of E, whose answers are averaged; nothing is learned."""
+
+    def __init__(self, experts: int, own: Sequence[int]):
+        super().__init__()
+        self.register_buffer("own", torch.tensor(own), persistent=False)  # (K,)
+        self.register_buffer("chosen", torch.zeros(experts).index_fill(0, self.own, 1.0), persistent=False)  # (E,)
+
+    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
+        n, k = len(u), len(self.own)
+        load = self.chosen.expand(n, -1)  # (N, E)
+        return Routing(self.own.expand(n, -1), self.chosen.new_full((n, k), 1 / k), load / k, load, grid)
+
+
+# what --router knows
+ROUTERS = {"learned": "one noisy top-k gate for each task", "shared": "one gate for all tasks",
+           "random": "a frozen random gate for each task", "uniform": "all experts, averaged",
+           "private": "each task its own experts, averaged"}
+
+
+def make_routers(kind: str, channels: int, tasks: Sequence[str], experts: int, chosen: int) -> dict[str, nn.Module]:
+    """The router of each task, one of ROUTERS. ValueError, in words of the command line: the numbers do not fit."""
+    if not 1 <= chosen <= experts:
+        raise ValueError(f"--chosen {chosen}: expected 1 to {experts}, the number of --experts")
+    if kind == "uniform" and chosen < experts:
+        raise ValueError(f"--chosen {chosen}: --router uniform mixes all {experts} experts; leave --chosen out")
+    if kind == "private" and chosen * len(tasks) != experts:
+        spare = experts - chosen * len(tasks)
+        raise ValueError(f"--router private: {len(tasks)} tasks with --chosen {chosen} experts each need --experts "
+                         f"{chosen * len(tasks)}; with {experts}, " + (f"{spare} would have no task" if spare > 0 else
+                                                                       f"{-spare} are missing"))
+    if kind == "shared":
+        return dict.fromkeys(tasks, Router(channels, experts, chosen))
+    if kind == "uniform":
+        return {t: FixedRouter(experts, range(experts)) for t in tasks}
+    if kind == "private":
+        return {t: FixedRouter(experts, range(i * chosen, (i + 1) * chosen)) for i, t in enumerate(tasks)}
+    return {t: Router(channels, experts, chosen, frozen=kind == "random") for t in tasks}
 
 
 class Experts(nn.Module):
     """E independent two-layer networks over tokens, of which each token meets only those that it chose.
 
-    y = sum_{i in S} w_i * W2_i silu(W1_i u); hidden width C / 2. W2 starts at zero: at first the layer adds nothing.
+    y = sum_{i in S} w_i * W2_i silu(W1_i u). W2 starts at zero: at first the layer adds nothing.
     """
 
-    def __init__(self, channels: int, experts: int, dropout: float):
+    def __init__(self, channels: int, experts: int, hidden: int, dropout: float):
         super().__init__()
-        hidden = channels // 2
         self.w1 = nn.Parameter(torch.empty(experts, channels, hidden).normal_(std=math.sqrt(2 / channels)))
         self.w2 = nn.Parameter(torch.zeros(experts, hidden, channels))
         self.dropout = dropout
 
     def forward(self, u: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """u (N, C), indices and weights (N, K) -> (N, C). Computes N * K expert rows, whatever E is."""
-        (n, k), experts = indices.shape, len(self.w1)
         owner, order = indices.flatten().sort(stable=True)  # (N*K,) pairs (token, choice) grouped by expert
-        counts = torch.bincount(owner, minlength=experts).tolist()
-        # unbind, not w1[e]: indexing in the loop would allocate a gradient of the size of *all* experts each time
-        done = [F.dropout(F.silu(rows @ w1), self.dropout, self.training) @ w2
-                for rows, w1, w2 in zip(u[order // k].split(counts), self.w1.unbind(0), self.w2.unbind(0)) if len(rows)]
-        back = torch.empty_like(order).scatter(0, order, torch.arange(n * k, device=order.device))
-        y = torch.cat(done)[back].view(n, k, -1)  # (N, K, C) in the order of the tokens again
-        return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
+        counts = torch.bincount(owner, minlength=len(self.w1)).tolist()
+        token = order // indices.shape[1]  # of each pair
+
+        def by_owner(rows, w):  # unbind, since w[i] would allocate a gradient of the size of *all* experts each time
+            return torch.cat([r @ w_i for r, w_i in zip(rows.split(counts), w.unbind(0)) if len(r)])
+
+        hidden = F.silu(by_owner(u.index_select(0, token), self.w1))  # (N*K, D)
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        # w_i * W2_i h = W2_i (w_i * h), where there is half as much to multiply
+        weights = weights.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
+        y = by_owner(weights * hidden, self.w2)  # (N*K, C)
+        return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
 
 
 class ExpertLayer(nn.Module):
-    """Shared experts behind one router per task: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
+    """Shared experts behind each task's router: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
 
     A token is a position of the map. A task's tokens meet only that task's router; all tasks are dispatched together.
+    `width` is that of an expert's hidden layer in multiples of C. One expert of width K * `width` is the dense adapter
+    of equal cost, one of E * `width` that of equal parameters.
     """
 
-    def __init__(self, channels: int, tasks: Sequence[str], experts: int = 8, chosen: int = 2, dropout: float = 0.1):
+    def __init__(self, channels: int, tasks: Sequence[str], experts: int = 8, chosen: int = 2,
+                 router: str = "learned", width: float = 0.5, dropout: float = 0.1):
         super().__init__()
-        if not 1 <= chosen <= experts:
-            raise ValueError(f"--chosen {chosen} of --experts {experts}: choose at least 1 and at most all of them")
         self.norm = nn.LayerNorm(channels)
-        self.routers = nn.ModuleDict({task: Router(channels, experts, chosen) for task in tasks})
-        self.experts = Experts(channels, experts, dropout)
+        self.routers = nn.ModuleDict(make_routers(router, channels, tasks, experts, chosen))
+        self.experts = Experts(channels, experts, max(1, round(width * channels)), dropout)
 
     def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         tokens = {t: x.flatten(2).transpose(1, 2).flatten(0, 1) for t, x in maps.items()}  # (N_t, C)
@@ -246,35 +302,13 @@ def balance_loss(routing: Mapping[str, Routing]) -> Tensor:
     """
     importance, load = [], []
     for r in routing.values():
-        share = torch.zeros_like(r.load).scatter(1, r.indices, r.weights)  # (N, E)
-        importance.append(share.mean(0))
+        importance.append(r.spread(r.weights).mean(0))  # (E,)
         load.append(r.load.mean(0))
     means = [torch.stack(x).mean(0) for x in (importance, load)]  # (E,)
     return sum(m.var(correction=0) / m.mean().square() for m in means)
 
 
-# ---- heads: maps -> one task's raw output. A head gets all five maps, the deepest as its task's experts left it ----
-
-class PooledHead(nn.Module):
-    """Classify the whole photograph: 1x1 convolution, global average, dropout, linear; maps -> (n_t, outputs).
-
-    The deepest map takes EfficientNet's own classifier. The maps at strides 4, 8 and 16 join it through a convolution
-    each: a lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps
-    alive.
-    """
-
-    def __init__(self, encoder: Encoder, outputs: int):
-        super().__init__()
-        self.conv = ConvNormAct(encoder.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
-        self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in encoder.channels[1:-1])
-        self.dropout = nn.Dropout(encoder.dropout)
-        self.linear = nn.Linear(encoder.pooled + sum(encoder.channels[1:-1]), outputs)
-        initialise(self)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        convolved = [self.conv(maps[-1]), *(conv(x) for conv, x in zip(self.laterals, maps[1:-1]))]
-        return self.linear(self.dropout(torch.cat([x.mean((2, 3)) for x in convolved], 1)))
-
+# ---- decoder: U-Net ----
 
 class UpBlock(nn.Module):
     """One step up the U-Net: double the resolution, join the encoder's map of that size, two convolutions."""
@@ -291,43 +325,92 @@ class UpBlock(nn.Module):
         return self.conv2(self.conv1(x))
 
 
-class MaskHead(nn.Module):
-    """U-Net decoder: maps -> logits (n_t, outputs, H, W), one independent yes/no per pixel and kind of mask."""
+class Decoder(nn.Module):
+    """The way up a U-Net: maps, shallow to deep -> a map (B, widths[-1], ...) as many steps above the deepest.
 
-    def __init__(self, encoder: Encoder, outputs: int, widths: Sequence[int] = (128, 64, 32, 16, 16)):
+    `channels` are those of the maps. The step above the shallowest of them, to the image itself, joins nothing.
+    """
+
+    def __init__(self, channels: Sequence[int], widths: Sequence[int]):
         super().__init__()
-        skips = [*encoder.channels[-2::-1], 0]  # strides 16, 8, 4, 2, and none for the image itself
-        inputs = [encoder.channels[-1], *widths[:-1]]
+        skips, inputs = [*channels[-2::-1], 0], [channels[-1], *widths]
         self.blocks = nn.ModuleList(UpBlock(*io) for io in zip(inputs, skips, widths))
-        self.conv = nn.Conv2d(widths[-1], outputs, 3, padding=1)
-        initialise(self)
-        # lesions are rare: start near p = 0.01 everywhere (Lin et al. 2017, arXiv 1708.02002, section 3.3)
-        nn.init.constant_(self.conv.bias, math.log(0.01 / 0.99))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         *skips, x = maps
         for block, skip in zip(self.blocks, [*skips[::-1], None]):
             x = block(x, skip)
-        return self.conv(x)
+        return x
+
+
+WIDTHS = (128, 64, 32, 16, 16)  # of the decoder's maps at strides 16, 8, 4, 2, 1
+
+
+# ---- heads: maps -> one task's raw output ----
+
+class Maps(NamedTuple):
+    """What a head is told of the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
+    encoder: Encoder
+    channels: tuple[int, ...]
+    routed: int  # which of them comes from the task's experts: 4, the deepest, or 1, the decoder's map at stride 4
+
+
+class PooledHead(nn.Module):
+    """Classify the whole photograph: 1x1 convolution, global average, dropout, linear; maps -> (n_t, outputs).
+
+    The deepest map takes EfficientNet's own classifier. The maps at strides 4, 8 and 16 join it through a convolution
+    each: a lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps
+    alive.
+    """
+
+    def __init__(self, maps: Maps, outputs: int):
+        super().__init__()
+        encoder, between = maps.encoder, maps.channels[1:-1]
+        self.conv = ConvNormAct(maps.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
+        self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
+        self.dropout = nn.Dropout(encoder.dropout)
+        self.linear = nn.Linear(encoder.pooled + sum(between), outputs)
+        initialise(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        convolved = [self.conv(maps[-1]), *(conv(x) for conv, x in zip(self.laterals, maps[1:-1]))]
+        return self.linear(self.dropout(torch.cat([x.mean((2, 3)) for x in convolved], 1)))
+
+
+class MaskHead(nn.Module):
+    """Go on up the U-Net from the routed map; maps -> logits (n_t, outputs, H, W), one yes/no per pixel and mask."""
+
+    def __init__(self, maps: Maps, outputs: int):
+        super().__init__()
+        self.steps = maps.routed + 1  # from the routed map to the image
+        self.decoder = Decoder(maps.channels[:self.steps], WIDTHS[-self.steps:])
+        self.conv = nn.Conv2d(WIDTHS[-1], outputs, 3, padding=1)
+        initialise(self)
+        # lesions are rare: start near p = 0.01 everywhere (Lin et al. 2017, arXiv 1708.02002, section 3.3)
+        nn.init.constant_(self.conv.bias, math.log(0.01 / 0.99))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.conv(self.decoder(maps[:self.steps]))
 
 
 class PointHead(nn.Module):
-    """Find points: a light way down from the deepest map to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
+    """Find points: a light way down from the routed map to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
 
     1x1 convolutions bring the maps at strides 8, 16 and 32 to one width, each is added to the next deeper one at twice
     its size (Lin et al. 2017, arXiv 1612.03144, figure 3), and the last gives one heatmap for each point. Where the
-    point is, the task reads off.
+    point is, the task reads off. A routed map at stride 4 has been that way already and is read alone, at its stride.
     """
 
-    def __init__(self, encoder: Encoder, points: int, width: int = 64):
+    def __init__(self, maps: Maps, points: int, width: int = 64):
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in encoder.channels[:1:-1])  # strides 32, 16, 8
+        self.read = slice(min(2, maps.routed), maps.routed + 1)  # strides 8, 16, 32, or 4
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in maps.channels[self.read][::-1])
         self.smooth = ConvNormAct(width, width, 3)
         self.conv = nn.Conv2d(width, points, 1)
         initialise(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[:1:-1])]
+        x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[self.read][::-1])]
         for lateral in shallower:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest") + lateral
         return self.conv(self.smooth(x))
@@ -335,12 +418,18 @@ class PointHead(nn.Module):
 
 # ---- the net ----
 
+PLACES = {"deepest": 4, "decoder": 1}  # where --experts-at puts the layer, as the number of one of the five maps
+
+
 @dataclass(frozen=True)
 class NetConfig:
     """What determines the network's shape, beside its tasks."""
     variant: str = "b0"  # EfficientNet B0 ... B7
     experts: int = 8  # 0: no expert layer, every head reads the shared map itself
     chosen: int = 2
+    router: str = "learned"  # one of ROUTERS
+    expert_width: float = 0.5  # of an expert's hidden layer, in multiples of the map's channels
+    experts_at: str = "deepest"  # one of PLACES
     expert_dropout: float = 0.1
     stochastic_depth: float = 0.1
 
@@ -348,35 +437,51 @@ class NetConfig:
 class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
-    `tasks` are objects with a `name` and a `head(encoder)`. `rows` names, per task, the photographs (n_t,) that are
-    wanted, ascending and each once; a task's output has n_t rows. None: all photographs for all tasks. A task with no
-    row is left out of the answer. ValueError: H or W is no multiple of 32.
+    `tasks` are objects with a `name` and a `head(maps)`, see Maps. `rows` names, per task, the photographs (n_t,) that
+    are wanted, ascending and each once; a task's output has n_t rows. None: all photographs for all tasks. A task with
+    no row is left out of the answer. ValueError: H or W is no multiple of 32, or numbers of experts that do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
         super().__init__()
         self.encoder = Encoder(config.variant, config.stochastic_depth)
-        self.heads = nn.ModuleDict({task.name: task.head(self.encoder) for task in tasks})
-        self.experts = ExpertLayer(self.encoder.channels[-1], list(self.heads), config.experts, config.chosen,
-                                   config.expert_dropout) if config.experts else None
+        self.decoder, self.routed, channels = None, PLACES[config.experts_at], list(self.encoder.channels)
+        if config.experts_at == "decoder":  # all tasks share the way up to stride 4; its map replaces the encoder's
+            self.decoder = Decoder(self.encoder.channels, WIDTHS[:3])
+            initialise(self.decoder)
+            channels[self.routed] = WIDTHS[2]
+        maps = Maps(self.encoder, tuple(channels), self.routed)
+        self.heads = nn.ModuleDict({task.name: task.head(maps) for task in tasks})
+        self.experts = None if config.experts == 0 else ExpertLayer(
+            channels[self.routed], list(self.heads), config.experts, config.chosen, config.router, config.expert_width,
+            config.expert_dropout)
         # the statistics with which torchvision's ImageNet weights were trained, on the 0..255 scale
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
+        maps, routing = self.read(images, rows)
+        return {t: self.heads[t](m) for t, m in maps.items()}, routing
+
+    def read(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
+        """All but the heads: -> ({task: five maps of its photographs}, {task: Routing})."""
         if images.shape[2] % 32 or images.shape[3] % 32:
             raise ValueError(f"photographs of {images.shape[3]}x{images.shape[2]}: both sides must be multiples of 32")
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         maps = self.encoder(x)
+        if self.decoder is not None:
+            maps[self.routed] = self.decoder(maps)
 
         def of(task: str, x: Tensor) -> Tensor:  # the photographs that this task wants; no copy when it wants all
             return x if rows is None or len(rows[task]) == len(x) else x[rows[task]]  # (n_t, C, h, w)
 
         wanted = [t for t in self.heads if rows is None or len(rows[t])]
-        deepest, routing = {t: of(t, maps[-1]) for t in wanted}, {}
+        mine, routing = {t: [of(t, m) for m in maps] for t in wanted}, {}
         if self.experts is not None and wanted:
-            deepest, routing = self.experts(deepest)
-        return {t: self.heads[t]([*(of(t, m) for m in maps[:-1]), deepest[t]]) for t in wanted}, routing
+            mixed, routing = self.experts({t: mine[t][self.routed] for t in wanted})
+            for t in wanted:
+                mine[t][self.routed] = mixed[t]
+        return mine, routing
 
 
 def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:

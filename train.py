@@ -36,7 +36,7 @@ import data
 import evaluate
 import eyes
 import records
-from model import VARIANTS, Net, balance_loss, load_pretrained
+from model import PLACES, ROUTERS, VARIANTS, Net, balance_loss, load_pretrained, make_routers
 from records import InputError
 from tasks import TASKS, Task, make_tasks
 
@@ -61,6 +61,9 @@ class Options:
     weights: str = "none"  # none, imagenet, or a file
     experts: int = 8
     chosen: int = 2
+    router: str = "learned"
+    expert_width: float = 0.5
+    experts_at: str = "deepest"
     balance: float = 0.01
     expert_dropout: float = 0.1
     stochastic_depth: float = 0.1
@@ -437,8 +440,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(group, "--variant", "EfficientNet variant", Options.variant, choices=VARIANTS)
     add(group, "--weights", "none, imagenet, or a file with a torchvision state dict (default: none for drawn "
                             "photographs, else imagenet if it can be had)")
-    add(group, "--experts", "in the expert layer; 0: no layer", Options.experts, type=int)
-    add(group, "--chosen", "experts that each token is sent to", Options.chosen, type=int)
+    add(group, "--experts", f"in the expert layer; 0: no layer (default: {Options.experts}; private: tasks x chosen)",
+        type=int)
+    add(group, "--chosen", f"experts that each token is sent to (default: {Options.chosen}; uniform: all)", type=int)
+    add(group, "--router", "; ".join(f"{kind}: {what}" for kind, what in ROUTERS.items()), Options.router,
+        choices=ROUTERS)
+    add(group, "--expert-width", "hidden units of an expert, in multiples of the map's channels", Options.expert_width,
+        type=float)
+    add(group, "--experts-at", "the layer's place: the deepest map, or the decoder's at stride 4", Options.experts_at,
+        choices=PLACES)
     group = parser.add_argument_group("training")
     add(group, "--epochs", "at most (default: 5 drawn, else 40)", type=int)
     add(group, "--batch", "photographs in a step", Options.batch, type=int)
@@ -446,7 +456,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(group, "--weight-decay", "of AdamW", Options.weight_decay, type=float)
     add(group, "--patience", "epochs to wait for a better validation score", Options.patience, type=int)
     add(group, "--loss-weights", "fixed, uncertainty, or pairs like cls=0.5 seg=1", Options.loss_weights, nargs="+")
-    add(group, "--balance", "weight of the load-balancing loss", Options.balance, type=float)
+    add(group, "--balance", f"weight of the load-balancing loss (default: {Options.balance} for routers that learn)",
+        type=float)
     group.add_argument("--no-augment", action="store_true", help="show every photograph as it is")
     group = parser.add_argument_group("machine")
     add(group, "--seed", "of the weights and everything random", Options.seed, type=int)
@@ -455,22 +466,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def settle_experts(args: argparse.Namespace) -> tuple[int, int, float]:
+    """-> experts, chosen, weight of the balance loss; defaults depend on the router. InputError: they do not fit."""
+    tasks = list(dict.fromkeys(args.tasks))
+    if args.experts == 0:
+        given = [f"--{flag}" for flag in ("chosen", "balance") if getattr(args, flag) is not None]
+        given += [f"--{flag.replace('_', '-')}" for flag in ("router", "expert_width", "experts_at")
+                  if getattr(args, flag) != getattr(Options, flag)]
+        if given:
+            raise InputError(f"--experts 0: there is no layer for {given[0]}; leave one of them out")
+        return 0, 1, 0.0
+    experts, chosen = args.experts, args.chosen
+    if args.router == "private":
+        if chosen is None:
+            chosen = Options.chosen if experts is None else max(1, experts // len(tasks))
+        experts = chosen * len(tasks) if experts is None else experts
+    experts = Options.experts if experts is None else experts
+    if chosen is None:
+        chosen = experts if args.router == "uniform" else min(Options.chosen, experts)
+    try:
+        make_routers(args.router, 1, tasks, experts, chosen)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    learns = args.router in ("learned", "shared")
+    if args.balance and not learns:
+        raise InputError(f"--balance {args.balance}: --router {args.router} does not learn, so there is nothing to "
+                         "balance; leave --balance out")
+    return experts, chosen, (Options.balance if args.balance is None else args.balance) if learns else 0.0
+
+
 def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     """Fill in the defaults that depend on the data and check the rest; -> options, notes to print and to keep."""
     if unknown := [t for t in args.tasks if t not in TASKS]:
         raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}; separate them by spaces")
     for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
-                         ("weight_decay", 0), ("balance", 0), ("workers", 0), ("seed", 0)):
+                         ("expert_width", 1e-3), ("weight_decay", 0), ("balance", 0), ("workers", 0), ("seed", 0)):
         value = getattr(args, flag)
         if value is not None and not lowest <= value < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
     if args.size and args.size % 32:
         raise InputError(f"--size {args.size}: expected a multiple of 32, the stride of the deepest map")
-    if args.experts and not 1 <= args.chosen <= args.experts:
-        raise InputError(f"--chosen {args.chosen}: expected 1 to {args.experts}, the number of --experts")
     if args.seed >= 1 << 32:
         raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
     LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
+    experts, chosen, balance = settle_experts(args)
     fold = Options.fold if args.fold is None else args.fold
     eyes.read_fold(fold)
     root = records.find_data(args.data)
@@ -480,6 +519,9 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if args.fold is not None and any(r.part == "val" for r in found.records):
         raise InputError(f"--fold {args.fold}: {root} names its own validation part; leave --fold out")
     notes = list(found.notes)
+    if chosen == 1 < experts and args.router not in ("uniform", "private"):
+        notes.append("--chosen 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
+                     "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
     if drawn:
         notes.append("training on DRAWN photographs (synthetic.py): results are no IDRiD results. For IDRiD, unzip it "
                      f"from {records.SOURCE} and pass --data FOLDER")
@@ -498,8 +540,9 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
         # five epochs of drawings are too short to overfit: learn faster and drop less
         lr=args.lr or (2.5e-3 if drawn else 1.5e-3), stochastic_depth=0.05 if drawn else 0.1,
         weight_decay=args.weight_decay, patience=args.patience, loss_weights=tuple(args.loss_weights),
-        augment=not args.no_augment, variant=args.variant, weights=weights, experts=args.experts, chosen=args.chosen,
-        balance=args.balance, seed=args.seed, workers=workers, device=args.device), notes
+        augment=not args.no_augment, variant=args.variant, weights=weights, experts=experts, chosen=chosen,
+        router=args.router, expert_width=args.expert_width, experts_at=args.experts_at, balance=balance,
+        seed=args.seed, workers=workers, device=args.device), notes
 
 
 def main(argv: Sequence[str] | None = None) -> None:

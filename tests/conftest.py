@@ -21,6 +21,21 @@ IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests that take long")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long; pytest --slow runs it"))
+
+
 def save_palette_mask(path: Path, mask: np.ndarray) -> None:
     """As IDRiD stores them: palette TIFF, values 0 and 1, and 1 is a red that converts to grey 76."""
     image = Image.fromarray(mask.astype(np.uint8), "P")

@@ -1,7 +1,4 @@
-"""The network against independent oracles: torchvision's EfficientNet, a dense loop over experts, redrawn noise."""
-
-import copy
-import math
+"""The network against independent oracles: torchvision's EfficientNet and its transforms, heads map by map."""
 
 import pytest
 import torch
@@ -9,10 +6,8 @@ import torchvision
 from torchvision.transforms import v2
 
 import model
-from model import Encoder, ExpertLayer, Experts, MaskHead, Net, NetConfig, PointHead, PooledHead, Router, balance_loss
+from model import Encoder, MaskHead, Net, NetConfig, PointHead, PooledHead, balance_loss
 from tasks import TASKS
-
-C, E = 24, 6
 
 
 def small_net(**config) -> Net:
@@ -20,13 +15,8 @@ def small_net(**config) -> Net:
     return Net(NetConfig(**config), [TASKS["cls"], TASKS["seg"]])
 
 
-def random_layer(experts=E, chosen=2, tasks=("a", "b"), channels=C) -> ExpertLayer:
-    """A layer that is not in its neutral starting state."""
-    layer = ExpertLayer(channels, tasks, experts, chosen, dropout=0.0)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(std=0.5)
-    return layer
+def maps_of(encoder: Encoder) -> model.Maps:
+    return model.Maps(encoder, encoder.channels, 4)
 
 
 # ---- encoder ----
@@ -118,9 +108,11 @@ def test_size_must_be_a_multiple_of_32():
         small_net()(torch.zeros(1, 3, 64, 48, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("experts,chosen", [(1, 1), (8, 2), (4, 4)])
-def test_equals_the_dense_net_at_step_0(experts, chosen):
-    net, dense = small_net(experts=experts, chosen=chosen), small_net(experts=0)
+@pytest.mark.parametrize("layer", [
+    {"experts": 1, "chosen": 1}, {}, {"experts": 4, "chosen": 4}, {"experts_at": "decoder"}, {"router": "random"},
+    {"router": "shared"}, {"router": "uniform", "chosen": 8}, {"router": "private", "chosen": 4}], ids=str)
+def test_equals_the_dense_net_at_step_0(layer):
+    net, dense = small_net(**layer), small_net(**layer | {"experts": 0})
     dense.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("experts.")})
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     for mode in (False, True):
@@ -135,8 +127,9 @@ def test_equals_the_dense_net_at_step_0(experts, chosen):
         assert all(torch.equal(outputs[0][t], outputs[1][t]) for t in outputs[0])
 
 
-def test_batchmates_do_not_change_an_answer():
-    net = small_net().eval().double()
+@pytest.mark.parametrize("place", model.PLACES)
+def test_batchmates_do_not_change_an_answer(place):
+    net = small_net(experts_at=place).eval().double()
     with torch.no_grad():
         for p in net.experts.parameters():
             p.normal_(std=0.3)
@@ -155,10 +148,43 @@ def test_absent_task_gets_no_gradient():
     assert all(p.grad is None for p in [*net.experts.routers["seg"].parameters(), *net.heads["seg"].parameters()])
 
 
+@pytest.mark.parametrize("place,grid", [("deepest", (2, 3)), ("decoder", (16, 24))])
+def test_every_answer_passes_the_experts(place, grid):
+    """Wherever the layer sits: experts that answer nan leave no output of any task untouched."""
+    torch.manual_seed(0)
+    net = Net(NetConfig(experts_at=place), [TASKS[t] for t in ("cls", "seg", "loc")]).eval()
+    torch.nn.init.constant_(net.experts.experts.w2, torch.nan)
+    outputs, routing = net(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
+    assert all(r.grid == (2, *grid) and len(r.indices) == 2 * grid[0] * grid[1] for r in routing.values())
+    assert all(output.isnan().all() for output in outputs.values())
+
+
+def test_only_labelled_pairs_are_dispatched():
+    """Three photographs for one task and one for the other are four times 2x2 tokens, not six, in one call."""
+    net = small_net()
+    tokens = []
+    net.experts.experts.register_forward_hook(lambda module, inputs, output: tokens.append(len(inputs[0])))
+    x = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    net(x, {"cls": torch.arange(3), "seg": torch.tensor([1])})
+    assert tokens == [4 * 2 * 2]
+
+
+# ---- heads ----
+
+def test_pooled_head_ignores_where():
+    encoder = Encoder("b0")
+    head = PooledHead(maps_of(encoder), 3).eval()
+    maps = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(encoder.channels)]
+    torch.testing.assert_close(head(maps), head([m.flip(2, 3) for m in maps]))
+    for i in range(1, 5):  # strides 4 to 32 all count
+        other = [m + (k == i) for k, m in enumerate(maps)]
+        assert not torch.allclose(head(other), head(maps))
+
+
 def test_mask_head_starts_near_one_percent():
     encoder = Encoder("b0").eval()
     with torch.no_grad():
-        p = MaskHead(encoder, 5).eval()(encoder(torch.randn(2, 3, 64, 64))).sigmoid()
+        p = MaskHead(maps_of(encoder), 5).eval()(encoder(torch.randn(2, 3, 64, 64))).sigmoid()
     assert 0.001 < p.median() < 0.1
 
 
@@ -166,7 +192,7 @@ def test_point_head_is_a_feature_pyramid():
     """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
     torch.manual_seed(0)
     encoder = Encoder("b0")
-    head = PointHead(encoder, 2).eval().double()
+    head = PointHead(maps_of(encoder), 2).eval().double()
     maps = [torch.randn(3, c, 64 >> i, 96 >> i, dtype=torch.float64) for i, c in enumerate(encoder.channels)]
 
     def lateral(k, x):  # a 1x1 convolution is a matrix product over channels
@@ -179,185 +205,27 @@ def test_point_head_is_a_feature_pyramid():
     torch.testing.assert_close(head(maps), head([m + 1 if i < 2 else m for i, m in enumerate(maps)]))
 
 
-# ---- experts ----
-
-def dense_loop(experts: Experts, u, indices, weights):
-    """What the layer computes, token by token."""
-    return torch.stack([sum(w * (torch.nn.functional.silu(u[n] @ experts.w1[e]) @ experts.w2[e])
-                            for e, w in zip(indices[n].tolist(), weights[n])) for n in range(len(u))])
-
-
-@pytest.mark.parametrize("n,e,k", [(17, 6, 2), (1, 6, 2), (5, 1, 1), (9, 4, 4), (3, 32, 2), (12, 6, 1)])
-def test_sparse_dispatch_equals_dense_loop(n, e, k):
-    torch.manual_seed(n)
-    experts = Experts(C, e, 0.0).double()
-    torch.nn.init.normal_(experts.w2)
-    u = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
-    indices = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
-    weights = torch.rand(n, k, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(n, C, dtype=torch.float64)
-    results = []
-    for f in (experts, lambda *a: dense_loop(experts, *a)):
-        y = f(u, indices, weights)
-        gradients = torch.autograd.grad((y * direction).sum(), [u, weights, experts.w1, experts.w2])
-        results.append([y, *gradients])
-    for fast, plain in zip(*results):
-        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
-
-
-def test_nan_reaches_exactly_the_tokens_that_chose_the_expert():
-    torch.manual_seed(0)
-    experts = Experts(C, E, 0.0)
-    with torch.no_grad():
-        experts.w1[3] = math.nan
-    indices = torch.stack([torch.randperm(E)[:2] for _ in range(50)])
-    y = experts(torch.randn(50, C), indices, torch.full((50, 2), 0.5))
-    assert torch.equal(y.isnan().any(1), (indices == 3).any(1))
-    assert 0 < int((indices == 3).sum()) < 50
-
-
-@pytest.mark.parametrize("chosen", [1, 2, 3, E])
-@pytest.mark.parametrize("training", [False, True])
-def test_router_chooses_k_distinct_experts(chosen, training):
-    torch.manual_seed(0)
-    router = random_layer(chosen=chosen).routers["a"].train(training)
-    r = router(torch.randn(200, C), (200, 1, 1))
-    assert all(len(set(row)) == chosen for row in r.indices.tolist())
-    torch.testing.assert_close(r.probabilities.sum(1), torch.ones(200))
-    if chosen > 1:
-        torch.testing.assert_close(r.weights.sum(1), torch.ones(200))
-    else:
-        assert (r.weights < 1).all() and (r.weights > 1 / E - 1e-6 if not training else r.weights > 0).all()
-
-
-@pytest.mark.parametrize("chosen", [1, 2, 4])
-def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(chosen):
-    """P_i of one draw conditions on the other experts' noise; over many draws it must average to how often expert i
-    is in fact chosen. Implementations that compare logits with softmaxed thresholds fail here, and in the sum."""
-    torch.manual_seed(0)
-    router = random_layer(experts=5, chosen=chosen).routers["a"].train()
-    torch.nn.init.normal_(router.gate, std=0.1)
-    u = torch.randn(3, C).repeat_interleave(20000, 0)
-    r = router(u, (60000, 1, 1))
-    load = r.load.view(3, 20000, 5).mean(1)
-    chosen_share = torch.zeros_like(r.load).scatter(1, r.indices, 1.0).view(3, 20000, 5).mean(1)
-    torch.testing.assert_close(load, chosen_share, atol=0.012, rtol=0)
-    torch.testing.assert_close(load.sum(1), torch.full((3,), float(chosen)), rtol=0.01, atol=0)
-
-
-def test_load_of_one_draw_is_the_conditional_chance():
-    """P_i given the *others'* noise: redraw expert i's own noise only and count."""
-    torch.manual_seed(0)
-    h, s, k = torch.randn(6), torch.rand(6) + 0.1, 2
-    noisy = h + s * torch.randn(6)
-    router = Router(6, 6, k).train()
-    with torch.no_grad():  # u = 1 row whose products are h and softplus^-1(s - 0.01)
-        router.gate.copy_(torch.diag(h)), router.noise.copy_(torch.diag((s - 0.01).expm1().log()))
-    original = torch.randn_like
-    try:
-        torch.randn_like = lambda x: ((noisy - h) / s).expand_as(x)
-        load = router(torch.ones(1, 6), (1, 1, 1)).load[0]
-    finally:
-        torch.randn_like = original
-    for i in range(6):
-        redrawn = noisy.repeat(100000, 1)
-        redrawn[:, i] = h[i] + s[i] * torch.randn(100000)
-        share = (redrawn.topk(k).indices == i).any(1).float().mean()
-        assert abs(share - load[i]) < 0.01
-
-
-@pytest.mark.parametrize("chosen", [1, 2, E])
-def test_task_loss_alone_teaches_the_router(chosen):
-    torch.manual_seed(0)
-    layer = random_layer(chosen=chosen).train()
-    layer({"a": torch.randn(2, C, 3, 3)})[0]["a"].square().sum().backward()
-    assert layer.routers["a"].gate.grad.abs().sum() > 0
-
-
-def test_order_of_tokens_and_names_of_experts_do_not_matter():
-    torch.manual_seed(0)
-    layer = random_layer().eval()
-    x = torch.randn(1, C, 2, 5)
-    y = layer({"a": x})[0]["a"]
-    order = torch.randperm(10)
-    permuted = layer({"a": x.flatten(2)[:, :, order].view(1, C, 2, 5)})[0]["a"]
-    torch.testing.assert_close(permuted.flatten(2), y.flatten(2)[:, :, order])
-    other, names = copy.deepcopy(layer), torch.randperm(E)
-    with torch.no_grad():
-        other.experts.w1.copy_(layer.experts.w1[names]), other.experts.w2.copy_(layer.experts.w2[names])
-        for p, q in zip(other.routers.parameters(), layer.routers.parameters()):
-            p.copy_(q[:, names])
-    torch.testing.assert_close(other({"a": x})[0]["a"], y)
-
-
-def test_tasks_share_experts_but_not_routers():
-    torch.manual_seed(0)
-    layer = random_layer().eval()
-    x = torch.randn(1, C, 4, 4)
-    together, routing = layer({"a": x, "b": x})
-    assert not torch.equal(routing["a"].indices, routing["b"].indices)
-    for t in "ab":
-        torch.testing.assert_close(together[t], layer({t: x})[0][t])
-
-
-def test_routing_is_float32_under_autocast():
-    layer = random_layer().train()
-    with torch.autocast("cpu", torch.bfloat16):
-        y, routing = layer({"a": torch.randn(1, C, 2, 2)})
-    assert {routing["a"].weights.dtype, routing["a"].load.dtype} == {torch.float32}
-
-
-# ---- balance ----
-
-def test_balance_loss_by_hand():
-    """Two experts, two tasks: each task uses one expert alone, together they use both: perfectly balanced."""
-    def routing(winner):
-        one_hot = torch.nn.functional.one_hot(torch.full((4,), winner), 2).float()
-        return model.Routing(torch.full((4, 1), winner), torch.ones(4, 1), one_hot, one_hot, (1, 2, 2))
-    assert float(balance_loss({"a": routing(0), "b": routing(1)})) == 0
-    # all on one: importance (1, 0) has mean 1/2 and variance 1/4, so CV^2 = 1; the load the same
-    assert float(balance_loss({"a": routing(0), "b": routing(0)})) == pytest.approx(2)
-    # a task with more tokens weighs as much as one with fewer
-    many = model.Routing(*(x.repeat(5, 1) for x in routing(0)[:4]), (5, 2, 2))
-    assert float(balance_loss({"a": many, "b": routing(1)})) == 0
-
-
-def test_gradients_are_finite_at_perfect_balance():
-    layer = ExpertLayer(C, ["a"], E, 2).train()
-    loss = balance_loss(layer({"a": torch.randn(2, C, 3, 3)})[1])
-    loss.backward()
-    assert layer.routers["a"].gate.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("balance,recovers", [(0.1, True), (0.0, False)])
-def test_a_collapsed_router_recovers_by_the_balance_loss_and_not_without(balance, recovers):
-    torch.manual_seed(0)
-    layer = ExpertLayer(C, ["a"], 4, 1, dropout=0.0).train()
-    with torch.no_grad():
-        layer.norm.bias[0] = 1.0
-        layer.norm.weight[0] = 0.0
-        layer.routers["a"].gate[0] = torch.tensor([4.0, 0.0, 0.0, 0.0])  # everything goes to expert 0
-    optimizer = torch.optim.Adam(layer.routers.parameters(), 0.05)
-    x = torch.randn(8, C, 4, 4)
-    for _ in range(200):
-        routing = layer({"a": x})[1]
-        loss = balance * balance_loss(routing) + 0 * layer.routers["a"].gate.sum()
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    used = torch.bincount(layer({"a": x})[1]["a"].indices.flatten(), minlength=4) / 128
-    assert (used.min() > 0.1) == recovers
-
-
-def test_chosen_must_fit_experts():
-    for chosen in (0, 5):
-        with pytest.raises(ValueError, match=f"--chosen {chosen} of --experts 4"):
-            ExpertLayer(C, ["a"], 4, chosen)
-
-
-def test_pooled_head_ignores_where():
+def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
+    """Points are read from it alone, masks from it and the map at stride 2, classes from strides 4 to 32."""
     encoder = Encoder("b0")
-    head = PooledHead(encoder, 3).eval()
-    maps = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(encoder.channels)]
-    torch.testing.assert_close(head(maps), head([m.flip(2, 3) for m in maps]))
-    for i in range(1, 5):  # strides 4 to 32 all count
-        other = [m + (k == i) for k, m in enumerate(maps)]
-        assert not torch.allclose(head(other), head(maps))
+    spec = model.Maps(encoder, (16, 32, *encoder.channels[2:]), 1)
+    maps = [torch.randn(2, c, 32 >> i, 64 >> i) for i, c in enumerate(spec.channels)]
+    for head, shape, reads in ((PointHead(spec, 2), (2, 2, 16, 32), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
+                               (PooledHead(spec, 3), (2, 3), {1, 2, 3, 4})):
+        head.eval()
+        assert head(maps).shape == shape
+        other = [[m + (k == i) for k, m in enumerate(maps)] for i in range(5)]
+        assert {i for i in range(5) if not torch.allclose(head(other[i]), head(maps))} == reads
+
+
+def test_decoder_joins_the_map_of_each_step():
+    """Against the U-Net written out: double by repeating pixels, concatenate, two convolutions."""
+    torch.manual_seed(0)
+    decoder = model.Decoder((3, 5, 7), (6, 4, 2)).eval()
+    maps = [torch.randn(1, c, 8 >> i, 8 >> i) for i, c in enumerate((3, 5, 7))]
+    x = maps[2]
+    for block, skip in zip(decoder.blocks, (maps[1], maps[0], torch.zeros(1, 0, 16, 16))):
+        x = torch.cat([x.repeat_interleave(2, 2).repeat_interleave(2, 3), skip], 1)
+        x = block.conv2(block.conv1(x))
+    torch.testing.assert_close(decoder(maps), x)
+    assert x.shape == (1, 2, 16, 16)

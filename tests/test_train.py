@@ -95,6 +95,17 @@ def test_any_set_of_tasks_trains(tmp_path, names):
     assert set(best["metrics"]) == set(names)
 
 
+@pytest.mark.parametrize("control", [
+    {"experts": 0}, {"experts": 1, "chosen": 1, "expert_width": 1.0}, {"router": "random"}, {"router": "shared"},
+    {"router": "uniform", "chosen": 4}, {"router": "private"}, {"experts_at": "decoder"}], ids=str)
+def test_every_control_trains_and_loads(tmp_path, control):
+    best = train.fit(replace(TINY, epochs=1, **control), tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    validation = data.Photographs(evaluate.split_records(run, None, "val"), 32)
+    scores = evaluate.score(run.net, validation, run.tasks, torch.device("cpu"), TINY.batch)
+    assert scores.metrics() == best["metrics"]
+
+
 def test_a_new_task_is_one_class(tmp_path, monkeypatch):
     """On which side of the drawn photograph is the optic disc? Read off its mask; no other file knows of this task."""
     class Side(tasks.Classification):
@@ -369,7 +380,18 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
     ("--seed 4294967296", "--seed 4294967296: expected less than"),
     ("--epochs 0", "--epochs 0: expected at least 1"),
     ("--lr nan", "--lr nan: expected at least"),
-    ("--chosen 9", "--chosen 9: expected 1 to 8"),
+    ("--chosen 9", "--chosen 9: expected 1 to 8, the number of --experts"),
+    ("--chosen 0", "--chosen 0: expected 1 to 8, the number of --experts"),
+    ("--router uniform --chosen 2", "--chosen 2: --router uniform mixes all 8 experts; leave --chosen out"),
+    ("--router private --experts 9", "--router private: 2 tasks with --chosen 4 experts each need --experts 8; with 9, "
+                                     "1 would have no task"),
+    ("--router private --experts 1", "--router private: 2 tasks with --chosen 1 experts each need --experts 2; with 1, "
+                                     "1 are missing"),
+    ("--router random --balance 0.1", "--balance 0.1: --router random does not learn"),
+    ("--experts 0 --chosen 2", "--experts 0: there is no layer for --chosen; leave one of them out"),
+    ("--experts 0 --experts-at decoder", "--experts 0: there is no layer for --experts-at; leave one of them out"),
+    ("--expert-width 0", "--expert-width 0.0: expected at least 0.001"),
+    ("--balance -1", "--balance -1.0: expected at least 0"),
     ("--loss-weights cls=x", "--loss-weights cls=x: expected 'fixed'"),
     ("--loss-weights dme=1", "--loss-weights dme=1: 'dme' is not among --tasks cls seg"),
     ("--weights /nonexistent.pt", "--weights /nonexistent.pt: no such file"),
@@ -379,6 +401,22 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
         records.command(lambda: train.main(arguments.split()))
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments,experts,chosen,balance", [
+    ("", 8, 2, 0.01), ("--experts 1", 1, 1, 0.01), ("--router shared --balance 0", 8, 2, 0),
+    ("--router uniform", 8, 8, 0), ("--router uniform --experts 3", 3, 3, 0), ("--router random", 8, 2, 0),
+    ("--router private", 4, 2, 0), ("--router private --experts 8", 8, 4, 0), ("--router private --chosen 1", 2, 1, 0),
+    ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--experts 0", 0, 1, 0)])
+def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
+    options = train.settle(train.parse(arguments.split()))[0]
+    assert (options.experts, options.chosen, options.balance) == (experts, chosen, balance)
+
+
+def test_one_chosen_expert_comes_with_its_reason():
+    for arguments, said in (("--chosen 1", True), ("--experts 1", False), ("", False)):
+        notes = train.settle(train.parse(arguments.split()))[1]
+        assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
 
 
 def test_bad_data_stops_the_program_with_status_2(tree):

@@ -1,0 +1,442 @@
+"""The expert layer against independent oracles: a dense loop, redrawn noise, counted multiply-adds, values by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import ExpertLayer, Experts, Router, Routing, balance_loss
+
+C, E = 24, 6
+
+
+def random_layer(experts=E, chosen=2, tasks=("a", "b"), channels=C, **controls) -> ExpertLayer:
+    """A layer that is not in its neutral starting state."""
+    layer = ExpertLayer(channels, tasks, experts, chosen, dropout=0.0, **controls)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(std=0.5)
+    return layer
+
+
+def multiply_adds(f, *arguments) -> int:
+    with FlopCounterMode(display=False) as counter:
+        f(*arguments)
+    return counter.get_total_flops() // 2
+
+
+# ---- the router ----
+
+@pytest.mark.parametrize("chosen", [1, 2, 3, E])
+@pytest.mark.parametrize("training", [False, True])
+def test_router_chooses_k_distinct_experts(chosen, training):
+    torch.manual_seed(0)
+    router = random_layer(chosen=chosen).routers["a"].train(training)
+    r = router(torch.randn(200, C), (200, 1, 1))
+    assert all(len(set(row)) == chosen for row in r.indices.tolist())
+    torch.testing.assert_close(r.probabilities.sum(1), torch.ones(200))
+    if chosen > 1:
+        torch.testing.assert_close(r.weights.sum(1), torch.ones(200))
+        assert (r.weights.diff(dim=1) <= 0).all()  # best first
+    else:
+        assert (r.weights < 1).all() and (r.weights > 1 / E - 1e-6 if not training else r.weights > 0).all()
+
+
+def test_router_without_noise_by_hand():
+    """Logits 3, 1, 2: experts 0 and 2, with weights e^3 and e^2 over their sum; alone, expert 0 with e^3 over all."""
+    e = [math.exp(h) for h in (3, 1, 2)]
+    for chosen, indices, weights in ((2, [0, 2], [e[0] / (e[0] + e[2]), e[2] / (e[0] + e[2])]),
+                                     (1, [0], [e[0] / sum(e)])):
+        router = Router(1, 3, chosen).eval()
+        with torch.no_grad():
+            router.gate[0] = torch.tensor([3.0, 1.0, 2.0])
+        r = router(torch.ones(1, 1), (1, 1, 1))
+        assert r.indices.tolist() == [indices] and r.load.sum() == chosen
+        assert r.weights[0].tolist() == pytest.approx(weights)
+        assert r.probabilities[0].tolist() == pytest.approx([x / sum(e) for x in e])
+        assert r.spread(r.weights)[0, indices].tolist() == r.weights[0].tolist() and r.spread(1.0).sum() == chosen
+
+
+def noisy_logits(router: Router, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clean logits, noise scale, noisy logits: equation 4 of the paper once more."""
+    clean, scale = u @ router.gate, F.softplus(u @ router.noise) + 0.01
+    return clean, scale, clean + scale * torch.randn_like(clean)
+
+
+def load_as_it_should_be(router: Router, u: torch.Tensor) -> torch.Tensor:
+    return router(u, (len(u), 1, 1)).load
+
+
+def load_against_softmaxed_thresholds(router: Router, u: torch.Tensor) -> torch.Tensor:
+    """A common mistake: the logits are compared with thresholds that have been through a softmax."""
+    clean, scale, noisy = noisy_logits(router, u)
+    k = router.chosen
+    top, best = noisy.softmax(1).topk(k + 1, dim=1)
+    inside = torch.zeros_like(clean).scatter(1, best[:, :k], 1.0) > 0
+    return torch.special.ndtr((clean - torch.where(inside, top[:, k:], top[:, k - 1:k])) / scale)
+
+
+def load_against_the_kth_of_all(router: Router, u: torch.Tensor) -> torch.Tensor:
+    """Another: the threshold is the k-th largest of all, expert i included."""
+    clean, scale, noisy = noisy_logits(router, u)
+    return torch.special.ndtr((clean - noisy.topk(router.chosen, dim=1)[0][:, -1:]) / scale)
+
+
+@pytest.mark.parametrize("estimator,right", [
+    (load_as_it_should_be, True), (load_against_softmaxed_thresholds, False), (load_against_the_kth_of_all, False)])
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(estimator, right, chosen):
+    """P_i of one draw conditions on the other experts' noise; over many draws it must average to how often expert i is
+    in fact chosen, and its sum to K. Mistakes seen in well-known implementations fail both."""
+    torch.manual_seed(0)
+    router = random_layer(experts=5, chosen=chosen).routers["a"].train()
+    torch.nn.init.normal_(router.gate, std=0.1)
+    u = torch.randn(3, C).repeat_interleave(20000, 0)
+    with torch.no_grad():
+        load = estimator(router, u).view(3, 20000, 5).mean(1)
+        drawn = noisy_logits(router, u)[2].topk(chosen, dim=1).indices
+    share = F.one_hot(drawn, 5).sum(1).float().view(3, 20000, 5).mean(1)
+    assert bool(((load - share).abs() < 0.012).all()) == right
+    assert bool(((load.sum(1) - chosen).abs() < 0.01 * chosen).all()) == right
+
+
+def test_load_of_one_draw_is_the_conditional_chance():
+    """P_i given the *others'* noise: redraw expert i's own noise only and count."""
+    torch.manual_seed(0)
+    h, s, k = torch.randn(6), torch.rand(6) + 0.1, 2
+    noisy = h + s * torch.randn(6)
+    router = Router(6, 6, k).train()
+    with torch.no_grad():  # u = 1 row whose products are h and softplus^-1(s - 0.01)
+        router.gate.copy_(torch.diag(h)), router.noise.copy_(torch.diag((s - 0.01).expm1().log()))
+    original = torch.randn_like
+    try:
+        torch.randn_like = lambda x: ((noisy - h) / s).expand_as(x)
+        load = router(torch.ones(1, 6), (1, 1, 1)).load[0]
+    finally:
+        torch.randn_like = original
+    for i in range(6):
+        redrawn = noisy.repeat(100000, 1)
+        redrawn[:, i] = h[i] + s[i] * torch.randn(100000)
+        share = (redrawn.topk(k).indices == i).any(1).float().mean()
+        assert abs(share - load[i]) < 0.01
+
+
+@pytest.mark.parametrize("chosen", [1, 2, E])
+def test_task_loss_alone_teaches_the_router(chosen):
+    torch.manual_seed(0)
+    layer = random_layer(chosen=chosen).train()
+    layer({"a": torch.randn(2, C, 3, 3)})[0]["a"].square().sum().backward()
+    assert layer.routers["a"].gate.grad.abs().sum() > 0
+
+
+def test_a_task_without_tokens_gets_no_gradient_in_its_router():
+    layer = random_layer().train()
+    y, routing = layer({"a": torch.randn(2, C, 3, 3)})
+    (y["a"].square().sum() + balance_loss(routing)).backward()
+    assert all(p.grad is not None for p in layer.routers["a"].parameters())
+    assert all(p.grad is None for p in layer.routers["b"].parameters())
+
+
+def test_routing_is_float32_under_autocast():
+    """And not only in its type: choices and weights are those of a pass without autocast."""
+    torch.manual_seed(0)
+    layer = random_layer().eval()
+    x = torch.randn(4, C, 5, 5)
+    plain = layer({"a": x})[1]["a"]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, routing = layer({"a": x})
+    r = routing["a"]
+    assert {r.weights.dtype, r.load.dtype, r.probabilities.dtype} == {torch.float32}
+    assert torch.equal(r.indices, plain.indices) and torch.equal(r.weights, plain.weights)
+    assert y["a"].isfinite().all()
+
+
+# ---- sparse dispatch ----
+
+def dense_loop(experts: Experts, u, indices, weights):
+    """What the experts compute, token by token."""
+    return torch.stack([sum(w * (F.silu(u[n] @ experts.w1[e]) @ experts.w2[e])
+                            for e, w in zip(indices[n].tolist(), weights[n])) for n in range(len(u))])
+
+
+@pytest.mark.parametrize("n,e,k,spread", [
+    (17, 6, 2, True), (1, 6, 2, True), (5, 1, 1, True), (9, 4, 4, True), (3, 32, 2, True), (12, 6, 1, True),
+    (12, 6, 1, False), (12, 6, 2, False)], ids=["plain", "one token", "E = 1", "K = E", "empty experts", "K = 1",
+                                                "all to one expert", "all to the same two"])
+def test_sparse_dispatch_equals_dense_loop(n, e, k, spread):
+    torch.manual_seed(n)
+    experts = Experts(C, e, 10, 0.0).double()
+    torch.nn.init.normal_(experts.w2)
+    u = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
+    indices = torch.stack([torch.randperm(e)[:k] if spread else e - 1 - torch.arange(k) for _ in range(n)])
+    weights = torch.rand(n, k, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(n, C, dtype=torch.float64)
+    results = []
+    for f in (experts, lambda *a: dense_loop(experts, *a)):
+        y = f(u, indices, weights)
+        gradients = torch.autograd.grad((y * direction).sum(), [u, weights, experts.w1, experts.w2])
+        results.append([y, *gradients])
+    for fast, plain in zip(*results):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("experts,chosen", [(6, 1), (6, 2), (6, 6), (1, 1)])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_layer_equals_all_experts_computed_densely(experts, chosen, training):
+    """Both tasks, routers, norm and residual included; noise is the same because the seed is."""
+    torch.manual_seed(0)
+    layer = random_layer(experts, chosen).double().train(training)
+    maps = {t: torch.randn(2, C, 3, 2, dtype=torch.float64, requires_grad=True) for t in "ab"}
+
+    def dense(maps):
+        out = {}
+        for t, x in maps.items():
+            u = F.layer_norm(x.permute(0, 2, 3, 1).reshape(-1, C), (C,), layer.norm.weight, layer.norm.bias)
+            r = layer.routers[t](u, (2, 3, 2))
+            w = sum(F.one_hot(r.indices[:, j], experts) * r.weights[:, j:j + 1] for j in range(chosen))  # (N, E)
+            every = torch.einsum("edc,ned->nec", layer.experts.w2,
+                                 F.silu(torch.einsum("nc,ecd->ned", u, layer.experts.w1)))
+            out[t] = x + torch.einsum("ne,nec->nc", w, every).view(2, 3, 2, C).permute(0, 3, 1, 2)
+        return out
+    results = []
+    for f in (lambda m: layer(m)[0], dense):
+        torch.manual_seed(1)
+        y = f(maps)
+        wanted = [*maps.values(), *layer.parameters()]
+        gradients = torch.autograd.grad(sum(v.square().sum() for v in y.values()), wanted, allow_unused=True)
+        results.append([*y.values(), *(torch.zeros(()) if g is None else g for g in gradients)])
+    for sparse, plain in zip(*results):
+        torch.testing.assert_close(sparse, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("e", [4, 8, 16, 64])
+def test_the_number_of_expert_rows_computed_is_n_times_k(e):
+    """A row costs C * hidden twice; what is counted is the work done, forward, whatever E is."""
+    torch.manual_seed(0)
+    n, k, hidden = 100, 2, 10
+    indices = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
+    count = multiply_adds(Experts(C, e, hidden, 0.0), torch.randn(n, C), indices, torch.full((n, k), 0.5))
+    assert count == n * k * 2 * C * hidden
+
+
+def test_nan_reaches_exactly_the_tokens_that_chose_the_expert():
+    """In the answers and in the gradients of the tokens. An implementation that computes all experts and multiplies
+    what was not chosen by zero fails here."""
+    torch.manual_seed(0)
+    experts = Experts(C, E, 10, 0.0)
+    torch.nn.init.normal_(experts.w2)
+    with torch.no_grad():
+        experts.w1[3] = math.nan
+    indices = torch.stack([torch.randperm(E)[:2] for _ in range(50)])
+    u = torch.randn(50, C, requires_grad=True)
+    y = experts(u, indices, torch.full((50, 2), 0.5))
+    y.sum().backward()
+    assert torch.equal(y.isnan().any(1), (indices == 3).any(1))
+    assert torch.equal(u.grad.isnan().any(1), (indices == 3).any(1))
+    assert 0 < int((indices == 3).any(1).sum()) < 50
+
+
+# ---- the layer ----
+
+def test_order_of_tokens_and_names_of_experts_do_not_matter():
+    torch.manual_seed(0)
+    layer = random_layer().eval()
+    x = torch.randn(1, C, 2, 5)
+    y = layer({"a": x})[0]["a"]
+    order = torch.randperm(10)
+    permuted = layer({"a": x.flatten(2)[:, :, order].view(1, C, 2, 5)})[0]["a"]
+    torch.testing.assert_close(permuted.flatten(2), y.flatten(2)[:, :, order])
+    other, names = copy.deepcopy(layer), torch.randperm(E)
+    with torch.no_grad():
+        other.experts.w1.copy_(layer.experts.w1[names]), other.experts.w2.copy_(layer.experts.w2[names])
+        for p, q in zip(other.routers.parameters(), layer.routers.parameters()):
+            p.copy_(q[:, names])
+    torch.testing.assert_close(other({"a": x})[0]["a"], y)
+
+
+def test_batchmates_do_not_matter():
+    torch.manual_seed(0)
+    layer = random_layer().eval().double()
+    x = torch.randn(5, C, 2, 3, dtype=torch.float64)
+    together, routing = layer({"a": x})
+    alone, lonely = layer({"a": x[2:3]})
+    torch.testing.assert_close(alone["a"], together["a"][2:3], rtol=1e-12, atol=1e-12)
+    assert torch.equal(lonely["a"].indices, routing["a"].indices[12:18])
+
+
+def test_tasks_share_experts_but_not_routers():
+    torch.manual_seed(0)
+    layer = random_layer().eval()
+    x = torch.randn(1, C, 4, 4)
+    together, routing = layer({"a": x, "b": x})
+    assert not torch.equal(routing["a"].indices, routing["b"].indices)
+    for t in "ab":
+        torch.testing.assert_close(together[t], layer({t: x})[0][t])
+
+
+def test_the_seed_decides_everything():
+    layer, x = random_layer().train(), torch.randn(2, C, 4, 4)
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers.append(layer({"a": x})[0]["a"])
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+
+
+@pytest.mark.parametrize("kind", model.ROUTERS)
+def test_state_dict_round_trip(kind, tmp_path):
+    """Also of what is random and never learns."""
+    torch.manual_seed(0)
+    layer = random_layer(4, 4 if kind == "uniform" else 2, router=kind).eval()
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    torch.manual_seed(1)
+    other = ExpertLayer(C, ("a", "b"), 4, 4 if kind == "uniform" else 2, kind, dropout=0.0).eval()
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    x = torch.randn(2, C, 3, 3)
+    for t in "ab":
+        assert torch.equal(layer({t: x})[0][t], other({t: x})[0][t])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend):
+    """Values and gradients; aot_eager traces without generating code, inductor is the default and needs a compiler."""
+    torch.manual_seed(0)
+    layer = random_layer().double()
+    x = torch.randn(2, C, 3, 3, dtype=torch.float64)
+    results = []
+    with torch._inductor.config.patch(fallback_random=True):  # the same generator as eager
+        for f in (layer, torch.compile(layer, backend=backend)):
+            for mode in (True, False):
+                layer.train(mode).zero_grad()
+                torch.manual_seed(1)
+                y, routing = f({"a": x, "b": x})
+                (sum(v.square().sum() for v in y.values()) + balance_loss(routing)).backward()
+                results.append([*y.values(), *routing["a"][:4], *(p.grad.clone() for p in layer.parameters())])
+    for eager, compiled in zip(results[0] + results[1], results[2] + results[3]):
+        torch.testing.assert_close(compiled, eager)
+
+
+# ---- controls ----
+
+def test_uniform_mixing_is_one_wide_dense_network():
+    """Hidden layers side by side, the second matrices on top of each other and divided by E."""
+    torch.manual_seed(0)
+    layer = random_layer(4, 4, ("a",), router="uniform").double()
+    wide = random_layer(1, 1, ("a",), width=4 * 0.5).double()
+    wide.norm.load_state_dict(layer.norm.state_dict())
+    with torch.no_grad():
+        wide.experts.w1.copy_(torch.cat(list(layer.experts.w1), 1)[None])
+        wide.experts.w2.copy_(torch.cat(list(layer.experts.w2), 0)[None] / 4)
+    x = torch.randn(2, C, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer({"a": x})[0]["a"], wide({"a": x})[0]["a"], rtol=1e-12, atol=1e-12)
+
+
+def test_dense_adapters_of_equal_cost_and_of_equal_parameters():
+    n, maps = 100, {"a": torch.randn(1, C, 10, 10)}
+    layer = ExpertLayer(C, ["a"], 8, 2)
+    cost, size = ExpertLayer(C, ["a"], 1, 1, width=1.0), ExpertLayer(C, ["a"], 1, 1, width=4.0)
+    routers = [n * C * 2 * e for e in (8, 1)]  # gate and noise
+    assert multiply_adds(layer, maps) - routers[0] == multiply_adds(cost, maps) - routers[1]
+    assert sum(p.numel() for p in layer.experts.parameters()) == sum(p.numel() for p in size.experts.parameters())
+    assert cost(maps)[1]["a"].weights.eq(1).all()
+
+
+def test_private_experts_serve_one_task():
+    torch.manual_seed(0)
+    layer = random_layer(6, 3, router="private").train()
+    with torch.no_grad():
+        layer.experts.w1[3:] = math.nan
+    x = torch.randn(2, C, 3, 3)
+    y, routing = layer({"a": x, "b": x})
+    assert y["a"].isfinite().all() and y["b"].isnan().all()
+    assert set(routing["b"].indices.flatten().tolist()) == {3, 4, 5}
+    assert (routing["a"].weights == 1 / 3).all() and routing["a"].load.sum(1).eq(3).all()
+    assert balance_loss(routing) < 1e-10
+
+
+def test_random_router_is_frozen():
+    """It never learns, neither do others learn to please it, it draws no noise, and tasks have one each."""
+    torch.manual_seed(0)
+    layer = ExpertLayer(C, ("a", "b"), 8, 2, "random", dropout=0.0).train()
+    torch.nn.init.normal_(layer.experts.w2)
+    x = torch.randn(2, C, 9, 9, requires_grad=True)
+    y, routing = layer({"a": x, "b": x})
+    assert not balance_loss(routing).requires_grad and not routing["a"].weights.requires_grad
+    assert torch.equal(layer({"a": x, "b": x})[1]["a"].indices, routing["a"].indices)
+    assert not torch.equal(routing["a"].indices, routing["b"].indices)
+    assert torch.bincount(routing["a"].indices.flatten(), minlength=8).min() > 0
+    y["a"].square().sum().backward()
+    assert all(p.grad is None for p in layer.routers.parameters()) and layer.experts.w1.grad.abs().sum() > 0
+
+
+def test_shared_router_treats_tasks_alike():
+    torch.manual_seed(0)
+    layer = random_layer(router="shared").eval()
+    x = torch.randn(2, C, 3, 3)
+    y, routing = layer({"a": x, "b": x})
+    assert torch.equal(y["a"], y["b"]) and torch.equal(routing["a"].indices, routing["b"].indices)
+    assert sum(p.numel() for p in layer.routers.parameters()) == 2 * C * E
+
+
+@pytest.mark.parametrize("experts,chosen,router,message", [
+    (4, 0, "learned", "--chosen 0: expected 1 to 4, the number of --experts"),
+    (4, 5, "learned", "--chosen 5: expected 1 to 4, the number of --experts"),
+    (4, 2, "uniform", "--chosen 2: --router uniform mixes all 4 experts; leave --chosen out"),
+    (8, 2, "private", "2 tasks with --chosen 2 experts each need --experts 4; with 8, 4 would have no task"),
+    (4, 3, "private", "2 tasks with --chosen 3 experts each need --experts 6; with 4, 2 are missing"),
+])
+def test_numbers_that_do_not_fit(experts, chosen, router, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertLayer(C, ("a", "b"), experts, chosen, router)
+
+
+# ---- balance ----
+
+def test_balance_loss_by_hand():
+    """Two experts, two tasks: each task uses one expert alone, together they use both: perfectly balanced."""
+    def routing(winner):
+        one_hot = F.one_hot(torch.full((4,), winner), 2).float()
+        return Routing(torch.full((4, 1), winner), torch.ones(4, 1), one_hot, one_hot, (1, 2, 2))
+    assert float(balance_loss({"a": routing(0), "b": routing(1)})) == 0
+    # all on one: importance (1, 0) has mean 1/2 and variance 1/4, so CV^2 = 1; the load the same
+    assert float(balance_loss({"a": routing(0), "b": routing(0)})) == pytest.approx(2)
+    # a task with more tokens weighs as much as one with fewer
+    many = Routing(*(x.repeat(5, 1) for x in routing(0)[:4]), (5, 2, 2))
+    assert float(balance_loss({"a": many, "b": routing(1)})) == 0
+    # importance (3/4, 1/4): mean 1/2, deviation 1/4, CV^2 = 1/4; load (1, 1): 0
+    half, one = torch.full((1, 2), 0.5), torch.ones(1, 2)
+    both = Routing(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]), half, one, (1, 1, 1))
+    assert float(balance_loss({"a": both})) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("training,chosen", [(True, 2), (False, E)])
+def test_gradients_are_finite_at_perfect_balance(training, chosen):
+    """Without noise and with K = E all is exactly equal; a square root (CV in place of CV^2) would give nan there."""
+    layer = ExpertLayer(C, ["a"], E, chosen).train(training)
+    loss = balance_loss(layer({"a": torch.randn(2, C, 3, 3)})[1])
+    loss.backward()
+    assert (loss < 1e-12) == (not training)
+    assert layer.routers["a"].gate.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("balance,recovers", [(0.1, True), (0.0, False)])
+def test_a_collapsed_router_recovers_by_the_balance_loss_and_not_without(balance, recovers):
+    torch.manual_seed(0)
+    layer = ExpertLayer(C, ["a"], 4, 1, dropout=0.0).train()
+    with torch.no_grad():
+        layer.norm.bias[0] = 1.0
+        layer.norm.weight[0] = 0.0
+        layer.routers["a"].gate[0] = torch.tensor([4.0, 0.0, 0.0, 0.0])  # everything goes to expert 0
+    optimizer = torch.optim.Adam(layer.routers.parameters(), 0.05)
+    x = torch.randn(8, C, 4, 4)
+    for _ in range(200):
+        routing = layer({"a": x})[1]
+        loss = balance * balance_loss(routing) + 0 * layer.routers["a"].gate.sum()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    used = torch.bincount(layer({"a": x})[1]["a"].indices.flatten(), minlength=4) / 128
+    assert (used.min() > 0.1) == recovers
