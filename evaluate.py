@@ -1,8 +1,9 @@
 """How good is a run? Metrics over a whole split, never means of batches.
 
-    score(net, ...) -> Scores       one pass over a split: tallies of every photograph, losses, routing
+    score(net, ...) -> Scores       one pass over a split: tallies of every photograph, losses, use of the experts
     load_run(folder) -> Run         a network as it was chosen, with what it was trained for
-    main                            python evaluate.py runs/NAME [--split test]
+    routing_report, rerouted        what the experts do (routes.py), and the scores with other routes
+    main                            python evaluate.py runs/NAME [--split test] [--routing]
 
 The metrics themselves stand with their tasks in tasks.py.
 """
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 import data
 import eyes
-from model import Net, NetConfig, Routing
+import routes
+from model import Net, NetConfig
 from records import InputError, Record, command, ignore_ctrl_c, read_data
 from tasks import TASKS, Task, make_tasks
 
@@ -38,7 +40,7 @@ class Scores:
     names: dict[str, list[str]]  # task -> its labelled photographs
     tallies: dict[str, Tensor]  # task -> (n, ...), see Task.tally
     losses: dict[str, float]  # task -> mean loss
-    usage: dict[str, list[float]]  # task -> (E,) share of the weight that each expert gets
+    usage: dict[str, dict[str, list[float]]]  # task -> (E,) shares of the "tokens" and of the "weight" of each expert
 
     def metrics(self) -> dict[str, dict]:
         """{task: {metric: value}}, each over all photographs of the split."""
@@ -46,9 +48,10 @@ class Scores:
                          **t.metrics(self.tallies[t.name])} for t in self.tasks if t.name in self.tallies}
 
 
-def expert_usage(routing: Routing) -> Tensor:
-    """(E,) mean weight of each expert over one task's tokens."""
-    return torch.zeros_like(routing.load).scatter(1, routing.indices, routing.weights).mean(0)
+def in_order(photographs: data.Photographs, batch: int) -> list[list[tuple[int, None]]]:
+    """All photographs once, as they are, `batch` at a time."""
+    indices = [(i, None) for i in range(len(photographs))]
+    return [indices[i:i + batch] for i in range(0, len(indices), batch)]
 
 
 def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device: torch.device,
@@ -63,8 +66,7 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
           progress: str = "") -> Scores:
     """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label."""
     net.eval()
-    batches = [[(i, None) for i in range(start, min(start + batch, len(photographs)))]
-               for start in range(0, len(photographs), batch)]
+    batches = in_order(photographs, batch)
     scores = Scores(list(tasks), {}, {}, {}, {})
     tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
     bar = tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
@@ -80,13 +82,13 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
             sums[task.name].append((len(target), float(task.loss(output, target))))
             scores.names.setdefault(task.name, []).extend(b.names[i] for i in b.rows[task.name].tolist())
             if routing:
-                usage[task.name].append((len(target), expert_usage(routing[task.name]).cpu()))
+                usage[task.name].append(routes.spread(routing[task.name]).mean(1).cpu())  # (n_t, 2, E)
     for task in (t.name for t in tasks if tallies[t.name]):
         n = sum(k for k, _ in sums[task])
         scores.tallies[task] = torch.cat(tallies[task])
         scores.losses[task] = sum(k * loss for k, loss in sums[task]) / n
         if usage[task]:
-            scores.usage[task] = (sum(k * u for k, u in usage[task]) / n).tolist()
+            scores.usage[task] = dict(zip(("tokens", "weight"), torch.cat(usage[task]).mean(0).tolist()))
     return scores
 
 
@@ -193,6 +195,48 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
     return records
 
 
+# ---- what the experts do ----
+
+def routing_report(net: Net, photographs: data.Photographs, device: torch.device, batch: int) -> dict:
+    """Where the tokens of all photographs go, for every task; see routes.describe. Classes of folders act as grades."""
+    batches = loader(photographs, in_order(photographs, batch), [TASKS["seg"]], device)
+    return routes.describe(routes.collect(net, batches, device),
+                           [r.category if r.grade is None else r.grade for r in photographs.records])
+
+
+def rerouted(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device,
+             batch: int) -> dict[str, dict[str, float]]:
+    """{what is changed: {task: change of its primary metric}}, without retraining; see routes.interventions."""
+    def primary():
+        metrics = score(net, photographs, tasks, device, batch).metrics()
+        return {t.name: metrics[t.name][t.primary] for t in tasks if t.name in metrics}
+
+    tapes = {t: routes.Tape() for t in net.experts.routers}
+    with routes.routed_by(net.experts, {t: routes.Rerouted(router, tapes[t].record)
+                                        for t, router in net.experts.routers.items()}):
+        before = primary()
+    changes = {}
+    passes = list(routes.interventions(net.experts, {t: tapes[t] for t in before}))
+    for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
+        with routes.routed_by(net.experts, routers):
+            after = primary()
+        for task, title in titles.items():
+            changes.setdefault(title, {})[task] = after[task] - before[task]
+    return changes
+
+
+def table_of_changes(changes: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> str:
+    """What rerouted() found, as lines of text."""
+    shown = [t for t in tasks if any(t.name in row for row in changes.values())]
+    lines = [f"   {'change of the score':30}" + "".join(f"{f'{t.name} {t.primary}':>20}" for t in shown)]
+    for title, row in changes.items():
+        cells = (f"{row[t.name]:+20.3f}" if t.name in row else f"{'-':>20}" for t in shown)
+        lines.append(f"   {title:30}" + "".join(cells))
+    return "\n".join(lines)
+
+
+# ---- files ----
+
 def write_predictions(path: Path, scores: Scores) -> None:
     """One row per photograph with every task's answer beside the truth."""
     rows: dict[str, dict] = {}
@@ -220,6 +264,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder made by train.py")
     parser.add_argument("--split", choices=("val", "test"), default="val",
                         help="test: the test part of the data set (default: val, what the run was chosen on)")
+    parser.add_argument("--routing", action="store_true",
+                        help="what the experts do for each grade and lesion, and what becomes of the scores without "
+                             "each of them, with routes of other photographs and other tasks (takes as many passes)")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
     parser.add_argument("--batch", type=int, help="photographs at a time (default: as in training)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -229,12 +276,14 @@ def main() -> None:
         raise InputError(f"--batch {args.batch}: expected at least 1")
     device = pick_device(args.device)
     run = load_run(args.run, device)
+    if args.routing and run.net.experts is None:
+        raise InputError(f"--routing: {args.run} was trained with --experts 0 and has no routing; leave --routing out")
+    batch = args.batch or run.options["batch"]
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
     records = split_records(run, root, args.split)
     photographs = data.Photographs(records, run.options["size"])
-    scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
-                   f"scoring {args.split}")
+    scores = score(run.net, photographs, run.tasks, device, batch, f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
     print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
     if args.split == "test" and run.options["keep_leaks"]:
@@ -242,11 +291,23 @@ def main() -> None:
     metrics = scores.metrics()
     print(table(metrics, run.tasks))
     suffix = "" if args.split == "val" else "_test"
-    (args.run / f"metrics{suffix}.json").write_text(json.dumps(
-        {"split": args.split, "data": "drawn" if root is None else str(root), "epoch": run.epoch, "metrics": metrics,
-         "expert_usage": scores.usage}, indent=1))
-    write_predictions(args.run / f"predictions{suffix}.csv", scores)
-    print(f"wrote metrics{suffix}.json and predictions{suffix}.csv to {args.run}")
+    stored = {"split": args.split, "data": "drawn" if root is None else str(root), "epoch": run.epoch}
+
+    def write(name, content):
+        (args.run / f"{name}{suffix}.json").write_text(json.dumps(stored | content, indent=1))
+        return f"{name}{suffix}.json"
+
+    files = [write("metrics", {"metrics": metrics}), f"predictions{suffix}.csv"]
+    write_predictions(args.run / files[-1], scores)
+    if run.net.experts is not None:
+        report = routing_report(run.net, photographs, device, batch)
+        print(routes.table(report, details=args.routing))
+        files.append(write("routing", report))
+        if args.routing:
+            report["rerouted"] = rerouted(run.net, photographs, run.tasks, device, batch)
+            print(table_of_changes(report["rerouted"], run.tasks))
+            write("routing", report)
+    print(f"wrote {', '.join(files)} to {args.run}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import data
 import evaluate
 import eyes
 import records
+import routes
 from model import PLACES, ROUTERS, VARIANTS, Net, balance_loss, load_pretrained, make_routers
 from records import InputError
 from tasks import TASKS, Task, make_tasks
@@ -193,7 +194,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool = False) -> dict:
-    """Train as `options` say and leave everything in `folder`; -> {"epoch", "score", "metrics"} of the chosen epoch.
+    """Train as `options` say and leave everything in `folder`; -> the chosen epoch's number, score, metrics, usage.
 
     InputError: unusable data or options, before anything is trained. FloatingPointError: see Trainer.step.
     """
@@ -210,7 +211,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
                                    options.workers))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes), **findings}, indent=1))
-    best = {"epoch": 0, "score": -math.inf, "metrics": {}}
+    best = {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {}}
     stored = {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
               "validation": [r.name for r in validation.records]}
     with Interrupt() as interrupt, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
@@ -227,7 +228,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
             score = evaluate.primary_score(metrics, tasks)
             better = score > best["score"]
             if better:
-                best = {"epoch": epoch, "score": score, "metrics": metrics}
+                best = {"epoch": epoch, "score": score, "metrics": metrics, "usage": scores.usage}
                 save(folder / "best.pt", state)
             save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
             line = {"epoch": epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
@@ -570,6 +571,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
     print(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
     print(evaluate.table(best["metrics"], make_tasks(options.tasks, options.classes)))
+    if best["usage"] and (idle := routes.idle(u["tokens"] for u in best["usage"].values())):
+        print(routes.warning(idle))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
 
 

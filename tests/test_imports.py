@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DATA = {"synthetic", "records", "eyes"}  # they know fields of a photograph, never networks
 ALLOWED = {"model": set(), "tasks": {"model"}, "synthetic": set(), "records": {"synthetic"}, "eyes": {"records"},
-           "data": DATA, "evaluate": {"model", "tasks", "data"} | DATA,
-           "train": {"model", "tasks", "data", "evaluate"} | DATA}
+           "data": DATA, "routes": {"model", "tasks", "data"}, "evaluate": {"model", "tasks", "data", "routes"} | DATA,
+           "train": {"model", "tasks", "data", "routes", "evaluate"} | DATA}
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
 
 
