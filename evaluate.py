@@ -197,11 +197,12 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
 
 # ---- what the experts do ----
 
-def routing_report(net: Net, photographs: data.Photographs, device: torch.device, batch: int) -> dict:
-    """Where the tokens of all photographs go, for every task; see routes.describe. Classes of folders act as grades."""
+def routing_report(run: Run, photographs: data.Photographs, device: torch.device, batch: int) -> dict:
+    """Where the tokens of all photographs go, for every task; see routes.describe."""
     batches = loader(photographs, in_order(photographs, batch), [TASKS["seg"]], device)
-    return routes.describe(routes.collect(net, batches, device),
-                           [r.category if r.grade is None else r.grade for r in photographs.records])
+    grades = [f"grade {r.grade}" if r.grade is not None else run.options["classes"][r.category]
+              if r.category is not None else None for r in photographs.records]
+    return routes.describe(routes.collect(run.net, batches, device), grades)
 
 
 def rerouted(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device,
@@ -258,20 +259,26 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
 
 
-def main() -> None:
-    """Score one run on validation or test; metrics.json and predictions.csv are written into the run's folder."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Score a run.")
     parser.add_argument("run", type=Path, help="folder made by train.py")
     parser.add_argument("--split", choices=("val", "test"), default="val",
                         help="test: the test part of the data set (default: val, what the run was chosen on)")
     parser.add_argument("--routing", action="store_true",
-                        help="what the experts do for each grade and lesion, and what becomes of the scores without "
-                             "each of them, with routes of other photographs and other tasks (takes as many passes)")
+                        help="also: which experts see which grade and lesion, and what becomes of the scores without "
+                             "an expert, with the routes of other photographs, with the routers of other tasks (E + T "
+                             "+ 2 passes more)")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
     parser.add_argument("--batch", type=int, help="photographs at a time (default: as in training)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: the GPU if there is one (default: auto)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Score one run on validation or test; all that is found is written into the run's folder."""
+    args = parse()
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: expected at least 1")
     device = pick_device(args.device)
@@ -281,8 +288,7 @@ def main() -> None:
     batch = args.batch or run.options["batch"]
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
-    records = split_records(run, root, args.split)
-    photographs = data.Photographs(records, run.options["size"])
+    photographs = data.Photographs(split_records(run, root, args.split), run.options["size"])
     scores = score(run.net, photographs, run.tasks, device, batch, f"scoring {args.split}")
     what = "DRAWN photographs (not IDRiD)" if root is None else str(root)
     print(f"{args.run}, epoch {run.epoch}, {args.split} split of {what}")
@@ -291,22 +297,24 @@ def main() -> None:
     metrics = scores.metrics()
     print(table(metrics, run.tasks))
     suffix = "" if args.split == "val" else "_test"
-    stored = {"split": args.split, "data": "drawn" if root is None else str(root), "epoch": run.epoch}
+    files = [f"metrics{suffix}.json", f"predictions{suffix}.csv", f"routing{suffix}.json"]
 
-    def write(name, content):
-        (args.run / f"{name}{suffix}.json").write_text(json.dumps(stored | content, indent=1))
-        return f"{name}{suffix}.json"
+    def write(file, content):
+        (args.run / file).write_text(json.dumps({"split": args.split, "data": "drawn" if root is None else str(root),
+                                                 "epoch": run.epoch, **content}, indent=1))
 
-    files = [write("metrics", {"metrics": metrics}), f"predictions{suffix}.csv"]
-    write_predictions(args.run / files[-1], scores)
-    if run.net.experts is not None:
-        report = routing_report(run.net, photographs, device, batch)
+    write(files[0], {"metrics": metrics})
+    write_predictions(args.run / files[1], scores)
+    if run.net.experts is None:
+        files.pop()
+    else:
+        report = routing_report(run, photographs, device, batch)
         print(routes.table(report, details=args.routing))
-        files.append(write("routing", report))
+        write(files[2], report)
         if args.routing:
             report["rerouted"] = rerouted(run.net, photographs, run.tasks, device, batch)
             print(table_of_changes(report["rerouted"], run.tasks))
-            write("routing", report)
+            write(files[2], report)
     print(f"wrote {', '.join(files)} to {args.run}")
 
 

@@ -219,6 +219,8 @@ ROUTERS = {"learned": "one noisy top-k gate for each task", "shared": "one gate 
 
 def make_routers(kind: str, channels: int, tasks: Sequence[str], experts: int, chosen: int) -> dict[str, nn.Module]:
     """The router of each task, one of ROUTERS. ValueError, in words of the command line: the numbers do not fit."""
+    if kind not in ROUTERS:
+        raise ValueError(f"--router {kind}: expected one of {', '.join(ROUTERS)}")
     if not 1 <= chosen <= experts:
         raise ValueError(f"--chosen {chosen}: expected 1 to {experts}, the number of --experts")
     if kind == "uniform" and chosen < experts:

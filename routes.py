@@ -11,7 +11,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,7 @@ def mutual_information(shares: Tensor, labels: Tensor) -> Tensor:
     return entropy((p[:, None] * q).sum(-2)) - (p * entropy(q)).sum(-1)
 
 
-def information(shares: Tensor, labels: Sequence[int], blocks: Sequence[int] | None = None,
+def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None = None,
                 draws: int = 1000) -> Information:
     """Mean of I(expert; label) over the tables of `shares` (T, n, E), beside the same with labels permuted.
 
@@ -121,7 +121,8 @@ def information(shares: Tensor, labels: Sequence[int], blocks: Sequence[int] | N
     much, and p = (1 + how many reach it) / (1 + draws) (Phipson & Smyth 2010). Photographs are permuted, not tokens:
     those of one photograph are no independent witnesses. `blocks` (n,), ascending: permute within these alone.
     """
-    one_hot = F.one_hot(torch.unique(torch.as_tensor(labels), return_inverse=True)[1]).to(shares.dtype)
+    names = sorted(set(labels))
+    one_hot = F.one_hot(torch.tensor([names.index(label) for label in labels])).to(shares.dtype)
     blocks = torch.zeros(len(labels)) if blocks is None else torch.as_tensor(blocks)
     generator = torch.Generator().manual_seed(0)
     bits = float(mutual_information(shares, one_hot).mean())
@@ -132,10 +133,10 @@ def information(shares: Tensor, labels: Sequence[int], blocks: Sequence[int] | N
     return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + draws))
 
 
-def describe(uses: Mapping[str, Use], grades: Sequence[int | None]) -> dict:
+def describe(uses: Mapping[str, Use], grades: Sequence[str | None]) -> dict:
     """All numbers about a split, as plain types: shares of tokens and weight by task, grade and lesion; information.
 
-    `grades` of the photographs in their order, None where not known.
+    `grades` or classes of the photographs in their order, None where not known.
     """
     def plain(shares):  # (2, E)
         return {"tokens": shares[0].tolist(), "weight": shares[1].tolist()}
@@ -144,7 +145,7 @@ def describe(uses: Mapping[str, Use], grades: Sequence[int | None]) -> dict:
     known = [g for g in grades if g is not None]
     found = {"photographs": len(grades), "tasks": {}}
     for task, use in uses.items():
-        by_grade = {str(g): torch.tensor([x == g for x in grades]) for g in sorted(set(known))}
+        by_grade = {g: torch.tensor([x == g for x in grades]) for g in sorted(set(known))}
         mean = use.shares.mean(0)
         found["tasks"][task] = {
             **plain(mean), "entropy_of_use": float(entropy(mean[0])), "entropy_of_router": float(use.entropy.mean()),
@@ -158,11 +159,11 @@ def describe(uses: Mapping[str, Use], grades: Sequence[int | None]) -> dict:
     if len(uses) > 1:
         units = tokens.transpose(0, 1).flatten(0, 1)[None]  # (1, n * T, E), tasks of one photograph side by side
         number = torch.arange(len(grades) * len(uses))
-        found["information"]["task"] = information(units, number % len(uses), number // len(uses)).__dict__
+        found["information"]["task"] = asdict(information(units, (number % len(uses)).tolist(), number // len(uses)))
     if len(set(known)) > 1:
-        found["information"]["grade"] = information(tokens[:, graded], known).__dict__
+        found["information"]["grade"] = asdict(information(tokens[:, graded], known))
         for task, shares in zip(uses, tokens):
-            found["tasks"][task]["information"] = {"grade": information(shares[None, graded], known).__dict__}
+            found["tasks"][task]["information"] = {"grade": asdict(information(shares[None, graded], known))}
     return found
 
 
@@ -180,7 +181,7 @@ def table(found: Mapping, details: bool) -> str:
     for task, t in found["tasks"].items():
         lines.append(line(task, t) + f"  {t['entropy_of_use']:.2f}, {t['entropy_of_router']:.2f}")
         if details:
-            lines += [line(f"  grade {g} ({v['photographs']})", v) for g, v in t["grades"].items()]
+            lines += [line(f"  {g} ({v['photographs']})", v) for g, v in t["grades"].items()]
             lines += [line(f"  {kind} below ({v['positions']})", v) for kind, v in t["below"].items()]
             if "information" in t:
                 lines.append(f"     I(expert; grade) {Information(**t['information']['grade'])}")

@@ -558,7 +558,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{folder}: exists already; choose another --name")
     for note in notes:
         print(note)
-    print(f"tasks {' '.join(options.tasks)}, {options.size} px, run folder {folder}")
+    layer = f"{options.experts} experts, {options.chosen} for each token, router {options.router}" if options.experts \
+        else "no experts"
+    print(f"tasks {' '.join(options.tasks)}, {options.size} px, {layer}, run folder {folder}")
     begun = time.perf_counter()
     try:
         best = fit(options, folder, notes)

@@ -391,6 +391,7 @@ def test_shared_router_treats_tasks_alike():
 @pytest.mark.parametrize("experts,chosen,router,message", [
     (4, 0, "learned", "--chosen 0: expected 1 to 4, the number of --experts"),
     (4, 5, "learned", "--chosen 5: expected 1 to 4, the number of --experts"),
+    (4, 2, "clever", "--router clever: expected one of learned, shared, random, uniform, private"),
     (4, 2, "uniform", "--chosen 2: --router uniform mixes all 4 experts; leave --chosen out"),
     (8, 2, "private", "2 tasks with --chosen 2 experts each need --experts 4; with 8, 4 would have no task"),
     (4, 3, "private", "2 tasks with --chosen 3 experts each need --experts 6; with 4, 2 are missing"),

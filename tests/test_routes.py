@@ -145,16 +145,16 @@ def test_description_and_table():
     torch.manual_seed(0)
     shares = torch.rand(30, 2, 4, dtype=torch.float64)
     shares /= shares.sum(2, keepdim=True)
-    grades = [None if i == 7 else i % 3 for i in range(30)]
+    grades = [None if i == 7 else f"grade {i % 3}" for i in range(30)]
     use = routes.Use(shares, torch.full((30,), 1.5, dtype=torch.float64), torch.ones(6, 2, 4, dtype=torch.float64),
                      torch.tensor([2.0, 0, 4, 4, 4, 4], dtype=torch.float64))
     found = routes.describe({"cls": use, "seg": use}, grades)
     assert json.loads(json.dumps(found)) == found
     cls = found["tasks"]["cls"]
     assert cls["tokens"] == pytest.approx(shares[:, 0].mean(0).tolist()) and cls["entropy_of_router"] == 1.5
-    assert cls["grades"]["1"]["photographs"] == 9
-    of_grade_1 = shares[[i for i in range(30) if grades[i] == 1]].mean(0)
-    assert cls["grades"]["1"]["weight"] == pytest.approx(of_grade_1[1].tolist())
+    assert cls["grades"]["grade 1"]["photographs"] == 9
+    of_grade_1 = shares[[i for i in range(30) if grades[i] == "grade 1"]].mean(0)
+    assert cls["grades"]["grade 1"]["weight"] == pytest.approx(of_grade_1[1].tolist())
     assert cls["below"]["MA"] == {"positions": 2, "tokens": [0.5] * 4, "weight": [0.5] * 4} and "HE" not in cls["below"]
     assert found["information"]["task"]["bits"] == pytest.approx(0, abs=1e-9)  # both tasks alike
     short, long = routes.table(found, False), routes.table(found, True)

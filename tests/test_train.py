@@ -65,7 +65,9 @@ def test_a_run_leaves_what_it_should(tmp_path):
     for line in lines:
         assert {"cls", "seg", "balance"} == set(line["train"])
         assert line["val"]["seg"].keys() >= {"loss", "dice", "iou", "dice_MA"} and line["val"]["cls"]["photographs"] > 0
-        assert sum(line["expert_usage"]["cls"]) == pytest.approx(1) and len(line["expert_usage"]["seg"]) == 4
+        for share in ("tokens", "weight"):
+            assert sum(line["expert_usage"]["cls"][share]) == pytest.approx(1)
+            assert len(line["expert_usage"]["seg"][share]) == 4
         assert line["lr"] >= 0 and line["seconds"] > 0 and line["images_per_second"] > 0
     assert best["score"] == max(line["score"] for line in lines)
     state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
@@ -192,7 +194,8 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--split", "test"])
     evaluate.main()
     text = capsys.readouterr().out
-    assert "kappa 0" not in text and text.splitlines()[-2].split()[0] == "night"
+    scores = text[:text.index("experts   18 photographs")].splitlines()
+    assert "kappa 0" not in text and scores[-1].split()[0] == "night"
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
     row = (run / "predictions_test.csv").read_text().splitlines()[:2]
