@@ -40,7 +40,7 @@ class Scores:
     names: dict[str, list[str]]  # task -> its labelled photographs
     tallies: dict[str, Tensor]  # task -> (n, ...), see Task.tally
     losses: dict[str, float]  # task -> mean loss
-    usage: dict[str, dict[str, list[float]]]  # task -> (E,) shares of the "tokens" and of the "weight" of each expert
+    usage: dict[str, dict[str, list[float]]]  # task -> (E,) share of its "tokens" and mean "weight" of each expert
 
     def metrics(self) -> dict[str, dict]:
         """{task: {metric: value}}, each over all photographs of the split."""
@@ -82,7 +82,7 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
             sums[task.name].append((len(target), float(task.loss(output, target))))
             scores.names.setdefault(task.name, []).extend(b.names[i] for i in b.rows[task.name].tolist())
             if routing:
-                usage[task.name].append(routes.spread(routing[task.name]).mean(1).cpu())  # (n_t, 2, E)
+                usage[task.name].append(routes.per_token(routing[task.name]).mean(1).cpu())  # (n_t, 2, E)
     for task in (t.name for t in tasks if tallies[t.name]):
         n = sum(k for k, _ in sums[task])
         scores.tallies[task] = torch.cat(tallies[task])
@@ -156,6 +156,9 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"{path}: trained for the task {unknown[0]!r}, which tasks.py does not list "
                              f"({', '.join(TASKS)})")
+        if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]]:
+            raise InputError(f"{path}: made by another version of this project, its options lack {missing[0]!r}; train "
+                             "again")
         net, tasks = build_net(state["options"])
         net.load_state_dict(state["net"])
     except InputError:
@@ -200,39 +203,57 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
 def routing_report(run: Run, photographs: data.Photographs, device: torch.device, batch: int) -> dict:
     """Where the tokens of all photographs go, for every task; see routes.describe."""
     batches = loader(photographs, in_order(photographs, batch), [TASKS["seg"]], device)
-    grades = [f"grade {r.grade}" if r.grade is not None else run.options["classes"][r.category]
-              if r.category is not None else None for r in photographs.records]
-    return routes.describe(routes.collect(run.net, batches, device), grades)
+    uses, records = routes.collect(run.net, batches, device), photographs.records
+    if run.options["classes"]:
+        labels = [None if r.category is None else run.options["classes"][r.category] for r in records]
+    else:
+        labels = [None if r.grade is None else f"grade {r.grade}" for r in records]
+    return routes.describe(uses, labels, [r.eye or r.name for r in records],
+                           "class" if run.options["classes"] else "grade")
+
+
+def change(task: Task, before: Tensor, after: Tensor, draws: int = 200) -> tuple[float, float]:
+    """Change of a task's primary metric between two tallies of the same photographs (n, ...), and its standard error
+
+    from a paired bootstrap: both tallies with the same n photographs, drawn with replacement (Efron 1979).
+    """
+    def difference(rows):
+        return task.metrics(after[rows])[task.primary] - task.metrics(before[rows])[task.primary]
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = [difference(torch.randint(len(before), (len(before),), generator=generator)) for _ in range(draws)]
+    return difference(slice(None)), float(torch.tensor(drawn, dtype=torch.float64).std())
 
 
 def rerouted(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device,
-             batch: int) -> dict[str, dict[str, float]]:
-    """{what is changed: {task: change of its primary metric}}, without retraining; see routes.interventions."""
-    def primary():
-        metrics = score(net, photographs, tasks, device, batch).metrics()
-        return {t.name: metrics[t.name][t.primary] for t in tasks if t.name in metrics}
+             batch: int) -> dict[str, dict[str, dict[str, float]]]:
+    """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
 
+    Nothing is trained again; see routes.interventions.
+    """
     tapes = {t: routes.Tape() for t in net.experts.routers}
     with routes.routed_by(net.experts, {t: routes.Rerouted(router, tapes[t].record)
                                         for t, router in net.experts.routers.items()}):
-        before = primary()
-    changes = {}
-    passes = list(routes.interventions(net.experts, {t: tapes[t] for t in before}))
+        before = score(net, photographs, tasks, device, batch)
+    by_name, changes = {t.name: t for t in tasks}, {}
+    passes = list(routes.interventions(net.experts, {t: tapes[t] for t in before.tallies}))
     for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
         with routes.routed_by(net.experts, routers):
-            after = primary()
-        for task, title in titles.items():
-            changes.setdefault(title, {})[task] = after[task] - before[task]
+            after = score(net, photographs, tasks, device, batch)
+        for t, title in titles.items():
+            value, error = change(by_name[t], before.tallies[t], after.tallies[t])
+            changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
+                                                "loss": after.losses[t] - before.losses[t]}
     return changes
 
 
-def table_of_changes(changes: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> str:
+def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[Task]) -> str:
     """What rerouted() found, as lines of text."""
     shown = [t for t in tasks if any(t.name in row for row in changes.values())]
-    lines = [f"   {'change of the score':30}" + "".join(f"{f'{t.name} {t.primary}':>20}" for t in shown)]
+    lines = [f"   {'change (standard error) of':30}" + "".join(f"{f'{t.name} {t.primary}':>20}" for t in shown)]
     for title, row in changes.items():
-        cells = (f"{row[t.name]:+20.3f}" if t.name in row else f"{'-':>20}" for t in shown)
-        lines.append(f"   {title:30}" + "".join(cells))
+        cells = (f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in shown)
+        lines.append(f"   {title:30}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -297,25 +318,25 @@ def main() -> None:
     metrics = scores.metrics()
     print(table(metrics, run.tasks))
     suffix = "" if args.split == "val" else "_test"
-    files = [f"metrics{suffix}.json", f"predictions{suffix}.csv", f"routing{suffix}.json"]
+    written = [f"predictions{suffix}.csv"]
+    write_predictions(args.run / written[0], scores)
 
-    def write(file, content):
-        (args.run / file).write_text(json.dumps({"split": args.split, "data": "drawn" if root is None else str(root),
-                                                 "epoch": run.epoch, **content}, indent=1))
+    def write(name, content):
+        (args.run / f"{name}{suffix}.json").write_text(json.dumps(
+            {"split": args.split, "data": "drawn" if root is None else str(root), "epoch": run.epoch, **content},
+            indent=1))
+        written.append(f"{name}{suffix}.json")
 
-    write(files[0], {"metrics": metrics})
-    write_predictions(args.run / files[1], scores)
-    if run.net.experts is None:
-        files.pop()
-    else:
+    write("metrics", {"metrics": metrics})
+    if run.net.experts is not None:
         report = routing_report(run, photographs, device, batch)
         print(routes.table(report, details=args.routing))
-        write(files[2], report)
-        if args.routing:
-            report["rerouted"] = rerouted(run.net, photographs, run.tasks, device, batch)
-            print(table_of_changes(report["rerouted"], run.tasks))
-            write(files[2], report)
-    print(f"wrote {', '.join(files)} to {args.run}")
+        write("routing", report)
+    if args.routing:
+        changes = rerouted(run.net, photographs, run.tasks, device, batch)
+        print(table_of_changes(changes, run.tasks))
+        write("rerouted", changes)
+    print(f"wrote {', '.join(written)} to {args.run}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# B batch (n_t of them with a label for task t), C channels, H W image, h w token grid, N tokens, E experts, K chosen
+# B batch (n_t of them with a label for task t), C channels, H W image, h w token grid
+# N tokens, E experts, K chosen, D hidden units of an expert
 
 
 # ---- encoder: EfficientNet ----
@@ -147,8 +148,8 @@ class Routing(NamedTuple):
     indices: Tensor  # (N, K) the chosen experts, best first
     weights: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
     probabilities: Tensor  # (N, E) softmax of the clean logits
-    load: Tensor  # (N, E) P_i, the chance that expert i is chosen were its noise drawn again; over the noise of
-    #               training a row sums to K on average; 0 or 1 where there is no noise, as in evaluation
+    load: Tensor  # (N, E) the chance that expert i is chosen were its noise drawn again; over the noise of training a
+    #               row sums to K on average; 0 or 1 without noise: in evaluation, and of fixed or frozen routers
     grid: tuple[int, int, int]  # n_t, h, w
 
     def spread(self, values: Tensor | float) -> Tensor:
@@ -177,19 +178,19 @@ class Router(nn.Module):
         k, experts = self.chosen, self.gate.shape[1]
         with torch.autocast(u.device.type, enabled=False):  # which expert wins must not hang on bf16 rounding
             u = (u.detach() if self.frozen else u).to(self.gate.dtype)  # float32
-            # h = u W_g ;  s = softplus(u W_n) + 0.01 ;  h~ = h + s * N(0, 1) in training, else h        (eqs. 3, 4)
+            # clean = u gate ;  scale = softplus(u noise) + 0.01 ;  noisy = clean + scale * N(0, 1)      (eqs. 3, 4)
             clean, raw = (u @ torch.cat([self.gate, self.noise], 1)).chunk(2, 1)  # (N, E) each
             scale = F.softplus(raw) + 0.01
-            noise = self.training and not self.frozen
-            noisy = clean + scale * torch.randn_like(clean) if noise else clean
-            # S = the K largest of h~ ;  w = softmax over S                                              (eqs. 3, 5)
+            draws = self.training and not self.frozen
+            noisy = clean + scale * torch.randn_like(clean) if draws else clean
+            # indices: the K largest of noisy ;  weights = softmax over these alone                      (eqs. 3, 5)
             top, best = noisy.topk(min(k + 1, experts), dim=1)  # (N, K + 1)
             indices = best[:, :k]
-            # with K = 1 a softmax over S is the constant 1 and teaches the router nothing: take it over all, at S
+            # with K = 1 that softmax is the constant 1 and teaches the router nothing: take the one over all experts
             weights = top[:, :k].softmax(1) if k > 1 else noisy.softmax(1).gather(1, indices)
-            # P_i = Phi((h_i - kth largest of the *other* noisy logits) / s_i)                           (eqs. 8, 9)
+            # load_i = Phi((clean_i - K-th largest of the *other* noisy logits) / scale_i)               (eqs. 8, 9)
             inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, indices, True)
-            if noise and k < experts:
+            if draws and k < experts:
                 kth_excluding_i = torch.where(inside, top[:, k:k + 1], top[:, k - 1:k])
                 load = torch.special.ndtr((clean - kth_excluding_i) / scale)
             else:
@@ -203,18 +204,20 @@ class FixedRouter(nn.Module):
     def __init__(self, experts: int, own: Sequence[int]):
         super().__init__()
         self.register_buffer("own", torch.tensor(own), persistent=False)  # (K,)
-        self.register_buffer("chosen", torch.zeros(experts).index_fill(0, self.own, 1.0), persistent=False)  # (E,)
+        self.register_buffer("serves", torch.zeros(experts).index_fill(0, self.own, 1.0), persistent=False)  # (E,)
 
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
         n, k = len(u), len(self.own)
-        load = self.chosen.expand(n, -1)  # (N, E)
-        return Routing(self.own.expand(n, -1), self.chosen.new_full((n, k), 1 / k), load / k, load, grid)
+        load = self.serves.expand(n, -1)  # (N, E)
+        return Routing(self.own.expand(n, -1), self.serves.new_full((n, k), 1 / k), load / k, load, grid)
 
 
 # what --router knows
 ROUTERS = {"learned": "one noisy top-k gate for each task", "shared": "one gate for all tasks",
            "random": "a frozen random gate for each task", "uniform": "all experts, averaged",
            "private": "each task its own experts, averaged"}
+
+LEARNED = ("learned", "shared")  # those of them that learn
 
 
 def make_routers(kind: str, channels: int, tasks: Sequence[str], experts: int, chosen: int) -> dict[str, nn.Module]:
@@ -242,7 +245,7 @@ def make_routers(kind: str, channels: int, tasks: Sequence[str], experts: int, c
 class Experts(nn.Module):
     """E independent two-layer networks over tokens, of which each token meets only those that it chose.
 
-    y = sum_{i in S} w_i * W2_i silu(W1_i u). W2 starts at zero: at first the layer adds nothing.
+    y = sum over the chosen i of weights_i * silu(u w1_i) w2_i; w2 starts at zero: at first the layer adds nothing.
     """
 
     def __init__(self, channels: int, experts: int, hidden: int, dropout: float):
@@ -262,18 +265,18 @@ class Experts(nn.Module):
 
         hidden = F.silu(by_owner(u.index_select(0, token), self.w1))  # (N*K, D)
         hidden = F.dropout(hidden, self.dropout, self.training)
-        # w_i * W2_i h = W2_i (w_i * h), where there is half as much to multiply
+        # y = sum_i weights_i * (hidden_i w2_i) = sum_i (weights_i * hidden_i) w2_i, by default half as much to multiply
         weights = weights.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
         y = by_owner(weights * hidden, self.w2)  # (N*K, C)
-        return torch.zeros_like(u, dtype=y.dtype).index_add(0, token, y)
+        return torch.zeros_like(u).index_add(0, token, y.to(u.dtype))
 
 
 class ExpertLayer(nn.Module):
-    """Shared experts behind each task's router: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
+    """Experts behind the router of each task: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
 
-    A token is a position of the map. A task's tokens meet only that task's router; all tasks are dispatched together.
-    `width` is that of an expert's hidden layer in multiples of C. One expert of width K * `width` is the dense adapter
-    of equal cost, one of E * `width` that of equal parameters.
+    A token is a position of the map. The tokens of all tasks are dispatched together. `width` is that of an expert's
+    hidden layer in multiples of C: one expert of width K * `width` is the dense adapter of equal cost, one of
+    E * `width` that of equal parameters.
     """
 
     def __init__(self, channels: int, tasks: Sequence[str], experts: int = 8, chosen: int = 2,
@@ -285,7 +288,8 @@ class ExpertLayer(nn.Module):
 
     def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         tokens = {t: x.flatten(2).transpose(1, 2).flatten(0, 1) for t, x in maps.items()}  # (N_t, C)
-        normed = {t: self.norm(x) for t, x in tokens.items()}
+        with torch.autocast(next(iter(maps.values())).device.type, enabled=False):  # float32, for the router's sake
+            normed = {t: self.norm(x.to(self.norm.weight.dtype)) for t, x in tokens.items()}
         routing = {t: self.routers[t](u, (len(maps[t]), *maps[t].shape[2:])) for t, u in normed.items()}
         mixed = self.experts(torch.cat(list(normed.values())),
                              torch.cat([r.indices for r in routing.values()]),
@@ -350,7 +354,7 @@ WIDTHS = (128, 64, 32, 16, 16)  # of the decoder's maps at strides 16, 8, 4, 2, 
 
 # ---- heads: maps -> one task's raw output ----
 
-class Maps(NamedTuple):
+class MapSpec(NamedTuple):
     """What a head is told of the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
     encoder: Encoder
     channels: tuple[int, ...]
@@ -365,10 +369,10 @@ class PooledHead(nn.Module):
     alive.
     """
 
-    def __init__(self, maps: Maps, outputs: int):
+    def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
-        encoder, between = maps.encoder, maps.channels[1:-1]
-        self.conv = ConvNormAct(maps.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
+        encoder, between = spec.encoder, spec.channels[1:-1]
+        self.conv = ConvNormAct(spec.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
         self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
         self.dropout = nn.Dropout(encoder.dropout)
         self.linear = nn.Linear(encoder.pooled + sum(between), outputs)
@@ -382,10 +386,10 @@ class PooledHead(nn.Module):
 class MaskHead(nn.Module):
     """Go on up the U-Net from the routed map; maps -> logits (n_t, outputs, H, W), one yes/no per pixel and mask."""
 
-    def __init__(self, maps: Maps, outputs: int):
+    def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
-        self.steps = maps.routed + 1  # from the routed map to the image
-        self.decoder = Decoder(maps.channels[:self.steps], WIDTHS[-self.steps:])
+        self.steps = spec.routed + 1  # from the routed map to the image
+        self.decoder = Decoder(spec.channels[:self.steps], WIDTHS[-self.steps:])
         self.conv = nn.Conv2d(WIDTHS[-1], outputs, 3, padding=1)
         initialise(self)
         # lesions are rare: start near p = 0.01 everywhere (Lin et al. 2017, arXiv 1708.02002, section 3.3)
@@ -400,21 +404,23 @@ class PointHead(nn.Module):
 
     1x1 convolutions bring the maps at strides 8, 16 and 32 to one width, each is added to the next deeper one at twice
     its size (Lin et al. 2017, arXiv 1612.03144, figure 3), and the last gives one heatmap for each point. Where the
-    point is, the task reads off. A routed map at stride 4 has been that way already and is read alone, at its stride.
+    point is, the task reads off. A routed map at stride 4 has been that way already; it is read alone, halved.
     """
 
-    def __init__(self, maps: Maps, points: int, width: int = 64):
+    def __init__(self, spec: MapSpec, points: int, width: int = 64):
         super().__init__()
-        self.read = slice(min(2, maps.routed), maps.routed + 1)  # strides 8, 16, 32, or 4
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in maps.channels[self.read][::-1])
+        self.reads = slice(min(2, spec.routed), spec.routed + 1)  # strides 8, 16, 32, or 4
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in spec.channels[self.reads][::-1])
         self.smooth = ConvNormAct(width, width, 3)
         self.conv = nn.Conv2d(width, points, 1)
         initialise(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[self.read][::-1])]
+        x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[self.reads][::-1])]
         for lateral in shallower:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest") + lateral
+        if self.reads.start == 1:
+            x = F.avg_pool2d(x, 2)
         return self.conv(self.smooth(x))
 
 
@@ -439,9 +445,9 @@ class NetConfig:
 class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
-    `tasks` are objects with a `name` and a `head(maps)`, see Maps. `rows` names, per task, the photographs (n_t,) that
-    are wanted, ascending and each once; a task's output has n_t rows. None: all photographs for all tasks. A task with
-    no row is left out of the answer. ValueError: H or W is no multiple of 32, or numbers of experts that do not fit.
+    `tasks` are objects with a `name` and a `head(spec)`, see MapSpec. `rows` names, per task, the photographs (n_t,)
+    that are wanted, ascending and each once; a task's output has n_t rows. None: all photographs for all tasks. A task
+    with no row is left out of the answer. ValueError: H or W is no multiple of 32; numbers of experts do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
@@ -452,8 +458,8 @@ class Net(nn.Module):
             self.decoder = Decoder(self.encoder.channels, WIDTHS[:3])
             initialise(self.decoder)
             channels[self.routed] = WIDTHS[2]
-        maps = Maps(self.encoder, tuple(channels), self.routed)
-        self.heads = nn.ModuleDict({task.name: task.head(maps) for task in tasks})
+        spec = MapSpec(self.encoder, tuple(channels), self.routed)
+        self.heads = nn.ModuleDict({task.name: task.head(spec) for task in tasks})
         self.experts = None if config.experts == 0 else ExpertLayer(
             channels[self.routed], list(self.heads), config.experts, config.chosen, config.router, config.expert_width,
             config.expert_dropout)
@@ -462,10 +468,10 @@ class Net(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
-        maps, routing = self.read(images, rows)
+        maps, routing = self.routed_maps(images, rows)
         return {t: self.heads[t](m) for t, m in maps.items()}, routing
 
-    def read(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
+    def routed_maps(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
         """All but the heads: -> ({task: five maps of its photographs}, {task: Routing})."""
         if images.shape[2] % 32 or images.shape[3] % 32:
             raise ValueError(f"photographs of {images.shape[3]}x{images.shape[2]}: both sides must be multiples of 32")

@@ -21,39 +21,42 @@ from data import Batch
 from model import ExpertLayer, Net, Routing
 from tasks import UNKNOWN, Lesions
 
-# n photographs, T tasks, E experts, K chosen, L kinds of mask; h w token grid
+# n photographs, T tasks, N tokens, E experts, K chosen, L kinds of mask, G grades or classes; h w token grid
 
-KINDS = (*Lesions.classes, "none")  # what lies under a token; "none": all kinds are known there and none is
-IDLE = 0.01  # an expert with a smaller share of the tokens of all tasks does nothing worth its parameters
+KINDS = (*Lesions.classes, "none", "outside")  # what can lie under a token: a lesion; retina without any; no retina
+DARK = 20  # of 255: where no pixel is brighter, there is no retina but what surrounds it
+IDLE = 0.01  # an expert to which a smaller share of the tokens goes does nothing worth its parameters
 
 
 # ---- where tokens go ----
 
 @dataclass
 class Use:
-    """Where one task's tokens went; "2" is the share of the tokens, 1 / K for each choice, and that of the weight."""
-    shares: Tensor  # (n, 2, E) means over the tokens of each photograph
+    """Where one task's tokens went. The second to last dimension: share of the tokens that went there, mean weight."""
+    shares: Tensor  # (n, 2, E) of each photograph; the former sum to K, the latter to 1 if K > 1
     entropy: Tensor  # (n,) mean entropy of a token's probabilities, in bits: how undecided the router is
-    under: Tensor  # (L + 1, 2, E) sums over the tokens below which there is each of KINDS
-    tokens: Tensor  # (L + 1,) how many these are
+    below: Tensor  # (L + 2, 2, E) of all tokens together below which there is each of KINDS, as sums
+    tokens: Tensor  # (L + 2,) how many these are
 
 
-def spread(r: Routing) -> Tensor:
-    """(n, h * w, 2, E): to which experts each token went, 1 / K to each, and with which weight."""
-    both = torch.stack([r.spread(1 / r.indices.shape[1]), r.spread(r.weights)], 1)  # (N, 2, E)
+def per_token(r: Routing) -> Tensor:
+    """(n, h * w, 2, E): whether a token went to an expert, 0 or 1, and with which weight."""
+    both = torch.stack([r.spread(1.0), r.spread(r.weights)], 1)  # (N, 2, E)
     return both.view(r.grid[0], -1, *both.shape[1:])
 
 
 def entropy(p: Tensor) -> Tensor:
     """Of distributions along the last dimension, in bits (Shannon 1948)."""
-    return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
+    return torch.special.entr(p).sum(-1) / math.log(2)
 
 
-def kinds_below(masks: Tensor, grid: Sequence[int]) -> Tensor:
-    """Masks (n, L, S, S) with UNKNOWN -> (n, L + 1, h * w) bool: which of KINDS has a pixel below each token."""
+def kinds_below(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
+    """(n, 3, S, S), (n, L, S, S) with UNKNOWN -> (n, L + 2, h * w) bool: which of KINDS there is below each token."""
     there = F.adaptive_max_pool2d((masks == 1).float(), tuple(grid)).bool()  # (n, L, h, w)
-    nothing = ~there.any(1, keepdim=True) & ~(masks == UNKNOWN).flatten(1).any(1)[:, None, None, None]
-    return torch.cat([there, nothing], 1).flatten(2)
+    outside = F.adaptive_max_pool2d(images.amax(1, keepdim=True).float(), tuple(grid)) <= DARK  # (n, 1, h, w)
+    unknown = (masks == UNKNOWN).flatten(1).any(1)[:, None, None, None]
+    nothing = ~there.any(1, keepdim=True) & ~outside & ~unknown
+    return torch.cat([there, nothing, outside], 1).flatten(2)
 
 
 @torch.inference_mode()
@@ -63,20 +66,21 @@ def collect(net: Net, batches: Iterable[Batch], device: torch.device) -> dict[st
     seen: dict[str, list[Use]] = {}
     for b in batches:
         b = b.to(device)
-        for task, r in net.read(b.images)[1].items():
-            s = spread(r)
-            under, tokens = s.new_zeros(len(KINDS), *s.shape[2:]), s.new_zeros(len(KINDS))
+        for task, r in net.routed_maps(b.images)[1].items():
+            went = per_token(r)
+            below, tokens = went.new_zeros(len(KINDS), *went.shape[2:]), went.new_zeros(len(KINDS))
             if len(rows := b.rows[Lesions.name]):
-                below = kinds_below(b.targets[Lesions.name], r.grid[1:]).to(s.dtype)
-                under, tokens = torch.einsum("nlt,ntse->lse", below, s[rows]), below.sum((0, 2))
-            uncertain = entropy(r.probabilities).view(r.grid[0], -1).mean(1)
-            seen.setdefault(task, []).append(Use(*(x.double().cpu() for x in (s.mean(1), uncertain, under, tokens))))
+                kinds = kinds_below(b.images[rows], b.targets[Lesions.name], r.grid[1:]).to(went.dtype)
+                below, tokens = torch.einsum("nlt,ntse->lse", kinds, went[rows]), kinds.sum((0, 2))
+            undecided = entropy(r.probabilities).view(r.grid[0], -1).mean(1)
+            seen.setdefault(task, []).append(Use(*(x.double().cpu()
+                                                   for x in (went.mean(1), undecided, below, tokens))))
     return {task: Use(torch.cat([u.shares for u in uses]), torch.cat([u.entropy for u in uses]),
-                      sum(u.under for u in uses), sum(u.tokens for u in uses)) for task, uses in seen.items()}
+                      sum(u.below for u in uses), sum(u.tokens for u in uses)) for task, uses in seen.items()}
 
 
 def idle(tokens: Iterable[Sequence[float]]) -> list[int]:
-    """Experts that receive less than IDLE of the tokens; one row of shares for each task, tasks count alike."""
+    """Experts to which less than IDLE of the tokens go; a row of shares for each task, tasks count alike."""
     mean = torch.tensor(list(tokens), dtype=torch.float64).mean(0)
     return (mean < IDLE).nonzero().flatten().tolist()
 
@@ -96,30 +100,31 @@ class Information:
     bits: float
     by_chance: float
     p: float
+    units: int  # how many were permuted
 
     def __str__(self):
         return f"{self.bits:.3f} bit (by chance {self.by_chance:.3f}, p = {self.p:.3f})"
 
 
 def mutual_information(shares: Tensor, labels: Tensor) -> Tensor:
-    """I(expert; label) in bits for shares (..., n, E) of n photographs and one-hot labels (n, G).
+    """I(expert; label) in bits for shares (..., n, E), rows of which sum to 1, and one-hot labels (n, G).
 
-    I = sum_g p_g sum_e q_ge log2(q_ge / q_e): p_g share of the photographs with label g, q_ge mean share of expert e in
-    them, q_e in all (Cover & Thomas, Elements of Information Theory, eq. 2.28).
+    I = sum_g p_g sum_e q_ge log2(q_ge / q_e): p_g share of the rows with label g, q_ge mean share of expert e in them,
+    q_e in all (Cover & Thomas, Elements of Information Theory, eq. 2.28); here as entropy of q_e minus that of q_ge.
     """
     p = labels.sum(0) / len(labels)  # (G,)
     q = (labels.T / labels.sum(0)[:, None]) @ shares  # (..., G, E)
-    return entropy((p[:, None] * q).sum(-2)) - (p * entropy(q)).sum(-1)
+    return (entropy((p[:, None] * q).sum(-2)) - (p * entropy(q)).sum(-1)).clamp(min=0)
 
 
 def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None = None,
                 draws: int = 1000) -> Information:
     """Mean of I(expert; label) over the tables of `shares` (T, n, E), beside the same with labels permuted.
 
-    From finitely many photographs the estimate is above 0 even where there is nothing to find, by about
-    (E - 1)(G - 1) / (2 n ln 2) bits if each photograph went to one expert (Miller 1955); the permutations show by how
-    much, and p = (1 + how many reach it) / (1 + draws) (Phipson & Smyth 2010). Photographs are permuted, not tokens:
-    those of one photograph are no independent witnesses. `blocks` (n,), ascending: permute within these alone.
+    From finitely many rows the estimate is above 0 even where there is nothing to find, by about (E - 1)(G - 1) /
+    (2 n ln 2) bits if each went to one expert (Miller 1955); the permutations show by how much, and p = (1 + how many
+    reach it) / (1 + draws) (Phipson & Smyth 2010). A row must be an independent witness: an eye, not a token.
+    `blocks` (n,), ascending: permute within these alone.
     """
     names = sorted(set(labels))
     one_hot = F.one_hot(torch.tensor([names.index(label) for label in labels])).to(shares.dtype)
@@ -130,40 +135,50 @@ def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None =
     for i in range(draws):
         order = (blocks.double() + torch.rand(len(blocks), dtype=torch.float64, generator=generator)).argsort()
         chance[i] = mutual_information(shares, one_hot[order]).mean()
-    return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + draws))
+    return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + draws), len(labels))
 
 
-def describe(uses: Mapping[str, Use], grades: Sequence[str | None]) -> dict:
+def averaged(shares: Tensor, keys: Sequence) -> tuple[Tensor, list]:
+    """Shares (..., n, E) -> means over rows with the same key (..., m, E), and the m keys in their order."""
+    names = sorted(set(keys))
+    member = F.one_hot(torch.tensor([names.index(key) for key in keys])).T.to(shares.dtype)  # (m, n)
+    return (member / member.sum(1, keepdim=True)) @ shares, names
+
+
+def describe(uses: Mapping[str, Use], labels: Sequence[str | None], eyes: Sequence[str], word: str = "grade") -> dict:
     """All numbers about a split, as plain types: shares of tokens and weight by task, grade and lesion; information.
 
-    `grades` or classes of the photographs in their order, None where not known.
+    `labels` are grades or classes of the photographs in their order, None where not known, and `word` says which;
+    `eyes` names the eye of each. Information is about the choices: which of its K experts a token was sent to is a coin
+    with K equal sides.
     """
     def plain(shares):  # (2, E)
         return {"tokens": shares[0].tolist(), "weight": shares[1].tolist()}
 
-    graded = torch.tensor([g is not None for g in grades])
-    known = [g for g in grades if g is not None]
-    found = {"photographs": len(grades), "tasks": {}}
+    known = [i for i, label in enumerate(labels) if label is not None]
+    rows = {name: [i for i in known if labels[i] == name] for name in sorted({labels[i] for i in known})}
+    found = {"photographs": len(labels), "word": word, "tasks": {}, "information": {}}
     for task, use in uses.items():
-        by_grade = {g: torch.tensor([x == g for x in grades]) for g in sorted(set(known))}
         mean = use.shares.mean(0)
         found["tasks"][task] = {
-            **plain(mean), "entropy_of_use": float(entropy(mean[0])), "entropy_of_router": float(use.entropy.mean()),
-            "grades": {g: {"photographs": int(rows.sum()), **plain(use.shares[rows].mean(0))}
-                       for g, rows in by_grade.items()},
-            "below": {kind: {"positions": int(n), **plain(sums / n)}
-                      for kind, n, sums in zip(KINDS, use.tokens, use.under) if n}}
+            **plain(mean), "entropy_of_use": float(entropy(mean[0] / mean[0].sum())),
+            "entropy_of_router": float(use.entropy.mean()),
+            "labels": {name: {"photographs": len(of), **plain(use.shares[of].mean(0))} for name, of in rows.items()},
+            "below": {kind: {"tokens_below": int(n), **plain(sums / n)}
+                      for kind, n, sums in zip(KINDS, use.tokens, use.below) if n}}
     found["idle"] = idle(t["tokens"] for t in found["tasks"].values())
-    tokens = torch.stack([use.shares[:, 0] for use in uses.values()])  # (T, n, E)
-    found["information"] = {}
+    choices = torch.stack([use.shares[:, 0] / use.shares[:, 0].sum(1, keepdim=True) for use in uses.values()])
     if len(uses) > 1:
-        units = tokens.transpose(0, 1).flatten(0, 1)[None]  # (1, n * T, E), tasks of one photograph side by side
-        number = torch.arange(len(grades) * len(uses))
+        by_eye, names = averaged(choices, eyes)  # (T, m, E)
+        units = by_eye.transpose(0, 1).flatten(0, 1)[None]  # (1, m * T, E), tasks of one eye side by side
+        number = torch.arange(len(names) * len(uses))
         found["information"]["task"] = asdict(information(units, (number % len(uses)).tolist(), number // len(uses)))
-    if len(set(known)) > 1:
-        found["information"]["grade"] = asdict(information(tokens[:, graded], known))
-        for task, shares in zip(uses, tokens):
-            found["tasks"][task]["information"] = {"grade": asdict(information(shares[None, graded], known))}
+    if len(rows) > 1:
+        by_eye, keys = averaged(choices[:, known], [(eyes[i], labels[i]) for i in known])
+        of = [label for _, label in keys]
+        found["information"][word] = asdict(information(by_eye, of))
+        for task, shares in zip(uses, by_eye):
+            found["tasks"][task]["information"] = asdict(information(shares[None], of))
     return found
 
 
@@ -172,20 +187,22 @@ def table(found: Mapping, details: bool) -> str:
     order = torch.tensor([t["tokens"] for t in found["tasks"].values()]).mean(0).argsort(descending=True)
     shown = sorted(order[:12].tolist())
     most = "" if len(shown) == len(order) else f"; the {len(shown)} most used of {len(order)} experts"
+    word = found["word"]
 
     def line(title, shares):
         return f"   {title:24}" + "".join(f"{100 * shares['tokens'][e]:3.0f}/{100 * shares['weight'][e]:<4.0f}"
                                           for e in shown)
-    lines = [f"experts   {found['photographs']} photographs, all routed for every task; % of tokens/% of weight{most}",
+    lines = [f"experts   {found['photographs']} photographs, all routed for every task; % of tokens sent there/mean "
+             f"weight in %{most}",
              f"   {'expert':24}" + "".join(f"{e:^8}" for e in shown) + "  entropy (bits): use, router"]
     for task, t in found["tasks"].items():
         lines.append(line(task, t) + f"  {t['entropy_of_use']:.2f}, {t['entropy_of_router']:.2f}")
         if details:
-            lines += [line(f"  {g} ({v['photographs']})", v) for g, v in t["grades"].items()]
-            lines += [line(f"  {kind} below ({v['positions']})", v) for kind, v in t["below"].items()]
+            lines += [line(f"  {name} ({v['photographs']})", v) for name, v in t["labels"].items()]
+            lines += [line(f"  {kind} below ({v['tokens_below']})", v) for kind, v in t["below"].items()]
             if "information" in t:
-                lines.append(f"     I(expert; grade) {Information(**t['information']['grade'])}")
-    for label, title in (("task", "I(expert; task)"), ("grade", "I(expert; grade | task)")):
+                lines.append(f"     I(expert; {word}) {Information(**t['information'])}")
+    for label, title in (("task", "I(expert; task)"), (word, f"I(expert; {word} | task)")):
         if label in found["information"]:
             lines.append(f"   {title} {Information(**found['information'][label])}")
     if found["idle"]:
@@ -207,7 +224,7 @@ class Rerouted(nn.Module):
 
 
 def knock_out(r: Routing, expert: int) -> Routing:
-    """Routing as if `expert` were not there: the K best of the others, weighted as the router would have done.
+    """Routing without noise as if `expert` were not there: the K best of the others, weighted as the router would.
 
     Where fewer than K others have any weight, the places left over have none.
     """
@@ -256,20 +273,21 @@ def routed_by(layer: ExpertLayer, routers: Mapping[str, nn.Module]) -> Iterator[
 def interventions(layer: ExpertLayer, tapes: Mapping[str, Tape]) -> Iterator[tuple[dict, dict]]:
     """-> ({task: what is changed}, {task: router}), one for each pass that is to be scored; see routed_by.
 
-    `tapes` hold the routes of an unchanged pass over the same photographs.
+    `tapes` hold, for each task that is scored, the routes of an unchanged pass over the same photographs.
     """
-    own = {t: layer.routers[t] for t in tapes}
+    own = dict(layer.routers.items())
 
     def all_tasks(title, change):
-        return dict.fromkeys(own, title), {t: Rerouted(router, change) for t, router in own.items()}
+        return dict.fromkeys(tapes, title), {t: Rerouted(own[t], change) for t in tapes}
 
     yield all_tasks("without the experts", lambda r: r._replace(weights=torch.zeros_like(r.weights)))
     for e in range(len(layer.experts.w1)):
         yield all_tasks(f"without expert {e}", lambda r, e=e: knock_out(r, e))
-    if all(len(tape.routes) > 1 for tape in tapes.values()):
-        yield (dict.fromkeys(own, "routes of another photograph"),
-               {t: Rerouted(router, tapes[t].shuffled()) for t, router in own.items()})
+    several = [t for t, tape in tapes.items() if len(tape.routes) > 1]
+    if several:
+        yield (dict.fromkeys(several, "routes of another photograph"),
+               own | {t: Rerouted(own[t], tapes[t].shuffled()) for t in several})
     names = list(own)
     for shift in range(1, len(names)):
-        other = {names[i - shift]: o for i, o in enumerate(names)}
+        other = {names[i - shift]: o for i, o in enumerate(names) if names[i - shift] in tapes}
         yield {t: f"by the router of {o}" for t, o in other.items()}, {t: own[o] for t, o in other.items()}

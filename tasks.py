@@ -32,8 +32,8 @@ class Task:
         """Whether a record or sample carries this task's label."""
         return getattr(record, self.label) is not None
 
-    def head(self, maps: model.Maps) -> nn.Module:
-        """The layer that turns the five maps, which `maps` describes, into this task's raw output."""
+    def head(self, spec: model.MapSpec) -> nn.Module:
+        """The layer that turns five maps, which `spec` describes, into this task's raw output."""
         raise NotImplementedError
 
     def target(self, sample) -> Tensor:
@@ -94,8 +94,8 @@ class Classification(Task):
     classes: int
     ordered = True  # neighbouring classes are alike, so that quadratic kappa means something
 
-    def head(self, maps):
-        return model.PooledHead(maps, self.classes)
+    def head(self, spec):
+        return model.PooledHead(spec, self.classes)
 
     def target(self, sample):
         return torch.tensor(getattr(sample, self.label))
@@ -166,8 +166,8 @@ class Lesions(Task):
     name, label, primary = "seg", "masks", "dice"
     classes = ("MA", "HE", "EX", "SE", "OD")  # the order of the channels of a sample's masks
 
-    def head(self, maps):
-        return model.MaskHead(maps, len(self.classes))
+    def head(self, spec):
+        return model.MaskHead(spec, len(self.classes))
 
     def target(self, sample):
         return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
@@ -265,8 +265,8 @@ class Landmarks(Task):
     name, label, primary = "loc", "points", "within_radius"
     classes = ("disc", "fovea")  # the order of a sample's points
 
-    def head(self, maps):
-        return model.PointHead(maps, len(self.classes))
+    def head(self, spec):
+        return model.PointHead(spec, len(self.classes))
 
     def target(self, sample):
         """(P + 4, 2): the points as shares of the side, nan where not known; then what turns shares into other units.

@@ -37,7 +37,7 @@ import evaluate
 import eyes
 import records
 import routes
-from model import PLACES, ROUTERS, VARIANTS, Net, balance_loss, load_pretrained, make_routers
+from model import LEARNED, PLACES, ROUTERS, VARIANTS, Net, balance_loss, load_pretrained, make_routers
 from records import InputError
 from tasks import TASKS, Task, make_tasks
 
@@ -448,7 +448,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=ROUTERS)
     add(group, "--expert-width", "hidden units of an expert, in multiples of the map's channels", Options.expert_width,
         type=float)
-    add(group, "--experts-at", "the layer's place: the deepest map, or the decoder's at stride 4", Options.experts_at,
+    add(group, "--experts-at", "the layer's place: the deepest map, or the decoder's at stride 4, which all tasks then "
+                               "share up to there", Options.experts_at,
         choices=PLACES)
     group = parser.add_argument_group("training")
     add(group, "--epochs", "at most (default: 5 drawn, else 40)", type=int)
@@ -472,7 +473,7 @@ def settle_experts(args: argparse.Namespace) -> tuple[int, int, float]:
     tasks = list(dict.fromkeys(args.tasks))
     if args.experts == 0:
         given = [f"--{flag}" for flag in ("chosen", "balance") if getattr(args, flag) is not None]
-        given += [f"--{flag.replace('_', '-')}" for flag in ("router", "expert_width", "experts_at")
+        given += [f"--{flag.replace('_', '-')}" for flag in ("router", "expert_width")
                   if getattr(args, flag) != getattr(Options, flag)]
         if given:
             raise InputError(f"--experts 0: there is no layer for {given[0]}; leave one of them out")
@@ -489,7 +490,7 @@ def settle_experts(args: argparse.Namespace) -> tuple[int, int, float]:
         make_routers(args.router, 1, tasks, experts, chosen)
     except ValueError as error:
         raise InputError(str(error)) from None
-    learns = args.router in ("learned", "shared")
+    learns = args.router in LEARNED
     if args.balance and not learns:
         raise InputError(f"--balance {args.balance}: --router {args.router} does not learn, so there is nothing to "
                          "balance; leave --balance out")
@@ -501,7 +502,8 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if unknown := [t for t in args.tasks if t not in TASKS]:
         raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}; separate them by spaces")
     for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
-                         ("expert_width", 1e-3), ("weight_decay", 0), ("balance", 0), ("workers", 0), ("seed", 0)):
+                         ("chosen", 1), ("expert_width", 1e-3), ("weight_decay", 0), ("balance", 0), ("workers", 0),
+                         ("seed", 0)):
         value = getattr(args, flag)
         if value is not None and not lowest <= value < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
@@ -520,7 +522,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     if args.fold is not None and any(r.part == "val" for r in found.records):
         raise InputError(f"--fold {args.fold}: {root} names its own validation part; leave --fold out")
     notes = list(found.notes)
-    if chosen == 1 < experts and args.router not in ("uniform", "private"):
+    if chosen == 1 < experts and args.router in LEARNED:
         notes.append("--chosen 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
                      "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
     if drawn:
@@ -558,9 +560,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{folder}: exists already; choose another --name")
     for note in notes:
         print(note)
-    layer = f"{options.experts} experts, {options.chosen} for each token, router {options.router}" if options.experts \
-        else "no experts"
-    print(f"tasks {' '.join(options.tasks)}, {options.size} px, {layer}, run folder {folder}")
+    experts = "no expert layer" if options.experts == 0 else (
+        f"experts {options.experts}, chosen {options.chosen}, router {options.router}, width {options.expert_width:g}, "
+        f"at {options.experts_at}")
+    print(f"tasks {' '.join(options.tasks)}, {options.size} px, {experts}, run folder {folder}")
     begun = time.perf_counter()
     try:
         best = fit(options, folder, notes)

@@ -101,6 +101,14 @@ def test_what_is_no_run_is_one_line(run, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_of_another_version_is_said_to_be_one(run):
+    state = torch.load(run / "best.pt", weights_only=True)
+    del state["options"]["router"]
+    torch.save(state, run / "best.pt")
+    with pytest.raises(InputError, match="made by another version of this project, its options lack 'router'; train"):
+        evaluate.load_run(run, torch.device("cpu"))
+
+
 def test_a_file_in_place_of_the_run_names_the_folder(run):
     with pytest.raises(InputError, match="best.pt: a file; expected the run's folder, .*run"):
         evaluate.load_run(run / "best.pt", torch.device("cpu"))

@@ -63,8 +63,26 @@ def noisy_logits(router: Router, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return clean, scale, clean + scale * torch.randn_like(clean)
 
 
-def load_as_it_should_be(router: Router, u: torch.Tensor) -> torch.Tensor:
-    return router(u, (len(u), 1, 1)).load
+def redrawn(estimator, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over 20000 draws of an estimate of the load, for three tokens and five experts, and how often each of them
+    was in fact chosen; (3, 5) each."""
+    torch.manual_seed(0)
+    router = random_layer(experts=5, chosen=chosen).routers["a"].train()
+    torch.nn.init.normal_(router.gate, std=0.1)
+    u = torch.randn(3, C).repeat_interleave(20000, 0)
+    with torch.no_grad():
+        load = estimator(router, u).view(3, 20000, 5).mean(1)
+        drawn = noisy_logits(router, u)[2].topk(chosen, dim=1).indices
+    return load, F.one_hot(drawn, 5).sum(1).float().view(3, 20000, 5).mean(1)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(chosen):
+    """The load of one draw conditions on the other experts' noise; over many draws it must average to how often expert
+    i is in fact chosen, and its sum to K."""
+    load, share = redrawn(lambda router, u: router(u, (len(u), 1, 1)).load, chosen)
+    torch.testing.assert_close(load, share, atol=0.012, rtol=0)
+    torch.testing.assert_close(load.sum(1), torch.full((3,), float(chosen)), rtol=0.01, atol=0)
 
 
 def load_against_softmaxed_thresholds(router: Router, u: torch.Tensor) -> torch.Tensor:
@@ -82,22 +100,12 @@ def load_against_the_kth_of_all(router: Router, u: torch.Tensor) -> torch.Tensor
     return torch.special.ndtr((clean - noisy.topk(router.chosen, dim=1)[0][:, -1:]) / scale)
 
 
-@pytest.mark.parametrize("estimator,right", [
-    (load_as_it_should_be, True), (load_against_softmaxed_thresholds, False), (load_against_the_kth_of_all, False)])
+@pytest.mark.parametrize("mistake", [load_against_softmaxed_thresholds, load_against_the_kth_of_all])
 @pytest.mark.parametrize("chosen", [1, 2, 4])
-def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(estimator, right, chosen):
-    """P_i of one draw conditions on the other experts' noise; over many draws it must average to how often expert i is
-    in fact chosen, and its sum to K. Mistakes seen in well-known implementations fail both."""
-    torch.manual_seed(0)
-    router = random_layer(experts=5, chosen=chosen).routers["a"].train()
-    torch.nn.init.normal_(router.gate, std=0.1)
-    u = torch.randn(3, C).repeat_interleave(20000, 0)
-    with torch.no_grad():
-        load = estimator(router, u).view(3, 20000, 5).mean(1)
-        drawn = noisy_logits(router, u)[2].topk(chosen, dim=1).indices
-    share = F.one_hot(drawn, 5).sum(1).float().view(3, 20000, 5).mean(1)
-    assert bool(((load - share).abs() < 0.012).all()) == right
-    assert bool(((load.sum(1) - chosen).abs() < 0.01 * chosen).all()) == right
+def test_the_oracle_rejects_known_mistakes(mistake, chosen):
+    """So that the test above is known to be able to fail: in the shares and in the sum."""
+    load, share = redrawn(mistake, chosen)
+    assert (load - share).abs().max() > 0.012 and (load.sum(1) - chosen).abs().max() > 0.01 * chosen
 
 
 def test_load_of_one_draw_is_the_conditional_chance():
@@ -137,12 +145,13 @@ def test_a_task_without_tokens_gets_no_gradient_in_its_router():
     assert all(p.grad is None for p in layer.routers["b"].parameters())
 
 
-def test_routing_is_float32_under_autocast():
-    """And not only in its type: choices and weights are those of a pass without autocast."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routing_is_float32_under_autocast(dtype):
+    """From the norm on, whatever the map comes in: choices and weights are those of a pass without autocast."""
     torch.manual_seed(0)
     layer = random_layer().eval()
-    x = torch.randn(4, C, 5, 5)
-    plain = layer({"a": x})[1]["a"]
+    x = torch.randn(4, C, 5, 5).to(dtype)
+    plain = layer({"a": x.float()})[1]["a"]
     with torch.autocast("cpu", torch.bfloat16):
         y, routing = layer({"a": x})
     r = routing["a"]
@@ -219,7 +228,7 @@ def test_the_benchmark_compares_the_same_layer():
     assert benchmark.multiply_adds(benchmark.Dense(), x) == benchmark.multiply_adds(layer, {"a": x}) - router
 
 
-@pytest.mark.parametrize("e", [4, 8, 16, 64])
+@pytest.mark.parametrize("e", [4, 8, 16, 32, 64])
 def test_the_number_of_expert_rows_computed_is_n_times_k(e):
     """A row costs C * hidden twice; what is counted is the work done, forward, whatever E is."""
     torch.manual_seed(0)
@@ -227,6 +236,9 @@ def test_the_number_of_expert_rows_computed_is_n_times_k(e):
     indices = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
     count = multiply_adds(Experts(C, e, hidden, 0.0), torch.randn(n, C), indices, torch.full((n, k), 0.5))
     assert count == n * k * 2 * C * hidden
+    layer = random_layer(e, k)
+    routers = 2 * n * C * 2 * e  # two tasks, gate and noise
+    assert multiply_adds(layer, {t: torch.randn(1, C, 10, 10) for t in "ab"}) == routers + 2 * n * k * 2 * C * C // 2
 
 
 def test_nan_reaches_exactly_the_tokens_that_chose_the_expert():
@@ -324,6 +336,25 @@ def test_compiled_equals_eager(backend):
                 results.append([*y.values(), *routing["a"][:4], *(p.grad.clone() for p in layer.parameters())])
     for eager, compiled in zip(results[0] + results[1], results[2] + results[3]):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cuda_equals_cpu(autocast):
+    torch.manual_seed(0)
+    layer = random_layer().eval()
+    x = torch.randn(4, C, 5, 5)
+    y, routing = layer({"a": x, "b": x})
+    layer.cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        (z, there), (again, _) = (layer({"a": x.cuda(), "b": x.cuda()}) for _ in range(2))
+    assert torch.equal(z["a"], again["a"])
+    share = (there["a"].indices.cpu() == routing["a"].indices).float().mean()
+    assert share > 0.98  # ties may fall the other way
+    if not autocast:
+        same = (there["a"].indices.cpu() == routing["a"].indices).all(1).view(4, 5, 5)
+        pair = (v["a"].cpu().permute(0, 2, 3, 1)[same] for v in (z, y))
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
 
 
 # ---- controls ----
@@ -432,7 +463,11 @@ def test_gradients_are_finite_at_perfect_balance(training, chosen):
 
 @pytest.mark.parametrize("balance,recovers", [(0.3, True), (0.0, False)])
 def test_a_collapsed_router_recovers_by_the_balance_loss_and_not_without(balance, recovers):
-    """While a task is learned, from a start where all tokens go to expert 0: the task alone keeps them there."""
+    """While a task is learned, from a start where all tokens go to expert 0: the task alone keeps them there.
+
+    The weight is 30 times the default, which is there to keep a balance from the start, not to find it again: with 0.01
+    in place of 0.3, expert 0 still has 95 % of the tokens after these steps.
+    """
     torch.manual_seed(0)
     layer = ExpertLayer(C, ["a"], 4, 1, dropout=0.0).train()
     with torch.no_grad():

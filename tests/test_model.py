@@ -15,8 +15,8 @@ def small_net(**config) -> Net:
     return Net(NetConfig(**config), [TASKS["cls"], TASKS["seg"]])
 
 
-def maps_of(encoder: Encoder) -> model.Maps:
-    return model.Maps(encoder, encoder.channels, 4)
+def spec_of(encoder: Encoder) -> model.MapSpec:
+    return model.MapSpec(encoder, encoder.channels, 4)
 
 
 # ---- encoder ----
@@ -173,7 +173,7 @@ def test_only_labelled_pairs_are_dispatched():
 
 def test_pooled_head_ignores_where():
     encoder = Encoder("b0")
-    head = PooledHead(maps_of(encoder), 3).eval()
+    head = PooledHead(spec_of(encoder), 3).eval()
     maps = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(encoder.channels)]
     torch.testing.assert_close(head(maps), head([m.flip(2, 3) for m in maps]))
     for i in range(1, 5):  # strides 4 to 32 all count
@@ -184,7 +184,7 @@ def test_pooled_head_ignores_where():
 def test_mask_head_starts_near_one_percent():
     encoder = Encoder("b0").eval()
     with torch.no_grad():
-        p = MaskHead(maps_of(encoder), 5).eval()(encoder(torch.randn(2, 3, 64, 64))).sigmoid()
+        p = MaskHead(spec_of(encoder), 5).eval()(encoder(torch.randn(2, 3, 64, 64))).sigmoid()
     assert 0.001 < p.median() < 0.1
 
 
@@ -192,7 +192,7 @@ def test_point_head_is_a_feature_pyramid():
     """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
     torch.manual_seed(0)
     encoder = Encoder("b0")
-    head = PointHead(maps_of(encoder), 2).eval().double()
+    head = PointHead(spec_of(encoder), 2).eval().double()
     maps = [torch.randn(3, c, 64 >> i, 96 >> i, dtype=torch.float64) for i, c in enumerate(encoder.channels)]
 
     def lateral(k, x):  # a 1x1 convolution is a matrix product over channels
@@ -208,9 +208,9 @@ def test_point_head_is_a_feature_pyramid():
 def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
     """Points are read from it alone, masks from it and the map at stride 2, classes from strides 4 to 32."""
     encoder = Encoder("b0")
-    spec = model.Maps(encoder, (16, 32, *encoder.channels[2:]), 1)
+    spec = model.MapSpec(encoder, (16, 32, *encoder.channels[2:]), 1)
     maps = [torch.randn(2, c, 32 >> i, 64 >> i) for i, c in enumerate(spec.channels)]
-    for head, shape, reads in ((PointHead(spec, 2), (2, 2, 16, 32), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
+    for head, shape, reads in ((PointHead(spec, 2), (2, 2, 8, 16), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
                                (PooledHead(spec, 3), (2, 3), {1, 2, 3, 4})):
         head.eval()
         assert head(maps).shape == shape

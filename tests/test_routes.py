@@ -1,5 +1,6 @@
 """What is said about routes: against counting by loops, values by hand, networks changed by other means."""
 
+import copy
 import json
 import math
 import sys
@@ -24,29 +25,37 @@ GRID = (1, 1, 1)
 
 
 def busy_net(**controls):
-    """A network whose experts matter, and the drawn test photographs."""
+    """A network whose tokens differ and whose experts matter, and the drawn test photographs."""
     torch.manual_seed(0)
     net, tasks = evaluate.build_net(asdict(replace(TINY, **controls)))
+    photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "test"], 64)
     with torch.no_grad():
         for p in net.experts.parameters():
             p.normal_(std=0.5)
-    return net.eval(), tasks, data.Photographs([r for r in records.read_drawn().records if r.part == "test"], 64)
+        for m in net.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum = 1.0  # running statistics of these photographs; fresh ones would let all look alike
+        net.train()(torch.stack([photographs[i, None].image for i in range(len(photographs))]))
+    return net.eval(), tasks, photographs
 
 
 # ---- where tokens go ----
 
 def test_kinds_below_a_token_by_loops():
     torch.manual_seed(0)
-    masks = (torch.rand(3, 5, 8, 12) < 0.03).to(torch.uint8)
+    masks = (torch.rand(3, 5, 8, 12) < 0.01).to(torch.uint8)
     masks[2, 1] = UNKNOWN
-    found = routes.kinds_below(masks, (2, 3))
-    assert found.shape == (3, 6, 6)
+    images = torch.randint(0, 256, (3, 3, 8, 12), dtype=torch.uint8)
+    images[:, :, :4, :4] = 3
+    found = routes.kinds_below(images, masks, (2, 3))
+    assert found.shape == (3, 7, 6) and routes.KINDS == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
     for n in range(3):
         for y in range(2):
             for x in range(3):
                 block = masks[n, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4]
-                there = [bool((m == 1).any()) for m in block]
-                assert found[n, :, 3 * y + x].tolist() == [*there, n < 2 and not any(there)]
+                there, outside = [bool((m == 1).any()) for m in block], x == y == 0
+                none = n < 2 and not any(there) and not outside
+                assert found[n, :, 3 * y + x].tolist() == [*there, none, outside]
     assert found[:2, 5].any() and found[:, :5].any()
 
 
@@ -59,33 +68,33 @@ def test_collect_counts_every_choice_of_every_photograph():
         batches = evaluate.loader(photographs, evaluate.in_order(photographs, batch), [TASKS["seg"]], CPU)
         uses.append(routes.collect(net, batches, CPU))
     for task in ("cls", "seg"):
-        for name in ("shares", "entropy", "under", "tokens"):
+        for name in ("shares", "entropy", "below", "tokens"):
             torch.testing.assert_close(getattr(uses[0][task], name), getattr(uses[1][task], name), rtol=1e-5, atol=1e-5)
-    shares, under, tokens = torch.zeros(10, 2, 4), torch.zeros(6, 2, 4), torch.zeros(6)
+    shares, below, tokens = torch.zeros(10, 2, 4), torch.zeros(7, 2, 4), torch.zeros(7)
     for i in range(10):
         sample = photographs[i, None]
         with torch.no_grad():
             r = net(sample.image[None])[1]["cls"]
-        for position in range(4):  # 64 pixels at stride 32
+        for position in range(4):  # 64 pixels at stride 32; none of these lies outside
             y, x = divmod(position, 2)
-            below = None if sample.masks is None else sample.masks[:, 32 * y:32 * y + 32, 32 * x:32 * x + 32].flatten(1)
-            kinds = [] if below is None else [k for k in range(5) if below[k].any()] or [5]
+            under = None if sample.masks is None else sample.masks[:, 32 * y:32 * y + 32, 32 * x:32 * x + 32].flatten(1)
+            kinds = [] if under is None else [k for k in range(5) if under[k].any()] or [5]
             tokens[kinds] += 1
             for expert, weight in zip(r.indices[position].tolist(), r.weights[position].tolist()):
-                shares[i, :, expert] += torch.tensor([0.5, weight]) / 4
-                under[kinds, :, expert] += torch.tensor([0.5, weight])
+                shares[i, :, expert] += torch.tensor([1, weight]) / 4
+                below[kinds, :, expert] += torch.tensor([1, weight])
     use = uses[1]["cls"]
-    for found, counted in ((use.shares, shares), (use.under, under), (use.tokens, tokens)):
+    for found, counted in ((use.shares, shares), (use.below, below), (use.tokens, tokens)):
         torch.testing.assert_close(found.float(), counted, rtol=1e-4, atol=1e-4)
 
 
 def test_entropy_by_hand():
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
-    assert routes.entropy(p).tolist() == pytest.approx([2, 0, 1])
+    assert routes.entropy(p).tolist() == pytest.approx([2, 0, 1]) and "-" not in f"{routes.entropy(p[1]):.2f}"
 
 
 def test_idle_experts_are_named():
-    tokens = [[0.5, 0.009, 0.0, 0.491], [0.5, 0.009, 0.5, 0.0]]  # expert 1 has less than a hundredth of both together
+    tokens = [[1, 0.009, 0.0, 0.991], [1, 0.009, 0.991, 0.0]]  # less than a hundredth of both tasks' go to expert 1
     assert routes.idle(tokens) == [1]
     assert routes.warning([1]) == "warning: expert 1 receives less than 1 % of the tokens"
     assert routes.warning([1, 4]) == "warning: experts 1, 4 receive less than 1 % of the tokens"
@@ -141,33 +150,59 @@ def test_permutation_stays_within_blocks():
 
 # ---- description ----
 
+def some_use(photographs: int, experts: int) -> routes.Use:
+    """Of two chosen experts."""
+    shares = torch.rand(photographs, 2, experts, dtype=torch.float64)
+    shares /= shares.sum(2, keepdim=True) / torch.tensor([2.0, 1.0])[:, None]
+    return routes.Use(shares, torch.full((photographs,), 1.5, dtype=torch.float64),
+                      torch.ones(7, 2, experts, dtype=torch.float64),
+                      torch.tensor([2, 0, 4, 4, 4, 4, 4], dtype=torch.float64))
+
+
 def test_description_and_table():
     torch.manual_seed(0)
-    shares = torch.rand(30, 2, 4, dtype=torch.float64)
-    shares /= shares.sum(2, keepdim=True)
-    grades = [None if i == 7 else f"grade {i % 3}" for i in range(30)]
-    use = routes.Use(shares, torch.full((30,), 1.5, dtype=torch.float64), torch.ones(6, 2, 4, dtype=torch.float64),
-                     torch.tensor([2.0, 0, 4, 4, 4, 4], dtype=torch.float64))
-    found = routes.describe({"cls": use, "seg": use}, grades)
+    labels = [None if i == 7 else f"grade {i % 3}" for i in range(30)]
+    use = some_use(30, 4)
+    found = routes.describe({"cls": use, "seg": use}, labels, [f"eye {i}" for i in range(30)])
     assert json.loads(json.dumps(found)) == found
     cls = found["tasks"]["cls"]
-    assert cls["tokens"] == pytest.approx(shares[:, 0].mean(0).tolist()) and cls["entropy_of_router"] == 1.5
-    assert cls["grades"]["grade 1"]["photographs"] == 9
-    of_grade_1 = shares[[i for i in range(30) if grades[i] == "grade 1"]].mean(0)
-    assert cls["grades"]["grade 1"]["weight"] == pytest.approx(of_grade_1[1].tolist())
-    assert cls["below"]["MA"] == {"positions": 2, "tokens": [0.5] * 4, "weight": [0.5] * 4} and "HE" not in cls["below"]
+    assert cls["tokens"] == pytest.approx(use.shares[:, 0].mean(0).tolist()) and cls["entropy_of_router"] == 1.5
+    assert sum(cls["tokens"]) == pytest.approx(2) and 1.9 < cls["entropy_of_use"] <= 2
+    assert cls["labels"]["grade 1"]["photographs"] == 9
+    of_grade_1 = use.shares[[i for i in range(30) if labels[i] == "grade 1"]].mean(0)
+    assert cls["labels"]["grade 1"]["weight"] == pytest.approx(of_grade_1[1].tolist())
+    assert cls["below"]["MA"] == {"tokens_below": 2, "tokens": [0.5] * 4, "weight": [0.5] * 4}
+    assert "HE" not in cls["below"]
     assert found["information"]["task"]["bits"] == pytest.approx(0, abs=1e-9)  # both tasks alike
+    assert found["information"]["grade"]["units"] == 29 and found["information"]["task"]["units"] == 60
     short, long = routes.table(found, False), routes.table(found, True)
     assert "I(expert; grade | task) 0." in short and "grade 1 (9)" not in short and "warning" not in short
     assert "grade 1 (9)" in long and "EX below (4)" in long
     assert f"{100 * cls['tokens'][2]:3.0f}/{100 * cls['weight'][2]:.0f}" in short
 
 
+def test_photographs_of_one_eye_are_one_witness():
+    """Information from two equal photographs of each eye is that from one, with the same chance value."""
+    torch.manual_seed(0)
+    once = some_use(12, 4)
+    twice = routes.Use(once.shares.repeat(2, 1, 1), once.entropy.repeat(2), once.below, once.tokens)
+    labels, eyes = [f"grade {i % 3}" for i in range(12)], [f"eye {i:02}" for i in range(12)]
+    other = some_use(12, 4)
+    doubled = routes.Use(other.shares.repeat(2, 1, 1), other.entropy.repeat(2), other.below, other.tokens)
+    one = routes.describe({"a": once, "b": other}, labels, eyes)["information"]
+    two = routes.describe({"a": twice, "b": doubled}, labels * 2, eyes * 2)["information"]
+    for label in ("task", "grade"):
+        assert one[label] == pytest.approx(two[label])
+    three = routes.describe({"a": twice, "b": doubled}, labels * 2, [f"eye {i:02}" for i in range(24)])["information"]
+    assert three["grade"]["bits"] == pytest.approx(one["grade"]["bits"])
+    assert three["grade"]["by_chance"] < 0.8 * one["grade"]["by_chance"]
+
+
 def test_a_table_of_many_experts_shows_the_most_used():
     shares = torch.zeros(5, 2, 20, dtype=torch.float64)
-    shares[:, :, 4:8] = 0.25
-    use = routes.Use(shares, torch.zeros(5), torch.zeros(6, 2, 20), torch.zeros(6))
-    text = routes.table(routes.describe({"cls": use}, [None] * 5), True)
+    shares[:, :, 4:8] = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None]
+    use = routes.Use(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
+    text = routes.table(routes.describe({"cls": use}, [None] * 5, ["e"] * 5), True)
     assert "the 12 most used of 20 experts" in text and all(f"   {e}   " in text for e in range(4, 8))
     assert "I(expert" not in text and "warning: experts 0, 1, 2, 3, 8, 9" in text
 
@@ -228,29 +263,72 @@ def test_the_layer_has_its_own_routers_back_afterwards():
 
 
 def test_changes_are_those_of_networks_changed_by_hand():
-    net, tasks, photographs = busy_net()
-    changes = evaluate.rerouted(net, photographs, tasks, CPU, 4)
-    assert list(changes) == ["without the experts", *(f"without expert {e}" for e in range(4)),
-                             "routes of another photograph", "by the router of cls", "by the router of seg"]
-    assert set(changes["by the router of cls"]) == {"seg"} and set(changes["without expert 0"]) == {"cls", "seg"}
+    """Every row for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
+    net, tasks, photographs = busy_net(tasks=("cls", "seg", "loc"))
+    layer, own = net.experts, dict(net.experts.routers.items())
+    found = evaluate.rerouted(net, photographs, tasks, CPU, 4)
+    assert net.experts.routers["cls"] is own["cls"]
+    assert list(found) == ["without the experts", *(f"without expert {e}" for e in range(4)),
+                           "routes of another photograph", *(f"by the router of {t}" for t in ("cls", "seg", "loc"))]
 
-    def primary():
-        metrics = evaluate.score(net, photographs, tasks, CPU).metrics()
-        return {t.name: metrics[t.name][t.primary] for t in tasks}
-    before = primary()
-    layer, own, net.experts = net.experts, net.experts.routers, None
-    without = primary()
-    net.experts = layer
-    layer.routers = torch.nn.ModuleDict({"cls": own["seg"], "seg": own["cls"]})
-    swapped = primary()
-    layer.routers = own
-    assert any(without[t] != before[t] for t in before) and any(swapped[t] != before[t] for t in before)
-    for t, other in (("cls", "seg"), ("seg", "cls")):
-        assert changes["without the experts"][t] == pytest.approx(without[t] - before[t], abs=1e-6)
-        assert changes[f"by the router of {other}"][t] == pytest.approx(swapped[t] - before[t], abs=1e-6)
+    def losses(routers=own, experts=layer, of=photographs):
+        layer.routers, net.experts = torch.nn.ModuleDict(routers), experts
+        try:
+            return evaluate.score(net, of, tasks, CPU, 4).losses
+        finally:
+            layer.routers, net.experts = torch.nn.ModuleDict(own), layer
+    before, expected = losses(), {"without the experts": losses(experts=None)}
+    for e in range(4):  # see test_knocking_out_... for what this does
+        routers = {t: copy.deepcopy(router) for t, router in own.items()}
+        for router in routers.values():
+            router.register_forward_hook(lambda module, inputs, r, e=e: routes.knock_out(r, e))
+        expected[f"without expert {e}"] = losses(routers)
+    for shift in (1, 2):
+        others = {t: list(own)[(i + shift) % 3] for i, t in enumerate(own)}
+        for t, value in losses({t: own[o] for t, o in others.items()}).items():
+            expected.setdefault(f"by the router of {others[t]}", {})[t] = value
+    for title, values in expected.items():
+        assert set(found[title]) == set(values)
+        for t, value in values.items():
+            assert found[title][t]["loss"] == pytest.approx(value - before[t], abs=1e-5)
+    assert len({round(found[f"without expert {e}"]["seg"]["loss"], 6) for e in range(4)}) == 4
+    assert any(row["loss"] != 0 for row in found["routes of another photograph"].values())
     with torch.no_grad():
         layer.experts.w2.zero_()
-    assert all(v == 0 for row in evaluate.rerouted(net, photographs, tasks, CPU, 4).values() for v in row.values())
+    for row in evaluate.rerouted(net, photographs, tasks, CPU, 4).values():
+        assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in row.values())
+
+
+def test_shuffled_routes_meet_the_right_task_and_photograph():
+    """One photograph's routes for all: then every shuffle changes nothing; with others', it does."""
+    net, tasks, photographs = busy_net()
+    changed = evaluate.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
+    assert any(abs(row["loss"]) > 1e-6 for row in changed.values())
+    photographs.paths = [photographs.paths[0]] * len(photographs)
+    same = evaluate.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
+    assert all(abs(row["loss"]) < 1e-6 for row in same.values())
+
+
+def test_a_split_without_a_tasks_labels_still_has_its_router():
+    net, tasks, photographs = busy_net()
+    photographs.records = [replace(r, masks=None) for r in photographs.records]
+    found = evaluate.rerouted(net, photographs, tasks, CPU, 4)
+    assert all(set(row) == {"cls"} for row in found.values()) and "by the router of seg" in found
+    assert "by the router of cls" not in found
+    photographs.records, photographs.paths = photographs.records[:1], photographs.paths[:1]
+    assert "routes of another photograph" not in evaluate.rerouted(net, photographs, tasks, CPU, 4)
+
+
+def test_standard_error_of_a_change_by_hand():
+    """Accuracy over n photographs of which m become wrong: a mean of n draws that are -1 with probability m / n."""
+    task = TASKS["dme"]
+    truth = torch.arange(400) % 3
+    before = torch.cat([torch.nn.functional.one_hot(truth, 3).float(), truth[:, None]], 1)
+    after = before.clone()
+    after[:40, :3] = after[:40, :3].roll(1, 1)
+    value, error = evaluate.change(task, before, after)
+    assert value == pytest.approx(-0.1) and error == pytest.approx(math.sqrt(0.1 * 0.9 / 400), rel=0.2)
+    assert evaluate.change(task, before, before) == (0, 0)
 
 
 def run_main(monkeypatch, *arguments):
@@ -267,10 +345,13 @@ def test_main_reports_routes(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "grade 0" in text and "OD below (10)" in text and "routes of another photograph" in text
     stored = json.loads((tmp_path / "run" / "routing_test.json").read_text())
-    assert stored["split"] == "test" and stored["photographs"] == 10 and len(stored["rerouted"]) == 8
-    assert sum(stored["tasks"]["seg"]["tokens"]) == pytest.approx(1)
-    plain = json.loads((tmp_path / "run" / "routing.json").read_text())
-    assert plain["split"] == "val" and "rerouted" not in plain
+    assert stored["split"] == "test" and stored["photographs"] == 10
+    assert sum(stored["tasks"]["seg"]["tokens"]) == pytest.approx(2)
+    changes = json.loads((tmp_path / "run" / "rerouted_test.json").read_text())
+    assert changes["split"] == "test" and set(changes["without expert 3"]) == {"cls", "seg"}
+    run_main(monkeypatch, tmp_path / "run", "--split", "test")  # a short call takes nothing away
+    assert json.loads((tmp_path / "run" / "rerouted_test.json").read_text()) == changes
+    assert not (tmp_path / "run" / "rerouted.json").exists()
 
 
 def test_a_run_without_experts_has_no_routing(tmp_path, monkeypatch, capsys):
@@ -286,6 +367,6 @@ def test_training_ends_with_a_warning_about_idle_experts(monkeypatch, capsys):
     flags = "--size 64 --epochs 1 --experts 8 --router private --chosen 4".split()
     train.main([*flags, "--name", "busy"])
     assert "receive less" not in capsys.readouterr().out
-    monkeypatch.setattr(routes, "IDLE", 0.2)
+    monkeypatch.setattr(routes, "IDLE", 0.6)
     train.main([*flags, "--name", "idle"])
-    assert "warning: experts 0, 1, 2, 3, 4, 5, 6, 7 receive less than 20 % of the tokens" in capsys.readouterr().out
+    assert "warning: experts 0, 1, 2, 3, 4, 5, 6, 7 receive less than 60 % of the tokens" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_should(tmp_path):
         assert {"cls", "seg", "balance"} == set(line["train"])
         assert line["val"]["seg"].keys() >= {"loss", "dice", "iou", "dice_MA"} and line["val"]["cls"]["photographs"] > 0
         for share in ("tokens", "weight"):
-            assert sum(line["expert_usage"]["cls"][share]) == pytest.approx(1)
+            assert sum(line["expert_usage"]["cls"][share]) == pytest.approx(2 if share == "tokens" else 1)
             assert len(line["expert_usage"]["seg"][share]) == 4
         assert line["lr"] >= 0 and line["seconds"] > 0 and line["images_per_second"] > 0
     assert best["score"] == max(line["score"] for line in lines)
@@ -384,7 +384,8 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
     ("--epochs 0", "--epochs 0: expected at least 1"),
     ("--lr nan", "--lr nan: expected at least"),
     ("--chosen 9", "--chosen 9: expected 1 to 8, the number of --experts"),
-    ("--chosen 0", "--chosen 0: expected 1 to 8, the number of --experts"),
+    ("--chosen 0", "--chosen 0: expected at least 1"),
+    ("--router private --chosen -1", "--chosen -1: expected at least 1"),
     ("--router uniform --chosen 2", "--chosen 2: --router uniform mixes all 8 experts; leave --chosen out"),
     ("--router private --experts 9", "--router private: 2 tasks with --chosen 4 experts each need --experts 8; with 9, "
                                      "1 would have no task"),
@@ -392,7 +393,7 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
                                      "1 are missing"),
     ("--router random --balance 0.1", "--balance 0.1: --router random does not learn"),
     ("--experts 0 --chosen 2", "--experts 0: there is no layer for --chosen; leave one of them out"),
-    ("--experts 0 --experts-at decoder", "--experts 0: there is no layer for --experts-at; leave one of them out"),
+    ("--experts 0 --router shared", "--experts 0: there is no layer for --router; leave one of them out"),
     ("--expert-width 0", "--expert-width 0.0: expected at least 0.001"),
     ("--balance -1", "--balance -1.0: expected at least 0"),
     ("--loss-weights cls=x", "--loss-weights cls=x: expected 'fixed'"),
@@ -410,14 +411,15 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
     ("", 8, 2, 0.01), ("--experts 1", 1, 1, 0.01), ("--router shared --balance 0", 8, 2, 0),
     ("--router uniform", 8, 8, 0), ("--router uniform --experts 3", 3, 3, 0), ("--router random", 8, 2, 0),
     ("--router private", 4, 2, 0), ("--router private --experts 8", 8, 4, 0), ("--router private --chosen 1", 2, 1, 0),
-    ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--experts 0", 0, 1, 0)])
+    ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--experts 0 --experts-at decoder", 0, 1, 0)])
 def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
     options = train.settle(train.parse(arguments.split()))[0]
     assert (options.experts, options.chosen, options.balance) == (experts, chosen, balance)
 
 
 def test_one_chosen_expert_comes_with_its_reason():
-    for arguments, said in (("--chosen 1", True), ("--experts 1", False), ("", False)):
+    for arguments, said in (("--chosen 1", True), ("--router shared --chosen 1", True), ("--experts 1", False),
+                            ("--router random --chosen 1", False), ("", False)):
         notes = train.settle(train.parse(arguments.split()))[1]
         assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
 
