@@ -468,6 +468,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_ranges(args: argparse.Namespace) -> None:
+    """InputError: a number is out of its range."""
+    for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
+                         ("chosen", 1), ("expert_width", 1e-3), ("weight_decay", 0), ("balance", 0), ("workers", 0),
+                         ("seed", 0)):
+        value = getattr(args, flag)
+        if value is not None and not lowest <= value < math.inf:
+            raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
+    if args.size and args.size % 32:
+        raise InputError(f"--size {args.size}: expected a multiple of 32, the stride of the deepest map")
+    if args.seed >= 1 << 32:
+        raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
+
+
 def settle_experts(args: argparse.Namespace) -> tuple[int, int, float]:
     """-> experts, chosen, weight of the balance loss; defaults depend on the router. InputError: they do not fit."""
     tasks = list(dict.fromkeys(args.tasks))
@@ -501,16 +515,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     """Fill in the defaults that depend on the data and check the rest; -> options, notes to print and to keep."""
     if unknown := [t for t in args.tasks if t not in TASKS]:
         raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}; separate them by spaces")
-    for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
-                         ("chosen", 1), ("expert_width", 1e-3), ("weight_decay", 0), ("balance", 0), ("workers", 0),
-                         ("seed", 0)):
-        value = getattr(args, flag)
-        if value is not None and not lowest <= value < math.inf:
-            raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
-    if args.size and args.size % 32:
-        raise InputError(f"--size {args.size}: expected a multiple of 32, the stride of the deepest map")
-    if args.seed >= 1 << 32:
-        raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
+    check_ranges(args)
     LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
     experts, chosen, balance = settle_experts(args)
     fold = Options.fold if args.fold is None else args.fold
