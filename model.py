@@ -245,7 +245,10 @@ def make_routers(kind: str, channels: int, tasks: Sequence[str], experts: int, c
 class Experts(nn.Module):
     """E independent two-layer networks over tokens, of which each token meets only those that it chose.
 
-    y = sum over the chosen i of weights_i * silu(u w1_i) w2_i; w2 starts at zero: at first the layer adds nothing.
+    y = D^-1/2 * sum over the chosen i of weights_i * silu(u w1_i) w2_i; w2 starts at zero: at first the layer adds
+    nothing. Adam moves every entry of w2 by about the learning rate whatever the gradient, so that y would move by D of
+    these; the factor leaves the root of that (compare Yang et al. 2022, arXiv 2203.03466). Without it, experts outgrew
+    the map that they add to by a factor of forty, and heads turned away from it.
     """
 
     def __init__(self, channels: int, experts: int, hidden: int, dropout: float):
@@ -265,9 +268,9 @@ class Experts(nn.Module):
 
         hidden = F.silu(by_owner(u.index_select(0, token), self.w1))  # (N*K, D)
         hidden = F.dropout(hidden, self.dropout, self.training)
-        # y = sum_i weights_i * (hidden_i w2_i) = sum_i (weights_i * hidden_i) w2_i, by default half as much to multiply
+        # weights_i * (hidden_i w2_i) = (weights_i * hidden_i) w2_i, by default half as much to multiply
         weights = weights.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
-        y = by_owner(weights * hidden, self.w2)  # (N*K, C)
+        y = by_owner(weights / math.sqrt(hidden.shape[1]) * hidden, self.w2)  # (N*K, C)
         return torch.zeros_like(u).index_add(0, token, y.to(u.dtype))
 
 

@@ -76,7 +76,7 @@ class AllExperts(nn.Module):
         r = self.layer.routers["a"](u, (len(x), *x.shape[2:]))
         each = [F.silu(u @ w1) @ w2 for w1, w2 in zip(self.layer.experts.w1.unbind(0),
                                                       self.layer.experts.w2.unbind(0))]  # E x (N, C)
-        y = sum(w.unsqueeze(1) * y for w, y in zip(r.spread(r.weights).unbind(1), each))
+        y = sum(w.unsqueeze(1) * y for w, y in zip((r.spread(r.weights) * (C / 2) ** -0.5).unbind(1), each))
         return x + y.view(len(x), *x.shape[2:], C).permute(0, 3, 1, 2)
 
 

@@ -164,7 +164,7 @@ def test_routing_is_float32_under_autocast(dtype):
 
 def dense_loop(experts: Experts, u, indices, weights):
     """What the experts compute, token by token."""
-    return torch.stack([sum(w * (F.silu(u[n] @ experts.w1[e]) @ experts.w2[e])
+    return torch.stack([sum(w * (F.silu(u[n] @ experts.w1[e]) @ experts.w2[e]) / math.sqrt(experts.w1.shape[2])
                             for e, w in zip(indices[n].tolist(), weights[n])) for n in range(len(u))])
 
 
@@ -203,7 +203,7 @@ def test_the_layer_equals_all_experts_computed_densely(experts, chosen, training
             u = F.layer_norm(x.permute(0, 2, 3, 1).reshape(-1, C), (C,), layer.norm.weight, layer.norm.bias)
             r = layer.routers[t](u, (2, 3, 2))
             w = sum(F.one_hot(r.indices[:, j], experts) * r.weights[:, j:j + 1] for j in range(chosen))  # (N, E)
-            every = torch.einsum("edc,ned->nec", layer.experts.w2,
+            every = torch.einsum("edc,ned->nec", layer.experts.w2 / math.sqrt(C / 2),
                                  F.silu(torch.einsum("nc,ecd->ned", u, layer.experts.w1)))
             out[t] = x + torch.einsum("ne,nec->nc", w, every).view(2, 3, 2, C).permute(0, 3, 1, 2)
         return out
@@ -360,14 +360,14 @@ def test_cuda_equals_cpu(autocast):
 # ---- controls ----
 
 def test_uniform_mixing_is_one_wide_dense_network():
-    """Hidden layers side by side, the second matrices on top of each other and divided by E."""
+    """Hidden layers side by side, second matrices on top of each other, times (1 / 4 of the mean) * sqrt(4 D / D)."""
     torch.manual_seed(0)
     layer = random_layer(4, 4, ("a",), router="uniform").double()
     wide = random_layer(1, 1, ("a",), width=4 * 0.5).double()
     wide.norm.load_state_dict(layer.norm.state_dict())
     with torch.no_grad():
         wide.experts.w1.copy_(torch.cat(list(layer.experts.w1), 1)[None])
-        wide.experts.w2.copy_(torch.cat(list(layer.experts.w2), 0)[None] / 4)
+        wide.experts.w2.copy_(torch.cat(list(layer.experts.w2), 0)[None] / 2)
     x = torch.randn(2, C, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(layer({"a": x})[0]["a"], wide({"a": x})[0]["a"], rtol=1e-12, atol=1e-12)
 
