@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -17,6 +16,7 @@ import train
 from model import ExpertLayer, Routing
 from records import InputError
 from tasks import TASKS, UNKNOWN
+from test_evaluate import run_main
 from test_experts import random_layer
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
@@ -278,7 +278,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
         finally:
             layer.routers, net.experts = torch.nn.ModuleDict(own), layer
     before, expected = losses(), {"without the experts": losses(experts=None)}
-    for e in range(4):  # see test_knocking_out_... for what this does
+    for e in range(4):  # test_knocking_out_is_routing_without_the_expert tells what this does
         routers = {t: copy.deepcopy(router) for t, router in own.items()}
         for router in routers.values():
             router.register_forward_hook(lambda module, inputs, r, e=e: routes.knock_out(r, e))
@@ -329,11 +329,6 @@ def test_standard_error_of_a_change_by_hand():
     value, error = evaluate.change(task, before, after)
     assert value == pytest.approx(-0.1) and error == pytest.approx(math.sqrt(0.1 * 0.9 / 400), rel=0.2)
     assert evaluate.change(task, before, before) == (0, 0)
-
-
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    evaluate.main()
 
 
 def test_main_reports_routes(tmp_path, monkeypatch, capsys):
