@@ -106,6 +106,12 @@ class Information:
         return f"{self.bits:.3f} bit (by chance {self.by_chance:.3f}, p = {self.p:.3f})"
 
 
+def one_hot(keys: Sequence, dtype: torch.dtype) -> tuple[Tensor, list]:
+    """Keys of n rows -> (n, m), which of the m different keys each has, and these in their order."""
+    names = sorted(set(keys))
+    return F.one_hot(torch.tensor([names.index(key) for key in keys])).to(dtype), names
+
+
 def mutual_information(shares: Tensor, labels: Tensor) -> Tensor:
     """I(expert; label) in bits for shares (..., n, E), rows of which sum to 1, and one-hot labels (n, G).
 
@@ -126,23 +132,21 @@ def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None =
     reach it) / (1 + draws) (Phipson & Smyth 2010). A row must be an independent witness: an eye, not a token.
     `blocks` (n,), ascending: permute within these alone.
     """
-    names = sorted(set(labels))
-    one_hot = F.one_hot(torch.tensor([names.index(label) for label in labels])).to(shares.dtype)
+    labelled, _ = one_hot(labels, shares.dtype)
     blocks = torch.zeros(len(labels)) if blocks is None else torch.as_tensor(blocks)
     generator = torch.Generator().manual_seed(0)
-    bits = float(mutual_information(shares, one_hot).mean())
+    bits = float(mutual_information(shares, labelled).mean())
     chance = torch.empty(draws, dtype=torch.float64)
     for i in range(draws):
         order = (blocks.double() + torch.rand(len(blocks), dtype=torch.float64, generator=generator)).argsort()
-        chance[i] = mutual_information(shares, one_hot[order]).mean()
+        chance[i] = mutual_information(shares, labelled[order]).mean()
     return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + draws), len(labels))
 
 
 def averaged(shares: Tensor, keys: Sequence) -> tuple[Tensor, list]:
     """Shares (..., n, E) -> means over rows with the same key (..., m, E), and the m keys in their order."""
-    names = sorted(set(keys))
-    member = F.one_hot(torch.tensor([names.index(key) for key in keys])).T.to(shares.dtype)  # (m, n)
-    return (member / member.sum(1, keepdim=True)) @ shares, names
+    member, names = one_hot(keys, shares.dtype)  # (n, m)
+    return (member / member.sum(0)).T @ shares, names
 
 
 def describe(uses: Mapping[str, Use], labels: Sequence[str | None], eyes: Sequence[str], word: str = "grade") -> dict:
