@@ -84,17 +84,21 @@ class Sample:
     geometry: Geometry
 
 
-def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
-    """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
-
-    A row or column belongs to it when more than 2 % of its pixels are brighter than a tenth of the bright retina. It
-    is a circle, perhaps cut off on two sides, if it is large, about as wide as high, fills its box, and leaves the
-    corners of the box dark.
-    """
+def lit_pixels(image: Image.Image) -> np.ndarray:
+    """Where a photograph, reduced to at most 256 pixels, is brighter than a tenth of what is bright in it: (h, w)."""
     small = image.copy()
     small.thumbnail((256, 256), Image.BILINEAR)
     brightest = np.asarray(small.convert("RGB")).max(2)
-    lit = brightest > max(12, 0.1 * np.percentile(brightest, 98))
+    return brightest > max(12, 0.1 * np.percentile(brightest, 98))
+
+
+def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
+    """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
+
+    A row or column belongs to it when more than 2 % of its pixels are lit. It is a circle, perhaps cut off on two
+    sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
+    """
+    lit = lit_pixels(image)
     columns, rows = (np.flatnonzero(lit.mean(axis) > 0.02) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
         return None
@@ -102,9 +106,9 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
     inside = lit[top:bottom, left:right]
     corners = inside[[0, 0, -1, -1], [0, -1, 0, -1]]
     short, long = sorted(inside.shape)
-    if corners.any() or inside.mean() < 0.6 or short < 0.6 * long or long < 0.5 * min(small.size):
+    if corners.any() or inside.mean() < 0.6 or short < 0.6 * long or long < 0.5 * min(lit.shape):
         return None
-    zoom_x, zoom_y = image.width / small.width, image.height / small.height
+    zoom_x, zoom_y = image.width / lit.shape[1], image.height / lit.shape[0]
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
 
 
@@ -331,6 +335,23 @@ def find_eyes(records: Sequence[Record], size: int) -> tuple[list[Record], list[
 
 # ---- samples ----
 
+def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
+    """The sample of a record from the arrays that prepare() makes of it."""
+    size = arrays["image"].shape[-1]
+    width, height, *affine = arrays["geometry"].tolist()
+    geometry = Geometry(int(width), int(height), *affine)
+    masks = points = None
+    if record.masks is not None:
+        bits = np.unpackbits(arrays["masks"], count=len(LESIONS) * size * size)
+        masks = torch.from_numpy(bits.reshape(len(LESIONS), size, size))
+        masks[[kind not in record.masks for kind in LESIONS]] = UNKNOWN
+    if record.points is not None:
+        there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
+        points = inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
+    return Sample(record.name, torch.from_numpy(arrays["image"]), record.grade, record.edema, record.category, masks,
+                  points, geometry)
+
+
 class Photographs(torch.utils.data.Dataset):
     """Samples of `records` at `size` pixels from the cache. An index is (number of the record, draw or None).
 
@@ -347,21 +368,9 @@ class Photographs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: tuple[int, int | None]) -> Sample:
         i, draw = index
-        record, size = self.records[i], self.size
+        record = self.records[i]
         with np.load(self.paths[i]) as stored:
-            image, packed, geometry = (stored[key] for key in ("image", "masks", "geometry"))
-        width, height, *affine = geometry.tolist()
-        geometry = Geometry(int(width), int(height), *affine)
-        masks = points = None
-        if record.masks is not None:
-            bits = np.unpackbits(packed, count=len(LESIONS) * size * size)
-            masks = torch.from_numpy(bits.reshape(len(LESIONS), size, size))
-            masks[[kind not in record.masks for kind in LESIONS]] = UNKNOWN
-        if record.points is not None:
-            there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
-            points = inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
-        sample = Sample(record.name, torch.from_numpy(image), record.grade, record.edema, record.category, masks,
-                        points, geometry)
+            sample = to_sample(record, {key: stored[key] for key in ("image", "masks", "geometry")})
         return sample if draw is None else augment(sample, draw)
 
 
@@ -656,6 +665,15 @@ def picture(record: Record) -> Image.Image:
     return image.resize((TILE, TILE), Image.LANCZOS)
 
 
+def mark(pen: ImageDraw.ImageDraw, points: Iterable[tuple[float, float]], reach: float) -> None:
+    """Draw the disc's centre as + and the fovea's as x, strokes `reach` pixels long to each side."""
+    for (x, y), angle in zip(points, (0, math.pi / 4)):
+        for colour, width in (("black", 0.55), ("white", 0.22)):
+            for turn in (angle, angle + math.pi / 2):
+                dx, dy = reach * math.cos(turn), reach * math.sin(turn)
+                pen.line((x - dx, y - dy, x + dx, y + dy), colour, max(1, round(width * reach)))
+
+
 def labelled_picture(record: Record) -> Image.Image:
     """With its masks outlined and its points marked, as they lie in the sample."""
     sample = Photographs([record], EXAMINED_SIZE)[0, None]
@@ -665,12 +683,8 @@ def labelled_picture(record: Record) -> Image.Image:
             outline = torch.nn.functional.max_pool2d(mask, 5, 1, 2) > mask
             image = torch.where(outline, torch.tensor(colour, dtype=torch.uint8)[:, None, None], image)
     drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
-    pen = ImageDraw.Draw(drawn)
-    strokes = (((-9, 0, 9, 0), (0, -9, 0, 9)), ((-7, -7, 7, 7), (-7, 7, 7, -7)))  # + for the disc, x for the fovea
-    for (x, y), lines in zip([] if sample.points is None else sample.points.nan_to_num(-99).tolist(), strokes):
-        for colour, width in (("black", 5), ("white", 2)):
-            for left, top, right, bottom in lines:
-                pen.line((x + left, y + top, x + right, y + bottom), colour, width)
+    if sample.points is not None:
+        mark(ImageDraw.Draw(drawn), sample.points.nan_to_num(-99).tolist(), 9)
     return drawn.resize((TILE, TILE), Image.LANCZOS)
 
 

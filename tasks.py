@@ -1,22 +1,26 @@
 """What a task is, and the tasks. A task names its label, head, loss, decoding and metrics in one class.
 
 Read Task first, then Grading, Lesions and Landmarks as its three examples. To add a task, write one more class and list
-it in TASKS; `train.py --tasks` then knows its name. Metrics are functions of per-photograph tallies collected over a
-whole split, never means of batches.
+it in TASKS; `train.py --tasks` then knows its name. Measures (metrics.py) are functions of per-photograph tallies
+collected over a whole split, never means of batches.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import metrics
 import model
 
-# n photographs with the label, L lesion classes, G grades, P points, S side of the photograph in pixels
+# n photographs with the label, D weightings of them, L lesion classes, G grades, P points, K levels of a pixel's score,
+# S side of the photograph in pixels
 
 UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known (as in data.py)
 
@@ -48,50 +52,43 @@ class Task:
         """Raw output -> answer in human units (n, ...): probabilities, masks, points."""
         raise NotImplementedError
 
-    def tally(self, answer: Tensor, target: Tensor) -> Tensor:
-        """What the metrics need to remember of each photograph: (n, ...), small."""
+    def pool(self) -> metrics.Ranking | None:
+        """A collector of what the tallies of single photographs cannot tell; None: there is nothing of the kind."""
+        return None
+
+    def tally(self, answer: Tensor, target: Tensor, pool: metrics.Ranking | None = None) -> Tensor:
+        """What the measures need to remember of each photograph: (n, ...), small. `pool` takes in the rest."""
         raise NotImplementedError
 
-    def metrics(self, tally: Tensor) -> dict[str, float | list]:
-        """Metrics of a whole split from all its tallies."""
+    def choose(self, tally: Tensor) -> dict[str, float]:
+        """What is fitted on validation and stored in the run: a temperature, thresholds."""
+        return {}
+
+    def measures(self, tally: Tensor, weights: Tensor, chosen: Mapping[str, float]) -> dict[str, Tensor]:
+        """{measure: (D,)} of D splits at once, in which photographs count as `weights` (D, n) say; see metrics.py."""
         raise NotImplementedError
+
+    def metrics(self, tally: Tensor, chosen: Mapping[str, float] = MappingProxyType({}),
+                pool: metrics.Ranking | None = None) -> dict[str, float | int | list]:
+        """Measures of a whole split from all its tallies."""
+        values = self.measures(tally, torch.ones(1, len(tally), dtype=torch.float64), chosen)
+        return {name: float(value) for name, value in values.items()}
 
     def row(self, tally: Tensor) -> dict[str, float]:
         """Columns of predictions.csv from one photograph's tally."""
         raise NotImplementedError
 
-
-# ---- metrics of classes ----
-
-def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """(n,), (n,) -> counts (classes, classes); rows are the truth, columns the prediction."""
-    return torch.bincount(truth * classes + predicted, minlength=classes * classes).view(classes, classes)
+    def answers(self, answer: Tensor, sample, chosen: Mapping[str, float]) -> dict[str, float | str]:
+        """Columns for one new photograph, which `sample` shows, from its decoded answer (one row)."""
+        raise NotImplementedError
 
 
-def quadratic_kappa(confusion: Tensor) -> float:
-    """Cohen's kappa with weights (i - j)^2 (Cohen 1968, Psychological Bulletin 70:213).
-
-    1 is agreement, 0 what chance gives with the same shares of classes. If truth and prediction are one and the same
-    single class, chance leaves no room for disagreement and kappa is 0 / 0: reported as 0.
-    """
-    c = confusion.double()
-    i = torch.arange(len(c), dtype=torch.float64)
-    cost = (i[:, None] - i).square()
-    expected = c.sum(1)[:, None] * c.sum(0) / c.sum()
-    by_chance = (cost * expected).sum()
-    return float(1 - (cost * c).sum() / by_chance) if by_chance > 0 else 0.0
-
-
-def macro_f1(confusion: Tensor) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN); classes that neither occur nor are predicted are left out."""
-    c = confusion.double()
-    both = c.sum(0) + c.sum(1)
-    return float((2 * c.diagonal()[both > 0] / both[both > 0]).mean())
-
+# ---- classes ----
 
 class Classification(Task):
     """A label 0..classes-1 from the whole photograph."""
     classes: int
+    prefix = "p"  # of the columns of probabilities
     ordered = True  # neighbouring classes are alike, so that quadratic kappa means something
 
     def head(self, spec):
@@ -106,24 +103,77 @@ class Classification(Task):
     def decode(self, output):
         return output.softmax(1)  # (n, G)
 
-    def tally(self, answer, target):
+    def tally(self, answer, target, pool=None):
         return torch.cat([answer, target[:, None]], 1)  # (n, G + 1): probabilities, truth
 
-    def metrics(self, tally):
-        confusion = confusion_matrix(tally[:, -1].long(), tally[:, :-1].argmax(1), self.classes)
-        kappa = {"kappa": quadratic_kappa(confusion)} if self.ordered else {}
-        return {"accuracy": float(confusion.diagonal().sum() / confusion.sum()), **kappa,
-                "macro_f1": macro_f1(confusion), "confusion": confusion.tolist()}
+    def right(self, tally: Tensor) -> Tensor:
+        """Which photographs have the right class: (n,) bool."""
+        return tally[:, :-1].argmax(1) == tally[:, -1]
+
+    def choose(self, tally):
+        return {"temperature": metrics.best_temperature(tally[:, :-1], tally[:, -1].long())}
+
+    def measures(self, tally, weights, chosen):
+        p, truth = tally[:, :-1].double(), tally[:, -1].long()
+        predicted = p.argmax(1)
+        labels = truth, predicted, self.classes, weights
+        values = {"accuracy": metrics.accuracy(truth, predicted, weights),
+                  "balanced_accuracy": metrics.balanced_accuracy(*labels)}
+        if self.ordered:
+            values["kappa"] = metrics.quadratic_kappa(*labels)
+        values |= {"macro_f1": metrics.macro_f1(*labels), "auc": metrics.one_vs_rest_area(p, truth, weights),
+                   "calibration_error": metrics.calibration_error(p, truth, weights)}
+        if "temperature" in chosen:
+            p = metrics.at_temperature(p, chosen["temperature"])
+            values["calibration_error_at_temperature"] = metrics.calibration_error(p, truth, weights)
+        return values
+
+    def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
+        confusion = metrics.confusion_matrix(tally[:, -1].long(), tally[:, :-1].argmax(1), self.classes)
+        return super().metrics(tally, chosen) | {"confusion": confusion.tolist()}
+
+    def word(self, number: int) -> int | str:
+        """What stands for a class in tables."""
+        return number
 
     def row(self, tally):
         *probabilities, truth = tally.tolist()
-        return {"truth": int(truth), "predicted": int(tally[:-1].argmax()),
-                **{f"p{i}": round(p, 4) for i, p in enumerate(probabilities)}}
+        return {"truth": self.word(int(truth)), "predicted": self.word(int(tally[:-1].argmax())),
+                **{f"{self.prefix}{self.word(i)}": round(p, 4) for i, p in enumerate(probabilities)}}
+
+    def answers(self, answer, sample, chosen):
+        p = metrics.at_temperature(answer[None], chosen["temperature"])[0]
+        return {self.label: self.word(int(p.argmax())),
+                **{f"{self.label}_{self.prefix}{self.word(i)}": round(v, 4) for i, v in enumerate(p.tolist())}}
 
 
 class Grading(Classification):
-    """Diabetic retinopathy, grade 0 (none) to 4 (proliferative)."""
+    """Diabetic retinopathy, grade 0 (none) to 4 (proliferative); referable: to be seen by a doctor, grade 2 and up."""
     name, label, primary, classes = "cls", "grade", "kappa", 5
+
+    def referable(self, p: Tensor, chosen: Mapping[str, float]) -> Tensor:
+        """Probability (n,) of grade 2 and up, from those of the grades (n, G) and the temperature that was chosen."""
+        return metrics.at_temperature(p, chosen["temperature"])[:, 2:].sum(1)
+
+    def choose(self, tally):
+        chosen = super().choose(tally)
+        return chosen | {"referable": metrics.best_threshold(self.referable(tally[:, :-1], chosen), tally[:, -1] >= 2)}
+
+    def measures(self, tally, weights, chosen):
+        """Beside those of all classes: of referable or not, the area under the ROC curve, sensitivity, specificity."""
+        values = super().measures(tally, weights, chosen)
+        p, ill = self.referable(tally[:, :-1], chosen if chosen else {"temperature": 1.0}), tally[:, -1] >= 2
+        values["referable_auc"] = metrics.roc_area(p, ill, weights)
+        if "referable" in chosen:
+            found = p >= chosen["referable"]
+            values |= {"referable_sensitivity": metrics.sensitivity(found, ill, weights),
+                       "referable_specificity": metrics.sensitivity(~found, ~ill, weights)}
+        return values
+
+    def answers(self, answer, sample, chosen):
+        p = float(self.referable(answer[None], chosen))
+        return super().answers(answer, sample, chosen) | {
+            "referable": "yes" if p >= chosen["referable"] else "no", "referable_p": round(p, 4)}
 
 
 class Edema(Classification):
@@ -133,33 +183,28 @@ class Edema(Classification):
 
 class Categories(Classification):
     """Which of the folders of a data set a photograph belongs to; the task `cls` where the data are such folders."""
-    name, label, primary, ordered = "cls", "category", "accuracy", False
+    name, label, primary, prefix, ordered = "cls", "category", "accuracy", "p_", False
 
     def __init__(self, names: Sequence[str]):
         self.names, self.classes = tuple(names), len(names)
 
-    def row(self, tally):
-        *probabilities, truth = tally.tolist()
-        return {"truth": self.names[int(truth)], "predicted": self.names[int(tally[:-1].argmax())],
-                **{f"p_{name}": round(p, 4) for name, p in zip(self.names, probabilities)}}
+    def word(self, number):
+        return self.names[number]
+
+
+class Joint(Task):
+    """Whether the answers of `cls` and `dme` are both right, as IDRiD's challenge counted; nothing to train."""
+    name, primary = "joint", "accuracy"
+
+    def measures(self, tally, weights, chosen):
+        """From (n,) 1 where both are right, else 0."""
+        return {"accuracy": metrics.mean(tally, weights)}
+
+    def right(self, tally):
+        return tally > 0.5
 
 
 # ---- masks ----
-
-def dice(counts: Tensor) -> Tensor:
-    """2 |A and B| / (|A| + |B|) (Dice 1945, Ecology 26:297) from (..., 3) counts of both, predicted, true pixels.
-
-    Nothing there and nothing found is right: 0 / 0 counts as 1. nan counts, of a mask that is not known, stay nan.
-    """
-    both, predicted, true = counts.double().unbind(-1)
-    return torch.where(predicted + true == 0, 1.0, 2 * both / (predicted + true).clamp(min=1))
-
-
-def iou(counts: Tensor) -> Tensor:
-    """|A and B| / |A or B| (Jaccard 1912) from the same counts as `dice`, with the same convention for 0 / 0."""
-    both, predicted, true = counts.double().unbind(-1)
-    return torch.where(predicted + true == 0, 1.0, both / (predicted + true - both).clamp(min=1))
-
 
 class Lesions(Task):
     """Masks of four lesion kinds and the optic disc, each pixel an independent yes/no for each kind."""
@@ -188,40 +233,106 @@ class Lesions(Task):
     def decode(self, output):
         return output.sigmoid()
 
-    def tally(self, answer, target):
-        predicted, true = answer > 0.5, target == 1
-        pixels = torch.stack([mask.sum((2, 3)) for mask in (predicted & true, predicted, true)], 2).double()
-        return pixels.masked_fill((target == UNKNOWN).any(3).any(2)[..., None], math.nan)  # (n, L, 3)
+    def pool(self):
+        return metrics.Ranking(len(self.classes))
 
-    def metrics(self, tally):
-        """`dice` and `iou` pool the pixels of the split and average the lesions that occur there, never the disc.
+    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray, pool: metrics.Ranking) -> Tensor:
+        """One kind on one photograph, probabilities and truth of any one shape: (2 K + 1,)
 
-        Pooled first, because a mean of per-image values rewards a model that finds nothing: an image without a lesion
-        then scores 1. For the same reason a kind that occurs nowhere in the split is left out (`lesions` counts the
-        kinds that do occur). A kind that is not known for any photograph has no value of its own. Where nothing but
-        the disc is known, the disc counts.
+        Other pixels by level of score, true ones, and the area under this photograph's own precision-recall curve.
         """
-        pooled = tally.nansum(0)
-        occurs = pooled[:, 2] > 0
-        if not tally[:, :-1].isnan().all():
-            occurs[-1] = False
-        values = {"lesions": int(occurs.sum())}
-        single = {name: score(tally).nanmean(0) for name, score in (("dice", dice), ("iou", iou))}  # (L,)
-        for name, score in (("dice", dice), ("iou", iou)):
-            values[name] = float(score(pooled)[occurs].mean()) if occurs.any() else 0.0
-            values[f"{name}_per_image"] = float(single[name][occurs].mean()) if occurs.any() else 0.0
-        for name, score in (("dice", dice), ("iou", iou)):
-            for i, kind in enumerate(self.classes):
-                if not tally[:, i].isnan().all():
-                    values[f"{name}_{kind}"] = float(score(pooled)[i])
-                    values[f"{name}_{kind}_per_image"] = float(single[name][i])
+        area, counts = pool.add(kind, answer, truth)
+        return torch.from_numpy(np.append(counts.astype(np.float64), area))
+
+    def tally(self, answer, target, pool=None):
+        """(n, L, 2 K + 1), see `count`; nan for kinds that are not known."""
+        answer, target, pool = answer.float().cpu().numpy(), target.cpu().numpy(), pool or self.pool()
+        unknown = torch.full((2 * metrics.LEVELS + 1,), math.nan, dtype=torch.float64)
+        return torch.stack([torch.stack([
+            unknown if (mask == UNKNOWN).any() else self.count(kind, probability, mask == 1, pool)
+            for kind, (probability, mask) in enumerate(zip(*photograph))]) for photograph in zip(answer, target)])
+
+    def at(self, tally: Tensor, thresholds: Sequence[float]) -> Tensor:
+        """Counts (n, L, 3) of both, predicted, true pixels at a threshold for each kind, from tallies."""
+        level = torch.tensor([metrics.level_of(t) for t in thresholds])
+        return metrics.masks_at(tally[..., :-1].unflatten(2, (2, metrics.LEVELS)), level)
+
+    def choose(self, tally):
+        """For each kind the threshold of the highest pooled Dice; 0.5 for those without a true pixel."""
+        others, true = tally[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS)).flip(2).unbind(1)  # (L, K) falling
+        both = true.cumsum(1)
+        scores = metrics.dice(torch.stack([both, both + others.cumsum(1), both[:, -1:].expand_as(both)], 2))
+        best = metrics.LEVELS - 1 - scores.argmax(1)
+        return {kind: metrics.threshold_at(int(best[i])) if both[i, -1] > 0 else 0.5
+                for i, kind in enumerate(self.classes)}
+
+    def measures(self, tally, weights, chosen):
+        """Dice, IoU and area under the precision-recall curve (aupr), each of pooled pixels and, averaged, per image.
+
+        The means are over the lesions that occur in the split, never the disc; where nothing but the disc is known,
+        the disc counts. Masks at a threshold of 0.5, and `dice_chosen` at those that were chosen. Pooled first, because
+        a mean of per-image Dice rewards a model that finds nothing: an image without a lesion then scores 1. A pooled
+        value of a kind without a true pixel in the split, and the area of an image without one, are not defined.
+
+        five_masks_dice is what older work reports as Dice: all five masks of an image in one, then the mean over
+        images; five_masks_dice_of_disc_alone is what the true optic disc alone would score.
+        """
+        half = self.at(tally, [0.5] * len(self.classes))  # (n, L, 3)
+        known = ~half[..., 0].isnan().all(0)
+        occurs = (weights @ half[..., 2].nan_to_num()) > 0  # (D, L)
+        counted = occurs.clone()
+        if known[:-1].any():
+            counted[:, -1] = False
+        found = {}  # measure -> (D, L), nan where not defined
+
+        def add(name, score, counts):
+            pooled = (weights @ counts.nan_to_num().flatten(1)).unflatten(1, counts.shape[1:])
+            found[name] = score(pooled).masked_fill(~occurs, math.nan)
+            return score(counts)
+
+        for name, score in (("dice", metrics.dice), ("iou", metrics.iou)):
+            found[f"{name}_per_image"] = metrics.mean(add(name, score, half), weights)
+        if chosen:
+            add("dice_chosen", metrics.dice, self.at(tally, [chosen[kind] for kind in self.classes]))
+        levels = tally[..., :-1].unflatten(2, (2, metrics.LEVELS))  # (n, L, 2, K)
+        add("aupr", lambda pooled: metrics.average_precision(*pooled.unbind(-2)), levels)
+        found["aupr_per_image"] = metrics.mean(tally[..., -1], weights)
+        values = {name: v.masked_fill(~counted, math.nan).nanmean(1) for name, v in found.items()}
+        every = half.sum(1)  # (n, 3), nan where a kind is not known
+        if not every.isnan().all():
+            disc = half[:, -1, 2]
+            values["five_masks_dice"] = metrics.mean(metrics.dice(every), weights)
+            values["five_masks_dice_of_disc_alone"] = metrics.mean(
+                metrics.dice(torch.stack([disc, disc, every[:, 2]], 1)), weights)
+        for name, value in found.items():
+            what, _, per_image = name.partition("_per")
+            values |= {f"{what}_{kind}{'_per' * bool(per_image)}{per_image}": value[:, i]
+                       for i, kind in enumerate(self.classes) if known[i]}
         return values
+
+    def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
+        """With `pool`, the areas over all pixels are exact; without, they rest on the levels of the tallies.
+
+        `lesions` counts the kinds that the means are taken over. Where there is none, they are 0.
+        """
+        values = super().metrics(tally, chosen)
+        kinds = [kind for kind in self.classes[:-1] if f"dice_{kind}" in values] or list(self.classes[-1:])
+        kinds = [kind for kind in kinds if not math.isnan(values[f"dice_{kind}"])]
+        if pool:
+            areas = {f"aupr_{kind}": pool.area(i) for i, kind in enumerate(self.classes) if f"aupr_{kind}" in values}
+            values |= areas | {"aupr": sum(areas[f"aupr_{kind}"] for kind in kinds) / max(1, len(kinds))}
+        if not kinds:
+            values["dice"] = 0.0
+        return {"lesions": len(kinds), **values}
 
     def row(self, tally):
         columns = {}
-        for kind, counts in zip(self.classes, tally):
-            values = ["", "", ""] if counts.isnan().any() else [round(float(dice(counts)), 4), *map(int, counts[1:])]
-            columns |= dict(zip((f"dice_{kind}", f"predicted_pixels_{kind}", f"true_pixels_{kind}"), values))
+        for kind, counts, levels in zip(self.classes, self.at(tally[None], [0.5] * len(self.classes))[0], tally):
+            values = [""] * 4 if counts.isnan().any() else [
+                round(float(metrics.dice(counts)), 4), "" if levels[-1].isnan() else round(float(levels[-1]), 4),
+                *map(int, counts[1:])]
+            columns |= dict(zip((f"dice_{kind}", f"aupr_{kind}", f"predicted_pixels_{kind}", f"true_pixels_{kind}"),
+                                values))
         return columns
 
 
@@ -297,13 +408,13 @@ class Landmarks(Task):
     def decode(self, output):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
 
-    def tally(self, answer, target):
+    def tally(self, answer, target, pool=None):
         """(n, P, 6): distance in pixels of the original, in disc diameters; answer and truth in pixels of the file."""
         truth, (begin, pixels, original, diameters) = target[:, :-4], target[:, -4:].unbind(1)
         gaps = [((answer - truth) * unit[:, None]).norm(dim=2) for unit in (original, diameters)]  # (n, P)
         return torch.cat([torch.stack(gaps, 2), *(begin[:, None] + p * pixels[:, None] for p in (answer, truth))], 2)
 
-    def metrics(self, tally):
+    def measures(self, tally, weights, chosen):
         """`within_radius`, the share of points closer than one disc radius, and distances.
 
         These are in disc diameters and in pixels of a photograph 4288 pixels wide (px4288), whatever the width of the
@@ -311,19 +422,26 @@ class Landmarks(Task):
         """
         values = {}
         for i, point in enumerate(self.classes):
-            pixels, diameters = (x[~x.isnan()] for x in tally[:, i, :2].unbind(1))
-            if len(pixels):
-                values |= {f"within_radius_{point}": float((diameters < 0.5).double().mean()),
-                           f"px4288_{point}": float(pixels.mean()),
-                           f"median_px4288_{point}": float(pixels.quantile(0.5)),
-                           f"diameters_{point}": float(diameters.mean())}
+            pixels, diameters = tally[:, i, :2].unbind(1)
+            if not pixels.isnan().all():
+                near = (diameters < 0.5).double().masked_fill(diameters.isnan(), math.nan)
+                values |= {f"within_radius_{point}": metrics.mean(near, weights),
+                           f"px4288_{point}": metrics.mean(pixels, weights),
+                           f"median_px4288_{point}": metrics.median(pixels, weights),
+                           f"diameters_{point}": metrics.mean(diameters, weights)}
         share = [v for k, v in values.items() if k.startswith("within_radius")]
-        return {"within_radius": sum(share) / len(share) if share else 0.0, **values}
+        both = torch.stack(share).nanmean(0) if share else torch.zeros(len(weights), dtype=torch.float64)
+        return {"within_radius": both, **values}
 
     def row(self, tally):
         columns = ("px4288", "diameters", "predicted_x", "predicted_y", "true_x", "true_y")
         return {f"{column}_{point}": "" if math.isnan(v) else round(v, 4)
                 for point, values in zip(self.classes, tally.tolist()) for column, v in zip(columns, values)}
+
+    def answers(self, answer, sample, chosen):
+        places = sample.geometry.to_file(answer.double().numpy() * sample.image.shape[-1])
+        return {f"{point}_{axis}": round(v, 1) for point, place in zip(self.classes, places.tolist())
+                for axis, v in zip("xy", place)}
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions(), Landmarks())}

@@ -219,12 +219,12 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
             begun = time.perf_counter()
             losses = train_epoch(trainer, batches, steps.per_epoch, f"epoch {epoch}/{options.epochs}", interrupt, quiet)
             seconds = time.perf_counter() - begun
-            state = stored | {"net": net.state_dict(), "epoch": epoch}
+            state = stored | {"net": net.state_dict(), "epoch": epoch, "chosen": {}}
             if interrupt.asked:
                 save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
                 raise KeyboardInterrupt
             scores = evaluate.score(net, validation, tasks, device, options.batch)
-            metrics = scores.metrics()
+            metrics, state["chosen"] = scores.metrics(), scores.choose()
             score = evaluate.primary_score(metrics, tasks)
             better = score > best["score"]
             if better:
@@ -235,7 +235,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
                     "expert_usage": scores.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
                     "seconds": round(seconds, 3),
                     "images_per_second": round(steps.per_epoch * options.batch / seconds, 2)}
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps(evaluate.plain(line)) + "\n")
             log.flush()
             if not quiet:
                 print(epoch_line(epoch, options, losses, metrics, tasks, score, better, seconds))

@@ -1,7 +1,6 @@
-"""Metrics against brute force and values worked out by hand; losses against their formulas."""
+"""What tasks make of the measures, against brute force and by hand; losses against their formulas."""
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -11,49 +10,8 @@ import data
 import records
 import synthetic
 import tasks
-from tasks import TASKS, UNKNOWN, confusion_matrix, dice, iou, macro_f1, quadratic_kappa
-
-
-def brute_kappa(truth, predicted, classes):
-    """1 - mean cost of the pairs / mean cost of all pairings."""
-    pairs = sum((t - p) ** 2 for t, p in zip(truth, predicted)) / len(truth)
-    all_pairs = sum((t - p) ** 2 for t in truth for p in predicted) / len(truth) ** 2
-    return 1 - pairs / all_pairs
-
-
-def brute_f1(truth, predicted, classes):
-    scores = []
-    for c in range(classes):
-        tp = sum(t == p == c for t, p in zip(truth, predicted))
-        fp, fn = sum(p == c != t for t, p in zip(truth, predicted)), sum(t == c != p for t, p in zip(truth, predicted))
-        if tp + fp + fn:
-            scores.append(2 * tp / (2 * tp + fp + fn))
-    return sum(scores) / len(scores)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_classification_metrics_equal_brute_force(seed):
-    rng = random.Random(seed)
-    classes = rng.choice([2, 3, 5])
-    truth = [rng.randrange(classes) for _ in range(40)]
-    predicted = [t if rng.random() < 0.5 else rng.randrange(classes) for t in truth]
-    c = confusion_matrix(torch.tensor(truth), torch.tensor(predicted), classes)
-    assert all(c[i, j] == sum((t, p) == (i, j) for t, p in zip(truth, predicted))
-               for i in range(classes) for j in range(classes))
-    assert quadratic_kappa(c) == pytest.approx(brute_kappa(truth, predicted, classes), abs=1e-12)
-    assert macro_f1(c) == pytest.approx(brute_f1(truth, predicted, classes), abs=1e-12)
-
-
-def test_kappa_by_hand():
-    assert quadratic_kappa(torch.tensor([[5, 0], [0, 5]])) == 1
-    assert quadratic_kappa(torch.tensor([[0, 5], [5, 0]])) == -1
-    assert quadratic_kappa(torch.tensor([[4, 4], [1, 1]])) == 0  # prediction independent of truth
-    assert quadratic_kappa(torch.tensor([[9, 0], [0, 0]])) == 0  # one class only: 0 / 0
-
-
-def test_absent_classes_do_not_count_in_f1():
-    assert macro_f1(torch.tensor([[3, 0, 0], [0, 2, 0], [0, 0, 0]])) == 1
-    assert macro_f1(torch.tensor([[3, 0, 1], [0, 2, 0], [0, 0, 0]])) == pytest.approx((6 / 7 + 1 + 0) / 3)
+from metrics import dice
+from tasks import TASKS, UNKNOWN
 
 
 def test_grading_metrics_from_tallies():
@@ -63,12 +21,6 @@ def test_grading_metrics_from_tallies():
     m = task.metrics(tally)
     assert m["accuracy"] == 0.75 and m["confusion"][4][2] == 1 and sum(map(sum, m["confusion"])) == 4
     assert task.row(tally[3]) == {"truth": 4, "predicted": 2, "p0": 0, "p1": 0, "p2": 1, "p3": 0, "p4": 0}
-
-
-def test_dice_and_iou_by_hand():
-    counts = torch.tensor([[2, 3, 5], [0, 0, 0], [0, 4, 0], [0, 0, 4], [7, 7, 7]])  # both, predicted, true
-    assert dice(counts).tolist() == pytest.approx([4 / 8, 1, 0, 0, 1])
-    assert iou(counts).tolist() == pytest.approx([2 / 6, 1, 0, 0, 1])
 
 
 def test_lesion_metrics_equal_brute_force_over_pixels():
@@ -89,14 +41,91 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
         images = [brute(predicted[i, c], truth[i, c]) for i in range(3)]
         assert m[f"dice_{kind}_per_image"] == pytest.approx(sum(d for d, _ in images) / 3)
         assert m[f"iou_{kind}_per_image"] == pytest.approx(sum(j for _, j in images) / 3)
-    assert m["dice"] == pytest.approx(sum(m[f"dice_{k}"] for k in ("MA", "HE", "EX", "SE")) / 4)  # never the disc
+    for name in ("dice", "iou", "aupr", "dice_per_image", "iou_per_image"):  # never the disc
+        what, _, per = name.partition("_")
+        one_each = [m["_".join(filter(None, (what, k, per)))] for k in ("MA", "HE", "EX", "SE")]
+        assert m[name] == pytest.approx(sum(one_each) / 4)
+    five = [brute(predicted[i], truth[i])[0] for i in range(3)]
+    assert m["five_masks_dice"] == pytest.approx(sum(five) / 3)
+    disc = torch.zeros_like(truth)
+    disc[:, 4] = truth[:, 4]
+    alone = [brute(disc[i], truth[i])[0] for i in range(3)]
+    assert m["five_masks_dice_of_disc_alone"] == pytest.approx(sum(alone) / 3)
+
+
+def test_areas_of_lesions_equal_a_sort_of_all_pixels():
+    torch.manual_seed(1)
+    task, p = TASKS["seg"], torch.randn(4, 5, 16, 16).sigmoid()
+    truth = torch.rand(4, 5, 16, 16) < p * 0.5
+    truth[2, 1] = False
+    pool = task.pool()
+    tally = torch.cat([task.tally(p[i:i + 2], truth[i:i + 2].byte(), pool) for i in (0, 2)])
+    m = task.metrics(tally, pool=pool)
+    for c, kind in enumerate(task.classes):
+        assert m[f"aupr_{kind}"] == pytest.approx(brute_area(p[:, c], truth[:, c]), abs=1e-6)
+        images = [brute_area(p[i, c], truth[i, c]) for i in range(4) if truth[i, c].any()]
+        assert m[f"aupr_{kind}_per_image"] == pytest.approx(sum(images) / len(images), abs=1e-6)
+    coarse = task.metrics(tally)  # what resamples are made of
+    assert coarse["aupr"] == pytest.approx(m["aupr"], abs=0.01) and coarse["dice"] == m["dice"]
+
+
+def brute_area(score, truth):
+    """For every true pixel the precision at its score; their mean."""
+    score, truth = score.flatten(), truth.flatten()
+    precision = [(truth[score >= s]).double().mean() for s in score[truth]]
+    return float(sum(precision) / len(precision))
+
+
+def test_measures_of_resamples_are_those_of_the_photographs_that_were_drawn():
+    """Weights that count photographs twice, or not at all, give what listing them twice, or not at all, gives."""
+    torch.manual_seed(2)
+    n, S = 9, 8
+    masks = torch.rand(n, 5, S, S).gt(0.7).byte()
+    masks[3, 1] = UNKNOWN
+    masks[4:, 3] = 0
+    units = torch.tensor([[0.0, 0], [64, 64], [4288, 4288], [6, 6]])
+    points = torch.cat([torch.rand(n, 2, 2), units.expand(n, 4, 2)], 1)
+    points[2, 1] = math.nan
+    tallies = {"cls": TASKS["cls"].tally(torch.rand(n, 5).softmax(1), torch.arange(n) % 5),
+               "dme": TASKS["dme"].tally(torch.rand(n, 3).softmax(1), torch.arange(n) % 3),
+               "seg": TASKS["seg"].tally(torch.rand(n, 5, S, S), masks),
+               "loc": LOC.tally(torch.rand(n, 2, 2), points), "joint": torch.rand(n).round()}
+    draws = torch.randint(n, (6, n))
+    draws[0] = torch.tensor([4, 5, 6, 7, 8, 4, 5, 6, 7])  # no soft exudate
+    weights = torch.stack([torch.bincount(d, minlength=n) for d in draws]).double()
+    for name, tally in tallies.items():
+        task = TASKS.get(name, tasks.Joint())
+        chosen = task.choose(tally)
+        found = task.measures(tally, weights, chosen)
+        for k, drawn in enumerate(draws):
+            listed = task.measures(tally[drawn], torch.ones(1, n, dtype=torch.float64), chosen)
+            for measure, value in listed.items():
+                assert float(found[measure][k]) == pytest.approx(float(value[0]), abs=1e-9, nan_ok=True), measure
+
+
+def test_thresholds_of_masks_are_those_of_the_highest_pooled_dice():
+    torch.manual_seed(3)
+    task, p = TASKS["seg"], torch.rand(2, 5, 16, 16)
+    truth = (torch.rand(2, 5, 16, 16) < p.square()).byte()
+    truth[:, 3] = 0
+    tally = task.tally(p, truth)
+    chosen = task.choose(tally)
+    assert chosen["SE"] == 0.5
+    for c, kind in enumerate(("MA", "HE", "EX")):
+        def pooled(threshold, c=c):
+            found = p[:, c] >= threshold
+            return float(dice(torch.stack([(found & (truth[:, c] == 1)).sum(), found.sum(), truth[:, c].sum()])))
+        best = max(map(pooled, p[:, c].flatten().tolist()))
+        assert best - 0.005 < pooled(chosen[kind]) <= best
+        assert task.metrics(tally, chosen)[f"dice_chosen_{kind}"] == pytest.approx(pooled(chosen[kind]))
 
 
 def test_a_kind_that_occurs_nowhere_does_not_lift_the_mean():
     truth, found = torch.zeros(2, 5, 8, 8, dtype=torch.uint8), torch.zeros(2, 5, 8, 8)
     truth[:, 1] = 1  # haemorrhages only, and nothing is found
     m = TASKS["seg"].metrics(TASKS["seg"].tally(found, truth))
-    assert (m["lesions"], m["dice"], m["dice_per_image"], m["dice_HE"], m["dice_MA"]) == (1, 0, 0, 0, 1)
+    assert (m["lesions"], m["dice"], m["dice_per_image"], m["dice_HE"], m["dice_MA_per_image"]) == (1, 0, 0, 0, 1)
+    assert math.isnan(m["dice_MA"]) and math.isnan(m["iou_MA"]) and math.isnan(m["aupr_MA"])  # pooled: not defined
 
 
 def test_lesion_loss_by_hand():
@@ -116,7 +145,7 @@ def test_masks_that_are_not_known_change_nothing():
     other = torch.where(truth == UNKNOWN, 9.0, output)
     assert float(task.loss(output, truth)) == float(task.loss(other, truth))
     a, b = (task.metrics(task.tally(task.decode(x), truth)) for x in (output, other))
-    assert a == b
+    assert a == pytest.approx(b, nan_ok=True)
     first = task.metrics(task.tally(task.decode(output[:1]), truth[:1]))
     assert a["dice_MA"] == first["dice_MA"] == a["dice_MA_per_image"]  # known for the first photograph only
     three = [0, 1, 3]
@@ -135,7 +164,8 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     truth[:, 0] = 1
     tally = TASKS["seg"].tally(torch.ones(2, 5, 8, 8), truth)
     m = TASKS["seg"].metrics(tally)
-    assert m["dice_MA"] == 1 and "dice_EX" not in m and not any(v != v for v in m.values()) and m["dice"] == 1
+    assert m["dice_MA"] == 1 and "dice_EX" not in m and "aupr_EX" not in m and m["dice"] == 1
+    assert "five_masks_dice" not in m  # five are not known of any photograph
     row = TASKS["seg"].row(tally[0])
     assert row["dice_EX"] == row["true_pixels_EX"] == "" and row["true_pixels_MA"] == 64 and row["dice_MA"] == 1
 

@@ -1,0 +1,320 @@
+"""Answers in the pixels of the photograph's own file: for photographs without labels, and to score masks at full size.
+
+    refusal             why a picture is no photograph of a retina that can be graded, if it is none
+    answer, in_tiles    one photograph through the network: whole, or its lesions in overlapping tiles
+    in_file_pixels      a map of the sample -> the pixels of the file
+    tally_at_full_size  masks against masks, in those pixels
+    predict             python evaluate.py RUN --images ... --out FOLDER: a table, overlays, masks
+
+Research use only: this is no medical device.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import metrics
+from records import IMAGE_SUFFIXES, InputError, Record, files_in
+from tasks import Lesions, Task
+
+# S side of the sample in pixels, L kinds of lesion, H W height and width of the file
+
+NOTE = "research use only, no medical device"
+LOOK = 256  # pixels: side of the field of view when its quality is judged
+DARKEST, PLAINEST, SOFTEST, PALEST = 30, 0.008, 0.32, 1.1  # see refusal
+
+
+# ---- is it a retina? ----
+
+def refusal(image: Image.Image) -> str:
+    """Why a picture cannot be graded, or "". Of IDRiD's 467 training photographs none is refused.
+
+    No field of view; the median of its brightest channel below 30 of 255 (61 to 234 in IDRiD); red less than 1.1 times
+    green (1.5 to 3.9); structures of 1 to 6 % of its width that vary by less than 0.8 % of the mean green (1.5 to 8.2
+    %); or blurred: what varies over half that width is less than 0.32 of it (0.38 to 1.18, and 0.23 to 0.31 if the same
+    photographs are blurred with a sigma of 1.6 % of the width).
+    """
+    field = data.field_of_view(image)
+    if field is None:
+        return "no field of view found: expected the lit circle of a fundus photograph on a dark ground"
+    picture = image.convert("RGB").resize((LOOK, LOOK), Image.BOX, field)
+    lit = Image.fromarray(data.lit_pixels(picture)).convert("L").filter(ImageFilter.MinFilter(17))
+    inside = np.asarray(lit) > 0  # without the rim
+    if not inside.any():
+        return "no field of view found: what is lit is too small"
+    pixels = np.asarray(picture)[inside]
+    brightness, (red, green, _) = float(np.median(pixels.max(1))), pixels.mean(0)
+    if brightness < DARKEST:
+        return f"too dark: the median brightness is {brightness:.0f} of 255, expected at least {DARKEST}"
+    if red < PALEST * green:
+        return f"not the colours of a retina: red is {red / max(green, 1):.2f} times green, expected at least {PALEST}"
+    plane = torch.from_numpy(np.asarray(picture)[..., 1].astype(np.float32))[None, None]
+
+    def blurred(sigma):
+        weights = torch.exp(-torch.arange(-20, 21).square() / (2 * sigma ** 2))
+        weights = weights / weights.sum()
+        wide = nn.functional.conv2d(nn.functional.pad(plane, (20, 20, 20, 20), "replicate"), weights.view(1, 1, 1, 41))
+        return nn.functional.conv2d(wide, weights.view(1, 1, 41, 1))[0, 0]
+
+    fine, middle, coarse = (blurred(sigma) for sigma in (1.0, 2.5, 6.0))
+    detail, structure = (float(x[torch.from_numpy(inside)].std()) for x in (fine - middle, middle - coarse))
+    if structure < PLAINEST * green:
+        return (f"nothing to be seen: brightness varies by {structure / green:.2%} of its mean, expected at least "
+                f"{PLAINEST:.1%}")
+    if detail < SOFTEST * structure:
+        return f"too blurred: fine to coarse detail is {detail / structure:.2f}, expected at least {SOFTEST}"
+    return ""
+
+
+# ---- one photograph ----
+
+@torch.inference_mode()
+def answer(net: nn.Module, tasks: Sequence[Task], image: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What the network says of one sample (3, S, S) uint8: {task: decoded answer, one row}."""
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    outputs, _ = net(image[None].to(device), {t.name: first for t in tasks})
+    return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
+
+
+@torch.inference_mode()
+def in_tiles(net: nn.Module, task: Task, image: Tensor, size: int, device: torch.device, batch: int = 8) -> Tensor:
+    """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles (size, size) that overlap by half.
+
+    Where tiles overlap, their probabilities are averaged with weights that fall off towards a tile's border, where the
+    network sees least of what is around.
+    """
+    side = image.shape[-1]
+    number = -(-2 * (side - size) // size) + 1
+    starts = [round(k * (side - size) / max(1, number - 1)) for k in range(number)]
+    corners = [(y, x) for y in starts for x in starts]
+    window = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size).square()
+    window = window[:, None] * window
+    total, weight = torch.zeros(len(task.classes), side, side), torch.zeros(side, side)
+    for k in range(0, len(corners), batch):
+        part = corners[k:k + batch]
+        tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in part]).to(device)
+        outputs, _ = net(tiles, {task.name: torch.arange(len(part), device=device)})
+        for (y, x), masks in zip(part, task.decode(outputs[task.name].float()).cpu()):
+            total[:, y:y + size, x:x + size] += window * masks
+            weight[y:y + size, x:x + size] += window
+    return total / weight
+
+
+def masks_of(net: nn.Module, task: Task, image: Tensor, size: int, device: torch.device) -> Tensor:
+    """Masks (L, Z, Z) of a sample (3, Z, Z): whole if it is as large as the network's, else in tiles."""
+    if image.shape[-1] == size:
+        return answer(net, [task], image, device)[task.name]
+    return in_tiles(net, task, image, size, device)
+
+
+def in_file_pixels(map_: np.ndarray, geometry: data.Geometry) -> np.ndarray:
+    """A map of the sample (Z, Z) float32 -> of the file (H, W), bilinear; 0 outside of the sample."""
+    g = geometry
+    return np.asarray(Image.fromarray(map_).transform(
+        (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y), Image.BILINEAR))
+
+
+# ---- masks against masks ----
+
+def tally_at_full_size(net: nn.Module, task: Lesions, photographs: data.Photographs, size: int, device: torch.device,
+                       pool: metrics.Ranking) -> tuple[list[str], Tensor]:
+    """Names and tallies (see Lesions.tally) of all photographs with masks, in the pixels of their files.
+
+    Samples of `photographs` that are larger than `size`, what the network was trained on, are predicted in tiles.
+    """
+    chosen = [i for i, r in enumerate(photographs.records) if r.masks is not None]
+    unknown = torch.full((2 * metrics.LEVELS + 1,), metrics.NAN, dtype=torch.float64)
+    tallies = []
+    with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
+        for i in tqdm(chosen, desc="masks at full size", unit="photo", leave=False, disable=None):
+            record, sample = photographs.records[i], photographs[i, None]
+            maps, geometry = masks_of(net, task, sample.image, size, device).numpy(), sample.geometry
+
+            def tally(kind, record=record, maps=maps, geometry=geometry):
+                if task.classes[kind] not in record.masks:
+                    return unknown
+                path = record.masks[task.classes[kind]]
+                shape = geometry.height, geometry.width
+                truth = np.zeros(shape, bool) if path is None else np.asarray(data.read_mask(path, shape[::-1])[0]) > 0
+                return task.count(kind, in_file_pixels(maps[kind], geometry), truth, pool)
+
+            tallies.append(torch.stack(list(threads.map(tally, range(len(task.classes))))))
+    return [photographs.records[i].name for i in chosen], torch.stack(tallies)
+
+
+# ---- new photographs ----
+
+def find_photographs(paths: Sequence[Path]) -> list[Path]:
+    """The photographs that are named, and those in the folders that are. InputError: no such file, an empty folder."""
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--images {path}: no such file or folder; expected photographs, or folders of them")
+        if path.is_dir():
+            found += [p for p in files_in(path) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+            if not found or found[-1].parent != path:
+                raise InputError(f"--images {path}: holds no photograph; expected files that end in "
+                                 f"{' '.join(IMAGE_SUFFIXES)}")
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def names_for(paths: Sequence[Path]) -> list[str]:
+    """A name for each, without its suffix; a number is added where two would have the same."""
+    names: dict[str, None] = {}
+    for path in paths:
+        name, number = path.stem, 1
+        while name.lower() in names:
+            number += 1
+            name = f"{path.stem}_{number}"
+        names[name.lower()] = None
+        yield name
+
+
+@dataclass
+class Predictor:
+    """What turns one photograph into its row of predictions.csv and its pictures."""
+    net: nn.Module
+    tasks: Sequence[Task]
+    chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
+    size: int
+    tiles: float | None
+    device: torch.device
+    out: Path
+    retinas: bool  # False: trained on folders of classes, which may show anything
+
+    def __call__(self, path: Path, name: str) -> dict:
+        """The row of one photograph; a file that cannot be read and a picture that is refused have theirs."""
+        row = {"photograph": str(path), "name": name, "status": "graded", "reason": "", "note": NOTE}
+        try:
+            small = data.read_image(path, 512)
+            row |= dict(zip(("width", "height"), small.size))
+            if self.retinas and (reason := refusal(small.image)):
+                return row | {"status": "refused", "reason": reason}
+            return row | self.answers(path, name, float(data.lit_pixels(small.image).mean()))
+        except InputError as error:
+            return row | {"status": "unreadable", "reason": str(error)}
+
+    def answers(self, path: Path, name: str, lit: float) -> dict:
+        """Columns of all tasks, pictures written; `lit` is the share of the picture that shows retina."""
+        record = Record(name, path)
+        sample = data.to_sample(record, data.prepare(record, self.size))
+        found = answer(self.net, self.tasks, sample.image, self.device)
+        row, masks, points = {}, {}, None
+        for task in self.tasks:
+            if isinstance(task, Lesions):
+                geometry, maps = sample.geometry, found[task.name]
+                if self.tiles is not None:
+                    large = data.to_sample(record, data.prepare(record, round(self.size * self.tiles)))
+                    geometry, maps = large.geometry, masks_of(self.net, task, large.image, self.size, self.device)
+                masks = self.write_masks(name, task, maps.numpy(), geometry)
+                row |= {f"area_{kind}": round(float(mask.mean()) / lit, 6) for kind, mask in masks.items()}
+            else:
+                columns = task.answers(found[task.name], sample, self.chosen[task.name])
+                row |= columns
+                if "fovea_x" in columns:
+                    points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in ("disc", "fovea")]
+        if masks or points:
+            overlay(data.read_image(path, 1 << 30).image, masks, points, caption(row)).save(
+                self.out / "overlays" / f"{name}.png", compress_level=1)
+        return row
+
+    def write_masks(self, name: str, task: Lesions, maps: np.ndarray, geometry: data.Geometry) -> dict[str, np.ndarray]:
+        """{kind: (H, W) bool} at the chosen thresholds, each written as a PNG of 0 and 255."""
+        def write(kind):
+            mask = in_file_pixels(maps[task.classes.index(kind)], geometry) >= self.chosen[task.name][kind]
+            Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{name}_{kind}.png", compress_level=1)
+            return mask
+
+        with ThreadPoolExecutor(2) as threads:
+            return dict(zip(task.classes, threads.map(write, task.classes)))
+
+
+def caption(row: Mapping) -> list[str]:
+    """What an overlay says in words."""
+    lines = []
+    for label, words in (("grade", "retinopathy grade"), ("edema", "edema risk")):
+        if label in row:
+            lines.append(f"{words} {row[label]} (p {row[f'{label}_p{row[label]}']:.2f})")
+    if "referable" in row:
+        lines.append(f"referable: {row['referable']} (p {row['referable_p']:.2f})")
+    return [*lines, NOTE]
+
+
+def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None,
+            lines: Sequence[str]) -> Image.Image:
+    """A photograph with its lesions tinted and outlined, its landmarks marked and a legend in its corner."""
+    pixels, stroke = np.array(image), max(1, round(min(image.size) / 700))
+    for kind, mask in masks.items():
+        inner = mask.copy()
+        for axis in (0, 1):
+            for step in (-stroke, stroke):
+                inner &= np.roll(mask, step, axis)
+        colour = np.array(data.COLOURS[kind], np.float32)
+        if kind != "OD":
+            pixels[inner] = (0.7 * pixels[inner] + 0.3 * colour).astype(np.uint8)
+        pixels[mask & ~inner] = colour
+    picture = Image.fromarray(pixels)
+    pen, height = ImageDraw.Draw(picture), max(9, round(min(image.size) / 45))
+    if points is not None:
+        data.mark(pen, points, min(image.size) / 60)
+    font, y = ImageFont.load_default(height), height // 2
+    outline = {"font": font, "stroke_width": max(1, height // 10), "stroke_fill": "black"}
+    for line in lines:
+        pen.text((height // 2, y), line, "white", **outline)
+        y += round(1.3 * height)
+    for kind in masks:
+        pen.text((height // 2, y), f"{kind} {data.KINDS[kind]}", data.COLOURS[kind], **outline)
+        y += round(1.3 * height)
+    return picture
+
+
+def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
+    """Write rows as they come, so that none is lost; -> all of them. The header is that of the first graded one."""
+    done, waiting, writer = [], [], None
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        def write(columns):
+            new = csv.DictWriter(file, columns, restval="")
+            new.writeheader()
+            return new
+
+        try:
+            for row in rows:
+                done.append(row)
+                waiting.append(row)
+                if writer is None and row["status"] == "graded":
+                    writer = write(row)
+                if writer is not None:
+                    writer.writerows(waiting)
+                    waiting.clear()
+                    file.flush()
+        finally:
+            if waiting:
+                (writer or write(max(waiting, key=len))).writerows(waiting)
+    return done
+
+
+def predict(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
+    """Answer for all photographs; -> the rows of predictions.csv. InputError: `out` holds predictions already."""
+    out, table = predictor.out, predictor.out / "predictions.csv"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file; expected a folder, which may be new")
+    if table.exists():
+        raise InputError(f"{table}: exists already; choose another --out")
+    kinds = {"seg": ("overlays", "masks"), "loc": ("overlays",)}
+    for folder in {f for t in predictor.tasks for f in kinds.get(t.name, ())} | {"."}:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    predictor.net.eval()
+    bar = tqdm(zip(paths, names_for(paths)), total=len(paths), desc="predicting", unit="photo", leave=False,
+               disable=None)
+    return write_rows(table, (predictor(path, name) for path, name in bar))
