@@ -348,7 +348,8 @@ def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
     if record.points is not None:
         there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
         points = inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
-    return Sample(record.name, torch.from_numpy(arrays["image"]), record.grade, record.edema, record.category, masks,
+    image = torch.from_numpy(np.ascontiguousarray(arrays["image"]))
+    return Sample(record.name, image, record.grade, record.edema, record.category, masks,
                   points, geometry)
 
 

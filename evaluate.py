@@ -235,23 +235,21 @@ def table(metrics: Mapping[str, dict], tasks: Sequence[Task], limits: Mapping[st
         values, around = metrics[task.name], limits.get(task.name, {})
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
-        # the column of a number that belongs to one kind: dice_MA_per_image stands in dice_*_per_image
-        column = {k: "_".join("*" if word in kinds else word for word in k.split("_")) for k in numbers}
-        rest = [k for k in numbers if k != task.primary and "*" not in column[k]]
+        # the row of a number that belongs to one kind: dice_MA_per_image stands in dice_*_per_image
+        row_of = {k: "_".join("*" if word in kinds else word for word in k.split("_")) for k in numbers}
+        rest = [k for k in numbers if k != task.primary and "*" not in row_of[k]]
         lines.append(f"{task.name}   {values['photographs']} photographs of {values['eyes']} eyes   {task.primary} "
                      + shown(numbers[task.primary], around.get(task.primary)))
-        lines += textwrap.wrap("   ".join(f"{k} {shown(numbers[k], around.get(k))}".replace(" ", "\0") for k in rest),
-                               117, initial_indent="   ", subsequent_indent="   ", break_on_hyphens=False,
-                               break_long_words=False)
-        lines[1:] = [line.replace("\0", " ") for line in lines[1:]]
-        columns = [c for c in dict.fromkeys(column.values()) if "*" in c]
-        if columns:
-            width = 18 if around else 16
-            lines.append(" " * 9 + "".join(f"{c.replace('_*', ''):>{width}}" for c in columns))
-            for kind in kinds:
-                cells = ("_".join(kind if word == "*" else word for word in c.split("_")) for c in columns)
-                lines.append(f"   {kind:6}" + "".join(f"{shown(numbers.get(c), around.get(c)):>{width}}"
-                                                      for c in cells))
+        cells = [f"{k} {shown(numbers[k], around.get(k))}".replace(" ", "\0") for k in rest]  # not to be torn apart
+        lines += [line.replace("\0", " ") for line in textwrap.wrap("   ".join(cells), 117, initial_indent="   ",
+                                                                     subsequent_indent="   ")]
+        rows = [row for row in dict.fromkeys(row_of.values()) if "*" in row]
+        if rows:
+            lines.append(" " * 18 + "".join(f"{kind:>20}" for kind in kinds))
+            for row in rows:
+                names = ("_".join(kind if word == "*" else word for word in row.split("_")) for kind in kinds)
+                lines.append(f"   {row.replace('_*', ''):15}" + "".join(
+                    f"{shown(numbers.get(k), around.get(k)):>20}" for k in names))
         if values.get("lesions", 4) < 4:
             lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
         if len(values.get("confusion", range(99))) <= 12:
@@ -614,7 +612,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     number = {status: sum(row["status"] == status for row in rows) for status in ("graded", "refused", "unreadable")}
     for row in rows:
         if row["status"] != "graded":
-            print(f"{row['status']}: {row['photograph']}: {row['reason'].removeprefix(row['photograph'] + ': ')}",
+            print(f"{row['status']}: {row['photograph']}: {row['reason']}",
                   file=sys.stderr)
     print(f"{number['graded']} of {len(rows)} photographs answered for, {number['refused']} refused, "
           f"{number['unreadable']} unreadable; wrote {', '.join(sorted(p.name for p in args.out.iterdir()))} to "

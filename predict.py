@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import metrics
+from model import Net
 from records import IMAGE_SUFFIXES, InputError, Record, files_in
 from tasks import Lesions, Task
 
@@ -30,63 +31,84 @@ from tasks import Lesions, Task
 
 NOTE = "research use only, no medical device"
 LOOK = 256  # pixels: side of the field of view when its quality is judged
-DARKEST, PLAINEST, SOFTEST, PALEST = 30, 0.008, 0.32, 1.1  # see refusal
+DARKEST, PALEST, PLAINEST, SOFTEST = 30, 1.1, 0.006, 0.32  # see refusal
 
 
 # ---- is it a retina? ----
 
-def refusal(image: Image.Image) -> str:
-    """Why a picture cannot be graded, or "". Of IDRiD's 467 training photographs none is refused.
+@dataclass
+class Look:
+    """How a picture looks within its field of view, without the rim."""
+    brightness: float  # median of the brightest channel, of 255
+    redness: float  # mean red / mean green
+    structure: float  # deviation of what is 1 to 2 % of the field wide, over the mean green
+    sharpness: float  # deviation of what is half as wide / the same
 
-    No field of view; the median of its brightest channel below 30 of 255 (61 to 234 in IDRiD); red less than 1.1 times
-    green (1.5 to 3.9); structures of 1 to 6 % of its width that vary by less than 0.8 % of the mean green (1.5 to 8.2
-    %); or blurred: what varies over half that width is less than 0.32 of it (0.38 to 1.18, and 0.23 to 0.31 if the same
-    photographs are blurred with a sigma of 1.6 % of the width).
+
+def look(image: Image.Image, field: tuple[float, float, float, float]) -> Look | None:
+    """Judge the field of view (left, top, right, bottom) of a picture; None where too little of it is lit."""
+    picture = image.convert("RGB").resize((LOOK, LOOK), Image.BOX, field)
+    lit = torch.from_numpy(data.lit_pixels(picture)).float()
+    pixels = torch.from_numpy(np.array(picture)).float()  # (LOOK, LOOK, 3)
+
+    def blurred(layer, sigma):
+        weights = torch.exp(-torch.arange(-20, 21).square() / (2 * sigma ** 2))
+        wide = nn.functional.conv2d(layer[None, None], weights.view(1, 1, 1, 41) / weights.sum(), padding=(0, 20))
+        return nn.functional.conv2d(wide, weights.view(1, 1, 41, 1) / weights.sum(), padding=(20, 0))[0, 0]
+
+    def local_mean(sigma):  # of green, over the lit pixels around
+        return blurred(pixels[..., 1] * lit, sigma) / blurred(lit, sigma).clamp(min=1e-3)
+
+    inside = blurred(lit, 4.0) > 0.99
+    if not inside.any():
+        return None
+    fine, middle, coarse = (local_mean(sigma) for sigma in (1.0, 2.5, 6.0))
+    red, green, _ = pixels[inside].mean(0).clamp(min=1e-3).tolist()
+    structure = float((middle - coarse)[inside].std())
+    return Look(float(pixels[inside].amax(1).median()), red / green, structure / green,
+                float((fine - middle)[inside].std()) / max(structure, 1e-6))
+
+
+def refusal(image: Image.Image) -> str:
+    """Why a picture cannot be graded, or "".
+
+    Of IDRiD's 467 training photographs none is refused: their brightness is 61 to 233, redness 1.5 to 3.9, structure 1.1
+    to 8.1 %, sharpness 0.39 to 1.17. Blurred with a sigma of 1.6 % of the field's width, all are: 0.26 to 0.32.
     """
     field = data.field_of_view(image)
-    if field is None:
+    found = None if field is None else look(image, field)
+    if found is None:
         return "no field of view found: expected the lit circle of a fundus photograph on a dark ground"
-    picture = image.convert("RGB").resize((LOOK, LOOK), Image.BOX, field)
-    lit = Image.fromarray(data.lit_pixels(picture)).convert("L").filter(ImageFilter.MinFilter(17))
-    inside = np.asarray(lit) > 0  # without the rim
-    if not inside.any():
-        return "no field of view found: what is lit is too small"
-    pixels = np.asarray(picture)[inside]
-    brightness, (red, green, _) = float(np.median(pixels.max(1))), pixels.mean(0)
-    if brightness < DARKEST:
-        return f"too dark: the median brightness is {brightness:.0f} of 255, expected at least {DARKEST}"
-    if red < PALEST * green:
-        return f"not the colours of a retina: red is {red / max(green, 1):.2f} times green, expected at least {PALEST}"
-    plane = torch.from_numpy(np.asarray(picture)[..., 1].astype(np.float32))[None, None]
-
-    def blurred(sigma):
-        weights = torch.exp(-torch.arange(-20, 21).square() / (2 * sigma ** 2))
-        weights = weights / weights.sum()
-        wide = nn.functional.conv2d(nn.functional.pad(plane, (20, 20, 20, 20), "replicate"), weights.view(1, 1, 1, 41))
-        return nn.functional.conv2d(wide, weights.view(1, 1, 41, 1))[0, 0]
-
-    fine, middle, coarse = (blurred(sigma) for sigma in (1.0, 2.5, 6.0))
-    detail, structure = (float(x[torch.from_numpy(inside)].std()) for x in (fine - middle, middle - coarse))
-    if structure < PLAINEST * green:
-        return (f"nothing to be seen: brightness varies by {structure / green:.2%} of its mean, expected at least "
+    if found.brightness < DARKEST:
+        return f"too dark: the median brightness is {found.brightness:.0f} of 255, expected at least {DARKEST}"
+    if found.redness < PALEST:
+        return f"not the colours of a retina: red is {found.redness:.2f} times green, expected at least {PALEST}"
+    if found.structure < PLAINEST:
+        return (f"nothing to be seen: brightness varies by {found.structure:.2%} of its mean, expected at least "
                 f"{PLAINEST:.1%}")
-    if detail < SOFTEST * structure:
-        return f"too blurred: fine to coarse detail is {detail / structure:.2f}, expected at least {SOFTEST}"
+    if found.sharpness < SOFTEST:
+        return (f"too blurred: fine detail is {found.sharpness:.2f} of what is twice as wide, expected at least "
+                f"{SOFTEST}")
     return ""
 
 
 # ---- one photograph ----
 
+def rows(net: Net, tasks: Sequence[Task], number: int, device: torch.device) -> dict[str, Tensor]:
+    """For Net.forward: these tasks answer for all of `number` photographs, the others for none."""
+    wanted = {t.name for t in tasks}
+    return {name: torch.arange(number if name in wanted else 0, device=device) for name in net.heads}
+
+
 @torch.inference_mode()
-def answer(net: nn.Module, tasks: Sequence[Task], image: Tensor, device: torch.device) -> dict[str, Tensor]:
+def answer(net: Net, tasks: Sequence[Task], image: Tensor, device: torch.device) -> dict[str, Tensor]:
     """What the network says of one sample (3, S, S) uint8: {task: decoded answer, one row}."""
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    outputs, _ = net(image[None].to(device), {t.name: first for t in tasks})
+    outputs, _ = net(image[None].to(device), rows(net, tasks, 1, device))
     return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
 
 
 @torch.inference_mode()
-def in_tiles(net: nn.Module, task: Task, image: Tensor, size: int, device: torch.device, batch: int = 8) -> Tensor:
+def in_tiles(net: Net, task: Task, image: Tensor, size: int, device: torch.device, batch: int = 8) -> Tensor:
     """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles (size, size) that overlap by half.
 
     Where tiles overlap, their probabilities are averaged with weights that fall off towards a tile's border, where the
@@ -102,14 +124,14 @@ def in_tiles(net: nn.Module, task: Task, image: Tensor, size: int, device: torch
     for k in range(0, len(corners), batch):
         part = corners[k:k + batch]
         tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in part]).to(device)
-        outputs, _ = net(tiles, {task.name: torch.arange(len(part), device=device)})
+        outputs, _ = net(tiles, rows(net, [task], len(part), device))
         for (y, x), masks in zip(part, task.decode(outputs[task.name].float()).cpu()):
             total[:, y:y + size, x:x + size] += window * masks
             weight[y:y + size, x:x + size] += window
     return total / weight
 
 
-def masks_of(net: nn.Module, task: Task, image: Tensor, size: int, device: torch.device) -> Tensor:
+def masks_of(net: Net, task: Task, image: Tensor, size: int, device: torch.device) -> Tensor:
     """Masks (L, Z, Z) of a sample (3, Z, Z): whole if it is as large as the network's, else in tiles."""
     if image.shape[-1] == size:
         return answer(net, [task], image, device)[task.name]
@@ -125,7 +147,7 @@ def in_file_pixels(map_: np.ndarray, geometry: data.Geometry) -> np.ndarray:
 
 # ---- masks against masks ----
 
-def tally_at_full_size(net: nn.Module, task: Lesions, photographs: data.Photographs, size: int, device: torch.device,
+def tally_at_full_size(net: Net, task: Lesions, photographs: data.Photographs, size: int, device: torch.device,
                        pool: metrics.Ranking) -> tuple[list[str], Tensor]:
     """Names and tallies (see Lesions.tally) of all photographs with masks, in the pixels of their files.
 
@@ -184,7 +206,7 @@ def names_for(paths: Sequence[Path]) -> list[str]:
 @dataclass
 class Predictor:
     """What turns one photograph into its row of predictions.csv and its pictures."""
-    net: nn.Module
+    net: Net
     tasks: Sequence[Task]
     chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
     size: int
@@ -203,7 +225,7 @@ class Predictor:
                 return row | {"status": "refused", "reason": reason}
             return row | self.answers(path, name, float(data.lit_pixels(small.image).mean()))
         except InputError as error:
-            return row | {"status": "unreadable", "reason": str(error)}
+            return row | {"status": "unreadable", "reason": str(error).removeprefix(f"{path}: ")}
 
     def answers(self, path: Path, name: str, lit: float) -> dict:
         """Columns of all tasks, pictures written; `lit` is the share of the picture that shows retina."""
@@ -268,6 +290,7 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
     pen, height = ImageDraw.Draw(picture), max(9, round(min(image.size) / 45))
     if points is not None:
         data.mark(pen, points, min(image.size) / 60)
+        lines = [*lines, "+ optic disc, x fovea"]
     font, y = ImageFont.load_default(height), height // 2
     outline = {"font": font, "stroke_width": max(1, height // 10), "stroke_fill": "black"}
     for line in lines:

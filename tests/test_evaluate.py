@@ -105,7 +105,7 @@ def test_a_run_of_another_version_is_said_to_be_one(run):
     state = torch.load(run / "best.pt", weights_only=True)
     del state["options"]["router"]
     torch.save(state, run / "best.pt")
-    with pytest.raises(InputError, match="made by another version of this project, its options lack 'router'; train"):
+    with pytest.raises(InputError, match="made by another version of this project, it lacks 'router'; train"):
         evaluate.load_run(run, torch.device("cpu"))
 
 

@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DATA = {"synthetic", "records", "eyes"}  # they know fields of a photograph, never networks
-ALLOWED = {"model": set(), "tasks": {"model"}, "synthetic": set(), "records": {"synthetic"}, "eyes": {"records"},
-           "data": DATA, "routes": {"model", "tasks", "data"}, "evaluate": {"model", "tasks", "data", "routes"} | DATA,
-           "train": {"model", "tasks", "data", "routes", "evaluate"} | DATA}
+ALLOWED = {"model": set(), "metrics": set(), "tasks": {"model", "metrics"}, "synthetic": set(),
+           "records": {"synthetic"}, "eyes": {"records"}, "data": DATA, "intervals": set(),
+           "routes": {"model", "tasks", "data"}, "predict": {"model", "tasks", "metrics", "data", "records"}}
+ALLOWED["evaluate"] = set(ALLOWED)
+ALLOWED["train"] = set(ALLOWED)
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
 
 

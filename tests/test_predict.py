@@ -1,0 +1,377 @@
+"""Answers in the pixels of the file: geometry, tiles, what is refused, what is written, and faults."""
+
+import csv
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+import data
+import evaluate
+import metrics
+import predict
+import records
+import synthetic
+import train
+from conftest import official_tree, real_idrid, widen
+from records import InputError
+from tasks import TASKS
+from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+CPU = torch.device("cpu")
+
+
+def picture(index: int, side: int = 300) -> Image.Image:
+    """A drawn photograph with black borders left and right."""
+    return widen(synthetic.draw(synthetic.plan(5, index), side)[0])
+
+
+class Fake(torch.nn.Module):
+    """A network whose masks are a function of each pixel alone, and which has a head for all tasks."""
+    heads = dict.fromkeys(("seg",))
+
+    def forward(self, images, rows):
+        chosen = images[rows["seg"]].float() / 255
+        return {"seg": torch.logit(chosen.mean(1, keepdim=True).expand(-1, 5, -1, -1), 1e-4)}, {}
+
+
+# ---- where a map lies in its file ----
+
+def test_in_file_pixels_equals_interpolation_by_hand():
+    """A sample of a crop, scaled unlike in x and y: every pixel of the file by bilinear interpolation, 0 outside."""
+    g, rng = data.Geometry(23, 17, 0.5, 0.8, -1.5, 2.0), np.random.default_rng(0)
+    map_ = rng.random((16, 16)).astype(np.float32)
+    expected = np.zeros((17, 23))
+    for y in range(17):
+        for x in range(23):
+            u, v = (x + 0.5) * 0.5 - 1.5, (y + 0.5) * 0.8 + 2.0  # in the sample
+            if 0 <= u < 16 and 0 <= v < 16:
+                corners = [(math.floor(v - 0.5) + i, math.floor(u - 0.5) + j) for i in (0, 1) for j in (0, 1)]
+                expected[y, x] = sum(map_[min(max(a, 0), 15), min(max(b, 0), 15)] * (1 - abs(v - 0.5 - a)) *
+                                     (1 - abs(u - 0.5 - b)) for a, b in corners)
+    found = predict.in_file_pixels(map_, g)
+    assert found.shape == (17, 23) and np.abs(found - expected).max() < 1e-5
+
+
+def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
+    """File -> sample -> file: all but the outline."""
+    record = next(r for r in records.read_idrid(tree).records if r.masks)
+    sample = data.to_sample(record, data.prepare(record, 96))
+    back = predict.in_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
+    truth = np.asarray(data.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
+    assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
+
+
+# ---- tiles ----
+
+def test_tiles_of_a_local_network_change_nothing():
+    """Where an answer depends on its pixel alone, cutting, weighing and blending must give it back."""
+    image = torch.randint(256, (3, 150, 150), dtype=torch.uint8)
+    whole = (image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).expand(5, -1, -1)
+    found = predict.in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
+    assert found.shape == whole.shape and torch.allclose(found, whole, atol=1e-5)
+
+
+def test_one_tile_is_the_whole(run):
+    loaded = evaluate.load_run(run, CPU)
+    loaded.net.eval()
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    tile = predict.in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
+    assert torch.allclose(tile, predict.masks_of(loaded.net, TASKS["seg"], image, 32, CPU), atol=1e-6)
+
+
+def test_tiles_overlap_by_half_at_least():
+    seen = torch.zeros(100, 100)
+
+    class Counts(Fake):
+        def forward(self, images, rows):
+            for x, y in zip(images[:, 0, 0, 0].tolist(), images[:, 1, 0, 0].tolist()):
+                seen[y:y + 32, x:x + 32] += 1
+            return super().forward(images, rows)
+    at = torch.arange(100, dtype=torch.uint8)
+    image = torch.stack([at.expand(100, 100), at[:, None].expand(100, 100), at.expand(100, 100)])
+    predict.in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
+    assert seen.min() >= 1 and seen[16:-16, 16:-16].min() >= 4
+
+
+# ---- masks at full size ----
+
+def test_full_size_tallies_equal_counting_pixels_of_files(tree):
+    """Three photographs of 144x96: masks of the files against maps brought to their size, kind by kind."""
+    chosen = [r for r in records.read_idrid(tree).records if r.masks]
+    photographs, task = data.Photographs(chosen, 64), TASKS["seg"]
+    pool = task.pool()
+    names, tally = predict.tally_at_full_size(Fake(), task, photographs, 64, CPU, pool)
+    assert names == [r.name for r in chosen]
+    found = task.at(tally, [0.3] * 5)
+    pixels = {kind: ([], []) for kind in task.classes}
+    for i, record in enumerate(chosen):
+        sample = photographs[i, None]
+        for c, kind in enumerate(task.classes):
+            path, size = record.masks[kind], (sample.geometry.width, sample.geometry.height)
+            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(data.read_mask(path, size)[0]) > 0
+            map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
+            score = predict.in_file_pixels(map_, sample.geometry)
+            mask = score >= metrics.threshold_at(metrics.level_of(0.3))
+            near = 3  # pixels whose score rounds to the other side
+            assert found[i, c].tolist() == pytest.approx([(mask & truth).sum(), mask.sum(), truth.sum()], abs=near)
+            for pile, x in zip(pixels[kind], (score, truth)):
+                pile.append(x.ravel())
+    for c, kind in enumerate(task.classes):
+        score, truth = map(np.concatenate, pixels[kind])
+        if truth.any():
+            precision = [truth[score >= s].mean() for s in score[truth]]
+            assert pool.area(c) == pytest.approx(np.mean(precision), abs=1e-5)
+
+
+def test_kinds_that_are_not_known_are_not_counted(tree):
+    record = next(r for r in records.read_idrid(tree).records if r.masks)
+    record = replace(record, masks={"EX": record.masks["EX"]})
+    _, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], data.Photographs([record], 64), 64, CPU,
+                                          TASKS["seg"].pool())
+    assert tally[0, [0, 1, 3, 4]].isnan().all() and not tally[0, 2, :-1].isnan().any()
+
+
+# ---- what is refused ----
+
+def test_drawn_photographs_are_not_refused():
+    assert [reason for i in range(40) if (reason := predict.refusal(picture(i)))] == []
+
+
+SPOILED = [("too blurred", lambda p: p.filter(ImageFilter.GaussianBlur(0.03 * p.height))),
+           ("too dark", lambda p: ImageEnhance.Brightness(p).enhance(0.13)),
+           ("not the colours of a retina", lambda p: p.convert("L")),
+           ("no field of view", lambda p: p.crop((p.width // 3, p.height // 3, p.width // 2, p.height // 2))),
+           ("no field of view", lambda p: Image.new("RGB", p.size)),
+           ("no field of view", lambda p: Image.new("RGB", p.size, (200, 90, 30))),
+           ("no field of view", lambda p: Image.effect_noise(p.size, 80)),
+           ("nothing to be seen", lambda p: Image.composite(Image.new("RGB", p.size, (180, 80, 30)), Image.new(
+               "RGB", p.size), p.convert("L").point(lambda v: 255 * (v > 12))))]
+
+
+@pytest.mark.parametrize("reason,spoil", SPOILED)
+def test_what_shows_no_retina_is_refused(reason, spoil):
+    for i in range(5):
+        assert predict.refusal(spoil(picture(i))).startswith(reason)
+
+
+def test_real_photographs_are_not_refused_unless_spoiled():
+    """All 467, and of every 20th the same blurred and darkened."""
+    root = real_idrid("idrid")
+    found = [data.read_image(r.image, 512).image for r in records.read_idrid(root).records]
+    assert len(found) == 467 and [reason for image in found if (reason := predict.refusal(image))] == []
+    for image in found[::20]:
+        for reason, spoil in SPOILED[:4]:
+            if reason == "too dark":
+                def spoil(p):
+                    return ImageEnhance.Brightness(p).enhance(0.1)
+            assert predict.refusal(spoil(image)).startswith(reason)
+
+
+# ---- new photographs ----
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of all tasks on a small tree."""
+    patch = pytest.MonkeyPatch()
+    home = tmp_path_factory.mktemp("home")
+    patch.setattr(records, "HERE", home)
+    patch.setattr(data, "CACHE", home / "cache")
+    tree = official_tree(home / "IDRiD", segmentation=6, grading=8, test=False)
+    options = replace(TINY, tasks=("cls", "dme", "seg", "loc"), data=str(tree), epochs=1)
+    train.fit(options, home / "run", quiet=True)
+    patch.undo()
+    return home / "run"
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for i in range(2):
+        picture(i, 96 + 40 * i).save(folder / f"eye{i}.png")
+    return folder
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        evaluate.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def rows_of(out: Path) -> list[dict]:
+    with open(out / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert call(monkeypatch, run, "--images", pictures, "--out", out) == 0
+    rows = rows_of(out)
+    assert [r["name"] for r in rows] == ["eye0", "eye1"] and {r["status"] for r in rows} == {"graded"}
+    for row, side in zip(rows, (96, 136)):
+        size = (side + 48, side)
+        assert (int(row["width"]), int(row["height"])) == size
+        assert sum(float(row[f"grade_p{g}"]) for g in range(5)) == pytest.approx(1, abs=1e-3)
+        assert float(row["referable_p"]) == pytest.approx(sum(float(row[f"grade_p{g}"]) for g in (2, 3, 4)), abs=1e-3)
+        chosen = evaluate.load_run(run, CPU).chosen
+        assert (row["referable"] == "yes") == (float(row["referable_p"]) >= chosen["cls"]["referable"])
+        assert row["edema"] in "012" and 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
+        assert "no medical device" in row["note"]
+        assert Image.open(out / "overlays" / f"{row['name']}.png").size == size
+        lit = float(data.lit_pixels(Image.open(pictures / f"{row['name']}.png")).mean())
+        for kind in TASKS["seg"].classes:
+            mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{kind}.png"))
+            assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
+            assert float(row[f"area_{kind}"]) == pytest.approx((mask > 0).mean() / lit, abs=1e-6)
+    assert "2 of 2 photographs answered for" in capsys.readouterr().out
+
+
+def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
+    """The same file, once as a photograph of the validation split, once as a new one."""
+    loaded = evaluate.load_run(run, CPU)
+    split = evaluate.split_records(loaded, Path(loaded.options["data"]), "val")
+    found = evaluate.score(loaded.net, data.Photographs(split, 32), loaded.tasks, CPU)
+    assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
+    temperature = loaded.chosen["cls"]["temperature"]
+    rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}
+    by_name = {r.name: rows[str(r.image)] for r in split}
+    for name, tally in zip(found.names["cls"], found.tallies["cls"]):
+        p = metrics.at_temperature(tally[None, :5], temperature)[0]
+        assert [float(by_name[name][f"grade_p{g}"]) for g in range(5)] == pytest.approx(p.tolist(), abs=1e-3)
+    for name, tally in zip(found.names["loc"], found.tallies["loc"]):
+        assert [float(by_name[name][f"disc_{axis}"]) for axis in "xy"] == pytest.approx(tally[0, 2:4].tolist(), abs=0.1)
+
+
+def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypatch, capsys):
+    (pictures / "a_broken.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (90, 60)).save(pictures / "b_black.png")
+    Image.new("I", (90, 60)).save(pictures / "c_deep.tif")
+    out = tmp_path / "out"
+    assert call(monkeypatch, run, "--images", pictures, "--out", out) == 1
+    rows = {r["name"]: r for r in rows_of(out)}
+    assert [r["status"] for r in rows.values()] == ["unreadable", "refused", "unreadable", "graded", "graded"]
+    assert rows["a_broken"]["reason"].startswith("not a readable image") and rows["a_broken"]["grade"] == ""
+    assert rows["b_black"]["reason"].startswith("no field of view") and rows["b_black"]["width"] == "90"
+    assert "8 bits per channel" in rows["c_deep"]["reason"]
+    shown = capsys.readouterr()
+    assert "a_broken.jpg" in shown.err and "2 of 5 photographs answered for, 1 refused, 2 unreadable" in shown.out
+    assert not list((out / "overlays").glob("[abc]_*"))
+
+
+def test_only_refused_ones_still_leave_a_table(run, tmp_path, monkeypatch):
+    Image.new("RGB", (90, 60)).save(tmp_path / "black.png")
+    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 0
+    assert [r["status"] for r in rows_of(tmp_path / "out")] == ["refused"]
+
+
+def test_rows_are_on_disk_before_the_end(tmp_path):
+    def rows():
+        yield {"status": "refused", "a": 1}
+        yield {"status": "graded", "a": 2, "b": 3}
+        assert (tmp_path / "t.csv").read_text().splitlines() == ["status,a,b", "refused,1,", "graded,2,3"]
+        yield {"status": "refused", "a": 4}
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        predict.write_rows(tmp_path / "t.csv", rows())
+    assert (tmp_path / "t.csv").read_text().splitlines()[3:] == ["refused,4,"]
+
+
+def test_two_files_of_one_name_do_not_overwrite_each_other(run, pictures, tmp_path, monkeypatch):
+    other = shutil.copytree(pictures, tmp_path / "other")
+    picture(3, 96).convert("RGB").save(pictures / "EYE0.jpg")
+    assert call(monkeypatch, run, "--images", pictures, other / "eye0.png", "--out", tmp_path / "out") == 0
+    names = [r["name"] for r in rows_of(tmp_path / "out")]
+    assert len(names) == 4 == len({n.lower() for n in names}) == len(list((tmp_path / "out" / "overlays").iterdir()))
+
+
+def test_tiles_change_masks_alone(run, pictures, tmp_path, monkeypatch):
+    for name, flags in (("whole", []), ("tiles", ["--tiles", "2"])):
+        assert call(monkeypatch, run, "--images", pictures, "--out", tmp_path / name, *flags) == 0
+    whole, tiles = (rows_of(tmp_path / name)[0] for name in ("whole", "tiles"))
+    assert [k for k in whole if whole[k] != tiles[k] and not k.startswith("area_")] == []
+    assert any(whole[f"area_{k}"] != tiles[f"area_{k}"] for k in TASKS["seg"].classes)
+
+
+def test_a_sideways_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, 96).transpose(Image.ROTATE_90).save(tmp_path / "held.jpg", exif=exif, quality=100)
+    assert call(monkeypatch, run, "--images", tmp_path / "held.jpg", "--out", tmp_path / "out") == 0
+    row = rows_of(tmp_path / "out")[0]
+    assert (row["width"], row["height"]) == ("144", "96")
+    assert Image.open(tmp_path / "out" / "masks" / "held_OD.png").size == (144, 96)
+
+
+def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / part / name / f"{part}{name}{i}.png")
+    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "set"), classes=("cat", "dog"), epochs=1, experts=0)
+    train.fit(options, tmp_path / "run", quiet=True)
+    images = tmp_path / "set" / "val" / "cat"
+    assert call(monkeypatch, tmp_path / "run", "--images", images, "--out", tmp_path / "out") == 0
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 4 and {r["category"] for r in rows} <= {"cat", "dog"} and "category_p_dog" in rows[0]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["predictions.csv"]
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--images", "{new}"], "--images and --out go together"),
+    (["--out", "{new}"], "--images and --out go together"),
+    (["--images", "{new}/nothing", "--out", "{new}/out"], "nothing: no such file or folder; expected photographs"),
+    (["--images", "{new}/empty", "--out", "{new}/out"], "empty: holds no photograph; expected files that end in"),
+    (["--images", "{new}", "--out", "{new}/eye0.png"], "eye0.png: a file; expected a folder"),
+    (["--images", "{new}", "--out", "{new}/done"], "predictions.csv: exists already; choose another --out"),
+    (["--images", "{new}", "--out", "{new}/out", "--split", "test"], "belong to no split and no data set"),
+    (["--images", "{new}", "--out", "{new}/out", "--tiles", "0.5"], "--tiles 0.5: expected 1 to 16"),
+    (["--images", "{new}", "--out", "{new}/out", "--tiles", "nan"], "--tiles nan: expected 1 to 16"),
+])
+def test_mistakes_are_one_line(run, pictures, monkeypatch, flags, message):
+    (pictures / "empty").mkdir()
+    (pictures / "done").mkdir()
+    (pictures / "done" / "predictions.csv").write_text("")
+    with pytest.raises(InputError, match=message) as caught:
+        call(monkeypatch, run, *[f.format(new=pictures) for f in flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_real_originals_at_full_size_within_two_gib(tmp_path):
+    """27 masks' worth of 4288x2848 photographs in a process of its own."""
+    root = real_idrid("idrid-original")
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+from pathlib import Path
+import torch, data, predict, records
+from tasks import TASKS
+data.CACHE = Path({str(tmp_path)!r})
+torch.set_num_threads(2)
+class Fake(torch.nn.Module):
+    heads = dict.fromkeys(("seg",))
+    def forward(self, images, rows):
+        return {{"seg": (images[:, :1].float() / 16 - 12).expand(-1, 5, -1, -1)}}, {{}}
+found = [r for r in records.read_idrid(Path({str(root)!r})).records if r.masks] * 6
+pool = TASKS["seg"].pool()
+names, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], data.Photographs(found[:27], 256), 256,
+                                          torch.device("cpu"), pool)
+assert len(names) == 27 and float(tally[..., :-1].sum()) == 27 * 5 * 4288 * 2848
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 2 << 20  # KiB
