@@ -159,18 +159,33 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     """
     with open_image(path) as image:
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
-    values, found, mode = telling_channel(image), np.unique(np.asarray(image)).astype(float), image.mode
-    if values.shape[::-1] != size:
-        raise InputError(f"{path}: a mask of {values.shape[1]}x{values.shape[0]} for a photograph of "
-                         f"{size[0]}x{size[1]}; both must have the same size")
+    if image.size != size:
+        raise InputError(f"{path}: a mask of {image.width}x{image.height} for a photograph of {size[0]}x{size[1]}; "
+                         "both must have the same size")
+    pixels, mode, counts = np.asarray(image), image.mode, 1
+    by_number = mode in ("P", "L")
+    if by_number:  # look at its few numbers in place of its many pixels: 16 ms instead of 300 for IDRiD's
+        counts = np.array(image.histogram())
+        found = np.flatnonzero(counts)
+        counts, image = counts[found], image.crop((0, 0, len(found), 1))
+        image.putdata(found.tolist())
+    else:
+        found = np.unique(pixels)
+    values = telling_channel(image)
     highest = values.max()
     between = (values > 0.1 * highest) & (values < 0.9 * highest)
-    smooth = highest >= 128 and between.sum() <= (values > highest / 2).sum()
+    mask = values > highest / 2
+    smooth = highest >= 128 and (counts * between).sum() <= (counts * mask).sum()
     if not np.isfinite(highest) or (len(np.unique(values)) > 2 and not smooth):
         raise InputError(f"{path}: {len(found)} values from {found[0]:g} to {found[-1]:g}; expected a mask of two, "
                          "such as 0 and 255")
-    form = f"{mode} {' '.join(f'{v:g}' for v in found)}" if len(found) < 4 else f"{mode} {len(found)} values"
-    return Image.fromarray(np.where(values > highest / 2, 255, 0).astype(np.uint8)), form
+    form = f"{mode} {' '.join(f'{v:g}' for v in found.astype(float))}" if len(found) < 4 else \
+        f"{mode} {len(found)} values"
+    if by_number:
+        table = np.zeros(256, bool)
+        table[found] = mask[0]
+        mask = table[pixels]
+    return Image.fromarray(mask.view(np.uint8) * 255), form
 
 
 def prepare(record: Record, size: int) -> dict[str, np.ndarray]:

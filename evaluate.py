@@ -512,14 +512,14 @@ def sides_of(runs: Sequence[Run]) -> list[list[int]]:
     if len(runs) == 2:
         return [[0], [1]]
     sides: dict[str, list[int]] = {}
+    machine = ("seed", "workers", "device")
     for i, run in enumerate(runs):
-        machine = ("seed", "workers", "device")
         key = json.dumps({k: v for k, v in run.options.items() if k not in machine}, sort_keys=True)
         sides.setdefault(key, []).append(i)
     found = [sorted(side, key=lambda i: runs[i].options["seed"]) for side in sides.values()]
     if len(found) > 2:
         one, *others = (runs[side[0]].options for side in found)
-        differ = [k for k in one if any(o.get(k) != one[k] for o in others) and k != "seed"]
+        differ = [k for k in one if any(o.get(k) != one[k] for o in others) and k not in machine]
         raise InputError(f"{len(runs)} runs of {len(found)} kinds, which differ in {', '.join(differ)}; expected two "
                          "runs, or runs of at most two kinds that differ in nothing but their seed")
     if len({len(side) for side in found}) > 1:

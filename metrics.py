@@ -184,10 +184,20 @@ LEVELS = 1024  # of a pixel's log odds, -16 to 16, that are kept for each photog
 FINE = 4096  # parts of a level that are told apart where all pixels of a split are ranked: 7.6e-6 of log odds
 
 
-def fine_levels(probability: np.ndarray) -> np.ndarray:
-    """Probabilities (n,) -> 0 to LEVELS * FINE, exclusive, ascending with their log odds; float64."""
-    odds = torch.logit(torch.from_numpy(probability)).double()
-    return odds.add_(16).mul_(LEVELS * FINE / 32).clamp_(0, LEVELS * FINE - 1).numpy()
+HALF = LEVELS * FINE // 2  # the fine level at which 0.5 lies
+
+
+def fine_odds(probability: np.ndarray) -> Tensor:
+    """Probabilities (n,) -> log odds in fine levels, -HALF to HALF - 1; of the same type."""
+    return torch.logit(torch.from_numpy(probability)).mul_(HALF / 16).clamp_(-HALF, HALF - 1)
+
+
+def counted(probability: np.ndarray, width: int) -> np.ndarray:
+    """How many probabilities (n,) there are in each level, of `width` fine ones: (LEVELS * FINE / width,)."""
+    if not len(probability):
+        return np.zeros(LEVELS * FINE // width, np.int64)
+    level = fine_odds(probability).div_(width).floor_().int().add_(HALF // width)  # first down, then move: no rounding
+    return torch.bincount(level, minlength=LEVELS * FINE // width).numpy()
 
 
 def level_of(threshold: float) -> int:
@@ -210,11 +220,6 @@ def average_precision(others: Tensor, true: Tensor) -> Tensor:
     found = true.cumsum(-1)
     precision = found / (found + others.cumsum(-1)).clamp(min=1)
     return torch.where(found[..., -1] > 0, (true * precision).sum(-1) / found[..., -1], NAN)
-
-
-def counted(probability: np.ndarray, width: int) -> np.ndarray:
-    """How many probabilities (n,) there are in each level, of `width` fine ones: (LEVELS * FINE / width,)."""
-    return np.bincount(fine_levels(probability).astype(np.int32) // width, minlength=LEVELS * FINE // width)
 
 
 def ranked_area(true: np.ndarray, above: np.ndarray) -> float:
@@ -268,8 +273,8 @@ class Ranking:
         if counts is None:
             others = np.sort(np.concatenate(self.others[kind] or [true]))
             return ranked_area(true, len(others) - np.searchsorted(others, true))
-        exact = fine_levels(true)
-        level = exact.astype(np.int32)
+        exact = fine_odds(true.astype(np.float64)).numpy() + HALF
+        level = exact.astype(np.int64)
         # within a level scores are spread evenly, but for one so full that it must hold equal scores
         share = np.where(counts[level] > counts.sum() / 1000, 1, level + 1 - exact)
         higher = counts[::-1].cumsum()[::-1]  # as high as a level or higher

@@ -72,8 +72,8 @@ def look(image: Image.Image, field: tuple[float, float, float, float]) -> Look |
 def refusal(image: Image.Image) -> str:
     """Why a picture cannot be graded, or "".
 
-    Of IDRiD's 467 training photographs none is refused: their brightness is 61 to 233, redness 1.5 to 3.9, structure 1.1
-    to 8.1 %, sharpness 0.39 to 1.17. Blurred with a sigma of 1.6 % of the field's width, all are: 0.26 to 0.32.
+    Of IDRiD's 467 training photographs none is: their brightness is 61 to 233, redness 1.5 to 3.9, structure 1.1 to 8.1
+    %, sharpness 0.39 to 1.17. Blurred with a sigma of 1.6 % of the field's width, all are: sharpness 0.26 to 0.32.
     """
     field = data.field_of_view(image)
     found = None if field is None else look(image, field)

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import data
 import evaluate
 import records
 import train
+from conftest import official_tree
 from records import InputError
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
@@ -127,3 +130,176 @@ def test_asking_for_a_gpu_that_is_not_there():
         pytest.skip("there is one")
     with pytest.raises(InputError, match="--device cuda: torch finds no CUDA GPU"):
         evaluate.pick_device("cuda")
+
+
+# ---- several tasks, files, seeds ----
+
+ALL = ("cls", "dme", "seg", "loc")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs on a tree of files: three seeds with experts, three without; half of the photographs are shown twice."""
+    patch = pytest.MonkeyPatch()
+    home = tmp_path_factory.mktemp("home")
+    patch.setattr(records, "HERE", home)
+    patch.setattr(data, "CACHE", home / "cache")
+    tree = official_tree(home / "IDRiD", segmentation=6, grading=20)
+    for experts in (4, 0):
+        for seed in range(3):
+            options = replace(TINY, tasks=ALL, data=str(tree), epochs=1, experts=experts, seed=seed, fold="1/2",
+                              keep_leaks=True, chosen=2 if experts else 1, balance=0.01 * bool(experts))
+            train.fit(options, home / f"e{experts}_s{seed}", quiet=True)
+    patch.undo()
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_runs(request, monkeypatch):
+    if "runs" in request.fixturenames:
+        monkeypatch.setattr(data, "CACHE", request.getfixturevalue("runs") / "cache")
+
+
+def strict(path):
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_every_number_has_its_interval(runs, monkeypatch, capsys):
+    run_main(monkeypatch, runs / "e4_s0")
+    text = capsys.readouterr().out
+    stored = strict(runs / "e4_s0" / "metrics.json")
+    for part in (stored, stored["full_size"]):
+        for task, values in part["metrics"].items():
+            numbers = {k for k, v in values.items() if isinstance(v, float)} - {"loss"}
+            assert numbers <= set(part["intervals"][task])
+            for k in numbers:
+                if (around := part["intervals"][task][k]) is not None:
+                    assert around[0] <= around[1] and (around[0] - 0.2 <= values[k] <= around[1] + 0.2 or "px" in k)
+    assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
+    assert stored["chosen"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).chosen
+    assert "masks in the pixels of the original files" in text and "optimistic" in text
+    assert "referable_sensitivity" in text and "five_masks_dice_of_disc_alone" in text
+
+
+def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypatch):
+    run_main(monkeypatch, runs / "e4_s0")
+    with open(runs / "e4_s0" / "predictions.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["cls_truth"] and r["dme_truth"]]
+    right = [r["cls_truth"] == r["cls_predicted"] and r["dme_truth"] == r["dme_predicted"] for r in rows]
+    stored = strict(runs / "e4_s0" / "metrics.json")["metrics"]["joint"]
+    assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
+
+
+def test_the_chosen_checkpoint_carries_what_validation_chose(runs):
+    run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
+    split = evaluate.split_records(run, Path(run.options["data"]), "val")
+    scores = evaluate.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu"), 6)
+    assert scores.choose() == run.chosen and set(run.chosen["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
+
+
+def test_opening_the_test_part_is_written_down(runs, monkeypatch, capsys):
+    for times in ("1 time", "2 times"):
+        run_main(monkeypatch, runs / "e4_s0", "--split", "test")
+        assert f"test part is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (runs / "e4_s0" / "test_opened.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]["checkpoint"] == "best.pt" and len(lines[0]["sha256"]) == 64
+    assert lines[0]["when"] <= lines[1]["when"] and lines[0]["epoch"] == 1
+    run_main(monkeypatch, runs / "e4_s0")
+    assert len((runs / "e4_s0" / "test_opened.jsonl").read_text().splitlines()) == 2
+
+
+def test_two_runs_are_compared(runs, monkeypatch, capsys):
+    run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0")
+    text, stored = capsys.readouterr().out, strict(runs / "e4_s0" / "against_e0_s0.json")
+    assert "McNemar's exact p" in text and "adjusted for their number (Holm)" in text
+    assert len(stored["claims"]) == 5 and all(c in text for c in stored["claims"])
+    assert any("no difference can be claimed from n = " in c for c in stored["claims"])
+    assert stored["masks_in_pixels_of"] == "the original files"
+    for rows in stored["compared"].values():
+        for row in rows.values():
+            if row["first"] is not None and row["second"] is not None:
+                assert row["difference"] == pytest.approx(row["second"] - row["first"]) and 0 <= row["p"] <= 1
+    tallies = []
+    for name in ("e4_s0", "e0_s0"):
+        run = evaluate.load_run(runs / name, torch.device("cpu"))
+        split = evaluate.split_records(run, Path(run.options["data"]), "val")
+        tallies.append(evaluate.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu")))
+    first, second = (s.metrics()["cls"]["kappa"] for s in tallies)
+    row = stored["compared"]["cls"]["kappa"]
+    assert (row["first"], row["second"]) == pytest.approx((first, second), abs=1e-6)
+
+
+def test_a_run_against_itself_differs_in_nothing(runs, monkeypatch, tmp_path):
+    shutil.copytree(runs / "e4_s0", tmp_path / "same")
+    run_main(monkeypatch, runs / "e4_s0", tmp_path / "same")
+    for rows in strict(runs / "e4_s0" / "against_same.json")["compared"].values():
+        for row in rows.values():
+            assert row["difference"] in (0, None) and row["p"] in (1, None)
+
+
+def test_runs_of_several_seeds_count_as_one(runs, monkeypatch, capsys):
+    folders = [runs / f"e4_s{seed}" for seed in range(3)]
+    run_main(monkeypatch, *folders)
+    stored = strict(runs / "e4_s0" / "seeds.json")
+    single = []
+    for folder in folders:
+        run_main(monkeypatch, folder)
+        single.append(strict(folder / "metrics.json"))
+    for t, k in (("cls", "accuracy"), ("loc", "px4288_disc"), ("seg", "dice")):
+        values = [s["metrics"][t][k] for s in single]
+        assert stored["metrics"][t][k] == pytest.approx(sum(values) / 3)
+        mean = sum(values) / 3
+        assert stored["metrics"][t]["sd"][k] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / 2))
+    assert len(stored["runs"]) == 3 and "intervals over eyes and runs" in capsys.readouterr().out
+
+
+def test_two_sets_of_seeds_are_compared(runs, monkeypatch, capsys):
+    order = [runs / f"e{e}_s{s}" for e, s in ((4, 1), (0, 2), (4, 0), (0, 0), (0, 1), (4, 2))]
+    run_main(monkeypatch, *order)
+    text, stored = capsys.readouterr().out, strict(runs / "e4_s1" / "against_e0_s0.json")
+    assert [Path(p).name for p in stored["first"]] == ["e4_s0", "e4_s1", "e4_s2"]
+    assert [Path(p).name for p in stored["second"]] == ["e0_s0", "e0_s1", "e0_s2"]
+    assert "McNemar" not in text and len(stored["claims"]) == 5
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["e4_s0", "e4_s1", "e0_s0"], "2 runs against 1; expected as many on both sides"),
+    (["e4_s0", "e4_s0"], "e4_s0: named twice"),
+    (["e4_s0", "e0_s0", "--routing"], "without experts|--routing"),
+    (["e4_s0", "--tiles", "99"], "--tiles 99: expected 1 to 16"),
+    (["e4_s0", "--batch", "0"], "--batch 0: expected at least 1"),
+])
+def test_mistakes_in_runs_are_one_line(runs, monkeypatch, arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        run_main(monkeypatch, *[runs / a if a.startswith("e") else a for a in arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
+    other = shutil.copytree(runs / "e4_s0", tmp_path / "other")
+    state = torch.load(other / "best.pt", weights_only=True)
+    state["options"]["lr"] = 0.5
+    torch.save(state, other / "best.pt")
+    with pytest.raises(InputError, match="3 runs of 3 kinds, which differ in lr, experts"):
+        run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0", other)
+
+
+def test_runs_on_different_photographs_cannot_be_compared(runs, run, monkeypatch):
+    with pytest.raises(InputError, match="different photographs; expected the same data set, fold and split"):
+        run_main(monkeypatch, runs / "e4_s0", run)
+
+
+def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
+    with pytest.raises(InputError, match="drawn photographs have no files of a larger size"):
+        run_main(monkeypatch, run, "--tiles", "2")
+    run_main(monkeypatch, runs / "e4_s0", "--tiles", "2")
+    assert "in tiles at 2 times the size of training" in capsys.readouterr().out
+    tiled = strict(runs / "e4_s0" / "metrics.json")
+    run_main(monkeypatch, runs / "e4_s0")
+    whole = strict(runs / "e4_s0" / "metrics.json")
+    assert tiled["metrics"] == whole["metrics"] and tiled["full_size"] != whole["full_size"]
+    train.fit(replace(TINY, tasks=("cls",), epochs=1), tmp_path / "cls", quiet=True)
+    with pytest.raises(InputError, match="was trained for cls; only seg"):
+        run_main(monkeypatch, tmp_path / "cls", "--tiles", "2")

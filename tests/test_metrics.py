@@ -203,14 +203,17 @@ def test_pixels_of_one_score_pass_together():
 
 
 def test_levels_ascend_and_one_begins_at_a_half():
-    p = np.sort(np.concatenate([np.random.default_rng(0).random(10000), 10.0 ** np.arange(-12, 0), [0, 1]]))
-    found = metrics.fine_levels(p.astype(np.float32))
-    assert (np.diff(found) >= 0).all() and found[0] == 0 and found[-1] == metrics.LEVELS * metrics.FINE - 1
+    def level(*p, width=metrics.FINE):
+        return [int(np.flatnonzero(metrics.counted(np.array([x], np.float32), width))[0]) for x in p]
+
+    p = np.sort(np.concatenate([np.random.default_rng(0).random(40), 10.0 ** np.arange(-12, 0), [0, 1]]))
+    found = level(*p, width=1)
+    assert found == sorted(found) and found[0] == 0 and found[-1] == metrics.LEVELS * metrics.FINE - 1
     half = metrics.level_of(0.5)
-    assert metrics.fine_levels(np.array([0.5], np.float32))[0] // metrics.FINE == half
-    assert metrics.fine_levels(np.array([0.4999], np.float32))[0] // metrics.FINE == half - 1
-    for level in (1, 100, 512, 700, 1000):
-        assert metrics.level_of(metrics.threshold_at(level)) == level
+    assert level(0.5, 0.4999, 0.49999997) == [half, half - 1, half - 1]
+    for k in (1, 100, 512, 700, 900):
+        assert metrics.level_of(metrics.threshold_at(k)) == k
+        assert level(metrics.threshold_at(k + 0.5)) == [k]
 
 
 def test_masks_at_a_level_equal_counting():
