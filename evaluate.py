@@ -1,12 +1,11 @@
-"""How good is a run, how far can that be trusted, and is one better than another?
+"""Score a run, compare runs, answer for new photographs.
 
-    score(net, ...) -> Scores       one pass over a split: tallies of every photograph, losses, use of the experts
-    summary, compare                measures with their intervals (intervals.py), of one run or several; two sides
     load_run(folder) -> Run         a network as it was chosen, with what it was trained for
-    routing_report, rerouted        what the experts do (routes.py), and the scores with other routes
-    main                            python evaluate.py RUN [RUN ...] [--split test], or RUN --images FOLDER --out FOLDER
+    split_records                   the photographs that it is scored on
+    routing_report                  what its experts do (routes.py)
+    main                            python evaluate.py RUN [RUN ...] [--split test], or RUN --images PATH --out FOLDER
 
-The measures stand in metrics.py, what each task makes of them in tasks.py, answers for new photographs in predict.py.
+Scores and what they are worth: scores.py. Answers for new photographs: predict.py.
 """
 
 import argparse
@@ -16,264 +15,22 @@ import hashlib
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
 import eyes
 import intervals
-import metrics
 import predict
 import routes
 from model import Net, NetConfig
-from records import InputError, Record, command, ignore_ctrl_c, read_data
-from tasks import TASKS, Classification, Joint, Lesions, Task, make_tasks
-
-# n photographs with the label, E experts
-
-
-# ---- scoring ----
-
-@dataclass
-class Scores:
-    """What one pass over a split leaves."""
-    tasks: list[Task]
-    names: dict[str, list[str]] = field(default_factory=dict)  # task -> its labelled photographs
-    tallies: dict[str, Tensor] = field(default_factory=dict)  # task -> (n, ...), see Task.tally
-    losses: dict[str, float] = field(default_factory=dict)  # task -> mean loss
-    # task -> (E,) share of its "tokens" and mean "weight" of each expert
-    usage: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    pools: dict[str, metrics.Ranking | None] = field(default_factory=dict)  # task -> see Task.pool
-    eyes: dict[str, str] = field(default_factory=dict)  # photograph -> its eye
-
-    def scored(self) -> list[Task]:
-        """The tasks of which something is labelled, and whether both grades are right where there are both."""
-        joint = [Joint()] if "joint" in self.tallies else []
-        return [t for t in self.tasks if t.name in self.tallies] + joint
-
-    def metrics(self, chosen: Mapping[str, Mapping] = {}) -> dict[str, dict]:
-        """{task: {metric: value}}, each over all photographs of the split; `chosen` as `choose` gives it."""
-        found = {}
-        for task in self.scored():
-            t = task.name
-            loss = {"loss": self.losses[t]} if t in self.losses else {}
-            found[t] = {"photographs": len(self.tallies[t]), "eyes": len(set(self.eyes_of(t))), **loss,
-                        **task.metrics(self.tallies[t], chosen.get(t, {}), self.pools.get(t))}
-        return found
-
-    def eyes_of(self, task: str) -> list[str]:
-        """The eye of each photograph of a task."""
-        return [self.eyes[name] for name in self.names[task]]
-
-    def choose(self) -> dict[str, dict[str, float]]:
-        """{task: what it fits on this split}: temperatures and thresholds."""
-        return {t.name: t.choose(self.tallies[t.name]) for t in self.tasks if t.name in self.tallies}
-
-    def join_grades(self) -> None:
-        """Tally the photographs with both labels, `cls` and `dme`, under the name of Joint."""
-        both = [t for t in self.tasks if t.name in ("cls", "dme") and t.name in self.tallies]
-        if len(both) < 2:
-            return
-        right = [dict(zip(self.names[t.name], t.right(self.tallies[t.name]).tolist())) for t in both]
-        if names := [n for n in right[0] if n in right[1]]:
-            self.names["joint"] = names
-            self.tallies["joint"] = torch.tensor([float(right[0][n] and right[1][n]) for n in names]).double()
-
-
-def in_order(photographs: data.Photographs, batch: int) -> list[list[tuple[int, None]]]:
-    """All photographs once, as they are, `batch` at a time."""
-    indices = [(i, None) for i in range(len(photographs))]
-    return [indices[i:i + batch] for i in range(0, len(indices), batch)]
-
-
-def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device: torch.device,
-           workers: int = 0) -> DataLoader:
-    """Batches of `photographs`; `batches` are lists of its indices."""
-    return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(data.collate, tasks=tasks),
-                      num_workers=workers, worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
-
-
-@torch.inference_mode()
-def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device, batch: int = 16,
-          progress: str = "") -> Scores:
-    """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label."""
-    net.eval()
-    batches = in_order(photographs, batch)
-    scores = Scores(list(tasks), pools={t.name: t.pool() for t in tasks},
-                    eyes={r.name: r.eye or r.name for r in photographs.records})
-    tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
-    bar = tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
-               disable=None if progress else True, unit="batch")  # None: no bar where there is no terminal
-    for b in bar:
-        b = b.to(device)
-        outputs, routing = net(b.images, b.rows)
-        for task in tasks:
-            if task.name not in outputs:
-                continue
-            output, target = outputs[task.name], b.targets[task.name]
-            tallies[task.name].append(task.tally(task.decode(output), target, scores.pools[task.name]).cpu())
-            sums[task.name].append((len(target), float(task.loss(output, target))))
-            scores.names.setdefault(task.name, []).extend(b.names[i] for i in b.rows[task.name].tolist())
-            if routing:
-                usage[task.name].append(routes.per_token(routing[task.name]).mean(1).cpu())  # (n_t, 2, E)
-    for task in (t.name for t in tasks if tallies[t.name]):
-        n = sum(k for k, _ in sums[task])
-        scores.tallies[task] = torch.cat(tallies[task])
-        scores.losses[task] = sum(k * loss for k, loss in sums[task]) / n
-        if usage[task]:
-            scores.usage[task] = dict(zip(("tokens", "weight"), torch.cat(usage[task]).mean(0).tolist()))
-    scores.join_grades()
-    return scores
-
-
-def score_at_full_size(run: "Run", records: Sequence[Record], tiles: float | None,
-                       device: torch.device) -> Scores | None:
-    """Masks in the pixels of their files; None where there are no masks of files, as with drawn photographs."""
-    task = next((t for t in run.tasks if isinstance(t, Lesions)), None)
-    records = [r for r in records if r.masks is not None and r.image is not None]
-    if task is None or not records:
-        return None
-    side = run.options["size"] if tiles is None else round(run.options["size"] * tiles)
-    scores = Scores([task], pools={task.name: task.pool()}, eyes={r.name: r.eye or r.name for r in records})
-    run.net.eval()
-    scores.names[task.name], scores.tallies[task.name] = predict.tally_at_full_size(
-        run.net, task, data.Photographs(records, side), run.options["size"], device, scores.pools[task.name])
-    return scores
-
-
-def primary_score(metrics: Mapping[str, dict], tasks: Sequence[Task]) -> float:
-    """What checkpoints are chosen by: the mean over tasks of each task's primary metric."""
-    found = [metrics[t.name][t.primary] for t in tasks if t.name in metrics]
-    return sum(found) / len(found)
-
-
-# ---- what the numbers are worth ----
-
-def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, dict]:
-    """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}} over eyes (and runs)."""
-    found = [s.metrics(c) for s, c in zip(scores, chosen)]
-    values, limits = {}, {}
-    for task in scores[0].scored():
-        t = task.name
-        values[t] = {k: v if len(found) == 1 or not isinstance(v, float) else sum(f[t][k] for f in found) / len(found)
-                     for k, v in found[0][t].items() if len(found) == 1 or k != "confusion"}
-        if len(found) > 1:
-            values[t]["sd"] = {k: float(torch.tensor([f[t][k] for f in found], dtype=torch.float64).std())
-                               for k, v in found[0][t].items() if isinstance(v, float)}
-        drawn = intervals.bootstrap([partial(task.measures, s.tallies[t], chosen=c.get(t, {}))
-                                     for s, c in zip(scores, chosen)], scores[0].eyes_of(t))
-        # a resample ranks pixels by the coarse levels of the tallies: its distance to their own value is what counts
-        limits[t] = {k: intervals.limits(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
-    return values, limits
-
-
-def compare(first: Sequence[Scores], second: Sequence[Scores]) -> dict[str, dict[str, dict]]:
-    """{task: {measure: first, second, difference, interval, p}} of two sides, each a run or as many runs of its kind.
-
-    Nothing that was chosen on validation enters. InputError: they were not scored on the same photographs.
-    """
-    found = {}
-    for task in (t for t in first[0].scored() if t.name in second[0].tallies):
-        t, tallies = task.name, []
-        for side in (first, second):
-            for s in side:
-                if sorted(s.names[t]) != sorted(first[0].names[t]):
-                    raise InputError(f"{t}: the runs were scored on different photographs; expected the same data set, "
-                                     "fold and split")
-                place = {name: i for i, name in enumerate(s.names[t])}
-                tallies.append(s.tallies[t][[place[name] for name in first[0].names[t]]])
-        tallies, eyes_ = (tallies[:len(first)], tallies[len(first):]), first[0].eyes_of(t)
-        one, other = (intervals.bootstrap([partial(task.measures, x, chosen={}) for x in side], eyes_)
-                      for side in tallies)
-        p = intervals.p_values([partial(task.measures, torch.cat(pair), chosen={}) for pair in zip(*tallies)], eyes_)
-        found[t] = {}
-        for name in one:
-            difference = other[name] - one[name]
-            found[t][name] = {"first": float(one[name][0]), "second": float(other[name][0]),
-                              "difference": float(difference[0]), "interval": intervals.limits(difference[1:]),
-                              "p": p[name]}
-        if len(first) == 1 and isinstance(task, (Classification, Joint)):
-            only_first, only_second, p_exact = intervals.mcnemar(*(task.right(side[0]) for side in tallies))
-            found[t]["accuracy"]["mcnemar"] = {"only_first_right": only_first, "only_second_right": only_second,
-                                               "p": p_exact}
-    return found
-
-
-def claims(compared: Mapping[str, Mapping], scores: Scores, single: bool) -> list[str]:
-    """A sentence on the primary metric of each task, p adjusted for the number of tasks (Holm)."""
-    tasks = [t for t in scores.scored() if t.name in compared]
-    rows = [compared[t.name][t.primary] for t in tasks]
-    adjusted = intervals.holm([1.0 if math.isnan(row["p"]) else row["p"] for row in rows])
-    return [intervals.claim(f"{t.name} {t.primary}", row["difference"], row["interval"],
-                            math.nan if math.isnan(row["p"]) else p, len(scores.names[t.name]), single)
-            for t, row, p in zip(tasks, rows, adjusted)]
-
-
-# ---- tables ----
-
-def shown(value: float | None, limits: Sequence[float] | None = None) -> str:
-    """A number, with its interval where there is one."""
-    if value is None or math.isnan(value):
-        return "-"
-    digits = 3 if abs(value) < 10 else 0
-    text = f"{value:.{digits}f}"
-    return text if limits is None else text + " ({:.{d}f}..{:.{d}f})".format(*limits, d=2 if digits else 0)
-
-
-def table(metrics: Mapping[str, dict], tasks: Sequence[Task], limits: Mapping[str, Mapping] = {}) -> str:
-    """Metrics as lines of text; per task, the primary metric first, then what there is for each kind or class."""
-    lines = []
-    for task in (t for t in [*tasks, Joint()] if t.name in metrics):
-        values, around = metrics[task.name], limits.get(task.name, {})
-        numbers = {k: v for k, v in values.items() if isinstance(v, float)}
-        kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
-        # the row of a number that belongs to one kind: dice_MA_per_image stands in dice_*_per_image
-        row_of = {k: "_".join("*" if word in kinds else word for word in k.split("_")) for k in numbers}
-        rest = [k for k in numbers if k != task.primary and "*" not in row_of[k]]
-        lines.append(f"{task.name}   {values['photographs']} photographs of {values['eyes']} eyes   {task.primary} "
-                     + shown(numbers[task.primary], around.get(task.primary)))
-        cells = [f"{k} {shown(numbers[k], around.get(k))}".replace(" ", "\0") for k in rest]  # not to be torn apart
-        lines += [line.replace("\0", " ") for line in textwrap.wrap("   ".join(cells), 117, initial_indent="   ",
-                                                                     subsequent_indent="   ")]
-        rows = [row for row in dict.fromkeys(row_of.values()) if "*" in row]
-        if rows:
-            lines.append(" " * 18 + "".join(f"{kind:>20}" for kind in kinds))
-            for row in rows:
-                names = ("_".join(kind if word == "*" else word for word in row.split("_")) for kind in kinds)
-                lines.append(f"   {row.replace('_*', ''):15}" + "".join(
-                    f"{shown(numbers.get(k), around.get(k)):>20}" for k in names))
-        if values.get("lesions", 4) < 4:
-            lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
-        if len(values.get("confusion", range(99))) <= 12:
-            names = [n[:12] for n in getattr(task, "names", map(str, range(task.classes)))]
-            width = max(6, *(len(n) + 2 for n in names))
-            lines.append("   truth \\ predicted" + "".join(f"{n:>{width}}" for n in names))
-            lines += [f"   {n:>17}" + "".join(f"{c:>{width}}" for c in row)
-                      for n, row in zip(names, values["confusion"])]
-    return "\n".join(lines)
-
-
-def table_of_differences(compared: Mapping[str, Mapping], kinds: Sequence[str] = ("MA", "HE", "EX", "SE", "OD")) -> str:
-    """What compare() found, as lines of text."""
-    lines = []
-    for task, rows in compared.items():
-        lines.append(f"{task:32}{'first':>9}{'second':>9}{'difference (95 %)':>28}{'p':>8}")
-        for name, row in rows.items():
-            gap = "-" if row["interval"] is None else "{:+.3f} ({:+.3f}..{:+.3f})".format(row["difference"],
-                                                                                       *row["interval"])
-            lines.append(f"   {name:29}{shown(row['first']):>9}{shown(row['second']):>9}{gap:>28}{row['p']:8.3f}")
-        if found := rows.get("accuracy", {}).get("mcnemar"):
-            lines.append(f"   only the first is right {found['only_first_right']} times, only the second "
-                         f"{found['only_second_right']}: McNemar's exact p = {found['p']:.3f}")
-    return "\n".join(lines)
+from records import InputError, Record, command, read_data
+from scores import Scores, claims, compare, in_order, loader, rerouted, score, score_at_full_size, summary, table, \
+    table_of_changes, table_of_differences
+from tasks import TASKS, Task, make_tasks
 
 
 # ---- runs ----
@@ -364,49 +121,6 @@ def routing_report(run: Run, photographs: data.Photographs, device: torch.device
         labels = [None if r.grade is None else f"grade {r.grade}" for r in records]
     return routes.describe(uses, labels, [r.eye or r.name for r in records],
                            "class" if run.options["classes"] else "grade")
-
-
-def change(task: Task, before: Tensor, after: Tensor, eyes_: Sequence[str]) -> tuple[float, float]:
-    """Change of a task's primary metric between two tallies of the same photographs (n, ...), and its standard error
-
-    from a paired bootstrap over eyes.
-    """
-    one, other = (intervals.bootstrap([partial(task.measures, tally, chosen={})], eyes_)[task.primary]
-                  for tally in (before, after))
-    difference = other - one
-    return float(difference[0]), float(difference[1:].std())
-
-
-def rerouted(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device,
-             batch: int) -> dict[str, dict[str, dict[str, float]]]:
-    """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
-
-    Nothing is trained again; see routes.interventions.
-    """
-    tapes = {t: routes.Tape() for t in net.experts.routers}
-    with routes.routed_by(net.experts, {t: routes.Rerouted(router, tapes[t].record)
-                                        for t, router in net.experts.routers.items()}):
-        before = score(net, photographs, tasks, device, batch)
-    by_name, changes = {t.name: t for t in tasks}, {}
-    passes = list(routes.interventions(net.experts, {t: tapes[t] for t in before.tallies}))
-    for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
-        with routes.routed_by(net.experts, routers):
-            after = score(net, photographs, tasks, device, batch)
-        for t, title in titles.items():
-            value, error = change(by_name[t], before.tallies[t], after.tallies[t], before.eyes_of(t))
-            changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
-                                                "loss": after.losses[t] - before.losses[t]}
-    return changes
-
-
-def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[Task]) -> str:
-    """What rerouted() found, as lines of text."""
-    shown = [t for t in tasks if any(t.name in row for row in changes.values())]
-    lines = [f"   {'change (standard error) of':30}" + "".join(f"{f'{t.name} {t.primary}':>20}" for t in shown)]
-    for title, row in changes.items():
-        cells = (f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in shown)
-        lines.append(f"   {title:30}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
 
 
 # ---- files ----
@@ -540,7 +254,7 @@ def evaluate(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[
     photographs = data.Photographs(records, run.options["size"])
     scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
                    f"scoring {args.split}")
-    return scores, score_at_full_size(run, records, args.tiles, device)
+    return scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device)
 
 
 def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores | None],

@@ -37,6 +37,7 @@ import evaluate
 import eyes
 import records
 import routes
+import scores
 from model import LEARNED, PLACES, ROUTERS, VARIANTS, Net, balance_loss, load_pretrained, make_routers
 from records import InputError
 from tasks import TASKS, Task, make_tasks
@@ -207,7 +208,7 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
         print(announcement(training, validation, findings, tasks, options))
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
     trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
-    batches = iter(evaluate.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
+    batches = iter(scores.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
                                    options.workers))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes), **findings}, indent=1))
@@ -223,16 +224,16 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
             if interrupt.asked:
                 save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
                 raise KeyboardInterrupt
-            scores = evaluate.score(net, validation, tasks, device, options.batch)
-            metrics, state["chosen"] = scores.metrics(), scores.choose()
-            score = evaluate.primary_score(metrics, tasks)
+            found = scores.score(net, validation, tasks, device, options.batch)
+            metrics, state["chosen"] = found.metrics(), found.choose()
+            score = scores.primary_score(metrics, tasks)
             better = score > best["score"]
             if better:
-                best = {"epoch": epoch, "score": score, "metrics": metrics, "usage": scores.usage}
+                best = {"epoch": epoch, "score": score, "metrics": metrics, "usage": found.usage}
                 save(folder / "best.pt", state)
             save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
             line = {"epoch": epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
-                    "expert_usage": scores.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
+                    "expert_usage": found.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
                     "seconds": round(seconds, 3),
                     "images_per_second": round(steps.per_epoch * options.batch / seconds, 2)}
             log.write(json.dumps(evaluate.plain(line)) + "\n")
@@ -580,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
     print(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
-    print(evaluate.table(best["metrics"], make_tasks(options.tasks, options.classes)))
+    print(scores.table(best["metrics"], make_tasks(options.tasks, options.classes)))
     if best["usage"] and (idle := routes.idle(u["tokens"] for u in best["usage"].values())):
         print(routes.warning(idle))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")

@@ -14,6 +14,7 @@ import torch
 import data
 import evaluate
 import records
+import scores
 import train
 from conftest import official_tree
 from records import InputError
@@ -34,7 +35,7 @@ def run(tmp_path):
 def test_metrics_do_not_depend_on_the_batch(run):
     loaded = evaluate.load_run(run, torch.device("cpu"))
     photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "test"], 32)
-    results = [evaluate.score(loaded.net, photographs, loaded.tasks, torch.device("cpu"), b).metrics() for b in (3, 10)]
+    results = [scores.score(loaded.net, photographs, loaded.tasks, torch.device("cpu"), b).metrics() for b in (3, 10)]
     for task in results[0]:
         assert results[0][task].keys() == results[1][task].keys()
         for key, value in results[0][task].items():
@@ -86,8 +87,8 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
     test = [r for r in records.read_drawn().records if r.part == "test"]
-    scores = evaluate.score(stored.net, data.Photographs(test, 32), stored.tasks, torch.device("cpu"))
-    confusion = scores.metrics()["cls"]["confusion"]
+    found = scores.score(stored.net, data.Photographs(test, 32), stored.tasks, torch.device("cpu"))
+    confusion = found.metrics()["cls"]["confusion"]
     assert [sum(row) for row in confusion] == [sum(r.grade == g for r in test) for g in range(5)]
 
 
@@ -195,8 +196,8 @@ def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypa
 def test_the_chosen_checkpoint_carries_what_validation_chose(runs):
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     split = evaluate.split_records(run, Path(run.options["data"]), "val")
-    scores = evaluate.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu"), 6)
-    assert scores.choose() == run.chosen and set(run.chosen["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
+    found = scores.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu"), 6)
+    assert found.choose() == run.chosen and set(run.chosen["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
 
 
 def test_opening_the_test_part_is_written_down(runs, monkeypatch, capsys):
@@ -225,7 +226,7 @@ def test_two_runs_are_compared(runs, monkeypatch, capsys):
     for name in ("e4_s0", "e0_s0"):
         run = evaluate.load_run(runs / name, torch.device("cpu"))
         split = evaluate.split_records(run, Path(run.options["data"]), "val")
-        tallies.append(evaluate.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu")))
+        tallies.append(scores.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu")))
     first, second = (s.metrics()["cls"]["kappa"] for s in tallies)
     row = stored["compared"]["cls"]["kappa"]
     assert (row["first"], row["second"]) == pytest.approx((first, second), abs=1e-6)

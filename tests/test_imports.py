@@ -12,6 +12,7 @@ DATA = {"synthetic", "records", "eyes"}  # they know fields of a photograph, nev
 ALLOWED = {"model": set(), "metrics": set(), "tasks": {"model", "metrics"}, "synthetic": set(),
            "records": {"synthetic"}, "eyes": {"records"}, "data": DATA, "intervals": set(),
            "routes": {"model", "tasks", "data"}, "predict": {"model", "tasks", "metrics", "data", "records"}}
+ALLOWED["scores"] = set(ALLOWED)
 ALLOWED["evaluate"] = set(ALLOWED)
 ALLOWED["train"] = set(ALLOWED)
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}

@@ -18,6 +18,7 @@ import evaluate
 import metrics
 import predict
 import records
+import scores
 import synthetic
 import train
 from conftest import official_tree, real_idrid, widen
@@ -238,7 +239,7 @@ def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
     """The same file, once as a photograph of the validation split, once as a new one."""
     loaded = evaluate.load_run(run, CPU)
     split = evaluate.split_records(loaded, Path(loaded.options["data"]), "val")
-    found = evaluate.score(loaded.net, data.Photographs(split, 32), loaded.tasks, CPU)
+    found = scores.score(loaded.net, data.Photographs(split, 32), loaded.tasks, CPU)
     assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
     temperature = loaded.chosen["cls"]["temperature"]
     rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}

@@ -12,6 +12,7 @@ import data
 import evaluate
 import records
 import routes
+import scores
 import train
 from model import ExpertLayer, Routing
 from records import InputError
@@ -65,7 +66,7 @@ def test_collect_counts_every_choice_of_every_photograph():
     photographs.records = [replace(r, masks=None) if i % 3 == 0 else r for i, r in enumerate(photographs.records)]
     uses = []
     for batch in (3, 10):
-        batches = evaluate.loader(photographs, evaluate.in_order(photographs, batch), [TASKS["seg"]], CPU)
+        batches = scores.loader(photographs, scores.in_order(photographs, batch), [TASKS["seg"]], CPU)
         uses.append(routes.collect(net, batches, CPU))
     for task in ("cls", "seg"):
         for name in ("shares", "entropy", "below", "tokens"):
@@ -266,7 +267,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
     """Every row for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
     net, tasks, photographs = busy_net(tasks=("cls", "seg", "loc"))
     layer, own = net.experts, dict(net.experts.routers.items())
-    found = evaluate.rerouted(net, photographs, tasks, CPU, 4)
+    found = scores.rerouted(net, photographs, tasks, CPU, 4)
     assert net.experts.routers["cls"] is own["cls"]
     assert list(found) == ["without the experts", *(f"without expert {e}" for e in range(4)),
                            "routes of another photograph", *(f"by the router of {t}" for t in ("cls", "seg", "loc"))]
@@ -274,7 +275,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
     def losses(routers=own, experts=layer, of=photographs):
         layer.routers, net.experts = torch.nn.ModuleDict(routers), experts
         try:
-            return evaluate.score(net, of, tasks, CPU, 4).losses
+            return scores.score(net, of, tasks, CPU, 4).losses
         finally:
             layer.routers, net.experts = torch.nn.ModuleDict(own), layer
     before, expected = losses(), {"without the experts": losses(experts=None)}
@@ -295,28 +296,28 @@ def test_changes_are_those_of_networks_changed_by_hand():
     assert any(row["loss"] != 0 for row in found["routes of another photograph"].values())
     with torch.no_grad():
         layer.experts.w2.zero_()
-    for row in evaluate.rerouted(net, photographs, tasks, CPU, 4).values():
+    for row in scores.rerouted(net, photographs, tasks, CPU, 4).values():
         assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in row.values())
 
 
 def test_shuffled_routes_meet_the_right_task_and_photograph():
     """One photograph's routes for all: then every shuffle changes nothing; with others', it does."""
     net, tasks, photographs = busy_net()
-    changed = evaluate.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
+    changed = scores.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
     assert any(abs(row["loss"]) > 1e-6 for row in changed.values())
     photographs.paths = [photographs.paths[0]] * len(photographs)
-    same = evaluate.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
+    same = scores.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
     assert all(abs(row["loss"]) < 1e-6 for row in same.values())
 
 
 def test_a_split_without_a_tasks_labels_still_has_its_router():
     net, tasks, photographs = busy_net()
     photographs.records = [replace(r, masks=None) for r in photographs.records]
-    found = evaluate.rerouted(net, photographs, tasks, CPU, 4)
+    found = scores.rerouted(net, photographs, tasks, CPU, 4)
     assert all(set(row) == {"cls"} for row in found.values()) and "by the router of seg" in found
     assert "by the router of cls" not in found
     photographs.records, photographs.paths = photographs.records[:1], photographs.paths[:1]
-    assert "routes of another photograph" not in evaluate.rerouted(net, photographs, tasks, CPU, 4)
+    assert "routes of another photograph" not in scores.rerouted(net, photographs, tasks, CPU, 4)
 
 
 def test_standard_error_of_a_change_by_hand():
@@ -326,9 +327,9 @@ def test_standard_error_of_a_change_by_hand():
     before = torch.cat([torch.nn.functional.one_hot(truth, 3).float(), truth[:, None]], 1)
     after = before.clone()
     after[:40, :3] = after[:40, :3].roll(1, 1)
-    value, error = evaluate.change(task, before, after)
+    value, error = scores.change(task, before, after, list(map(str, range(400))))
     assert value == pytest.approx(-0.1) and error == pytest.approx(math.sqrt(0.1 * 0.9 / 400), rel=0.2)
-    assert evaluate.change(task, before, before) == (0, 0)
+    assert scores.change(task, before, before, list(map(str, range(400)))) == (0, 0)
 
 
 def test_main_reports_routes(tmp_path, monkeypatch, capsys):
