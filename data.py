@@ -188,8 +188,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     return Image.fromarray(mask.view(np.uint8) * 255), form
 
 
-def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
-    """Decode one record into the arrays of its cache file.
+def prepare(record: Record, size: int, alone: bool = False) -> dict[str, np.ndarray]:
+    """Decode one record into the arrays of its cache file; `alone`: not to be compared, so without a vessel map.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and oddities:
     a thumbnail (89, 134, 3), a vessel map (V, V), how each mask was stored. The field of view is cut out, padded to a
@@ -230,8 +230,8 @@ def prepare(record: Record, size: int) -> dict[str, np.ndarray]:
                 mask, stored[kind] = read_mask(path, full)
                 masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
     side = eyes.VESSEL_SIDE
-    vessels = eyes.vessel_map(fit(small.image, small.extent, 2 * side, Image.LANCZOS)) if field else \
-        np.zeros((side, side), np.uint8)
+    vessels = eyes.vessel_map(fit(small.image, small.extent, 2 * side, Image.LANCZOS)) if field and \
+        not alone else np.zeros((side, side), np.uint8)
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
             "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),

@@ -28,8 +28,8 @@ import predict
 import routes
 from model import Net, NetConfig
 from records import InputError, Record, command, read_data
-from scores import Scores, claims, compare, in_order, loader, rerouted, score, score_at_full_size, summary, table, \
-    table_of_changes, table_of_differences
+from scores import Scores, align, claims, compare, in_order, loader, rerouted, score, score_at_full_size, summary, \
+    table, table_of_changes, table_of_differences
 from tasks import TASKS, Task, make_tasks
 
 
@@ -186,10 +186,13 @@ def parse() -> argparse.Namespace:
                              "an expert, with the routes of other photographs, with the routers of other tasks (E + T "
                              "+ 2 passes more)")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
-    parser.add_argument("--batch", type=int, help="photographs at a time (default: as in training)")
+    parser.add_argument("--batch", type=int, help="photographs, or tiles, at a time (default: as in training)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: the GPU if there is one (default: auto)")
     return parser.parse_args()
+
+
+LARGEST = 4096  # pixels: side of a photograph that is predicted in tiles
 
 
 def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -199,6 +202,9 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     if args.tiles is not None and not 1 <= args.tiles <= 16:
         raise InputError(f"--tiles {args.tiles:g}: expected 1 to 16, times the size of training")
     for run in runs:
+        if args.tiles is not None and round(run.options["size"] * args.tiles) > LARGEST:
+            raise InputError(f"--tiles {args.tiles:g}: {round(run.options['size'] * args.tiles)} pixels at the size "
+                             f"{run.options['size']} of {run.folder}; expected at most {LARGEST}")
         if args.tiles is not None and "seg" not in run.options["tasks"]:
             raise InputError(f"--tiles: {run.folder} was trained for {' '.join(run.options['tasks'])}; only seg, the "
                              "outlines of lesions, is predicted in tiles; leave --tiles out")
@@ -216,6 +222,11 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     if twice := [run.folder for k, run in enumerate(runs) if run.folder.resolve() in
                  [r.folder.resolve() for r in runs[:k]]]:
         raise InputError(f"{twice[0]}: named twice; expected different runs")
+    for run in runs:
+        if not {t.name for t in run.tasks} & {t.name for t in runs[0].tasks}:
+            here, there = (" ".join(r.options["tasks"]) for r in (runs[0], run))
+            raise InputError(f"{runs[0].folder} was trained for {here}, {run.folder} for {there}; expected runs with a "
+                             "task in common")
 
 
 def sides_of(runs: Sequence[Run]) -> list[list[int]]:
@@ -231,6 +242,10 @@ def sides_of(runs: Sequence[Run]) -> list[list[int]]:
         key = json.dumps({k: v for k, v in run.options.items() if k not in machine}, sort_keys=True)
         sides.setdefault(key, []).append(i)
     found = [sorted(side, key=lambda i: runs[i].options["seed"]) for side in sides.values()]
+    for i, j in ((i, j) for side in found for i, j in zip(side, side[1:])):
+        if runs[i].options["seed"] == runs[j].options["seed"]:
+            raise InputError(f"{runs[i].folder} and {runs[j].folder} have the same options and the same seed; expected "
+                             "different seeds; leave one out")
     if len(found) > 2:
         one, *others = (runs[side[0]].options for side in found)
         differ = [k for k in one if any(o.get(k) != one[k] for o in others) and k not in machine]
@@ -241,7 +256,7 @@ def sides_of(runs: Sequence[Run]) -> list[list[int]]:
     return found
 
 
-def evaluate(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[Scores, Scores | None]:
+def score_run(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[Scores, Scores | None]:
     """Score one run at the size it was trained with and, where there are masks of files, at theirs."""
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
@@ -254,7 +269,8 @@ def evaluate(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[
     photographs = data.Photographs(records, run.options["size"])
     scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
                    f"scoring {args.split}")
-    return scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device)
+    return scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device,
+                                      args.batch or run.options["batch"])
 
 
 def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores | None],
@@ -309,9 +325,10 @@ def show_comparison(runs: Sequence[Sequence[Run]], scores: Sequence[Sequence[Sco
     elif len({run.options["size"] for side in runs for run in side}) > 1 and "seg" in compared:
         del compared["seg"]
         at = "different sizes: not compared"
-    print(f"\nsecond less first, on the same photographs; masks at a threshold of 0.5, in pixels of {at}:")
+    print("\nsecond less first, on the same photographs; temperature 1, masks at a threshold of 0.5, in pixels of "
+          f"{at}:")
     print(table_of_differences(compared))
-    sentences = claims(compared, scores[0][0], single=len(runs[0]) == 1)
+    sentences = claims(compared, scores[0][0], len(runs[0]))
     print("\n".join([f"p of these {len(sentences)} adjusted for their number (Holm):", *sentences]))
     return {"first": [str(r.folder) for r in runs[0]], "second": [str(r.folder) for r in runs[1]],
             "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
@@ -321,16 +338,21 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     """--images: predict, and say what happened; exit status 1 if a file could not be read."""
     paths = predict.find_photographs(args.images)
     retinas = not run.options["classes"]
-    rows = predict.predict(predict.Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles, device,
-                                             args.out, retinas), paths)
+    predictor = predict.Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles,
+                                  args.batch or run.options["batch"], device, args.out, retinas)
+    try:
+        rows = predict.predict_all(predictor, paths)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {args.out / 'predictions.csv'} has the photographs that were done", file=sys.stderr)
+        sys.exit(130)
     number = {status: sum(row["status"] == status for row in rows) for status in ("graded", "refused", "unreadable")}
     for row in rows:
         if row["status"] != "graded":
             print(f"{row['status']}: {row['photograph']}: {row['reason']}",
                   file=sys.stderr)
+    written = ", ".join(["predictions.csv", *predict.folders(run.tasks)])
     print(f"{number['graded']} of {len(rows)} photographs answered for, {number['refused']} refused, "
-          f"{number['unreadable']} unreadable; wrote {', '.join(sorted(p.name for p in args.out.iterdir()))} to "
-          f"{args.out}\n{predict.NOTE}")
+          f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{predict.NOTE}")
     if number["unreadable"]:
         sys.exit(1)
 
@@ -351,8 +373,11 @@ def main() -> None:
         (folder / f"{name}{suffix}.json").write_text(json.dumps(plain(head | content), indent=1))
         written.append(f"{name}{suffix}.json")
 
-    found = [evaluate(run, args, device) for run in runs]
+    found = [score_run(run, args, device) for run in runs]
     scores, full = zip(*found)
+    align(scores)
+    if all(full):
+        align(full)
     members = [[[x[i] for i in side] for side in sides] for x in (runs, scores, full)]
     for side in zip(*members):
         content = report(*side, args)

@@ -37,16 +37,20 @@ def resamples(eyes: Sequence[str], draws: int = DRAWS) -> Tensor:
     return torch.from_numpy(drawn[:, group]).double()
 
 
-def over_runs(values: Tensor) -> Tensor:
-    """(R, D) -> (D,): the mean of R runs drawn with replacement, anew for each of the D draws."""
-    generator = torch.Generator().manual_seed(len(values))
+def over_runs(values: Tensor, side: int) -> Tensor:
+    """(R, D) -> (D,): the mean of R runs drawn with replacement, anew for each of the D draws and for each side."""
+    generator = torch.Generator().manual_seed(side)
     return values.gather(0, torch.randint(len(values), values.shape, generator=generator)).mean(0)
 
 
 def limits(drawn: Tensor) -> list[float] | None:
-    """The 2.5 % and 97.5 % percentiles of (D,); None where most draws do not define the measure."""
+    """The 2.5 % and 97.5 % percentiles of (D,).
+
+    None where most draws do not define the measure, and where all agree, as when every answer is right: no width is no
+    certainty.
+    """
     defined = drawn[~drawn.isnan()]
-    if 2 * len(defined) < len(drawn):
+    if 2 * len(defined) < len(drawn) or float(defined.max() - defined.min()) < 1e-12:
         return None
     return defined.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
 
@@ -57,12 +61,15 @@ def in_parts(measure: Measures, weights: Tensor, rows: int = 512) -> dict[str, T
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def bootstrap(measures: Sequence[Measures], eyes: Sequence[str]) -> dict[str, Tensor]:
-    """{measure: (1 + D,)}, the mean over runs of the measure itself and of its resamples; one function for each run."""
+def bootstrap(measures: Sequence[Measures], eyes: Sequence[str], side: int = 0) -> dict[str, Tensor]:
+    """{measure: (1 + D,)}, the mean over runs of the measure itself and of its resamples; one function for each run.
+
+    Two sides see the same draws of eyes and, with different numbers for `side`, draws of runs of their own.
+    """
     weights = torch.cat([torch.ones(1, len(eyes), dtype=torch.float64), resamples(eyes)])
     found = [in_parts(measure, weights) for measure in measures]
     stacked = {name: torch.stack([run[name] for run in found]) for name in found[0]}
-    return {name: torch.cat([v[:, :1].mean(0), over_runs(v[:, 1:])]) for name, v in stacked.items()}
+    return {name: torch.cat([v[:, :1].mean(0), over_runs(v[:, 1:], side)]) for name, v in stacked.items()}
 
 
 def swaps(eyes: Sequence[str], draws: int = DRAWS) -> tuple[Tensor, bool]:
@@ -105,7 +112,8 @@ def p_values(measures: Sequence[Measures], eyes: Sequence[str]) -> dict[str, flo
 def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     """Photographs that only the first, only the second has right, and the exact two-sided p
 
-    (McNemar 1947, Psychometrika 12:153, with the binomial distribution in place of chi squared). (n,) bool each.
+    (McNemar 1947, Psychometrika 12:153, with the binomial distribution in place of chi squared). (n,) bool each. Takes
+    photographs for independent witnesses, unlike all else here.
     """
     one, other = int((first & ~second).sum()), int((second & ~first).sum())
     n = one + other
@@ -121,15 +129,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+FEWEST_RUNS = 5  # of a side: with three, seeds that differ by chance make 13 % of comparisons look like a difference
+
+
 def claim(name: str, difference: float, interval: Sequence[float] | None, p: float, photographs: int,
-          single: bool) -> str:
-    """What may be said of one measure of two sides; p adjusted already, `single` where each side is one run."""
+          runs: int) -> str:
+    """What may be said of one measure of two sides of so many `runs` each; p adjusted already.
+
+    Swapping the answers of networks tells about these networks; about the ways they were trained only many can.
+    """
     if interval is None or math.isnan(p):
-        return f"{name}: not defined in most resamples of n = {photographs}; nothing can be claimed"
+        return f"{name}: no interval from n = {photographs}; nothing can be claimed"
     said = f"{name}: {difference:+.3f} (95 % {interval[0]:+.3f} to {interval[1]:+.3f}, p = {p:.3f})"
     if p >= 0.05 or interval[0] <= 0 <= interval[1]:
         return f"{said}: no difference can be claimed from n = {photographs}"
     which = "second" if difference > 0 else "first"
-    about = "of these two networks; one run each says nothing about the ways they were trained" if single else \
-        "of these ways of training"
-    return f"{said}: the {which} scores higher, from n = {photographs}; a claim {about}"
+    about = "these ways of training" if runs >= FEWEST_RUNS else \
+        f"these {2 * runs} networks, not the ways they were trained, for which {FEWEST_RUNS} runs a side are needed"
+    return f"{said}: the {which} scores higher, from n = {photographs}; a claim about {about}"

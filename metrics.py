@@ -132,7 +132,8 @@ def at_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 def best_temperature(probabilities: Tensor, truth: Tensor) -> float:
     """The temperature, 0.05 to 20, of the highest likelihood (Guo et al. 2017, section 4.2).
 
-    The log likelihood is concave in 1 / T, so halving intervals finds it.
+    The log likelihood is concave in 1 / T, so halving intervals finds it. 1 where none is highest: if all are right,
+    ever colder is ever better, and if all are wrong, ever warmer.
     """
     logits = probabilities.double().clamp(min=1e-30).log()
     right = logits.gather(1, truth[:, None])[:, 0]
@@ -141,7 +142,7 @@ def best_temperature(probabilities: Tensor, truth: Tensor) -> float:
         middle = math.sqrt(low * high)
         slope = float((right - ((middle * logits).softmax(1) * logits).sum(1)).mean())
         low, high = (middle, high) if slope > 0 else (low, middle)
-    return 1 / low
+    return 1 / low if 0.051 < low < 19.9 and (probabilities.argmax(1) != truth).any() else 1.0
 
 
 def sensitivity(found: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
@@ -154,13 +155,13 @@ def best_threshold(score: Tensor, positive: Tensor) -> float:
 
     Halfway between two scores; of several, the lowest: rather send one too many to a doctor.
     """
-    values = score.double().unique()
+    values, group = score.double().unique(return_inverse=True)
     if positive.all() or not positive.any() or len(values) == 1:
         return 0.5
-    between = (values[1:] + values[:-1]) / 2
-    found = score.double()[None] >= between[:, None]
-    gain = found[:, positive].double().mean(1) - found[:, ~positive].double().mean(1)
-    return float(between[gain.argmax()])
+    below = [torch.bincount(group[side], minlength=len(values)).cumsum(0)[:-1] / side.sum()
+             for side in (positive, ~positive)]  # the threshold lies above the first, the second ... value
+    best = (below[1] - below[0]).argmax()
+    return float((values[best] + values[best + 1]) / 2)
 
 
 # ---- masks ----
@@ -232,7 +233,7 @@ def ranked_area(true: np.ndarray, above: np.ndarray) -> float:
 
 
 class Ranking:
-    """All pixels of a split ranked by score, kind by kind, in memory that does not grow with their number.
+    """All pixels of a split ranked by score, kind by kind, in memory that grows with the true ones alone.
 
     Scores of true pixels, which are few, are kept, and so are those of the others up to `most`; from then on these are
     counted by fine levels. Until then areas are exact; then they differ from a sort of all pixels by less than 1e-6
@@ -275,8 +276,10 @@ class Ranking:
             return ranked_area(true, len(others) - np.searchsorted(others, true))
         exact = fine_odds(true.astype(np.float64)).numpy() + HALF
         level = exact.astype(np.int64)
-        # within a level scores are spread evenly, but for one so full that it must hold equal scores
-        share = np.where(counts[level] > counts.sum() / 1000, 1, level + 1 - exact)
+        # within a level scores are spread evenly, but for one so full that it must hold equal scores, and where float32
+        # has no more than one value in a level: 2^-24 from the next near 1
+        tied = (counts[level] > counts.sum() / 4000) | (true > 1 - 2 ** -24 * HALF / 16)
+        share = np.where(tied, 1, level + 1 - exact)
         higher = counts[::-1].cumsum()[::-1]  # as high as a level or higher
         return ranked_area(true, higher[level] - counts[level] * (1 - share))
 

@@ -4,7 +4,7 @@
     answer, in_tiles    one photograph through the network: whole, or its lesions in overlapping tiles
     in_file_pixels      a map of the sample -> the pixels of the file
     tally_at_full_size  masks against masks, in those pixels
-    predict             python evaluate.py RUN --images ... --out FOLDER: a table, overlays, masks
+    predict_all         python evaluate.py RUN --images ... --out FOLDER: a table, overlays, masks
 
 Research use only: this is no medical device.
 """
@@ -12,7 +12,7 @@ Research use only: this is no medical device.
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,13 @@ import data
 import metrics
 from model import Net
 from records import IMAGE_SUFFIXES, InputError, Record, files_in
-from tasks import Lesions, Task
+from tasks import Landmarks, Lesions, Task
 
 # S side of the sample in pixels, L kinds of lesion, H W height and width of the file
 
 NOTE = "research use only, no medical device"
 LOOK = 256  # pixels: side of the field of view when its quality is judged
+SMALLEST = 64  # pixels of the field of view
 DARKEST, PALEST, PLAINEST, SOFTEST = 30, 1.1, 0.006, 0.32  # see refusal
 
 
@@ -72,13 +73,17 @@ def look(image: Image.Image, field: tuple[float, float, float, float]) -> Look |
 def refusal(image: Image.Image) -> str:
     """Why a picture cannot be graded, or "".
 
-    Of IDRiD's 467 training photographs none is: their brightness is 61 to 233, redness 1.5 to 3.9, structure 1.1 to 8.1
-    %, sharpness 0.39 to 1.17. Blurred with a sigma of 1.6 % of the field's width, all are: sharpness 0.26 to 0.32.
+    Noise passes for detail, and whatever is lit, round, red and structured passes for a retina. Of IDRiD's 467 training
+    photographs none is refused: their brightness is 61 to 233, redness 1.5 to 3.9, structure 1.1 to 8.1 %, sharpness
+    0.39 to 1.17. Blurred with a sigma of 1.6 % of the field's width, all that were tried are: sharpness 0.26 to 0.32.
     """
     field = data.field_of_view(image)
     found = None if field is None else look(image, field)
     if found is None:
         return "no field of view found: expected the lit circle of a fundus photograph on a dark ground"
+    if min(field[2] - field[0], field[3] - field[1]) < SMALLEST:
+        return (f"too small: its field of view measures {field[2] - field[0]:.0f}x{field[3] - field[1]:.0f} pixels, "
+                f"expected at least {SMALLEST} a side")
     if found.brightness < DARKEST:
         return f"too dark: the median brightness is {found.brightness:.0f} of 255, expected at least {DARKEST}"
     if found.redness < PALEST:
@@ -93,6 +98,12 @@ def refusal(image: Image.Image) -> str:
 
 
 # ---- one photograph ----
+
+def sample_of(record: Record, size: int) -> data.Sample:
+    """A photograph as the network sees it, without labels."""
+    plain = replace(record, masks=None, points=None)
+    return data.to_sample(plain, data.prepare(plain, size, alone=True))
+
 
 def rows(net: Net, tasks: Sequence[Task], number: int, device: torch.device) -> dict[str, Tensor]:
     """For Net.forward: these tasks answer for all of `number` photographs, the others for none."""
@@ -128,14 +139,16 @@ def in_tiles(net: Net, task: Task, image: Tensor, size: int, device: torch.devic
         for (y, x), masks in zip(part, task.decode(outputs[task.name].float()).cpu()):
             total[:, y:y + size, x:x + size] += window * masks
             weight[y:y + size, x:x + size] += window
-    return total / weight
+    return total.div_(weight)
 
 
-def masks_of(net: Net, task: Task, image: Tensor, size: int, device: torch.device) -> Tensor:
-    """Masks (L, Z, Z) of a sample (3, Z, Z): whole if it is as large as the network's, else in tiles."""
-    if image.shape[-1] == size:
-        return answer(net, [task], image, device)[task.name]
-    return in_tiles(net, task, image, size, device)
+def masks_of(net: Net, task: Task, record: Record, size: int, tiles: float | None, device: torch.device,
+             batch: int) -> tuple[np.ndarray, data.Geometry]:
+    """Masks (L, Z, Z) of a photograph and where they lie in its file: predicted whole, or in tiles of a larger one."""
+    sample = sample_of(record, size if tiles is None else round(size * tiles))
+    masks = answer(net, [task], sample.image, device)[task.name] if tiles is None else \
+        in_tiles(net, task, sample.image, size, device, batch)
+    return masks.numpy(), sample.geometry
 
 
 def in_file_pixels(map_: np.ndarray, geometry: data.Geometry) -> np.ndarray:
@@ -147,19 +160,14 @@ def in_file_pixels(map_: np.ndarray, geometry: data.Geometry) -> np.ndarray:
 
 # ---- masks against masks ----
 
-def tally_at_full_size(net: Net, task: Lesions, photographs: data.Photographs, size: int, device: torch.device,
-                       pool: metrics.Ranking) -> tuple[list[str], Tensor]:
-    """Names and tallies (see Lesions.tally) of all photographs with masks, in the pixels of their files.
-
-    Samples of `photographs` that are larger than `size`, what the network was trained on, are predicted in tiles.
-    """
-    chosen = [i for i, r in enumerate(photographs.records) if r.masks is not None]
+def tally_at_full_size(net: Net, task: Lesions, records: Sequence[Record], size: int, tiles: float | None,
+                       device: torch.device, batch: int, pool: metrics.Ranking) -> tuple[list[str], Tensor]:
+    """Names and tallies (see Lesions.tally) of photographs with masks, in the pixels of their files."""
     unknown = torch.full((2 * metrics.LEVELS + 1,), metrics.NAN, dtype=torch.float64)
     tallies = []
     with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
-        for i in tqdm(chosen, desc="masks at full size", unit="photo", leave=False, disable=None):
-            record, sample = photographs.records[i], photographs[i, None]
-            maps, geometry = masks_of(net, task, sample.image, size, device).numpy(), sample.geometry
+        for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):
+            maps, geometry = masks_of(net, task, record, size, tiles, device, batch)
 
             def tally(kind, record=record, maps=maps, geometry=geometry):
                 if task.classes[kind] not in record.masks:
@@ -170,7 +178,7 @@ def tally_at_full_size(net: Net, task: Lesions, photographs: data.Photographs, s
                 return task.count(kind, in_file_pixels(maps[kind], geometry), truth, pool)
 
             tallies.append(torch.stack(list(threads.map(tally, range(len(task.classes))))))
-    return [photographs.records[i].name for i in chosen], torch.stack(tallies)
+    return [r.name for r in records], torch.stack(tallies)
 
 
 # ---- new photographs ----
@@ -191,15 +199,16 @@ def find_photographs(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def names_for(paths: Sequence[Path]) -> list[str]:
+def names_for(paths: Sequence[Path]) -> Iterator[str]:
     """A name for each, without its suffix; a number is added where two would have the same."""
-    names: dict[str, None] = {}
+    names = set()
     for path in paths:
-        name, number = path.stem, 1
+        stem = path.stem.encode("utf-8", "replace").decode()[:60]
+        name, number = stem, 1
         while name.lower() in names:
             number += 1
-            name = f"{path.stem}_{number}"
-        names[name.lower()] = None
+            name = f"{stem}_{number}"
+        names.add(name.lower())
         yield name
 
 
@@ -211,6 +220,7 @@ class Predictor:
     chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
     size: int
     tiles: float | None
+    batch: int  # of tiles
     device: torch.device
     out: Path
     retinas: bool  # False: trained on folders of classes, which may show anything
@@ -225,29 +235,30 @@ class Predictor:
                 return row | {"status": "refused", "reason": reason}
             return row | self.answers(path, name, float(data.lit_pixels(small.image).mean()))
         except InputError as error:
-            return row | {"status": "unreadable", "reason": str(error).removeprefix(f"{path}: ")}
+            reason = str(error).removeprefix(f"{path}: ").partition("; replace the file")[0]
+            return row | {"status": "unreadable", "reason": reason}
 
     def answers(self, path: Path, name: str, lit: float) -> dict:
         """Columns of all tasks, pictures written; `lit` is the share of the picture that shows retina."""
         record = Record(name, path)
-        sample = data.to_sample(record, data.prepare(record, self.size))
+        sample = sample_of(record, self.size)
         found = answer(self.net, self.tasks, sample.image, self.device)
-        row, masks, points = {}, {}, None
+        row, masks, points, lines = {}, {}, None, []
         for task in self.tasks:
             if isinstance(task, Lesions):
-                geometry, maps = sample.geometry, found[task.name]
+                maps, geometry = found[task.name].numpy(), sample.geometry
                 if self.tiles is not None:
-                    large = data.to_sample(record, data.prepare(record, round(self.size * self.tiles)))
-                    geometry, maps = large.geometry, masks_of(self.net, task, large.image, self.size, self.device)
-                masks = self.write_masks(name, task, maps.numpy(), geometry)
+                    maps, geometry = masks_of(self.net, task, record, self.size, self.tiles, self.device, self.batch)
+                masks = self.write_masks(name, task, maps, geometry)
                 row |= {f"area_{kind}": round(float(mask.mean()) / lit, 6) for kind, mask in masks.items()}
-            else:
-                columns = task.answers(found[task.name], sample, self.chosen[task.name])
-                row |= columns
-                if "fovea_x" in columns:
-                    points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in ("disc", "fovea")]
-        if masks or points:
-            overlay(data.read_image(path, 1 << 30).image, masks, points, caption(row)).save(
+                continue
+            columns = task.answers(found[task.name], sample, self.chosen[task.name])
+            row |= columns
+            lines += task.caption(columns)
+            if isinstance(task, Landmarks):
+                points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in task.classes]
+        if folders(self.tasks):
+            overlay(data.read_image(path, 1 << 30).image, masks, points, [*lines, NOTE]).save(
                 self.out / "overlays" / f"{name}.png", compress_level=1)
         return row
 
@@ -262,15 +273,10 @@ class Predictor:
             return dict(zip(task.classes, threads.map(write, task.classes)))
 
 
-def caption(row: Mapping) -> list[str]:
-    """What an overlay says in words."""
-    lines = []
-    for label, words in (("grade", "retinopathy grade"), ("edema", "edema risk")):
-        if label in row:
-            lines.append(f"{words} {row[label]} (p {row[f'{label}_p{row[label]}']:.2f})")
-    if "referable" in row:
-        lines.append(f"referable: {row['referable']} (p {row['referable_p']:.2f})")
-    return [*lines, NOTE]
+def folders(tasks: Sequence[Task]) -> list[str]:
+    """Of the pictures that answers to these tasks are shown in."""
+    masks = any(isinstance(t, Lesions) for t in tasks)
+    return ["overlays"] * (masks or any(isinstance(t, Landmarks) for t in tasks)) + ["masks"] * masks
 
 
 def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None,
@@ -278,10 +284,10 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
     """A photograph with its lesions tinted and outlined, its landmarks marked and a legend in its corner."""
     pixels, stroke = np.array(image), max(1, round(min(image.size) / 700))
     for kind, mask in masks.items():
-        inner = mask.copy()
-        for axis in (0, 1):
-            for step in (-stroke, stroke):
-                inner &= np.roll(mask, step, axis)
+        inner = np.zeros_like(mask)  # less a stroke on all sides
+        s, middle = stroke, slice(stroke, -stroke)
+        inner[middle, middle] = mask[middle, middle] & mask[:-2 * s, middle] & mask[2 * s:, middle] & \
+            mask[middle, :-2 * s] & mask[middle, 2 * s:]
         colour = np.array(data.COLOURS[kind], np.float32)
         if kind != "OD":
             pixels[inner] = (0.7 * pixels[inner] + 0.3 * colour).astype(np.uint8)
@@ -305,7 +311,8 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
 def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
     """Write rows as they come, so that none is lost; -> all of them. The header is that of the first graded one."""
     done, waiting, writer = [], [], None
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    # names of files need not be text
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         def write(columns):
             new = csv.DictWriter(file, columns, restval="")
             new.writeheader()
@@ -327,15 +334,14 @@ def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
     return done
 
 
-def predict(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
+def predict_all(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
     """Answer for all photographs; -> the rows of predictions.csv. InputError: `out` holds predictions already."""
     out, table = predictor.out, predictor.out / "predictions.csv"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: a file; expected a folder, which may be new")
     if table.exists():
         raise InputError(f"{table}: exists already; choose another --out")
-    kinds = {"seg": ("overlays", "masks"), "loc": ("overlays",)}
-    for folder in {f for t in predictor.tasks for f in kinds.get(t.name, ())} | {"."}:
+    for folder in (".", *folders(predictor.tasks)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     predictor.net.eval()
     bar = tqdm(zip(paths, names_for(paths)), total=len(paths), desc="predicting", unit="photo", leave=False,

@@ -147,8 +147,11 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations in which a viewer swaps width and height
 
 
 def orientation(image: Image.Image) -> int:
-    """How the camera was held (EXIF); 1 is upright. PNG counts as upright, as most viewers have it."""
-    if image.format == "PNG":  # also because Pillow decodes the whole file to tell
+    """How the camera was held (EXIF), where Pillow has not seen to it already; 1 is upright.
+
+    PNG counts as upright, as most viewers have it. TIFF is turned by Pillow itself as it is decoded.
+    """
+    if image.format in ("PNG", "TIFF"):  # of PNG, Pillow decodes the whole file to tell
         return 1
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 

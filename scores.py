@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Scores:
         joint = [Joint()] if "joint" in self.tallies else []
         return [t for t in self.tasks if t.name in self.tallies] + joint
 
-    def metrics(self, chosen: Mapping[str, Mapping] = {}) -> dict[str, dict]:
+    def metrics(self, chosen: Mapping[str, Mapping] = MappingProxyType({})) -> dict[str, dict]:
         """{task: {metric: value}}, each over all photographs of the split; `chosen` as `choose` gives it."""
         found = {}
         for task in self.scored():
@@ -126,30 +127,42 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
 
 
 def score_at_full_size(net: Net, tasks: Sequence[Task], records: Sequence[Record], size: int, tiles: float | None,
-                       device: torch.device) -> Scores | None:
+                       device: torch.device, batch: int) -> Scores | None:
     """Masks in the pixels of their files; None where there are no masks of files, as with drawn photographs.
 
-    `size` is that of training; with `tiles` the photographs are predicted in parts, at so many times that size.
+    `size` is that of training; with `tiles` the photographs are predicted in parts, at so many times that size, `batch`
+    parts at a time.
     """
     task = next((t for t in tasks if isinstance(t, Lesions)), None)
     records = [r for r in records if r.masks is not None and r.image is not None]
     if task is None or not records:
         return None
-    photographs = data.Photographs(records, size if tiles is None else round(size * tiles))
     scores = Scores([task], pools={task.name: task.pool()}, eyes={r.name: r.eye or r.name for r in records})
     net.eval()
     scores.names[task.name], scores.tallies[task.name] = predict.tally_at_full_size(
-        net, task, photographs, size, device, scores.pools[task.name])
+        net, task, records, size, tiles, device, batch, scores.pools[task.name])
     return scores
 
 
-def primary_score(metrics: Mapping[str, dict], tasks: Sequence[Task]) -> float:
+def primary_score(values: Mapping[str, dict], tasks: Sequence[Task]) -> float:
     """What checkpoints are chosen by: the mean over tasks of each task's primary metric."""
-    found = [metrics[t.name][t.primary] for t in tasks if t.name in metrics]
+    found = [values[t.name][t.primary] for t in tasks if t.name in values]
     return sum(found) / len(found)
 
 
 # ---- what the numbers are worth ----
+
+def align(scores: Sequence[Scores]) -> None:
+    """Bring the photographs of all into the order of the first. InputError: they are not the same."""
+    for other in scores[1:]:
+        for t in other.tallies.keys() & scores[0].tallies.keys():
+            place = {name: i for i, name in enumerate(other.names[t])}
+            if place.keys() != set(scores[0].names[t]):
+                raise InputError(f"{t}: the runs were scored on different photographs; expected the same data set, "
+                                 "fold and split")
+            other.tallies[t] = other.tallies[t][[place[name] for name in scores[0].names[t]]]
+            other.names[t] = scores[0].names[t]
+
 
 def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, dict]:
     """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}} over eyes (and runs)."""
@@ -166,48 +179,46 @@ def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, 
                                      for s, c in zip(scores, chosen)], scores[0].eyes_of(t))
         # a resample ranks pixels by the coarse levels of the tallies: its distance to their own value is what counts
         limits[t] = {k: intervals.limits(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
+        for k in limits[t]:
+            if k.startswith("calibration_error") and limits[t][k] is not None:
+                # resamples are worse calibrated than what they are drawn from, so count the distance the other way
+                # (the basic bootstrap interval: Davison & Hinkley 1997, section 5.2.1)
+                limits[t][k] = [max(0.0, 2 * values[t][k] - v) for v in reversed(limits[t][k])]
     return values, limits
 
 
 def compare(first: Sequence[Scores], second: Sequence[Scores]) -> dict[str, dict[str, dict]]:
     """{task: {measure: first, second, difference, interval, p}} of two sides, each a run or as many runs of its kind.
 
-    Nothing that was chosen on validation enters. InputError: they were not scored on the same photographs.
+    Their photographs are aligned. Nothing that was chosen on validation enters: thresholds are 0.5, temperatures 1.
     """
-    found = {}
+    found, exact = {}, [[s.metrics() for s in side] for side in (first, second)]
     for task in (t for t in first[0].scored() if t.name in second[0].tallies):
-        t, tallies = task.name, []
-        for side in (first, second):
-            for s in side:
-                if sorted(s.names[t]) != sorted(first[0].names[t]):
-                    raise InputError(f"{t}: the runs were scored on different photographs; expected the same data set, "
-                                     "fold and split")
-                place = {name: i for i, name in enumerate(s.names[t])}
-                tallies.append(s.tallies[t][[place[name] for name in first[0].names[t]]])
-        tallies, eyes_ = (tallies[:len(first)], tallies[len(first):]), first[0].eyes_of(t)
-        one, other = (intervals.bootstrap([partial(task.measures, x, chosen={}) for x in side], eyes_)
-                      for side in tallies)
-        p = intervals.p_values([partial(task.measures, torch.cat(pair), chosen={}) for pair in zip(*tallies)], eyes_)
+        t = task.name
+        sides, eyes = [[s.tallies[t] for s in side] for side in (first, second)], first[0].eyes_of(t)
+        drawn = [intervals.bootstrap([partial(task.measures, x, chosen={}) for x in side], eyes, k)
+                 for k, side in enumerate(sides)]
+        p = intervals.p_values([partial(task.measures, torch.cat(pair), chosen={}) for pair in zip(*sides)], eyes)
         found[t] = {}
-        for name in one:
-            difference = other[name] - one[name]
-            found[t][name] = {"first": float(one[name][0]), "second": float(other[name][0]),
-                              "difference": float(difference[0]), "interval": intervals.limits(difference[1:]),
-                              "p": p[name]}
+        for name in drawn[0]:
+            one, other = (sum(values[t][name] for values in side) / len(side) for side in exact)
+            gap = drawn[1][name] - drawn[0][name]
+            found[t][name] = {"first": one, "second": other, "difference": other - one,
+                              "interval": intervals.limits(gap[1:] - gap[0] + other - one), "p": p[name]}
         if len(first) == 1 and isinstance(task, (Classification, Joint)):
-            only_first, only_second, p_exact = intervals.mcnemar(*(task.right(side[0]) for side in tallies))
+            only_first, only_second, p_exact = intervals.mcnemar(*(task.right(side[0]) for side in sides))
             found[t]["accuracy"]["mcnemar"] = {"only_first_right": only_first, "only_second_right": only_second,
                                                "p": p_exact}
     return found
 
 
-def claims(compared: Mapping[str, Mapping], scores: Scores, single: bool) -> list[str]:
+def claims(compared: Mapping[str, Mapping], scores: Scores, runs: int) -> list[str]:
     """A sentence on the primary metric of each task, p adjusted for the number of tasks (Holm)."""
     tasks = [t for t in scores.scored() if t.name in compared]
     rows = [compared[t.name][t.primary] for t in tasks]
     adjusted = intervals.holm([1.0 if math.isnan(row["p"]) else row["p"] for row in rows])
     return [intervals.claim(f"{t.name} {t.primary}", row["difference"], row["interval"],
-                            math.nan if math.isnan(row["p"]) else p, len(scores.names[t.name]), single)
+                            math.nan if math.isnan(row["p"]) else p, len(scores.names[t.name]), runs)
             for t, row, p in zip(tasks, rows, adjusted)]
 
 
@@ -222,11 +233,12 @@ def shown(value: float | None, limits: Sequence[float] | None = None) -> str:
     return text if limits is None else text + " ({:.{d}f}..{:.{d}f})".format(*limits, d=2 if digits else 0)
 
 
-def table(metrics: Mapping[str, dict], tasks: Sequence[Task], limits: Mapping[str, Mapping] = {}) -> str:
+def table(found: Mapping[str, dict], tasks: Sequence[Task],
+          limits: Mapping[str, Mapping] = MappingProxyType({})) -> str:
     """Metrics as lines of text; per task, the primary metric first, then what there is for each kind or class."""
     lines = []
-    for task in (t for t in [*tasks, Joint()] if t.name in metrics):
-        values, around = metrics[task.name], limits.get(task.name, {})
+    for task in (t for t in [*tasks, Joint()] if t.name in found):
+        values, around = found[task.name], limits.get(task.name, {})
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
         # the row of a number that belongs to one kind: dice_MA_per_image stands in dice_*_per_image
@@ -255,7 +267,7 @@ def table(metrics: Mapping[str, dict], tasks: Sequence[Task], limits: Mapping[st
     return "\n".join(lines)
 
 
-def table_of_differences(compared: Mapping[str, Mapping], kinds: Sequence[str] = ("MA", "HE", "EX", "SE", "OD")) -> str:
+def table_of_differences(compared: Mapping[str, Mapping]) -> str:
     """What compare() found, as lines of text."""
     lines = []
     for task, rows in compared.items():
@@ -266,7 +278,8 @@ def table_of_differences(compared: Mapping[str, Mapping], kinds: Sequence[str] =
             lines.append(f"   {name:29}{shown(row['first']):>9}{shown(row['second']):>9}{gap:>28}{row['p']:8.3f}")
         if found := rows.get("accuracy", {}).get("mcnemar"):
             lines.append(f"   only the first is right {found['only_first_right']} times, only the second "
-                         f"{found['only_second_right']}: McNemar's exact p = {found['p']:.3f}")
+                         f"{found['only_second_right']}: McNemar's exact p = {found['p']:.3f} "
+                         "(as if no two photographs showed one eye)")
     return "\n".join(lines)
 
 
@@ -294,7 +307,7 @@ def rerouted(net: Net, photographs: data.Photographs, tasks: Sequence[Task], dev
                                         for t, router in net.experts.routers.items()}):
         before = score(net, photographs, tasks, device, batch)
     by_name, changes = {t.name: t for t in tasks}, {}
-    passes = list(routes.interventions(net.experts, {t: tapes[t] for t in before.tallies}))
+    passes = list(routes.interventions(net.experts, {t: tapes[t] for t in tapes if t in before.tallies}))
     for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
         with routes.routed_by(net.experts, routers):
             after = score(net, photographs, tasks, device, batch)

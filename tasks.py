@@ -78,6 +78,10 @@ class Task:
         """Columns of predictions.csv from one photograph's tally."""
         raise NotImplementedError
 
+    def caption(self, columns: Mapping[str, float | str]) -> list[str]:
+        """What `columns`, made by `answers`, say in words: lines for a picture."""
+        return []
+
     def answers(self, answer: Tensor, sample, chosen: Mapping[str, float]) -> dict[str, float | str]:
         """Columns for one new photograph, which `sample` shows, from its decoded answer (one row)."""
         raise NotImplementedError
@@ -89,6 +93,7 @@ class Classification(Task):
     """A label 0..classes-1 from the whole photograph."""
     classes: int
     prefix = "p"  # of the columns of probabilities
+    title = "class"  # in words
     ordered = True  # neighbouring classes are alike, so that quadratic kappa means something
 
     def head(self, spec):
@@ -147,9 +152,14 @@ class Classification(Task):
                 **{f"{self.label}_{self.prefix}{self.word(i)}": round(v, 4) for i, v in enumerate(p.tolist())}}
 
 
+    def caption(self, columns):
+        word = columns[self.label]
+        return [f"{self.title} {word} (p {columns[f'{self.label}_{self.prefix}{word}']:.2f})"]
+
+
 class Grading(Classification):
     """Diabetic retinopathy, grade 0 (none) to 4 (proliferative); referable: to be seen by a doctor, grade 2 and up."""
-    name, label, primary, classes = "cls", "grade", "kappa", 5
+    name, label, primary, classes, title = "cls", "grade", "kappa", 5, "retinopathy grade"
 
     def referable(self, p: Tensor, chosen: Mapping[str, float]) -> Tensor:
         """Probability (n,) of grade 2 and up, from those of the grades (n, G) and the temperature that was chosen."""
@@ -175,10 +185,13 @@ class Grading(Classification):
         return super().answers(answer, sample, chosen) | {
             "referable": "yes" if p >= chosen["referable"] else "no", "referable_p": round(p, 4)}
 
+    def caption(self, columns):
+        return [*super().caption(columns), f"referable: {columns['referable']} (p {columns['referable_p']:.2f})"]
+
 
 class Edema(Classification):
     """Risk of macular edema, 0 to 2."""
-    name, label, primary, classes = "dme", "edema", "accuracy", 3
+    name, label, primary, classes, title = "dme", "edema", "accuracy", 3, "edema risk"
 
 
 class Categories(Classification):

@@ -50,12 +50,16 @@ def test_bootstrap_starts_with_the_measure_itself_and_spreads_over_runs():
     assert float(apart[0]) == pytest.approx(float(values.mean()))
     # the mean of three runs drawn from -1, 0, 1 has the standard deviation sqrt(2/3 / 3)
     assert float(apart[1:].std()) == pytest.approx(math.hypot(math.sqrt(2 / 9), float(one[1:].std())), rel=0.1)
+    # the other side sees the same eyes, but other draws of runs
+    other = intervals.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes, 1)["mean"]
+    assert float((other - apart)[1:].std()) == pytest.approx(math.sqrt(4 / 9), rel=0.1)
 
 
 def test_undefined_draws():
     drawn = torch.cat([torch.full((400,), math.nan), torch.arange(600.0)])
     assert intervals.limits(drawn) == pytest.approx([0.025 * 599, 0.975 * 599])
     assert intervals.limits(torch.cat([drawn, torch.full((300,), math.nan)])) is None
+    assert intervals.limits(torch.ones(1000)) is None  # all right, or one eye alone: no width is no certainty
 
 
 def test_in_parts_is_the_same():
@@ -133,13 +137,16 @@ def test_holm_by_hand():
     (0.01, (-0.08, 0.1), 0.8, "no difference can be claimed from n = 103"),
     (0.10, (0.01, 0.2), 0.2, "no difference can be claimed from n = 103"),  # before the correction it could
     (0.10, (-0.01, 0.2), 0.04, "no difference can be claimed from n = 103"),
-    (0.10, (0.05, 0.2), 0.01, "the second scores higher, from n = 103; a claim of these two networks"),
+    (0.10, (0.05, 0.2), 0.01, "the second scores higher, from n = 103; a claim about these 2 networks"),
     (-0.10, (-0.2, -0.05), 0.01, "the first scores higher"),
     (0.1, None, 0.01, "nothing can be claimed"), (math.nan, (0, 1), math.nan, "nothing can be claimed")])
 def test_what_may_be_claimed(difference, interval, p, words):
-    said = intervals.claim("cls kappa", difference, interval, p, 103, single=True)
+    said = intervals.claim("cls kappa", difference, interval, p, 103, 1)
     assert words in said and said.startswith("cls kappa: ") and "\n" not in said
-    assert ("of these ways of training" in intervals.claim("cls kappa", 0.1, (0.05, 0.2), 0.01, 9, single=False))
+    about = [intervals.claim("cls kappa", 0.1, (0.05, 0.2), 0.01, 9, runs).partition("a claim about ")[2]
+             for runs in (3, 5)]
+    assert about[0].startswith("these 6 networks, not the ways they were trained") and about[1] == \
+        "these ways of training"
 
 
 def test_measures_of_tasks_can_be_compared():

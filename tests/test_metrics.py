@@ -142,6 +142,11 @@ def test_calibration_by_hand():
     assert float(metrics.calibration_error(metrics.at_temperature(p, temperature), truth, ones(10))) < 1e-6
 
 
+def test_there_is_no_likeliest_temperature_where_all_are_right_or_all_wrong():
+    p = torch.tensor([[0.6, 0.4], [0.3, 0.7]]).double()
+    assert metrics.best_temperature(p, torch.tensor([0, 1])) == metrics.best_temperature(p, torch.tensor([1, 0])) == 1
+
+
 def test_temperature_is_the_likeliest():
     torch.manual_seed(0)
     logits, truth = torch.randn(200, 5).double() * 3, torch.randint(5, (200,))
@@ -195,6 +200,19 @@ def test_area_equals_a_sort_of_all_pixels(seed, spread, shift, monkeypatch):
         assert (ranking.counts[1] is None) == (most > 300000)
         assert ranking.area(1) == pytest.approx(expected, abs=1e-6)
         assert own == pytest.approx([exact_area(s, t) for s, t in zip(score, truth)], abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [1 - 9 * 2.0 ** -24, 0.995, 0.4, 1.0])
+def test_ties_pass_together_when_pixels_are_counted(score, monkeypatch):
+    """Others and true pixels at one score; near 1 that is one float32 among few."""
+    monkeypatch.setattr(metrics.Ranking, "most", 10000)
+    rng = np.random.default_rng(0)
+    p = np.concatenate([np.full(1300, score), rng.random(1000000) * 0.3]).astype(np.float32)
+    truth = np.arange(len(p)) < 500
+    truth[500:1300] = False
+    ranking = metrics.Ranking(1)
+    ranking.add(0, p, truth)
+    assert ranking.counts[0] is not None and ranking.area(0) == pytest.approx(exact_area(p, truth), abs=1e-6)
 
 
 def test_pixels_of_one_score_pass_together():

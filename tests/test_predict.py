@@ -85,7 +85,7 @@ def test_one_tile_is_the_whole(run):
     loaded.net.eval()
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
     tile = predict.in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
-    assert torch.allclose(tile, predict.masks_of(loaded.net, TASKS["seg"], image, 32, CPU), atol=1e-6)
+    assert torch.allclose(tile, predict.answer(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
 
 
 def test_tiles_overlap_by_half_at_least():
@@ -109,7 +109,7 @@ def test_full_size_tallies_equal_counting_pixels_of_files(tree):
     chosen = [r for r in records.read_idrid(tree).records if r.masks]
     photographs, task = data.Photographs(chosen, 64), TASKS["seg"]
     pool = task.pool()
-    names, tally = predict.tally_at_full_size(Fake(), task, photographs, 64, CPU, pool)
+    names, tally = predict.tally_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, pool)
     assert names == [r.name for r in chosen]
     found = task.at(tally, [0.3] * 5)
     pixels = {kind: ([], []) for kind in task.classes}
@@ -135,8 +135,7 @@ def test_full_size_tallies_equal_counting_pixels_of_files(tree):
 def test_kinds_that_are_not_known_are_not_counted(tree):
     record = next(r for r in records.read_idrid(tree).records if r.masks)
     record = replace(record, masks={"EX": record.masks["EX"]})
-    _, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], data.Photographs([record], 64), 64, CPU,
-                                          TASKS["seg"].pool())
+    _, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].pool())
     assert tally[0, [0, 1, 3, 4]].isnan().all() and not tally[0, 2, :-1].isnan().any()
 
 
@@ -153,6 +152,7 @@ SPOILED = [("too blurred", lambda p: p.filter(ImageFilter.GaussianBlur(0.03 * p.
            ("no field of view", lambda p: Image.new("RGB", p.size)),
            ("no field of view", lambda p: Image.new("RGB", p.size, (200, 90, 30))),
            ("no field of view", lambda p: Image.effect_noise(p.size, 80)),
+           ("too small", lambda p: p.resize((p.width // 6, p.height // 6))),
            ("nothing to be seen", lambda p: Image.composite(Image.new("RGB", p.size, (180, 80, 30)), Image.new(
                "RGB", p.size), p.convert("L").point(lambda v: 255 * (v > 12))))]
 
@@ -194,7 +194,7 @@ def pictures(tmp_path) -> Path:
     folder = tmp_path / "new"
     folder.mkdir()
     for i in range(2):
-        picture(i, 96 + 40 * i).save(folder / f"eye{i}.png")
+        picture(i, 140 + 40 * i).save(folder / f"eye{i}.png")
     return folder
 
 
@@ -217,14 +217,15 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
     assert call(monkeypatch, run, "--images", pictures, "--out", out) == 0
     rows = rows_of(out)
     assert [r["name"] for r in rows] == ["eye0", "eye1"] and {r["status"] for r in rows} == {"graded"}
-    for row, side in zip(rows, (96, 136)):
+    for row, side in zip(rows, (140, 180)):
         size = (side + 48, side)
         assert (int(row["width"]), int(row["height"])) == size
         assert sum(float(row[f"grade_p{g}"]) for g in range(5)) == pytest.approx(1, abs=1e-3)
         assert float(row["referable_p"]) == pytest.approx(sum(float(row[f"grade_p{g}"]) for g in (2, 3, 4)), abs=1e-3)
         chosen = evaluate.load_run(run, CPU).chosen
         assert (row["referable"] == "yes") == (float(row["referable_p"]) >= chosen["cls"]["referable"])
-        assert row["edema"] in "012" and 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
+        assert row["edema"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
+        assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
         assert "no medical device" in row["note"]
         assert Image.open(out / "overlays" / f"{row['name']}.png").size == size
         lit = float(data.lit_pixels(Image.open(pictures / f"{row['name']}.png")).mean())
@@ -287,7 +288,7 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
 
 def test_two_files_of_one_name_do_not_overwrite_each_other(run, pictures, tmp_path, monkeypatch):
     other = shutil.copytree(pictures, tmp_path / "other")
-    picture(3, 96).convert("RGB").save(pictures / "EYE0.jpg")
+    picture(3, 150).convert("RGB").save(pictures / "EYE0.jpg")
     assert call(monkeypatch, run, "--images", pictures, other / "eye0.png", "--out", tmp_path / "out") == 0
     names = [r["name"] for r in rows_of(tmp_path / "out")]
     assert len(names) == 4 == len({n.lower() for n in names}) == len(list((tmp_path / "out" / "overlays").iterdir()))
@@ -301,14 +302,49 @@ def test_tiles_change_masks_alone(run, pictures, tmp_path, monkeypatch):
     assert any(whole[f"area_{k}"] != tiles[f"area_{k}"] for k in TASKS["seg"].classes)
 
 
-def test_a_sideways_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkeypatch):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(0, 96).transpose(Image.ROTATE_90).save(tmp_path / "held.jpg", exif=exif, quality=100)
-    assert call(monkeypatch, run, "--images", tmp_path / "held.jpg", "--out", tmp_path / "out") == 0
-    row = rows_of(tmp_path / "out")[0]
-    assert (row["width"], row["height"]) == ("144", "96")
-    assert Image.open(tmp_path / "out" / "masks" / "held_OD.png").size == (144, 96)
+@pytest.mark.parametrize("suffix", ["tif", "webp"])
+@pytest.mark.parametrize("held,turn", [(6, Image.ROTATE_90), (8, Image.ROTATE_270), (3, Image.ROTATE_180)])
+def test_a_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkeypatch, held, turn, suffix):
+    """A camera held sideways: the same answers as for the same picture stored upright."""
+    exif, upright = Image.Exif(), picture(0, 150)
+    exif[0x0112] = held
+    (tmp_path / "new").mkdir()
+    upright.save(tmp_path / "new" / "upright.png")
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    upright.transpose(turn).save(tmp_path / "new" / f"held.{suffix}", exif=exif, **lossless)
+    assert call(monkeypatch, run, "--images", tmp_path / "new", "--out", tmp_path / "out") == 0
+    one, other = rows_of(tmp_path / "out")
+    assert {k for k in one if one[k] != other[k]} == {"photograph", "name"}
+    for kind in TASKS["seg"].classes:
+        one, other = (np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}_{kind}.png"))
+                      for name in ("held", "upright"))
+        assert np.array_equal(one, other) and one.shape == (150, 198)
+
+
+def test_overlays_show_the_masks():
+    """Colours inside, on and outside the outline of a mask, also where it touches the border of the picture."""
+    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {k: np.zeros((300, 400), bool) for k in data.KINDS}
+    masks["EX"][100:140, 360:400] = True
+    masks["OD"][200:240, 200:240] = True
+    drawn = np.asarray(predict.overlay(image, masks, None, []))
+    tint = (0.7 * np.array((100, 50, 20)) + 0.3 * np.array(data.COLOURS["EX"])).astype(int)
+    assert tuple(drawn[120, 380]) == tuple(tint) and tuple(drawn[100, 380]) == data.COLOURS["EX"]
+    assert tuple(drawn[120, 399]) == data.COLOURS["EX"] and tuple(drawn[98, 380]) == (100, 50, 20)
+    assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == data.COLOURS["OD"]
+    marked = np.asarray(predict.overlay(image, {}, [(300, 50), (50, 250)], []))
+    assert tuple(marked[50, 300]) == (255, 255, 255) == tuple(marked[250, 50])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file names are text there")
+def test_a_name_that_is_no_text_and_one_that_is_too_long(run, tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    picture(0, 150).save(folder / "a.png")
+    shutil.copy(folder / "a.png", bytes(folder) + b"/caf\xe9.png")
+    shutil.copy(folder / "a.png", folder / ("z" * 240 + ".png"))
+    assert call(monkeypatch, run, "--images", folder, "--out", tmp_path / "out") == 0
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 3 and "caf\\udce9.png" in rows[1]["photograph"] and rows[2]["name"] == "z" * 60
 
 
 def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
@@ -338,6 +374,7 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
     (["--images", "{new}", "--out", "{new}/out", "--split", "test"], "belong to no split and no data set"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "0.5"], "--tiles 0.5: expected 1 to 16"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "nan"], "--tiles nan: expected 1 to 16"),
+    (["--images", "{new}", "--out", "{new}/out", "--routing", "--batch", "0"], "--batch 0: expected at least 1"),
 ])
 def test_mistakes_are_one_line(run, pictures, monkeypatch, flags, message):
     (pictures / "empty").mkdir()
@@ -365,8 +402,7 @@ class Fake(torch.nn.Module):
         return {{"seg": (images[:, :1].float() / 16 - 12).expand(-1, 5, -1, -1)}}, {{}}
 found = [r for r in records.read_idrid(Path({str(root)!r})).records if r.masks] * 6
 pool = TASKS["seg"].pool()
-names, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], data.Photographs(found[:27], 256), 256,
-                                          torch.device("cpu"), pool)
+names, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
 assert len(names) == 27 and float(tally[..., :-1].sum()) == 27 * 5 * 4288 * 2848
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
