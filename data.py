@@ -43,7 +43,7 @@ from synthetic import LESIONS
 # n_t those with label t, V side of a vessel map
 
 CACHE = HERE / "data" / "cache"
-PREPROCESSING = 4  # part of every cache key: raise it when prepare() or what it calls changes what it makes
+PREPROCESSING = 5  # part of every cache key: raise it when prepare() or what it calls changes what it makes
 UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known
 
 
