@@ -1,22 +1,31 @@
 """How fast is it? Medians of interleaved repetitions, so that whatever else the machine does slows all alike.
 
-    python tests/benchmark.py experts
+    python tests/benchmark.py experts | evaluation
 """
 
 import argparse
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import predict  # noqa: E402
+import records  # noqa: E402
+import scores  # noqa: E402
+import synthetic  # noqa: E402
+from conftest import save_palette_mask  # noqa: E402
 from model import ExpertLayer, Net, NetConfig  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from train import keep_memory  # noqa: E402
@@ -127,14 +136,64 @@ def experts() -> None:
                   f"(+{100 * (work[1] / work[0] - 1):.2f} %)   {size_[0] / 1e6:.2f} M {size_[1] / 1e6:.2f} M")
 
 
+def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -> list[records.Record]:
+    """Drawn photographs enlarged to the size of IDRiD's, with five masks each, as files."""
+    found = []
+    for i in range(number):
+        picture, masks = synthetic.draw(synthetic.plan(3, i), 712)
+        border = ((0, 0), (180, 180))
+        Image.fromarray(np.pad(picture, (*border, (0, 0)))).resize(size).save(folder / f"{i}.jpg", quality=92)
+        paths = {}
+        for kind, mask in zip(synthetic.LESIONS, masks):
+            paths[kind] = folder / f"{i}_{kind}.tif"
+            save_palette_mask(paths[kind], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
+        found.append(records.Record(str(i), folder / f"{i}.jpg", masks=paths))
+    return found
+
+
+def evaluation() -> None:
+    """What scoring adds to the forward passes, at the size of training and in the pixels of original files."""
+    device, tasks = torch.device("cpu"), [TASKS["cls"], TASKS["seg"]]
+    net = Net(NetConfig(), tasks).to(memory_format=torch.channels_last).eval()
+    photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "train"][:240], 128)
+    batches = list(scores.loader(photographs, scores.in_order(photographs, 8), tasks, device))
+
+    @torch.inference_mode()
+    def forward():
+        for batch in batches:
+            net(batch.images, batch.rows)
+
+    def scored():
+        scores.score(net, photographs, tasks, device, 8).metrics()
+
+    found = scores.score(net, photographs, tasks, device, 8)
+    times = medians({"forward": forward, "scored": scored, "intervals": lambda: scores.summary([found], [{}])}, 5)
+    print(f"{len(photographs)} drawn photographs at 128 pixels, {' '.join(t.name for t in tasks)}: forward passes "
+          f"{times['forward']:.2f} s, scoring with decoding and metrics {times['scored']:.2f} s "
+          f"({times['scored'] / times['forward']:.2f} times), intervals {times['intervals']:.2f} s more")
+    with tempfile.TemporaryDirectory() as folder:
+        large = originals(Path(folder), 4)
+
+        def full():
+            predict.tally_at_full_size(net, TASKS["seg"], large, 256, None, device, 8, TASKS["seg"].pool())
+
+        def network():
+            for _ in large:
+                predict.answer(net, [TASKS["seg"]], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
+
+        times = medians({"full": full, "network": network}, 3)
+        print(f"masks of {len(large)} photographs of 4288x2848, network at 256 pixels: {times['full'] / 4:.2f} s a "
+              f"photograph, of which {times['network'] / 4:.2f} s in the network")
+
+
 def main() -> None:
     """Measure what is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("experts",))
-    parser.parse_args()
+    parser.add_argument("what", choices=("experts", "evaluation"))
+    what = parser.parse_args().what
     keep_memory()
     print(machine() + "\n")
-    experts()
+    {"experts": experts, "evaluation": evaluation}[what]()
 
 
 if __name__ == "__main__":
