@@ -167,6 +167,9 @@ def note_opening(run: Run, root: Path | None) -> int:
 
 # ---- command line ----
 
+LARGEST = 4096  # pixels: side of a photograph that is predicted in tiles
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score a run, compare runs, or answer for new photographs.")
@@ -190,9 +193,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: the GPU if there is one (default: auto)")
     return parser.parse_args()
-
-
-LARGEST = 4096  # pixels: side of a photograph that is predicted in tiles
 
 
 def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -345,13 +345,12 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.out / 'predictions.csv'} has the photographs that were done", file=sys.stderr)
         sys.exit(130)
-    number = {status: sum(row["status"] == status for row in rows) for status in ("graded", "refused", "unreadable")}
+    number = {status: sum(row["status"] == status for row in rows) for status in ("answered", "refused", "unreadable")}
     for row in rows:
-        if row["status"] != "graded":
-            print(f"{row['status']}: {row['photograph']}: {row['reason']}",
-                  file=sys.stderr)
+        if row["status"] != "answered":
+            print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
     written = ", ".join(["predictions.csv", *predict.folders(run.tasks)])
-    print(f"{number['graded']} of {len(rows)} photographs answered for, {number['refused']} refused, "
+    print(f"{number['answered']} of {len(rows)} photographs answered for, {number['refused']} refused, "
           f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{predict.NOTE}")
     if number["unreadable"]:
         sys.exit(1)

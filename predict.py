@@ -227,7 +227,7 @@ class Predictor:
 
     def __call__(self, path: Path, name: str) -> dict:
         """The row of one photograph; a file that cannot be read and a picture that is refused have theirs."""
-        row = {"photograph": str(path), "name": name, "status": "graded", "reason": "", "note": NOTE}
+        row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": NOTE}
         try:
             small = data.read_image(path, 512)
             row |= dict(zip(("width", "height"), small.size))
@@ -309,7 +309,7 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
 
 
 def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
-    """Write rows as they come, so that none is lost; -> all of them. The header is that of the first graded one."""
+    """Write rows as they come, so that none is lost; -> all of them. The header is that of the first answered one."""
     done, waiting, writer = [], [], None
     # names of files need not be text
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -322,7 +322,7 @@ def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
             for row in rows:
                 done.append(row)
                 waiting.append(row)
-                if writer is None and row["status"] == "graded":
+                if writer is None and row["status"] == "answered":
                     writer = write(row)
                 if writer is not None:
                     writer.writerows(waiting)

@@ -84,7 +84,7 @@ class Task:
 
     def answers(self, answer: Tensor, sample, chosen: Mapping[str, float]) -> dict[str, float | str]:
         """Columns for one new photograph, which `sample` shows, from its decoded answer (one row)."""
-        raise NotImplementedError
+        return {}
 
 
 # ---- classes ----
@@ -296,44 +296,43 @@ class Lesions(Task):
         counted = occurs.clone()
         if known[:-1].any():
             counted[:, -1] = False
-        found = {}  # measure -> (D, L), nan where not defined
 
-        def add(name, score, counts):
-            pooled = (weights @ counts.nan_to_num().flatten(1)).unflatten(1, counts.shape[1:])
-            found[name] = score(pooled).masked_fill(~occurs, math.nan)
-            return score(counts)
+        def pooled(counts):
+            return (weights @ counts.nan_to_num().flatten(1)).unflatten(1, counts.shape[1:])
 
-        for name, score in (("dice", metrics.dice), ("iou", metrics.iou)):
-            found[f"{name}_per_image"] = metrics.mean(add(name, score, half), weights)
+        levels = pooled(tally[..., :-1].unflatten(2, (2, metrics.LEVELS)))  # (D, L, 2, K)
+        of_pixels = {"dice": metrics.dice(pooled(half)), "iou": metrics.iou(pooled(half)),
+                     "aupr": metrics.average_precision(*levels.unbind(2))}  # (D, L) each
         if chosen:
-            add("dice_chosen", metrics.dice, self.at(tally, [chosen[kind] for kind in self.classes]))
-        levels = tally[..., :-1].unflatten(2, (2, metrics.LEVELS))  # (n, L, 2, K)
-        add("aupr", lambda pooled: metrics.average_precision(*pooled.unbind(-2)), levels)
-        found["aupr_per_image"] = metrics.mean(tally[..., -1], weights)
-        values = {name: v.masked_fill(~counted, math.nan).nanmean(1) for name, v in found.items()}
-        every = half.sum(1)  # (n, 3), nan where a kind is not known
+            of_pixels["dice_chosen"] = metrics.dice(pooled(self.at(tally, [chosen[kind] for kind in self.classes])))
+        of_pixels = {name: v.masked_fill(~occurs, math.nan) for name, v in of_pixels.items()}
+        of_images = {name: metrics.mean(v, weights) for name, v in
+                     (("dice", metrics.dice(half)), ("iou", metrics.iou(half)), ("aupr", tally[..., -1]))}
+        values = {}
+        for mark, found in (("", of_pixels), ("_per_image", of_images)):
+            for name, value in found.items():
+                values[name + mark] = value.masked_fill(~counted, math.nan).nanmean(1)
+                values |= {f"{name}_{kind}{mark}": value[:, i] for i, kind in enumerate(self.classes) if known[i]}
+        every, disc = half.sum(1), half[:, -1, 2]  # (n, 3), nan where a kind is not known; (n,)
         if not every.isnan().all():
-            disc = half[:, -1, 2]
-            values["five_masks_dice"] = metrics.mean(metrics.dice(every), weights)
-            values["five_masks_dice_of_disc_alone"] = metrics.mean(
-                metrics.dice(torch.stack([disc, disc, every[:, 2]], 1)), weights)
-        for name, value in found.items():
-            what, _, per_image = name.partition("_per")
-            values |= {f"{what}_{kind}{'_per' * bool(per_image)}{per_image}": value[:, i]
-                       for i, kind in enumerate(self.classes) if known[i]}
+            alone = torch.stack([disc, disc, every[:, 2]], 1)
+            values |= {"five_masks_dice": metrics.mean(metrics.dice(every), weights),
+                       "five_masks_dice_of_disc_alone": metrics.mean(metrics.dice(alone), weights)}
         return values
 
     def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
         """With `pool`, the areas over all pixels are exact; without, they rest on the levels of the tallies.
 
-        `lesions` counts the kinds that the means are taken over. Where there is none, they are 0.
+        `lesions` counts the kinds that the means are taken over. Where there is none, `dice` is 0: a checkpoint has to
+        have a score.
         """
         values = super().metrics(tally, chosen)
         kinds = [kind for kind in self.classes[:-1] if f"dice_{kind}" in values] or list(self.classes[-1:])
         kinds = [kind for kind in kinds if not math.isnan(values[f"dice_{kind}"])]
         if pool:
             areas = {f"aupr_{kind}": pool.area(i) for i, kind in enumerate(self.classes) if f"aupr_{kind}" in values}
-            values |= areas | {"aupr": sum(areas[f"aupr_{kind}"] for kind in kinds) / max(1, len(kinds))}
+            mean = sum(areas[f"aupr_{kind}"] for kind in kinds) / len(kinds) if kinds else math.nan
+            values |= areas | {"aupr": mean}
         if not kinds:
             values["dice"] = 0.0
         return {"lesions": len(kinds), **values}

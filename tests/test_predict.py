@@ -216,7 +216,7 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
     out = tmp_path / "out"
     assert call(monkeypatch, run, "--images", pictures, "--out", out) == 0
     rows = rows_of(out)
-    assert [r["name"] for r in rows] == ["eye0", "eye1"] and {r["status"] for r in rows} == {"graded"}
+    assert [r["name"] for r in rows] == ["eye0", "eye1"] and {r["status"] for r in rows} == {"answered"}
     for row, side in zip(rows, (140, 180)):
         size = (side + 48, side)
         assert (int(row["width"]), int(row["height"])) == size
@@ -259,7 +259,7 @@ def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypat
     out = tmp_path / "out"
     assert call(monkeypatch, run, "--images", pictures, "--out", out) == 1
     rows = {r["name"]: r for r in rows_of(out)}
-    assert [r["status"] for r in rows.values()] == ["unreadable", "refused", "unreadable", "graded", "graded"]
+    assert [r["status"] for r in rows.values()] == ["unreadable", "refused", "unreadable", "answered", "answered"]
     assert rows["a_broken"]["reason"].startswith("not a readable image") and rows["a_broken"]["grade"] == ""
     assert rows["b_black"]["reason"].startswith("no field of view") and rows["b_black"]["width"] == "90"
     assert "8 bits per channel" in rows["c_deep"]["reason"]
@@ -277,8 +277,8 @@ def test_only_refused_ones_still_leave_a_table(run, tmp_path, monkeypatch):
 def test_rows_are_on_disk_before_the_end(tmp_path):
     def rows():
         yield {"status": "refused", "a": 1}
-        yield {"status": "graded", "a": 2, "b": 3}
-        assert (tmp_path / "t.csv").read_text().splitlines() == ["status,a,b", "refused,1,", "graded,2,3"]
+        yield {"status": "answered", "a": 2, "b": 3}
+        assert (tmp_path / "t.csv").read_text().splitlines() == ["status,a,b", "refused,1,", "answered,2,3"]
         yield {"status": "refused", "a": 4}
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
