@@ -32,7 +32,7 @@ from tasks import Landmarks, Lesions, Task
 NOTE = "research use only, no medical device"
 LOOK = 256  # pixels: side of the field of view when its quality is judged
 SMALLEST = 64  # pixels of the field of view
-DARKEST, PALEST, PLAINEST, SOFTEST = 30, 1.1, 0.006, 0.32  # see refusal
+DARKEST, PALEST, PLAINEST, SOFTEST = 30, 1.1, 0.006, 0.33  # see refusal
 
 
 # ---- is it a retina? ----
