@@ -293,6 +293,7 @@ def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores 
         values, limits = summary(full, chosen)
         print(table(values, runs[0].tasks, limits))
         found["full_size"] = {"metrics": values, "intervals": limits, "tiles": args.tiles}
+    print("\n".join(chosen_line(run) for run in runs))
     if args.split == "val":
         print("the checkpoint, temperatures and thresholds (_chosen, _at_temperature, referable_) were chosen on these "
               "photographs: optimistic")
@@ -334,12 +335,20 @@ def show_comparison(runs: Sequence[Sequence[Run]], scores: Sequence[Sequence[Sco
             "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
 
 
+def chosen_line(run: Run) -> str:
+    """Temperatures and thresholds in words."""
+    found = (f"{task} " + " ".join(f"{k} {v:.3g}" for k, v in values.items())
+             for task, values in run.chosen.items() if values)
+    return f"temperatures and thresholds, chosen on validation: {'; '.join(found)}"
+
+
 def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> None:
     """--images: predict, and say what happened; exit status 1 if a file could not be read."""
-    paths = predict.find_photographs(args.images)
+    paths, notes = predict.find_photographs(args.images)
     retinas = not run.options["classes"]
     predictor = predict.Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles,
                                   args.batch or run.options["batch"], device, args.out, retinas)
+    print("\n".join([*notes, chosen_line(run)]))
     try:
         rows = predict.predict_all(predictor, paths)
     except KeyboardInterrupt:
@@ -349,7 +358,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     for row in rows:
         if row["status"] != "answered":
             print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
-    written = ", ".join(["predictions.csv", *predict.folders(run.tasks)])
+    written = ", ".join(["predictions.csv", *(predict.folders(run.tasks) if number["answered"] else [])])
     print(f"{number['answered']} of {len(rows)} photographs answered for, {number['refused']} refused, "
           f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{predict.NOTE}")
     if number["unreadable"]:
@@ -365,7 +374,8 @@ def main() -> None:
     if args.images is not None:
         return answer_for_new(runs[0], args, device)
     sides = sides_of(runs)
-    folder, suffix, written = args.runs[0], "" if args.split == "val" else "_test", []
+    folder, written = args.runs[0], []
+    suffix = "_test" * (args.split == "test") + ("" if args.tiles is None else f"_tiles{args.tiles:g}")
 
     def write(name, content):
         head = {"split": args.split, "data": args.data or runs[0].options["data"] or "drawn", "epoch": runs[0].epoch}

@@ -183,20 +183,28 @@ def tally_at_full_size(net: Net, task: Lesions, records: Sequence[Record], size:
 
 # ---- new photographs ----
 
-def find_photographs(paths: Sequence[Path]) -> list[Path]:
-    """The photographs that are named, and those in the folders that are. InputError: no such file, an empty folder."""
-    found = []
+def find_photographs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The photographs that are named and those in the folders that are; what in these is left out.
+
+    InputError: no such file, a folder without a photograph.
+    """
+    found, notes = [], []
     for path in paths:
         if not path.exists():
             raise InputError(f"--images {path}: no such file or folder; expected photographs, or folders of them")
         if path.is_dir():
-            found += [p for p in files_in(path) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
-            if not found or found[-1].parent != path:
+            inside = files_in(path)
+            images = [p for p in inside if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
                 raise InputError(f"--images {path}: holds no photograph; expected files that end in "
                                  f"{' '.join(IMAGE_SUFFIXES)}")
+            if others := [p.name for p in inside if p not in images]:
+                notes.append(f"left out, as no photographs or as folders: {len(others)} in {path} "
+                             f"({', '.join(others[:3])}{', ...' * (len(others) > 3)})")
+            found += images
         else:
             found.append(path)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), notes
 
 
 def names_for(paths: Sequence[Path]) -> Iterator[str]:
@@ -297,14 +305,12 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
     if points is not None:
         data.mark(pen, points, min(image.size) / 60)
         lines = [*lines, "+ optic disc, x fovea"]
-    font, y = ImageFont.load_default(height), height // 2
-    outline = {"font": font, "stroke_width": max(1, height // 10), "stroke_fill": "black"}
-    for line in lines:
-        pen.text((height // 2, y), line, "white", **outline)
-        y += round(1.3 * height)
-    for kind in masks:
-        pen.text((height // 2, y), f"{kind} {data.KINDS[kind]}", data.COLOURS[kind], **outline)
-        y += round(1.3 * height)
+    legend = [(line, "white") for line in lines] + [(f"{k} {data.KINDS[k]}", data.COLOURS[k]) for k in masks]
+    if 2.6 * height * len(legend) > picture.height:  # it would hide what there is to see
+        legend = legend[:1]
+    for k, (line, colour) in enumerate(legend):
+        pen.text((height // 2, round((0.5 + 1.3 * k) * height)), line, colour, ImageFont.load_default(height),
+                 stroke_width=max(1, height // 10), stroke_fill="black")
     return picture
 
 
@@ -335,15 +341,16 @@ def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
 
 
 def predict_all(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
-    """Answer for all photographs; -> the rows of predictions.csv. InputError: `out` holds predictions already."""
-    out, table = predictor.out, predictor.out / "predictions.csv"
+    """Answer for all photographs; -> the rows of predictions.csv. InputError: `out` is in use."""
+    out = predictor.out
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: a file; expected a folder, which may be new")
-    if table.exists():
-        raise InputError(f"{table}: exists already; choose another --out")
+        raise InputError(f"--out {out}: a file; expected a folder, new or empty")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: holds {next(out.iterdir()).name} and perhaps more; expected a folder, new or "
+                         "empty")
     for folder in (".", *folders(predictor.tasks)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     predictor.net.eval()
     bar = tqdm(zip(paths, names_for(paths)), total=len(paths), desc="predicting", unit="photo", leave=False,
                disable=None)
-    return write_rows(table, (predictor(path, name) for path, name in bar))
+    return write_rows(out / "predictions.csv", (predictor(path, name) for path, name in bar))

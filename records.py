@@ -47,8 +47,8 @@ def command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except PermissionError as error:
-        print(f"error: {error.filename}: no permission; expected to be allowed to read data and to write runs and "
-              "cache; change the permissions of that path", file=sys.stderr)
+        print(f"error: {error.filename}: no permission; expected to be allowed to read data and to write runs, "
+              "cache and --out; change the permissions of that path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

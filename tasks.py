@@ -161,32 +161,38 @@ class Grading(Classification):
     """Diabetic retinopathy, grade 0 (none) to 4 (proliferative); referable: to be seen by a doctor, grade 2 and up."""
     name, label, primary, classes, title = "cls", "grade", "kappa", 5, "retinopathy grade"
 
-    def referable(self, p: Tensor, chosen: Mapping[str, float]) -> Tensor:
-        """Probability (n,) of grade 2 and up, from those of the grades (n, G) and the temperature that was chosen."""
-        return metrics.at_temperature(p, chosen["temperature"])[:, 2:].sum(1)
+    def referable(self, p: Tensor, temperature: float) -> Tensor:
+        """Probability (n,) of grade 2 and up at a temperature, from those of the grades at 1 (n, G)."""
+        return metrics.at_temperature(p, temperature)[:, 2:].sum(1)
 
     def choose(self, tally):
         chosen = super().choose(tally)
-        return chosen | {"referable": metrics.best_threshold(self.referable(tally[:, :-1], chosen), tally[:, -1] >= 2)}
+        p = self.referable(tally[:, :-1], chosen["temperature"])
+        return chosen | {"referable": metrics.best_threshold(p, tally[:, -1] >= 2)}
 
     def measures(self, tally, weights, chosen):
-        """Beside those of all classes: of referable or not, the area under the ROC curve, sensitivity, specificity."""
+        """Beside those of all classes: of referable or not, the area under the ROC curve (at temperature 1),
+
+        sensitivity and specificity at the temperature and threshold that were chosen.
+        """
         values = super().measures(tally, weights, chosen)
-        p, ill = self.referable(tally[:, :-1], chosen if chosen else {"temperature": 1.0}), tally[:, -1] >= 2
-        values["referable_auc"] = metrics.roc_area(p, ill, weights)
+        p, ill = tally[:, :-1], tally[:, -1] >= 2
+        values["referable_auc"] = metrics.roc_area(p[:, 2:].sum(1), ill, weights)
         if "referable" in chosen:
-            found = p >= chosen["referable"]
+            found = self.referable(p, chosen["temperature"]) >= chosen["referable"]
             values |= {"referable_sensitivity": metrics.sensitivity(found, ill, weights),
                        "referable_specificity": metrics.sensitivity(~found, ~ill, weights)}
         return values
 
     def answers(self, answer, sample, chosen):
-        p = float(self.referable(answer[None], chosen))
+        p, threshold = float(self.referable(answer[None], chosen["temperature"])), chosen["referable"]
         return super().answers(answer, sample, chosen) | {
-            "referable": "yes" if p >= chosen["referable"] else "no", "referable_p": round(p, 4)}
+            "referable": "yes" if p >= threshold else "no", "referable_p": round(p, 4),
+            "referable_threshold": round(threshold, 4)}
 
     def caption(self, columns):
-        return [*super().caption(columns), f"referable: {columns['referable']} (p {columns['referable_p']:.2f})"]
+        word, p, threshold = (columns[f"referable{end}"] for end in ("", "_p", "_threshold"))
+        return [*super().caption(columns), f"referable: {word} (p {p:.2f}, threshold {threshold:.2f})"]
 
 
 class Edema(Classification):

@@ -299,7 +299,7 @@ def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
         run_main(monkeypatch, run, "--tiles", "2")
     run_main(monkeypatch, runs / "e4_s0", "--tiles", "2")
     assert "in tiles at 2 times the size of training" in capsys.readouterr().out
-    tiled = strict(runs / "e4_s0" / "metrics.json")
+    tiled = strict(runs / "e4_s0" / "metrics_tiles2.json")
     run_main(monkeypatch, runs / "e4_s0")
     whole = strict(runs / "e4_s0" / "metrics.json")
     assert tiled["metrics"] == whole["metrics"] and tiled["full_size"] != whole["full_size"]

@@ -233,7 +233,15 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
             mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{kind}.png"))
             assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
             assert float(row[f"area_{kind}"]) == pytest.approx((mask > 0).mean() / lit, abs=1e-6)
-    assert "2 of 2 photographs answered for" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "2 of 2 photographs answered for" in text and "left out" not in text and "chosen on validation: cls" in text
+
+
+def test_what_is_left_out_of_a_folder_is_said(run, pictures, tmp_path, monkeypatch, capsys):
+    (pictures / "notes.txt").write_text("x")
+    (pictures / "more").mkdir()
+    assert call(monkeypatch, run, "--images", pictures, "--out", tmp_path / "out") == 0
+    assert f"left out, as no photographs or as folders: 2 in {pictures} (more, notes.txt)" in capsys.readouterr().out
 
 
 def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
@@ -369,8 +377,9 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
     (["--out", "{new}"], "--images and --out go together"),
     (["--images", "{new}/nothing", "--out", "{new}/out"], "nothing: no such file or folder; expected photographs"),
     (["--images", "{new}/empty", "--out", "{new}/out"], "empty: holds no photograph; expected files that end in"),
-    (["--images", "{new}", "--out", "{new}/eye0.png"], "eye0.png: a file; expected a folder"),
-    (["--images", "{new}", "--out", "{new}/done"], "predictions.csv: exists already; choose another --out"),
+    (["--images", "{new}", "--out", "{new}/eye0.png"], "eye0.png: a file; expected a folder, new or empty"),
+    (["--images", "{new}", "--out", "{new}/done"], "done: holds predictions.csv and perhaps more; expected"),
+    (["--images", "{new}", "--out", "{new}"], "new: holds .* and perhaps more; expected a folder, new or empty"),
     (["--images", "{new}", "--out", "{new}/out", "--split", "test"], "belong to no split and no data set"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "0.5"], "--tiles 0.5: expected 1 to 16"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "nan"], "--tiles nan: expected 1 to 16"),
