@@ -190,7 +190,8 @@ HALF = LEVELS * FINE // 2  # the fine level at which 0.5 lies
 
 def fine_odds(probability: np.ndarray) -> Tensor:
     """Probabilities (n,) -> log odds in fine levels, -HALF to HALF - 1; of the same type."""
-    return torch.logit(torch.from_numpy(probability)).mul_(HALF / 16).clamp_(-HALF, HALF - 1)
+    inside = torch.from_numpy(probability).clamp(6e-8, 1 - 6e-8)  # beyond 16 anyway; the logarithm of 0 is slow
+    return inside.logit_().mul_(HALF / 16).clamp_(-HALF, HALF - 1)
 
 
 def counted(probability: np.ndarray, width: int) -> np.ndarray:
