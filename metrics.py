@@ -198,7 +198,10 @@ def counted(probability: np.ndarray, width: int) -> np.ndarray:
     """How many probabilities (n,) there are in each level, of `width` fine ones: (LEVELS * FINE / width,)."""
     if not len(probability):
         return np.zeros(LEVELS * FINE // width, np.int64)
-    level = fine_odds(probability).div_(width).floor_().int().add_(HALF // width)  # first down, then move: no rounding
+    level, step = torch.empty(len(probability), dtype=torch.int32), 1 << 20  # in parts, for the sake of memory
+    for k in range(0, len(probability), step):
+        odds = fine_odds(probability[k:k + step]).div_(width).floor_()  # first down, then move: no rounding
+        level[k:k + step] = odds.int().add_(HALF // width)
     return torch.bincount(level, minlength=LEVELS * FINE // width).numpy()
 
 
@@ -253,7 +256,8 @@ class Ranking:
         counts (2, LEVELS) of its other and true pixels by coarse level.
         """
         probability, truth = probability.ravel(), truth.ravel()
-        true, others = np.sort(probability[truth]), np.sort(probability[~truth])
+        true, others = probability[truth], probability[~truth]
+        true.sort(), others.sort()
         if self.counts[kind] is None and len(others) + sum(map(len, self.others[kind])) > self.most:
             self.counts[kind] = counted(np.concatenate([np.zeros(0, np.float32), *self.others[kind]]), 1)
             self.others[kind].clear()
