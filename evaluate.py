@@ -256,8 +256,9 @@ def sides_of(runs: Sequence[Run]) -> list[list[int]]:
     return found
 
 
-def score_run(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[Scores, Scores | None]:
-    """Score one run at the size it was trained with and, where there are masks of files, at theirs."""
+def score_run(run: Run, args: argparse.Namespace,
+              device: torch.device) -> tuple[data.Photographs, Scores, Scores | None]:
+    """Score one run at the size it was trained with and, where there are masks of files, at theirs; on what, first."""
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
     if root is None and args.tiles is not None:
@@ -269,8 +270,8 @@ def score_run(run: Run, args: argparse.Namespace, device: torch.device) -> tuple
     photographs = data.Photographs(records, run.options["size"])
     scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
                    f"scoring {args.split}")
-    return scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device,
-                                      args.batch or run.options["batch"])
+    return photographs, scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device,
+                                                   args.batch or run.options["batch"])
 
 
 def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores | None],
@@ -301,11 +302,10 @@ def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores 
     return found
 
 
-def show_routes(run: Run, args: argparse.Namespace, device: torch.device, write) -> None:
+def show_routes(run: Run, photographs: data.Photographs, args: argparse.Namespace, device: torch.device,
+                write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
-    root = args.data or run.options["data"]
-    records = split_records(run, None if root is None else Path(root), args.split)
-    photographs, batch = data.Photographs(records, run.options["size"]), args.batch or run.options["batch"]
+    batch = args.batch or run.options["batch"]
     found = routing_report(run, photographs, device, batch)
     print(routes.table(found, details=args.routing))
     write("routing", found)
@@ -383,7 +383,7 @@ def main() -> None:
         written.append(f"{name}{suffix}.json")
 
     found = [score_run(run, args, device) for run in runs]
-    scores, full = zip(*found)
+    photographs, scores, full = zip(*found)
     align(scores)
     if all(full):
         align(full)
@@ -396,7 +396,7 @@ def main() -> None:
         write_predictions(folder / f"predictions{suffix}.csv", scores[0])
         written.insert(0, f"predictions{suffix}.csv")
         if runs[0].net.experts is not None:
-            show_routes(runs[0], args, device, write)
+            show_routes(runs[0], photographs[0], args, device, write)
     elif len(sides) == 1:
         write("seeds", content | {"runs": [str(r.folder) for r in runs]})
     else:

@@ -1,7 +1,7 @@
 """How far a number can be trusted: intervals, and what may be claimed from two runs on the same photographs.
 
     resamples, bootstrap    95 % intervals over eyes and, where there are several runs, over seeds
-    swaps, p_value          are two runs exchangeable? A permutation test that serves every measure
+    swaps, p_values         are two runs exchangeable? A permutation test that serves every measure
     mcnemar, holm, claim    accuracy of two single runs; several comparisons at once; one sentence
 
 Photographs of one eye are no independent witnesses, so that eyes are drawn and swapped, never photographs. A measure is

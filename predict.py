@@ -163,7 +163,6 @@ def in_file_pixels(map_: np.ndarray, geometry: data.Geometry) -> np.ndarray:
 def tally_at_full_size(net: Net, task: Lesions, records: Sequence[Record], size: int, tiles: float | None,
                        device: torch.device, batch: int, pool: metrics.Ranking) -> tuple[list[str], Tensor]:
     """Names and tallies (see Lesions.tally) of photographs with masks, in the pixels of their files."""
-    unknown = torch.full((2 * metrics.LEVELS + 1,), metrics.NAN, dtype=torch.float64)
     tallies = []
     with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
         for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):
@@ -171,7 +170,7 @@ def tally_at_full_size(net: Net, task: Lesions, records: Sequence[Record], size:
 
             def tally(kind, record=record, maps=maps, geometry=geometry):
                 if task.classes[kind] not in record.masks:
-                    return unknown
+                    return task.count(kind, maps[kind], None, pool)
                 path = record.masks[task.classes[kind]]
                 shape = geometry.height, geometry.width
                 truth = np.zeros(shape, bool) if path is None else np.asarray(data.read_mask(path, shape[::-1])[0]) > 0

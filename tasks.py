@@ -255,20 +255,22 @@ class Lesions(Task):
     def pool(self):
         return metrics.Ranking(len(self.classes))
 
-    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray, pool: metrics.Ranking) -> Tensor:
+    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray | None, pool: metrics.Ranking) -> Tensor:
         """One kind on one photograph, probabilities and truth of any one shape: (2 K + 1,)
 
-        Other pixels by level of score, true ones, and the area under this photograph's own precision-recall curve.
+        Other pixels by level of score, true ones, and the area under this photograph's own precision-recall curve; nan
+        where the truth is not known (None).
         """
+        if truth is None:
+            return torch.full((2 * metrics.LEVELS + 1,), math.nan, dtype=torch.float64)
         area, counts = pool.add(kind, answer, truth)
         return torch.from_numpy(np.append(counts.astype(np.float64), area))
 
     def tally(self, answer, target, pool=None):
         """(n, L, 2 K + 1), see `count`; nan for kinds that are not known."""
         answer, target, pool = answer.float().cpu().numpy(), target.cpu().numpy(), pool or self.pool()
-        unknown = torch.full((2 * metrics.LEVELS + 1,), math.nan, dtype=torch.float64)
         return torch.stack([torch.stack([
-            unknown if (mask == UNKNOWN).any() else self.count(kind, probability, mask == 1, pool)
+            self.count(kind, probability, None if (mask == UNKNOWN).any() else mask == 1, pool)
             for kind, (probability, mask) in enumerate(zip(*photograph))]) for photograph in zip(answer, target)])
 
     def at(self, tally: Tensor, thresholds: Sequence[float]) -> Tensor:
