@@ -15,13 +15,12 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +34,15 @@ from tqdm import tqdm
 
 import eyes
 import synthetic
-from records import DRAWN_SIDE, HERE, POINTS, SIDEWAYS, DataSet, InputError, Record, command, find_data, \
-    ignore_ctrl_c, open_image, orientation, read_data
+from files import InputError, RunError, as_helper, command, open_image, replacing
+from records import DRAWN_SIDE, HERE, POINTS, SIDEWAYS, DataSet, Record, find_data, orientation, read_data
 from synthetic import LESIONS
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), P points (POINTS), B photographs of a batch,
 # n_t those with label t, V side of a vessel map
 
 CACHE = HERE / "data" / "cache"
-PREPROCESSING = 5  # part of every cache key: raise it when prepare() or what it calls changes what it makes
+PREPROCESSING = 6  # stored in every cache file: raise it when prepare() or what it calls changes what it makes
 UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known
 
 
@@ -240,58 +239,91 @@ def prepare(record: Record, size: int, alone: bool = False) -> dict[str, np.ndar
 
 # ---- cache ----
 
+def files_of(record: Record) -> list[tuple[Path, int, int]]:
+    """The files that prepare() reads, each with its size in bytes and its time of change in ns."""
+    paths = [record.image, *filter(None, (record.masks or {}).values())] if record.drawing is None else []
+    return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
+
+
 def cache_path(record: Record, size: int, cache: Path) -> Path:
     """File of the cache for this record: its name changes with every input that prepare() reads."""
-    kinds = {kind: path for kind, path in (record.masks or {}).items() if path is not None}
+    kinds = sorted(kind for kind, path in (record.masks or {}).items() if path is not None)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
-        inputs = []
-        for path in (record.image, *kinds.values()):
-            status = path.stat()
-            inputs.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    key = repr((PREPROCESSING, size, record.masks is not None, sorted(kinds), inputs))
+        inputs = [(str(path.resolve()), *rest) for path, *rest in files_of(record)]
+    key = repr((size, record.masks is not None, kinds, inputs))
     name = hashlib.sha256(key.encode()).hexdigest()
     return cache / name[:2] / f"{name[2:34]}.npz"
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Store arrays; written beside their place and renamed, so that no reader ever sees half a file."""
+    """Write a cache file; no reader ever sees half of one, and of two writers at once the second wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.savez(file, **arrays)
-    os.replace(file.name, path)
+    with replacing(path, lasting=False) as file:  # what a power cut spoils is made anew
+        np.savez(file, version=PREPROCESSING, **arrays)
 
 
-def read_arrays(paths: Iterable[Path], *keys: str) -> list[list[np.ndarray]]:
-    """For each key the list of that array from each of several cache files."""
-    found = []
-    for path in paths:
+def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
+    """Arrays of a cache file. FileNotFoundError; ValueError: it is damaged or of another version, in words."""
+    try:
         with np.load(path) as stored:
-            found.append([stored[key] for key in keys])
-    return [list(arrays) for arrays in zip(*found)] or [[] for _ in keys]
+            version, *arrays = (stored[key] for key in ("version", *keys))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes in zipfile, zlib and numpy
+        raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
+    if version != PREPROCESSING:
+        raise ValueError(f"{path} was made by another version")
+    return arrays
 
 
-def fill_cache(record: Record, size: int, cache: Path) -> str:
+def fill_cache(record: Record, path: Path, size: int) -> str:
     """Prepare one record and store it; -> what is wrong with its files, "" if nothing."""
     try:
-        write_arrays(cache_path(record, size, cache), **prepare(record, size))
+        write_arrays(path, **prepare(record, size))
         return ""
     except InputError as error:
         return f"{record.where}: {error}" if record.where else str(error)
 
 
+def cached(record: Record, path: Path, size: int, *keys: str) -> list[np.ndarray]:
+    """Arrays of a record from its cache file; made anew, and said, if that was damaged or removed since it was made.
+
+    InputError: made anew, that is, but its photograph cannot be read any more.
+    """
+    try:
+        return read_arrays(path, *keys)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"cache: {error}: made anew", file=sys.stderr)
+    if problem := fill_cache(record, path, size):
+        raise InputError(problem)
+    return read_arrays(path, *keys)
+
+
 def build_cache(records: Sequence[Record], size: int, cache: Path) -> dict[str, str]:
     """Prepare all records that the cache lacks, in parallel; -> {name: what is wrong} for those that cannot be used."""
-    todo = [r for r in records if not cache_path(r, size, cache).exists()]
+    todo, spoiled = [], []
+    for record, path in ((r, cache_path(r, size, cache)) for r in records):
+        try:
+            read_arrays(path)
+        except (FileNotFoundError, ValueError) as error:
+            todo.append((record, path))
+            spoiled += [error] * isinstance(error, ValueError)
     if not todo:
         return {}
-    verb = "drawing" if todo[0].drawing is not None else "reading"
-    with ProcessPoolExecutor(initializer=ignore_ctrl_c) as pool:
-        jobs = pool.map(functools.partial(fill_cache, size=size, cache=cache), todo, chunksize=4)
-        problems = list(tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
-                             disable=None))
-    return {r.name: problem for r, problem in zip(todo, problems) if problem}
+    if spoiled:
+        print(f"cache: {spoiled[0]}{f', and {len(spoiled) - 1} more' * (len(spoiled) > 1)}: made anew", file=sys.stderr)
+    verb = "drawing" if todo[0][0].drawing is not None else "reading"
+    try:
+        with ProcessPoolExecutor(initializer=as_helper) as pool:
+            jobs = pool.map(functools.partial(fill_cache, size=size), *zip(*todo), chunksize=4)
+            problems = list(tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
+                                 disable=None))
+    except BrokenProcessPool:
+        raise RunError("a process that was reading photographs was killed, perhaps for want of memory; what was read "
+                       "is kept: start again") from None
+    return {r.name: problem for (r, _), problem in zip(todo, problems) if problem}
 
 
 def want_cache(records: Sequence[Record], size: int, cache: Path) -> list[Path]:
@@ -331,16 +363,21 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
     paths = want_cache(records, size, CACHE)
     settings = eyes.COPY_RMSE, eyes.SCREEN, eyes.REACH, eyes.COARSE_VIEWS, eyes.FINE_VIEWS
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
-    stored = CACHE / f"eyes_{key[:32]}.npz"
-    if not stored.exists():
-        thumbnails, vessels, geometry = read_arrays(paths, "thumbnail", "vessels", "geometry")
-        copies = np.array(eyes.copies(np.stack(thumbnails)), int).reshape(-1, 2)
-        different = np.unique(eyes.connected(copies.tolist(), number))
-        pairs, scores = eyes.same_eye_scores(np.stack(vessels)[different])
-        write_arrays(stored, copies=copies, pairs=different[pairs], scores=scores,
-                     sizes=np.stack(geometry)[:, :2].astype(int))
-    with np.load(stored) as arrays:
-        return Comparison(**arrays)
+    stored, names = CACHE / f"eyes_{key[:32]}.npz", [f.name for f in fields(Comparison)]
+    try:
+        return Comparison(*read_arrays(stored, *names))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        print(f"cache: {error}: made anew", file=sys.stderr)
+    thumbnails, vessels, geometry = (np.stack(arrays) for arrays in zip(*(
+        cached(r, path, size, "thumbnail", "vessels", "geometry") for r, path in zip(records, paths))))
+    copies = np.array(eyes.copies(thumbnails), int).reshape(-1, 2)
+    different = np.unique(eyes.connected(copies.tolist(), number))
+    pairs, scores = eyes.same_eye_scores(vessels[different])
+    found = Comparison(copies, different[pairs], scores, geometry[:, :2].astype(int))
+    write_arrays(stored, **{name: getattr(found, name) for name in names})
+    return found
 
 
 def find_eyes(records: Sequence[Record], size: int) -> tuple[list[Record], list[eyes.Conflict]]:
@@ -372,22 +409,35 @@ class Photographs(torch.utils.data.Dataset):
     """Samples of `records` at `size` pixels from the cache. An index is (number of the record, draw or None).
 
     With a draw, the sample is augmented, and the draw is the seed: the same pair gives the same sample in whichever
-    process, at whatever time. Without one, it comes as it is.
+    process, at whatever time. Without one, it comes as it is. InputError: a file has been removed or replaced since.
     """
 
     def __init__(self, records: Sequence[Record], size: int):
         self.records, self.size = list(records), size
         self.paths = want_cache(self.records, size, CACHE)
+        self.files = [files_of(r) for r in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: tuple[int, int | None]) -> Sample:
         i, draw = index
-        record = self.records[i]
-        with np.load(self.paths[i]) as stored:
-            sample = to_sample(record, {key: stored[key] for key in ("image", "masks", "geometry")})
+        self.check(i)
+        keys = "image", "masks", "geometry"
+        sample = to_sample(self.records[i], dict(zip(keys, cached(self.records[i], self.paths[i], self.size, *keys))))
         return sample if draw is None else augment(sample, draw)
+
+    def check(self, i: int) -> None:
+        """InputError: a file of record i is not the one any more that was there at first."""
+        for path, *before in self.files[i]:
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise InputError(f"{path}: removed while it was in use; expected the file to stay; put it "
+                                 "back") from None
+            if [status.st_size, status.st_mtime_ns] != before:
+                raise InputError(f"{path}: changed while it was in use; expected the file to stay as it was; put it "
+                                 "back, with its time of change")
 
 
 def inside(points: Tensor, size: int) -> Tensor:
@@ -432,7 +482,10 @@ def augment(sample: Sample, draw: int) -> Sample:
 
 @dataclass
 class Batch:
-    """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph rows[t][k]."""
+    """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph rows[t][k].
+
+    A task without a labelled photograph is in neither.
+    """
     images: Tensor  # (B, 3, S, S) uint8
     targets: dict[str, Tensor]  # task -> (n_t, ...)
     rows: dict[str, Tensor]  # task -> (n_t,) int64, ascending
@@ -451,11 +504,12 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence) -> Batch:
-    """Stack samples; a task without a labelled photograph has empty `rows` and no target."""
-    rows = {t.name: [i for i, s in enumerate(samples) if t.labelled(s)] for t in tasks}
-    targets = {t.name: torch.stack([t.target(samples[i]) for i in rows[t.name]]) for t in tasks if rows[t.name]}
-    return Batch(torch.stack([s.image for s in samples]), targets,
-                 {name: torch.tensor(r, dtype=torch.int64) for name, r in rows.items()}, [s.name for s in samples])
+    """Stack samples."""
+    rows = {t: [i for i, s in enumerate(samples) if t.labelled(s)] for t in tasks}
+    rows = {t: r for t, r in rows.items() if r}
+    targets = {t.name: torch.stack([t.target(samples[i]) for i in r]) for t, r in rows.items()}
+    return Batch(torch.stack([s.image for s in samples]), targets, {t.name: torch.tensor(r) for t, r in rows.items()},
+                 [s.name for s in samples])
 
 
 class Steps:
@@ -499,9 +553,15 @@ class Steps:
                 chosen.append((stream[order[place]], draw if self.augmented else None))
         return chosen
 
-    def range(self, start: int, stop: int) -> Iterator[list[tuple[int, int | None]]]:
-        """Steps start..stop-1."""
-        return (self.step(number) for number in range(start, stop))
+    def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[tuple[int, int | None]]]:
+        """Steps start..stop-1; of each the share that falls to process `rank` of `size`, as even as it can be."""
+        return (self.step(number)[rank::size] for number in range(start, stop))
+
+
+def blanks(photographs: Photographs, tasks: Sequence) -> dict[str, Tensor]:
+    """{task: target of no photograph (0, ...)}, for the process that has none in a step in which others have some."""
+    firsts = {t: next(i for i, r in enumerate(photographs.records) if t.labelled(r)) for t in tasks}
+    return {t.name: t.target(photographs[i, None])[None][:0] for t, i in firsts.items()}
 
 
 # ---- examination: what is in a data set, before anyone trains on it ----
@@ -552,7 +612,8 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
     """How masks are stored: counts, those stored unlike most; and the photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, vessels = read_arrays((cache_path(r, EXAMINED_SIZE, CACHE) for r in records), "stored", "vessels")
+    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE, CACHE), EXAMINED_SIZE, "stored", "vessels")
+                            for r in records))
     masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
     usual = max(forms, key=forms.get, default="")
@@ -676,9 +737,8 @@ COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115), (204, 
 
 def picture(record: Record) -> Image.Image:
     """The cached sample of a record as a small picture."""
-    with np.load(cache_path(record, EXAMINED_SIZE, CACHE)) as stored:
-        image = Image.fromarray(stored["image"].transpose(1, 2, 0))
-    return image.resize((TILE, TILE), Image.LANCZOS)
+    pixels, = cached(record, cache_path(record, EXAMINED_SIZE, CACHE), EXAMINED_SIZE, "image")
+    return Image.fromarray(pixels.transpose(1, 2, 0)).resize((TILE, TILE), Image.LANCZOS)
 
 
 def mark(pen: ImageDraw.ImageDraw, points: Iterable[tuple[float, float]], reach: float) -> None:

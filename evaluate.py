@@ -26,8 +26,9 @@ import eyes
 import intervals
 import predict
 import routes
-from model import Net, NetConfig
-from records import InputError, Record, command, read_data
+from model import Net, NetConfig, differences
+from files import InputError, command, load_tensors
+from records import Record, read_data
 from scores import Scores, align, claims, compare, in_order, loader, rerouted, score, score_at_full_size, summary, \
     table, table_of_changes, table_of_differences
 from tasks import TASKS, Task, make_tasks
@@ -55,14 +56,14 @@ def build_net(options: Mapping) -> tuple[Net, list[Task]]:
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
-    """Load a run's chosen checkpoint. InputError: no run folder, no checkpoint in it, not one of ours."""
+    """Load a run's chosen checkpoint. InputError: no run folder, none in it, a damaged one, not one of ours."""
     path = folder / checkpoint
     if folder.is_file():
         raise InputError(f"{folder}: a file; expected the run's folder, {folder.parent}")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a folder made by train.py, such as runs/cls_seg_1")
+    state = load_tensors(path, device)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"{path}: trained for the task {unknown[0]!r}, which tasks.py does not list "
                              f"({', '.join(TASKS)})")
@@ -70,12 +71,14 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
                 [key for key in ("chosen",) if key not in state]:
             raise InputError(f"{path}: made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
+        if wrong := differences(net.state_dict(), state["net"]):
+            raise InputError(f"{path}: of another network than its options describe ({len(wrong)} differences; first: "
+                             f"{wrong[0]}); train again")
         net.load_state_dict(state["net"])
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        raise InputError(f"{path}: not a checkpoint of this project "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    except Exception as error:  # whatever is in a file that is not ours
+        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: {error})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
                state["chosen"])
 

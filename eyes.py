@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from records import InputError, Record
+from files import InputError
+from records import Record
 
 # V side of a vessel map, n photographs
 

@@ -259,8 +259,7 @@ class Ranking:
         true, others = probability[truth], probability[~truth]
         true.sort(), others.sort()
         if self.counts[kind] is None and len(others) + sum(map(len, self.others[kind])) > self.most:
-            self.counts[kind] = counted(np.concatenate([np.zeros(0, np.float32), *self.others[kind]]), 1)
-            self.others[kind].clear()
+            self.count(kind)
         if self.counts[kind] is None:
             self.others[kind].append(others)
             coarse = counted(others, FINE)
@@ -271,6 +270,23 @@ class Ranking:
         self.true[kind].append(true)
         area = ranked_area(true, len(others) - np.searchsorted(others, true))
         return area, np.stack([coarse, counted(true, FINE)])
+
+    def count(self, kind: int) -> None:
+        """Count the other pixels of a kind from now on, in place of keeping them."""
+        counts = counted(np.concatenate([np.zeros(0, np.float32), *self.others[kind]]), 1)
+        self.counts[kind] = counts if self.counts[kind] is None else self.counts[kind] + counts
+        self.others[kind].clear()
+
+    def take(self, other: "Ranking") -> None:
+        """Take in all pixels that `other` has seen, which is of no use after that."""
+        for kind, kept in enumerate(self.others):
+            self.true[kind] += other.true[kind]
+            kept += other.others[kind]
+            counted_already = [c for c in (self.counts[kind], other.counts[kind]) if c is not None]
+            if counted_already or sum(map(len, kept)) > self.most:
+                self.count(kind)
+            if other.counts[kind] is not None:
+                self.counts[kind] += other.counts[kind]
 
     def area(self, kind: int) -> float:
         """Area under the precision-recall curve over all pixels seen; nan where none is true."""

@@ -299,22 +299,28 @@ class ExpertLayer(nn.Module):
                              torch.cat([r.weights for r in routing.values()]))  # (sum of N_t, C)
         parts = mixed.split([len(x) for x in tokens.values()])
         # y = x + experts(LayerNorm(x)), back on the grid
-        return {t: maps[t] + y.view(len(maps[t]), *maps[t].shape[2:], -1).permute(0, 3, 1, 2)
-                for t, y in zip(maps, parts)}, routing
+        return {t: x + y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+                for (t, x), y in zip(maps.items(), parts)}, routing
 
 
-def balance_loss(routing: Mapping[str, Routing]) -> Tensor:
+def alone(x: Tensor) -> Tensor:
+    """The sum of x over all processes where there is but one; see parallel.py."""
+    return x
+
+
+def balance_loss(routing: Mapping[str, Routing], total: Callable[[Tensor], Tensor] = alone) -> Tensor:
     """CV^2(importance) + CV^2(load) over experts (Shazeer et al. 2017, eqs. 6, 7, 11); 0 when all are used equally.
 
     Importance and load are averaged over a task's tokens, then over tasks: the tasks *together* should use all experts.
-    Balancing every task on its own would forbid what the layer is for, that tasks differ in their experts.
+    Balancing every task on its own would forbid what the layer is for, that tasks differ in their experts. `total` sums
+    over the processes that share a batch, whose tokens are balanced together.
     """
-    importance, load = [], []
+    of_tasks = []
     for r in routing.values():
-        importance.append(r.spread(r.weights).mean(0))  # (E,)
-        load.append(r.load.mean(0))
-    means = [torch.stack(x).mean(0) for x in (importance, load)]  # (E,)
-    return sum(m.var(correction=0) / m.mean().square() for m in means)
+        sums = total(torch.stack([r.spread(r.weights), r.load]).sum(1))  # (2, E): importance, load
+        of_tasks.append(sums / total(sums.new_tensor(float(len(r.load)))))
+    means = torch.stack(of_tasks).mean(0)  # (2, E)
+    return (means.var(1, correction=0) / means.mean(1).square()).sum()
 
 
 # ---- decoder: U-Net ----
@@ -449,8 +455,9 @@ class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
     `tasks` are objects with a `name` and a `head(spec)`, see MapSpec. `rows` names, per task, the photographs (n_t,)
-    that are wanted, ascending and each once; a task's output has n_t rows. None: all photographs for all tasks. A task
-    with no row is left out of the answer. ValueError: H or W is no multiple of 32; numbers of experts do not fit.
+    that are wanted, ascending and each once; a task's output has n_t rows, which may be none. A task that `rows` does
+    not name is left out of the answer. None: all photographs for all tasks. ValueError: H or W is no multiple of 32;
+    numbers of experts do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
@@ -486,7 +493,7 @@ class Net(nn.Module):
         def of(task: str, x: Tensor) -> Tensor:  # the photographs that this task wants; no copy when it wants all
             return x if rows is None or len(rows[task]) == len(x) else x[rows[task]]  # (n_t, C, h, w)
 
-        wanted = [t for t in self.heads if rows is None or len(rows[t])]
+        wanted = [t for t in self.heads if rows is None or t in rows]
         mine, routing = {t: [of(t, m) for m in maps] for t in wanted}, {}
         if self.experts is not None and wanted:
             mixed, routing = self.experts({t: mine[t][self.routed] for t in wanted})
@@ -495,26 +502,26 @@ class Net(nn.Module):
         return mine, routing
 
 
+def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the weights `have` from fitting into a module whose own are `want`: keys and shapes, in words."""
+    return [*(f"{k} is missing" for k in want if k not in have),
+            *(f"{k} is not part of this network" for k in have if k not in want),
+            *(f"{k} is {tuple(have[k].shape)}, expected {tuple(want[k].shape)}"
+              for k in want if k in have and have[k].shape != want[k].shape)]
+
+
 def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
     """Load a torchvision EfficientNet state dict: all of it but the final linear layer (`classifier.1`).
 
     `features.0` ... `features.7` go to the encoder, `features.8` to every classification head.
-    ValueError: keys or shapes do not fit, with the first of them named.
+    ValueError: keys or shapes do not fit; the first few are named.
     """
-    parts = {"": {}, "features.8.": {}}
-    for key, value in state.items():
-        if key.startswith("features.8."):
-            parts["features.8."][key.removeprefix("features.8.")] = value
-        elif not key.startswith("classifier."):
-            parts[""][key] = value
+    encoder = {k: v for k, v in state.items() if not k.startswith(("features.8.", "classifier."))}
+    pooled = {k: v for k, v in state.items() if k.startswith("features.8.")}
     heads = [h.conv for h in net.heads.values() if isinstance(h, PooledHead)]
-    for prefix, module in [("", net.encoder), *(("features.8.", conv) for conv in heads)]:
-        want, have = module.state_dict(), parts[prefix]
-        wrong = [f"{prefix}{k} is missing" for k in want if k not in have]
-        wrong += [f"{prefix}{k} is not part of this network" for k in have if k not in want]
-        wrong += [f"{prefix}{k} is {tuple(have[k].shape)}, expected {tuple(want[k].shape)}"
-                  for k in want if k in have and have[k].shape != want[k].shape]
-        if wrong:
-            raise ValueError(f"not the weights of this EfficientNet: {wrong[0]} (and {len(wrong) - 1} "
-                             "more differences)")
-        module.load_state_dict(have)
+    parts = [(net.encoder, "", encoder), *((conv, "features.8.", pooled) for conv in heads)]
+    for module, prefix, have in parts:
+        if wrong := differences({prefix + k: v for k, v in module.state_dict().items()}, have):
+            more = f", and {len(wrong) - 3} more differences" * (len(wrong) > 3)
+            raise ValueError(f"not the weights of this EfficientNet: {'; '.join(wrong[:3])}{more}")
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})

@@ -24,7 +24,8 @@ from tqdm import tqdm
 import data
 import metrics
 from model import Net
-from records import IMAGE_SUFFIXES, InputError, Record, files_in
+from files import InputError
+from records import IMAGE_SUFFIXES, Record, files_in
 from tasks import Landmarks, Lesions, Task
 
 # S side of the sample in pixels, L kinds of lesion, H W height and width of the file

@@ -9,22 +9,18 @@ Every mistake in files or tables is an InputError: one line that says what, wher
 IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 """
 
-import contextlib
 import csv
 import io
 import math
-import os
-import signal
-import sys
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import ExifTags, Image
 
 import synthetic
+from files import InputError, open_image
 from synthetic import LESIONS
 
 HERE = Path(__file__).parent
@@ -33,37 +29,6 @@ POINTS = ("disc", "fovea")  # centres of the optic disc and of the fovea
 GRADES, EDEMA_RISKS = 5, 3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, beside names that start with a dot
-
-
-class InputError(ValueError):
-    """A user's mistake. Its text is one line: what, where, what was expected, what to do."""
-
-
-def command(main: Callable[[], None]) -> None:
-    """Run a program's main function: a user's mistake becomes one line on stderr and exit status 2, no traceback."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except PermissionError as error:
-        print(f"error: {error.filename}: no permission; expected to be allowed to read data and to write runs, "
-              "cache and --out; change the permissions of that path", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE
-    except OSError as error:  # a link to nothing, a name too long, a full disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def ignore_ctrl_c(*_) -> None:
-    """For helper processes: a terminal sends Ctrl-C to all of them, and only the main process should answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -93,27 +58,6 @@ class DataSet:
 
 
 # ---- files ----
-
-@contextlib.contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image file, lazily. InputError: whatever is wrong with it, now or while the caller decodes it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{path}: claims more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels, more than any "
-                         "photograph has; replace the file or remove it and its labels") from None
-    except Exception as error:  # damaged files provoke all kinds in the decoders
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a readable image ({reason}); replace the file or remove it and its "
-                         "labels") from None
-
 
 def files_in(folder: Path) -> list[Path]:
     """What lies in `folder`, sorted by name, but for the litter of file managers."""
@@ -391,6 +335,9 @@ def read_row(folder: Path, where: str, cells: dict[str, str]) -> Record:
     """One row of a table; see read_table."""
     def there(column):
         file = folder / cells[column]
+        if Path(cells[column]).is_absolute() or ".." in Path(cells[column]).parts:
+            raise InputError(f"{where}: {column} {cells[column]!r}: leads out of {folder}; expected a path below the "
+                             "folder of the table; move the table above its files")
         if not file.is_file():
             problem = "a folder" if file.is_dir() else "no such file"
             raise InputError(f"{where}: {column} {cells[column]!r}: {problem}: {file}; expected a file, its path "

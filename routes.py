@@ -69,7 +69,8 @@ def collect(net: Net, batches: Iterable[Batch], device: torch.device) -> dict[st
         for task, r in net.routed_maps(b.images)[1].items():
             went = per_token(r)
             below, tokens = went.new_zeros(len(KINDS), *went.shape[2:]), went.new_zeros(len(KINDS))
-            if len(rows := b.rows[Lesions.name]):
+            if Lesions.name in b.rows:
+                rows = b.rows[Lesions.name]
                 kinds = kinds_below(b.images[rows], b.targets[Lesions.name], r.grid[1:]).to(went.dtype)
                 below, tokens = torch.einsum("nlt,ntse->lse", kinds, went[rows]), kinds.sum((0, 2))
             undecided = entropy(r.probabilities).view(r.grid[0], -1).mean(1)

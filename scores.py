@@ -8,6 +8,7 @@
 The measures stand in metrics.py, what each task makes of them in tasks.py.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,10 @@ import intervals
 import metrics
 import predict
 import routes
+from files import InputError, as_helper
 from model import Net
-from records import InputError, Record, ignore_ctrl_c
+from parallel import ALONE, Group
+from records import Record
 from tasks import Classification, Joint, Lesions, Task
 
 # n photographs with the label, E experts
@@ -90,38 +93,63 @@ def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device
            workers: int = 0) -> DataLoader:
     """Batches of `photographs`; `batches` are lists of its indices."""
     return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(data.collate, tasks=tasks),
-                      num_workers=workers, worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
+                      num_workers=workers, worker_init_fn=as_helper, pin_memory=device.type == "cuda")
+
+
+@dataclass
+class Answered:
+    """What a batch leaves of one task."""
+    names: list[str]  # of its labelled photographs
+    tally: Tensor  # (n, ...), see Task.tally
+    loss: float  # mean
+    usage: Tensor | None  # (n, 2, E) share of the tokens and mean weight of each expert
 
 
 @torch.inference_mode()
 def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device, batch: int = 16,
-          progress: str = "") -> Scores:
-    """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label."""
+          progress: str = "", group: Group = ALONE) -> Scores:
+    """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label.
+
+    The processes of `group` take the batches in turn, and all of them get the scores of all.
+    """
     net.eval()
-    batches = in_order(photographs, batch)
-    scores = Scores(list(tasks), pools={t.name: t.pool() for t in tasks},
-                    eyes={r.name: r.eye or r.name for r in photographs.records})
-    tallies, sums, usage = ({t.name: [] for t in tasks} for _ in range(3))
+    batches = in_order(photographs, batch)[group.rank::group.size]
+    pools, found = {t.name: t.pool() for t in tasks}, []
     bar = tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
                disable=None if progress else True, unit="batch")  # None: no bar where there is no terminal
     for b in bar:
         b = b.to(device)
         outputs, routing = net(b.images, b.rows)
-        for task in tasks:
-            if task.name not in outputs:
-                continue
-            output, target = outputs[task.name], b.targets[task.name]
-            tallies[task.name].append(task.tally(task.decode(output), target, scores.pools[task.name]).cpu())
-            sums[task.name].append((len(target), float(task.loss(output, target))))
-            scores.names.setdefault(task.name, []).extend(b.names[i] for i in b.rows[task.name].tolist())
-            if routing:
-                usage[task.name].append(routes.per_token(routing[task.name]).mean(1).cpu())  # (n_t, 2, E)
-    for task in (t.name for t in tasks if tallies[t.name]):
-        n = sum(k for k, _ in sums[task])
-        scores.tallies[task] = torch.cat(tallies[task])
-        scores.losses[task] = sum(k * loss for k, loss in sums[task]) / n
-        if usage[task]:
-            scores.usage[task] = dict(zip(("tokens", "weight"), torch.cat(usage[task]).mean(0).tolist()))
+        found.append({})
+        for task in (t for t in tasks if t.name in outputs):
+            t, output, target = task.name, outputs[task.name], b.targets[task.name]
+            found[-1][t] = Answered([b.names[i] for i in b.rows[t].tolist()],
+                                    task.tally(task.decode(output), target, pools[t]).cpu(),
+                                    float(task.loss(output, target)),
+                                    routes.per_token(routing[t]).mean(1).cpu() if routing else None)
+    return collect(tasks, photographs, group.gather((found, pools)))
+
+
+def collect(tasks: Sequence[Task], photographs: data.Photographs,
+            parts: Sequence[tuple[list[dict[str, Answered]], dict]]) -> Scores:
+    """Scores of a split from the batches and pools of each process; batches are those of one process in its order."""
+    (_, pools), *others = parts
+    for _, more in others:
+        for t, pool in pools.items():
+            if pool is not None:
+                pool.take(more[t])
+    batches = [b for turn in itertools.zip_longest(*(found for found, _ in parts)) for b in turn if b is not None]
+    scores = Scores(list(tasks), pools=pools, eyes={r.name: r.eye or r.name for r in photographs.records})
+    for t in pools:
+        answered = [b[t] for b in batches if t in b]
+        if not answered:
+            continue
+        scores.names[t] = [name for a in answered for name in a.names]
+        scores.tallies[t] = torch.cat([a.tally for a in answered])
+        scores.losses[t] = sum(len(a.names) * a.loss for a in answered) / len(scores.names[t])
+        if answered[0].usage is not None:
+            usage = torch.cat([a.usage for a in answered]).mean(0)
+            scores.usage[t] = dict(zip(("tokens", "weight"), usage.tolist()))
     scores.join_grades()
     return scores
 

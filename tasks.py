@@ -8,7 +8,7 @@ collected over a whole split, never means of batches.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -44,8 +44,11 @@ class Task:
         """What the loss compares with, from a sample whose label is present."""
         raise NotImplementedError
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Scalar, a mean over the rows."""
+    def loss(self, output: Tensor, target: Tensor, total: Callable[[Tensor], Tensor] = model.alone) -> Tensor:
+        """Scalar, a mean over the rows: over those of all processes that share a batch, whose sum is `total` of a sum.
+
+        There may be none here, as long as there is one in another process.
+        """
         raise NotImplementedError
 
     def decode(self, output: Tensor) -> Tensor:
@@ -102,8 +105,9 @@ class Classification(Task):
     def target(self, sample):
         return torch.tensor(getattr(sample, self.label))
 
-    def loss(self, output, target):
-        return F.cross_entropy(output, target)
+    def loss(self, output, target, total=model.alone):
+        number = output.new_tensor(float(len(target)))
+        return total(F.cross_entropy(output, target, reduction="sum")) / total(number)
 
     def decode(self, output):
         return output.softmax(1)  # (n, G)
@@ -236,7 +240,7 @@ class Lesions(Task):
     def target(self, sample):
         return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
 
-    def loss(self, output, target):
+    def loss(self, output, target, total=model.alone):
         """Cross-entropy of each pixel, and soft Dice (Milletari et al. 2016, arXiv 1606.04797, section 3).
 
         The overlap is taken over all rows of a batch: most photographs lack some lesion, and their own Dice would
@@ -244,10 +248,10 @@ class Lesions(Task):
         """
         known, truth = ((target != UNKNOWN).to(output.dtype), (target == 1).to(output.dtype))
         p = output.sigmoid() * known
-        overlap = (p * truth).sum((0, 2, 3))  # (L,)
-        soft_dice = (2 * overlap + 1) / (p.sum((0, 2, 3)) + truth.sum((0, 2, 3)) + 1)
-        entropy = F.binary_cross_entropy_with_logits(output, truth, known) * (known.numel() / known.sum())
-        return entropy + 1 - soft_dice.mean()
+        overlap, predicted, true = total(torch.stack([x.sum((0, 2, 3)) for x in (p * truth, p, truth)]))  # (L,) each
+        soft_dice = (2 * overlap + 1) / (predicted + true + 1)
+        entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
+        return total(entropy) / total(known.sum()) + 1 - soft_dice.mean()
 
     def decode(self, output):
         return output.sigmoid()
@@ -410,7 +414,7 @@ class Landmarks(Task):
         original = [ORIGINAL_WIDTH / g.width * p for p in pixels]
         return torch.cat([sample.points / side, torch.tensor([begin, pixels, original, [1 / DISC_DIAMETER] * 2])])
 
-    def loss(self, output, target):
+    def loss(self, output, target, total=model.alone):
         """Smooth L1 of the expected point, and divergence of its heatmap from a Gaussian of one cell around the truth
 
         (Nibali et al. 2018, arXiv 1801.07372, whose first term is the Euclidean distance). Points that are not known
@@ -423,7 +427,8 @@ class Landmarks(Task):
         # coordinates -1 to 1 as in the paper; quadratic within one cell, linear beyond
         distance = F.smooth_l1_loss(2 * points, 2 * truth, beta=2 / output.shape[3], reduction="none").sum(2)
         divergence = js_divergence(p, gaussian_heatmap(truth, *output.shape[2:]))
-        return ((distance + divergence) * known).sum() / known.sum().clamp(min=1)
+        number = total(known.sum().to(output.dtype)).clamp(min=1)
+        return total(((distance + divergence) * known).sum()) / number
 
     def decode(self, output):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side

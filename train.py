@@ -9,69 +9,41 @@ runs/NAME: config.json, metrics.jsonl (a line per epoch), best.pt (chosen on val
 Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 """
 
-import argparse
-import contextlib
 import ctypes
 import json
 import math
 import os
+import platform
 import random
+import shutil
 import signal
 import sys
-import threading
 import time
-import urllib.request
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import data
 import evaluate
 import eyes
+import files
+import flags
+import parallel
 import records
 import routes
 import scores
-from model import LEARNED, PLACES, ROUTERS, VARIANTS, Net, balance_loss, load_pretrained, make_routers
-from records import InputError
+from files import InputError, OneLine, RunError
+from flags import MACHINE, Options, plain
+from model import Net, balance_loss
+from parallel import ALONE, Group
 from tasks import TASKS, Task, make_tasks
-
-
-@dataclass(frozen=True)
-class Options:
-    """All that determines a run; plain types, stored in config.json and in every checkpoint."""
-    tasks: tuple[str, ...] = ("cls", "seg")
-    data: str | None = None  # None: drawn photographs
-    classes: tuple[str, ...] = ()  # where the data set is folders of classes
-    fold: str = "1/5"
-    keep_leaks: bool = False
-    size: int = 128
-    epochs: int = 5
-    batch: int = 8
-    lr: float = 1.5e-3
-    weight_decay: float = 0.01
-    patience: int = 20
-    loss_weights: tuple[str, ...] = ("fixed",)
-    augment: bool = True
-    variant: str = "b0"
-    weights: str = "none"  # none, imagenet, or a file
-    experts: int = 8
-    chosen: int = 2
-    router: str = "learned"
-    expert_width: float = 0.5
-    experts_at: str = "deepest"
-    balance: float = 0.01
-    expert_dropout: float = 0.1
-    stochastic_depth: float = 0.1
-    seed: int = 0
-    workers: int = 0
-    device: str = "auto"
 
 
 # ---- losses of several tasks -> one ----
@@ -86,28 +58,11 @@ class LossWeights(nn.Module):
 
     def __init__(self, tasks: Sequence[Task], words: Sequence[str]):
         super().__init__()
-        self.fixed = {t.name: t.weight for t in tasks}
-        self.learned = list(words) == ["uncertainty"]
-        if not self.learned and list(words) != ["fixed"]:
-            self.fixed |= self.read(words)
+        read = flags.read_loss_weights(words, [t.name for t in tasks])
+        self.learned = read is None
+        self.fixed = {t.name: t.weight for t in tasks} | (read or {})
         self.log_variance = nn.ParameterDict({t.name: nn.Parameter(torch.zeros(())) for t in tasks} if self.learned
                                              else {})
-
-    def read(self, words: Sequence[str]) -> dict[str, float]:
-        """["cls=0.5", "seg=1"] -> weights. InputError: another form, a task that is not trained, a negative number."""
-        weights = {}
-        for word in words:
-            task, _, number = word.partition("=")
-            try:
-                weights[task] = float(number)
-            except ValueError:
-                raise InputError(f"--loss-weights {word}: expected 'fixed', 'uncertainty', or pairs like "
-                                 "cls=0.5") from None
-            if task not in self.fixed:
-                raise InputError(f"--loss-weights {word}: {task!r} is not among --tasks {' '.join(self.fixed)}")
-            if not 0 <= weights[task] < math.inf:
-                raise InputError(f"--loss-weights {word}: expected a number that is not negative")
-        return weights
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
         if self.learned:
@@ -118,10 +73,18 @@ class LossWeights(nn.Module):
 # ---- one step ----
 
 class Trainer:
-    """A network with what it takes to improve it by one batch at a time."""
+    """A network with what it takes to improve it by one batch at a time.
 
-    def __init__(self, net: Net, tasks: Sequence[Task], options: Options, steps: int, device: torch.device):
-        self.net, self.tasks, self.options, self.device = net, tasks, options, device
+    In a group of processes each is given its share of the batch; losses and gradients are those of the whole one, and
+    the networks stay the same. `blanks` are the targets of tasks of which a share may hold no photograph, see data.py.
+    """
+    patience = 20  # steps in a row that fp16 may leave out
+
+    def __init__(self, net: Net, tasks: Sequence[Task], options: Options, steps: int, device: torch.device,
+                 group: Group = ALONE, blanks: Mapping[str, Tensor] = MappingProxyType({})):
+        self.net, self.tasks, self.options, self.device, self.group = net, tasks, options, device, group
+        self.called = parallel.spread(net, group, device)
+        self.blanks = {t: (torch.zeros(0, dtype=torch.int64, device=device), x.to(device)) for t, x in blanks.items()}
         self.weigh = LossWeights(tasks, options.loss_weights).to(device)
         # weight decay on matrices and kernels only: on norms and biases it merely fights the data
         parameters = list(net.parameters())
@@ -139,128 +102,321 @@ class Trainer:
         self.half = torch.bfloat16 if self.cuda and torch.cuda.is_bf16_supported() else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.cuda and self.half == torch.float16)
         self.number = 0  # steps done
+        self.skipped = self.skipped_in_a_row = 0  # of them, left out by the scaler
 
     def step(self, batch: data.Batch) -> dict[str, float]:
-        """Learn from one batch; -> its losses. FloatingPointError: a loss is not finite, named with the step."""
-        with torch.autocast(self.device.type, self.half, enabled=self.cuda):
-            outputs, routing = self.net(batch.images, batch.rows)
-        losses = {t.name: t.loss(outputs[t.name].float(), batch.targets[t.name])
-                  for t in self.tasks if t.name in outputs}
-        loss = self.weigh(losses)
-        if routing:
-            losses["balance"] = balance_loss(routing)
+        """Learn from one batch; -> its losses. RunError: see `check`."""
+        losses = self.losses(batch)
+        loss = self.weigh({t: v for t, v in losses.items() if t != "balance"})
+        if "balance" in losses:
             loss = loss + self.options.balance * losses["balance"]
-        values = dict(zip(losses, torch.stack([v.detach() for v in losses.values()]).tolist()))
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss of {name} is {value} at step {self.number + 1}; lower --lr "
-                                         f"(now {self.options.lr}) or look at the labels of that task")
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        parameters = [p for p in self.net.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        *values, length = torch.stack([*(v.detach() for v in losses.values()), norm]).tolist()
+        losses = dict(zip(losses, values))
+        self.check(losses, length)
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.number += 1
-        return values
+        return losses
+
+    def losses(self, batch: data.Batch) -> dict[str, Tensor]:
+        """The loss of each task, and of balance, over the whole batch."""
+        rows, targets, kind = batch.rows, batch.targets, next(self.net.parameters()).dtype
+        for t, (no_rows, no_target) in self.blanks.items():
+            if t not in rows:  # in another process it is; norms and sums over all processes need everyone
+                rows, targets = {**rows, t: no_rows}, {**targets, t: no_target}
+        with torch.autocast(self.device.type, self.half, enabled=self.cuda):
+            outputs, routing = self.called(batch.images, rows)
+        total = self.group.total
+        losses = {t.name: t.loss(outputs[t.name].to(kind), targets[t.name], total)
+                  for t in self.tasks if t.name in outputs}
+        if routing:
+            losses["balance"] = balance_loss(routing, total)
+        return losses
+
+    def check(self, losses: Mapping[str, float], norm: float) -> None:
+        """RunError: a loss or gradient is not finite, named with its task and the step.
+
+        In fp16 a gradient may be too large for the format; the scaler then leaves the step out and scales less. That is
+        counted, and an error only `patience` times in a row.
+        """
+        step = self.number + 1
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise RunError(f"the loss of {name} is {value} at step {step}; lower --lr (now {self.options.lr}) or "
+                               "look at the labels of that task")
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+        elif self.scaler.is_enabled():
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.patience:
+                raise RunError(f"the gradient is too large for fp16 at step {step}, for the {self.patience}th time in "
+                               f"a row; lower --lr (now {self.options.lr}), or use a GPU that has bf16")
+        else:
+            names = [n for n, p in self.net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            own = dict.fromkeys(n.split(".")[1] for n in names if n.startswith("heads."))
+            raise RunError(f"the gradient of {' '.join(own) or 'what the tasks share'} is not finite at step {step} "
+                           f"(first in {names[0]}); lower --lr (now {self.options.lr}) or look at the labels")
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on, but for the network and the generators."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(), "weigh": self.weigh.state_dict(), "number": self.number,
+                "skipped": [self.skipped, self.skipped_in_a_row]}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on from what state_dict returned."""
+        for name in ("optimizer", "schedule", "scaler", "weigh"):
+            getattr(self, name).load_state_dict(state[name])
+        self.number, (self.skipped, self.skipped_in_a_row) = state["number"], state["skipped"]
 
 
 # ---- the run ----
 
 class Interrupt:
-    """Ctrl-C once: finish the step, save, end. Twice: end at once."""
+    """While training: Ctrl-C (or SIGTERM) once ends after the step, twice at once. Under torchrun, which repeats the
 
-    def __init__(self):
-        self.asked = False
+    signal of the terminal, only once.
+    """
+
+    def __init__(self, group: Group = ALONE):
+        self.asked, self.group = False, group
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.hear)
+        names = [signal.SIGINT] + [signal.SIGTERM] * (self.group.size == 1)
+        self.before = {name: signal.signal(name, self.hear) for name in names}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def hear(self, *_):
-        if self.asked:
+        if self.asked and self.group.size == 1:
             raise KeyboardInterrupt
         self.asked = True
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint beside its place and rename it: a crash leaves the old file or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+@dataclass
+class Progress:
+    """How far a run has come, beside what Trainer knows; plain types, kept in last.pt."""
+    epoch: int = 0  # trained and scored
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of the steps of the next epoch, so far
+    seconds: float = 0.0  # that these took
+    best: dict = field(default_factory=lambda: {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {},
+                                                "weights": ""})
 
 
-def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool = False) -> dict:
-    """Train as `options` say and leave everything in `folder`; -> the chosen epoch's number, score, metrics, usage.
+class Course:
+    """One run: what it learns from and is scored on, its trainer, how far it has come, its folder."""
 
-    InputError: unusable data or options, before anything is trained. FloatingPointError: see Trainer.step.
+    def __init__(self, options: Options, folder: Path, tasks: Sequence[Task], trainer: Trainer, steps: data.Steps,
+                 training: data.Photographs, validation: data.Photographs, quiet: bool):
+        self.options, self.folder, self.tasks, self.trainer, self.steps = options, folder, tasks, trainer, steps
+        self.training, self.validation, self.quiet, self.group = training, validation, quiet, trainer.group
+        self.progress, self.lines, self.last = Progress(), [], steps.per_epoch * options.epochs
+        self.stored = {"options": plain(options), "validation": [r.name for r in validation.records],
+                       "data": checkpoints.fingerprint({"train": training.records, "val": validation.records}),
+                       "machine": machine(trainer.device, self.group)}
+
+    def begin(self, config: Mapping, overwrite: bool) -> None:
+        """Make the folder. InputError: it is there already."""
+        if self.group.rank == 0:
+            if overwrite and self.folder.exists():
+                shutil.rmtree(self.folder)
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise InputError(f"{self.folder}: exists already; choose another --name, go on with --resume "
+                                 f"{self.folder}, or replace it with --overwrite") from None
+            files.write_text(self.folder / "config.json", json.dumps(config, indent=1))
+
+    def restore(self, state: Mapping | None) -> None:
+        """Go on from last.pt. InputError: the data, the device or the number of processes is another."""
+        if state is None:  # it was stopped before its first step
+            return
+        if state["data"] != self.stored["data"]:
+            raise InputError(f"--resume {self.folder}: {self.options.data or 'the drawn photographs'}: other "
+                             "photographs, labels or sizes of files than when the run was begun; expected the same; "
+                             "start a new run")
+        begun, now = state["machine"], self.stored["machine"]
+        for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
+            if begun[what] != now[what]:
+                raise InputError(f"{flag} {now[what]}: {self.folder} was begun with {begun[what]}; expected the same, "
+                                 "or the result would be another")
+        if begun != now and not self.quiet:
+            print(f"warning: begun with {shown(begun)}, now {shown(now)}: the last digits of the result may be others")
+        self.trainer.net.load_state_dict(state["net"])
+        self.trainer.load_state_dict(state["trainer"])
+        self.progress = Progress(**state["progress"])
+
+    def run(self, generators: Sequence[Mapping] | None) -> None:
+        """Train to the end, from wherever it stands; `generators` of all processes as they were there, if stored."""
+        steps = self.steps.range(self.trainer.number, self.last, self.group.rank, self.group.size)
+        batches = iter(scores.loader(self.training, steps, self.tasks, self.trainer.device, self.options.workers))
+        if generators is not None:  # after the loader, which draws from torch's
+            checkpoints.set_generators(generators[self.group.rank])
+        if self.group.rank == 0:
+            self.lines = checkpoints.tidy(self.folder, self.progress.epoch)
+        if generators is None:
+            self.save()
+        while not self.ended():
+            with Interrupt(self.group) as interrupt:
+                self.train_epoch(batches, interrupt)
+                self.save()
+            if interrupt.asked:
+                raise KeyboardInterrupt
+            self.score_epoch()
+
+    def ended(self) -> bool:
+        """Whether all epochs are done, or too many in a row were no better."""
+        waited = self.progress.epoch - self.progress.best["epoch"]
+        return self.progress.epoch >= self.options.epochs or waited >= self.options.patience
+
+    def train_epoch(self, batches: Iterator[data.Batch], interrupt: Interrupt) -> None:
+        """The steps that are left of the epoch. Ends early when interrupted."""
+        trainer, progress, every = self.trainer, self.progress, self.options.save_every
+        trainer.net.train()
+        end = (progress.epoch + 1) * self.steps.per_epoch
+        with tqdm(total=self.steps.per_epoch, initial=trainer.number + self.steps.per_epoch - end, unit="step",
+                  desc=f"epoch {progress.epoch + 1}/{self.options.epochs}", leave=False,
+                  disable=True if self.quiet else None) as bar:
+            while trainer.number < end and not interrupt.asked:
+                begun = time.perf_counter()
+                for name, value in trainer.step(self.next(batches).to(trainer.device)).items():
+                    progress.losses.setdefault(name, []).append(value)
+                progress.seconds += time.perf_counter() - begun
+                bar.update()
+                bar.set_postfix({name: f"{np.mean(values[-20:]):.3f}" for name, values in progress.losses.items()},
+                                refresh=False)
+                interrupt.asked = self.group.any(interrupt.asked, trainer.device)
+                if every and trainer.number % every == 0:
+                    self.save()
+
+    def next(self, batches: Iterator[data.Batch]) -> data.Batch:
+        """The next batch. What keeps it from coming is told once all that was learned is saved."""
+        try:
+            return next(batches)
+        except (InputError, RuntimeError) as error:
+            hint = f"go on with: python train.py --resume {self.folder}"
+            if self.group.size == 1:
+                self.save()
+            if isinstance(error, OneLine):
+                raise type(error)(f"{error}; then {hint}") from None
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(f"a process that loads photographs was killed before step {self.trainer.number + 1}, "
+                           f"perhaps for want of memory; try fewer --workers (now {self.options.workers}); "
+                           f"{hint}") from None
+
+    def score_epoch(self) -> None:
+        """Score the validation split, keep the network if it is the best, write down what was found."""
+        net, progress, trainer = self.trainer.net, self.progress, self.trainer
+        found = scores.score(net, self.validation, self.tasks, trainer.device, self.options.batch, group=self.group)
+        metrics, losses = found.metrics(), {t: float(np.mean(v)) for t, v in progress.losses.items()}
+        score, seconds = scores.primary_score(metrics, self.tasks), progress.seconds
+        progress.epoch += 1
+        if better := score > progress.best["score"]:
+            progress.best = {"epoch": progress.epoch, "score": score, "metrics": metrics, "usage": found.usage,
+                             "weights": checkpoints.weights_hash(net)}
+            if self.group.rank == 0:
+                checkpoints.save(self.folder / "best.pt", {**self.stored, "net": net.state_dict(),
+                                                           "epoch": progress.epoch, "chosen": found.choose()})
+        line = {"epoch": progress.epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
+                "expert_usage": found.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
+                "skipped_steps": trainer.skipped, "seconds": round(seconds, 3),
+                "images_per_second": round(self.steps.per_epoch * self.options.batch / seconds, 2)}
+        progress.losses, progress.seconds = {}, 0.0
+        if self.group.rank == 0:
+            self.lines.append(json.dumps(evaluate.plain(line)))
+            checkpoints.write_log(self.folder, self.lines)
+        self.save()
+        if not self.quiet:
+            print(epoch_line(progress.epoch, self.options, losses, metrics, self.tasks, score, better, seconds))
+
+    def save(self) -> None:
+        """Write last.pt: all that the rest of the run depends on."""
+        found = self.group.gather(checkpoints.generators())
+        if self.group.rank == 0:
+            checkpoints.save(self.folder / "last.pt", {
+                **self.stored, "net": self.trainer.net.state_dict(), "trainer": self.trainer.state_dict(),
+                "progress": asdict(self.progress), "generators": found})
+
+    def finish(self) -> dict:
+        """Write result.json; -> what is in it."""
+        best, files_ = self.progress.best, {"best.pt": self.progress.best["weights"],
+                                            "last.pt": checkpoints.weights_hash(self.trainer.net)}
+        result = {**best, "weights": files_, "epochs": self.progress.epoch, "steps": self.trainer.number,
+                  "skipped_steps": self.trainer.skipped, "machine": self.stored["machine"]}
+        if self.group.rank == 0:
+            files.write_text(self.folder / "result.json", json.dumps(evaluate.plain(result), indent=1))
+        return result
+
+
+def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool = False, group: Group = ALONE,
+        resume: bool = False, overwrite: bool = False) -> dict:
+    """Train as `options` say and leave everything in `folder`; -> what result.json holds.
+
+    With `resume` the run in `folder` goes on from its last.pt, and ends as if it had never been stopped. InputError:
+    unusable data or options, before anything is trained; a file that is not there any more. RunError: see Trainer.check
+    and Course.next; memory that is not there.
     """
-    device = evaluate.pick_device(options.device)
-    make_repeatable(options.seed, deterministic=device.type == "cpu")
+    quiet = quiet or group.rank > 0
+    device = group.device(evaluate.pick_device(options.device))
+    make_repeatable(options.seed, device.type == "cpu" or options.deterministic)
+    begun, state = checkpoints.read_last(folder) if resume else (None, None)
+    if resume:
+        checkpoints.check_same(str(folder), {k: v for k, v in begun.items() if k not in MACHINE}, plain(options))
     net, tasks = evaluate.build_net(asdict(options))
-    start_from(net, options.weights, options.variant)
-    training, validation, findings = load_photographs(options, tasks)
+    if state is None and group.rank == 0:  # the others take over its weights
+        checkpoints.start_from(net, options.weights, options.variant)
+    with group.in_turn():
+        training, validation, findings = load_photographs(options, tasks)
     if not quiet:
         print(announcement(training, validation, findings, tasks, options))
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
-    trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device)
-    batches = iter(scores.loader(training, steps.range(0, options.epochs * steps.per_epoch), tasks, device,
-                                   options.workers))
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(asdict(options) | {"notes": list(notes), **findings}, indent=1))
-    best = {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {}}
-    stored = {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
-              "validation": [r.name for r in validation.records]}
-    with Interrupt() as interrupt, open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for epoch in range(1, options.epochs + 1):
-            begun = time.perf_counter()
-            losses = train_epoch(trainer, batches, steps.per_epoch, f"epoch {epoch}/{options.epochs}", interrupt, quiet)
-            seconds = time.perf_counter() - begun
-            state = stored | {"net": net.state_dict(), "epoch": epoch, "chosen": {}}
-            if interrupt.asked:
-                save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
-                raise KeyboardInterrupt
-            found = scores.score(net, validation, tasks, device, options.batch)
-            metrics, state["chosen"] = found.metrics(), found.choose()
-            score = scores.primary_score(metrics, tasks)
-            better = score > best["score"]
-            if better:
-                best = {"epoch": epoch, "score": score, "metrics": metrics, "usage": found.usage}
-                save(folder / "best.pt", state)
-            save(folder / "last.pt", state | {"optimizer": trainer.optimizer.state_dict()})
-            line = {"epoch": epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
-                    "expert_usage": found.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
-                    "seconds": round(seconds, 3),
-                    "images_per_second": round(steps.per_epoch * options.batch / seconds, 2)}
-            log.write(json.dumps(evaluate.plain(line)) + "\n")
-            log.flush()
-            if not quiet:
-                print(epoch_line(epoch, options, losses, metrics, tasks, score, better, seconds))
-            if interrupt.asked:
-                raise KeyboardInterrupt
-            if epoch - best["epoch"] >= options.patience:
-                print(f"no better validation score for {options.patience} epochs: stopping early")
-                break
-    return best
+    if options.batch < group.size:
+        raise InputError(f"--batch {options.batch}: {group.size} processes share it; expected at least one photograph "
+                         "for each")
+    blanks = data.blanks(training, tasks) if group.size > 1 else {}
+    trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device, group, blanks)
+    if group.rank:  # noise and dropout of its own
+        torch.manual_seed(int(np.random.SeedSequence((options.seed, group.rank)).generate_state(1)[0]))
+    course = Course(options, folder, tasks, trainer, steps, training, validation, quiet)
+    if resume:
+        course.restore(state)
+    else:
+        course.begin({"options": plain(options), "notes": list(notes), **findings}, overwrite)
+    try:
+        course.run(None if state is None else state["generators"])
+    except RuntimeError as error:
+        raise in_words(error, course) from error
+    if course.progress.epoch < options.epochs and not quiet:
+        print(f"no better validation score for {options.patience} epochs: stopped early")
+    return course.finish()
 
 
-def train_epoch(trainer: Trainer, batches, steps: int, title: str, interrupt: Interrupt,
-                quiet: bool) -> dict[str, float]:
-    """`steps` training steps; -> mean of each loss over the steps that had it. Ends early when interrupted."""
-    trainer.net.train()
-    seen = defaultdict(list)
-    with tqdm(range(steps), desc=title, unit="step", leave=False, disable=True if quiet else None) as bar:
-        for _ in bar:
-            for name, value in trainer.step(next(batches).to(trainer.device)).items():
-                seen[name].append(value)
-            bar.set_postfix({name: f"{np.mean(values[-20:]):.3f}" for name, values in seen.items()}, refresh=False)
-            if interrupt.asked:
-                break
-    return {name: float(np.mean(values)) for name, values in seen.items()}
+def in_words(error: RuntimeError, course: Course) -> RuntimeError:
+    """What has gone wrong with memory or with another process, as a RunError."""
+    first, options = str(error).splitlines()[0], course.options
+    if isinstance(error, OneLine):
+        return error
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return RunError(f"out of memory on {course.trainer.device} after step {course.trainer.number} with --batch "
+                        f"{options.batch} --size {options.size}; try --batch {max(2, options.batch // 2)} or a smaller "
+                        f"--size; {course.folder} keeps what was saved before ({first[:100]})")
+    if course.group.size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower() or
+                                  "Connection" in str(error)):
+        return RunError(f"process {course.group.rank} of {course.group.size} lost another one after step "
+                        f"{course.trainer.number}, whose own message says why; go on with --resume {course.folder} "
+                        f"({first[:100]})")
+    return error
 
 
 def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, tasks: Sequence[Task], score: float,
@@ -281,7 +437,22 @@ def make_repeatable(seed: int, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if deterministic:  # read by cuBLAS when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def machine(device: torch.device, group: Group) -> dict:
+    """What the last digits of a result depend on, beside the options."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "processes": group.size, "name": name, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version()}
+
+
+def shown(values: Mapping) -> str:
+    """{"a": 1} -> "a 1"."""
+    return ", ".join(f"{k} {v}" for k, v in values.items())
 
 
 def keep_memory() -> None:
@@ -336,59 +507,6 @@ def check_labels(parts: Mapping[str, Sequence[records.Record]], tasks: Sequence[
                                                     "no task would work with this data"))
 
 
-def reachable(url: str, seconds: float = 8) -> bool:
-    """Whether `url` answers in time; in a thread, because a name server that is silent heeds no timeout."""
-    answers = []
-
-    def ask():
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-            answers.append(True)
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
-    """Pretrained weights, a torchvision state dict, from torchvision ("imagenet") or from a file.
-
-    InputError: they cannot be had (within 10 seconds) or the file holds no state dict.
-    """
-    if weights == "imagenet":
-        found = torchvision.models.get_model_weights(f"efficientnet_{variant}").DEFAULT
-        stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
-        try:
-            if not stored.exists() and not reachable(found.url):
-                raise OSError(f"no answer from {found.url}")
-            return found.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--weights imagenet: cannot be downloaded ({error}); use --weights none, or --weights "
-                             "FILE with a torchvision state dict") from error
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"--weights {weights}: no such file; expected none, imagenet, or a file with a torchvision "
-                         "state dict") from None
-    except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        raise InputError(f"--weights {weights}: not a state dict, as torch.save writes it "
-                         f"({type(error).__name__})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it")
-    return state
-
-
-def start_from(net: Net, weights: str, variant: str) -> None:
-    """Load what --weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
-    if weights == "none":
-        return
-    state = read_weights(weights, variant)
-    try:
-        load_pretrained(net, state)
-    except ValueError as error:
-        raise InputError(f"--weights {weights}, --variant {variant}: {error}") from None
-
-
 def describe(photographs: data.Photographs, tasks: Sequence[Task]) -> str:
     """How many photographs there are, and how many have a label for each task."""
     labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
@@ -411,181 +529,71 @@ def announcement(training: data.Photographs, validation: data.Photographs, findi
     return "\n".join(lines)
 
 
-def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
-    """runs/cls_seg_1, or the next number that is free."""
-    number = 1
-    while (runs / f"{'_'.join(tasks)}_{number}").exists():
-        number += 1
-    return runs / f"{'_'.join(tasks)}_{number}"
-
-
 # ---- command line ----
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; flags whose default depends on the data are None here."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-
-    def add(group, flag, text, default=None, **how):
-        shown = " ".join(default) if isinstance(default, tuple) else default
-        group.add_argument(flag, default=default, help=text + (default is not None) * f" (default: {shown})", **how)
-
-    group = parser.add_argument_group("what is learned from what")
-    add(group, "--tasks", f"any of {' '.join(TASKS)}", Options.tasks, nargs="+")
-    add(group, "--data", "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see README (default: "
-                         "data/IDRiD if it exists, else drawn photographs)")
-    add(group, "--size", "side of the square that the network sees (default: 128 drawn, else 256)", type=int)
-    add(group, "--fold", f"I/N: validate on fold I of N of the training part (default: {Options.fold})")
-    group.add_argument("--keep-leaks", action="store_true",
-                       help="train on photographs of eyes in the test part too, as most of the literature does")
-    add(group, "--name", "folder below runs/ (default: the tasks and the next free number)")
-    group = parser.add_argument_group("network")
-    add(group, "--variant", "EfficientNet variant", Options.variant, choices=VARIANTS)
-    add(group, "--weights", "none, imagenet, or a file with a torchvision state dict (default: none for drawn "
-                            "photographs, else imagenet if it can be had)")
-    add(group, "--experts", f"in the expert layer; 0: no layer (default: {Options.experts}; private: tasks x chosen)",
-        type=int)
-    add(group, "--chosen", f"experts that each token is sent to (default: {Options.chosen}; uniform: all)", type=int)
-    add(group, "--router", "; ".join(f"{kind}: {what}" for kind, what in ROUTERS.items()), Options.router,
-        choices=ROUTERS)
-    add(group, "--expert-width", "hidden units of an expert, in multiples of the map's channels", Options.expert_width,
-        type=float)
-    add(group, "--experts-at", "the layer's place: the deepest map, or the decoder's at stride 4, which all tasks then "
-                               "share up to there", Options.experts_at,
-        choices=PLACES)
-    group = parser.add_argument_group("training")
-    add(group, "--epochs", "at most (default: 5 drawn, else 40)", type=int)
-    add(group, "--batch", "photographs in a step", Options.batch, type=int)
-    add(group, "--lr", "highest learning rate of AdamW (default: 2.5e-3 drawn, else 1.5e-3)", type=float)
-    add(group, "--weight-decay", "of AdamW", Options.weight_decay, type=float)
-    add(group, "--patience", "epochs to wait for a better validation score", Options.patience, type=int)
-    add(group, "--loss-weights", "fixed, uncertainty, or pairs like cls=0.5 seg=1", Options.loss_weights, nargs="+")
-    add(group, "--balance", f"weight of the load-balancing loss (default: {Options.balance} for routers that learn)",
-        type=float)
-    group.add_argument("--no-augment", action="store_true", help="show every photograph as it is")
-    group = parser.add_argument_group("machine")
-    add(group, "--seed", "of the weights and everything random", Options.seed, type=int)
-    add(group, "--workers", "processes that load photographs (default: 0 on CPU, else up to 8)", type=int)
-    add(group, "--device", "auto: the GPU if there is one", Options.device, choices=("auto", "cpu", "cuda"))
-    return parser.parse_args(argv)
+@dataclass
+class Plan:
+    """What a command line asks for."""
+    options: Options
+    folder: Path
+    notes: list[str]
+    resume: bool
+    overwrite: bool
 
 
-def check_ranges(args: argparse.Namespace) -> None:
-    """InputError: a number is out of its range."""
-    for flag, lowest in (("epochs", 1), ("batch", 2), ("size", 64), ("patience", 1), ("lr", 1e-12), ("experts", 0),
-                         ("chosen", 1), ("expert_width", 1e-3), ("weight_decay", 0), ("balance", 0), ("workers", 0),
-                         ("seed", 0)):
-        value = getattr(args, flag)
-        if value is not None and not lowest <= value < math.inf:
-            raise InputError(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
-    if args.size and args.size % 32:
-        raise InputError(f"--size {args.size}: expected a multiple of 32, the stride of the deepest map")
-    if args.seed >= 1 << 32:
-        raise InputError(f"--seed {args.seed}: expected less than {1 << 32}")
-
-
-def settle_experts(args: argparse.Namespace) -> tuple[int, int, float]:
-    """-> experts, chosen, weight of the balance loss; defaults depend on the router. InputError: they do not fit."""
-    tasks = list(dict.fromkeys(args.tasks))
-    if args.experts == 0:
-        given = [f"--{flag}" for flag in ("chosen", "balance") if getattr(args, flag) is not None]
-        given += [f"--{flag.replace('_', '-')}" for flag in ("router", "expert_width")
-                  if getattr(args, flag) != getattr(Options, flag)]
-        if given:
-            raise InputError(f"--experts 0: there is no layer for {given[0]}; leave one of them out")
-        return 0, 1, 0.0
-    experts, chosen = args.experts, args.chosen
-    if args.router == "private":
-        if chosen is None:
-            chosen = Options.chosen if experts is None else max(1, experts // len(tasks))
-        experts = chosen * len(tasks) if experts is None else experts
-    experts = Options.experts if experts is None else experts
-    if chosen is None:
-        chosen = experts if args.router == "uniform" else min(Options.chosen, experts)
-    try:
-        make_routers(args.router, 1, tasks, experts, chosen)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    learns = args.router in LEARNED
-    if args.balance and not learns:
-        raise InputError(f"--balance {args.balance}: --router {args.router} does not learn, so there is nothing to "
-                         "balance; leave --balance out")
-    return experts, chosen, (Options.balance if args.balance is None else args.balance) if learns else 0.0
-
-
-def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
-    """Fill in the defaults that depend on the data and check the rest; -> options, notes to print and to keep."""
-    if unknown := [t for t in args.tasks if t not in TASKS]:
-        raise InputError(f"--tasks {unknown[0]}: no such task; there are {', '.join(TASKS)}; separate them by spaces")
-    check_ranges(args)
-    LossWeights([TASKS[t] for t in args.tasks], args.loss_weights)  # says what is wrong with them
-    experts, chosen, balance = settle_experts(args)
-    fold = Options.fold if args.fold is None else args.fold
-    eyes.read_fold(fold)
-    root = records.find_data(args.data)
-    drawn, weights = root is None, args.weights or "none"
-    # a wrong folder is told before anything is downloaded; drawings are never wrong
-    found = records.DataSet([]) if drawn else records.read_data(root)
-    if args.fold is not None and any(r.part == "val" for r in found.records):
-        raise InputError(f"--fold {args.fold}: {root} names its own validation part; leave --fold out")
-    notes = list(found.notes)
-    if chosen == 1 < experts and args.router in LEARNED:
-        notes.append("--chosen 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
-                     "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
-    if drawn:
-        notes.append("training on DRAWN photographs (synthetic.py): results are no IDRiD results. For IDRiD, unzip it "
-                     f"from {records.SOURCE} and pass --data FOLDER")
-    elif args.weights is None:
-        try:
-            read_weights("imagenet", args.variant)
-            weights = "imagenet"
-        except InputError as error:
-            notes.append(f"warning: starting from random weights; {error}")
-    device = evaluate.pick_device(args.device)
-    workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return Options(
-        tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
-        classes=found.classes, fold=fold, keep_leaks=args.keep_leaks,
-        size=args.size or (128 if drawn else 256), epochs=args.epochs or (5 if drawn else 40), batch=args.batch,
-        # five epochs of drawings are too short to overfit: learn faster and drop less
-        lr=args.lr or (2.5e-3 if drawn else 1.5e-3), stochastic_depth=0.05 if drawn else 0.1,
-        weight_decay=args.weight_decay, patience=args.patience, loss_weights=tuple(args.loss_weights),
-        augment=not args.no_augment, variant=args.variant, weights=weights, experts=experts, chosen=chosen,
-        router=args.router, expert_width=args.expert_width, experts_at=args.experts_at, balance=balance,
-        seed=args.seed, workers=workers, device=args.device), notes
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """python train.py ..."""
-    args = parse(argv)
-    keep_memory()
-    options, notes = settle(args)
+def plan(argv: Sequence[str] | None) -> Plan:
+    """Read the command line, and look at the data and at the run that it names. InputError: see flags.py."""
+    args = flags.parse(argv)
+    if args.resume is not None:
+        options = flags.resumed(args.given, checkpoints.read_last(args.resume)[0])
+        return Plan(options, args.resume, [f"going on with {args.resume}"], True, False)
+    options, notes = flags.settle(args)
+    runs = records.HERE / "runs"
+    if args.name is None and args.overwrite:
+        raise InputError("--overwrite: expected --name as well, of the run to replace")
     if args.name and Path(args.name).name != args.name:
-        raise InputError(f"--name {args.name}: expected a name, not a path; runs are kept in {records.HERE / 'runs'}")
-    folder = records.HERE / "runs" / args.name if args.name else next_folder(records.HERE / "runs", options.tasks)
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; choose another --name")
-    for note in notes:
-        print(note)
+        raise InputError(f"--name {args.name}: expected a name, not a path; runs are kept in {runs}")
+    folder = runs / args.name if args.name else flags.next_folder(runs, options.tasks)
+    if folder.exists() and not args.overwrite:
+        raise InputError(f"{folder}: exists already; choose another --name, go on with --resume {folder}, or replace "
+                         "it with --overwrite")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise InputError(f"--overwrite: {folder} holds something else than a run; choose another --name")
+    return Plan(options, folder, notes, False, args.overwrite)
+
+
+def train(argv: Sequence[str] | None, group: Group) -> None:
+    """All of python train.py, in one of its processes."""
+    found = group.share(plan(argv) if group.rank == 0 else None)
+    options, folder = found.options, found.folder
+    tell = print if group.rank == 0 else lambda *_: None
     experts = "no expert layer" if options.experts == 0 else (
         f"experts {options.experts}, chosen {options.chosen}, router {options.router}, width {options.expert_width:g}, "
         f"at {options.experts_at}")
-    print(f"tasks {' '.join(options.tasks)}, {options.size} px, {experts}, run folder {folder}")
+    tell("\n".join([*found.notes, f"tasks {' '.join(options.tasks)}, {options.size} px, {experts}, "
+                    + f"{group.size} processes, " * (group.size > 1) + f"run folder {folder}"]))
     begun = time.perf_counter()
     try:
-        best = fit(options, folder, notes)
+        best = fit(options, folder, found.notes, False, group, found.resume, found.overwrite)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {f'checkpoints are in {folder}' if folder.exists() else 'nothing was trained yet'}")
+        tell("\ninterrupted; " + (f"go on with: python train.py --resume {folder}" if folder.exists() else
+                                   "nothing was trained yet"))
         sys.exit(130)
-    except FloatingPointError as error:
-        print(f"error: {error}; checkpoints of the epochs before, if any, are in {folder}", file=sys.stderr)
-        sys.exit(1)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
-    print(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
-    print(scores.table(best["metrics"], make_tasks(options.tasks, options.classes)))
+    tell(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
+    tell(scores.table(best["metrics"], make_tasks(options.tasks, options.classes)))
     if best["usage"] and (idle := routes.idle(u["tokens"] for u in best["usage"].values())):
-        print(routes.warning(idle))
-    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
+        tell(routes.warning(idle))
+    tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in best["weights"].items()))
+    tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
+    keep_memory()
+    with parallel.join() as group:
+        train(argv, group)
 
 
 if __name__ == "__main__":
-    records.command(main)
+    files.command(main)

@@ -15,7 +15,8 @@ import data
 import records
 import synthetic
 from conftest import real_idrid, save_palette_mask
-from records import InputError, Record, read_idrid
+from files import InputError
+from records import Record, read_idrid
 from tasks import TASKS
 from test_eyes import fake_records, photograph
 

@@ -17,7 +17,7 @@ import records
 import scores
 import train
 from conftest import official_tree
-from records import InputError
+from files import InputError
 from tasks import TASKS
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 

@@ -13,7 +13,8 @@ import data
 import eyes
 import synthetic
 from conftest import real_idrid
-from records import InputError, Record, read_idrid
+from files import InputError
+from records import Record, read_idrid
 
 
 def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,

@@ -84,9 +84,11 @@ def test_shapes_rows_and_partial_labels():
     full, routing = net(x)
     assert full["cls"].shape == (3, 5) and full["seg"].shape == (3, 5, 64, 96)
     assert routing["cls"].grid == (3, 2, 3) and len(routing["cls"].indices) == 18
-    part, routing = net(x, {"cls": torch.tensor([0, 2]), "seg": torch.tensor([], dtype=torch.int64)})
+    part, routing = net(x, {"cls": torch.tensor([0, 2])})
     assert list(part) == ["cls"] == list(routing)
     torch.testing.assert_close(part["cls"], full["cls"][[0, 2]])
+    none, _ = net(x, {"cls": torch.tensor([0, 2]), "seg": torch.tensor([], dtype=torch.int64)})
+    assert none["seg"].shape == (0, 5, 64, 96) and torch.equal(none["cls"], part["cls"])
 
 
 def test_photographs_are_normalised_as_torchvision_does():

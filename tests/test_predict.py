@@ -22,7 +22,7 @@ import scores
 import synthetic
 import train
 from conftest import official_tree, real_idrid, widen
-from records import InputError
+from files import InputError
 from tasks import TASKS
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 import data
+import files
 import records
 import synthetic
 from conftest import ROOT, real_idrid
-from records import InputError, read_data, read_idrid
+from files import InputError
+from records import read_data, read_idrid
 from test_eyes import photograph
 
 
@@ -318,7 +320,7 @@ def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(SystemExit) as stop:
-        records.command(lambda: read_data(tree))
+        files.command(lambda: read_data(tree))
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith(f"error: {images(tree, 'A. Segmentation')}: no permission; ") and text.count("\n") == 1
@@ -327,7 +329,7 @@ def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):
 def test_what_the_system_refuses_is_one_line(folders, capsys):
     (folders / "train" / "rose" / "link.png").symlink_to("nowhere.png")
     with pytest.raises(SystemExit) as stop:
-        records.command(lambda: read_all(folders))
+        files.command(lambda: read_all(folders))
     text = capsys.readouterr().err
     assert stop.value.code == 2 and text.endswith("link.png: No such file or directory\n") and text.count("\n") == 1
 

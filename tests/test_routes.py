@@ -15,7 +15,7 @@ import routes
 import scores
 import train
 from model import ExpertLayer, Routing
-from records import InputError
+from files import InputError
 from tasks import TASKS, UNKNOWN
 from test_evaluate import run_main
 from test_experts import random_layer

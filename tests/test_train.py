@@ -18,16 +18,19 @@ import torch
 import torchvision
 from PIL import Image
 
+import checkpoints
 import data
 import evaluate
 import model
+import files
+import flags
 import records
 import scores
 import synthetic
 import tasks
 import train
 from conftest import ROOT
-from records import InputError
+from files import InputError
 from tasks import TASKS
 from train import LossWeights, Options, Trainer
 
@@ -47,7 +50,7 @@ from pathlib import Path
 import data, records, train
 records.HERE = Path(sys.argv[2]); data.CACHE = records.HERE / "cache"
 records.DRAWN = {"train": (0, 60), "test": (1, 5)}
-records.command(lambda: train.main(sys.argv[3:]))
+files.command(lambda: train.main(sys.argv[3:]))
 """
 
 
@@ -120,7 +123,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
 
     monkeypatch.setitem(TASKS, "side", Side())
     monkeypatch.setattr(records, "DRAWN", {"train": (0, 150), "test": (1, 40)})
-    options = train.settle(train.parse(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"]))[0]
+    options = flags.settle(flags.parse(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"]))[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
     assert evaluate.load_run(tmp_path / "run", torch.device("cpu")).tasks[0].name == "side"
@@ -213,7 +216,7 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
         Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
         f"{i}.png,{i % 2},{'val' if i > 2 else ''}\n" for i in range(4)))
-    options = train.settle(train.parse(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"]))[0]
+    options = flags.settle(flags.parse(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"]))[0]
     training, validation, _ = train.load_photographs(options, [TASKS["cls"]])
     assert [r.name for r in validation.records] == ["3.png"] and len(training) == 3
     (tmp_path / "u.csv").write_text("image,cls,split,group\n0.png,1,,p\n1.png,1,,q\n2.png,0,,q\n3.png,1,val,p\n")
@@ -223,7 +226,7 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     said = train.announcement(training, validation, findings, [TASKS["cls"]], options)
     assert "1 photographs of the training part show an eye of the validation part: left out" in said
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
-        train.settle(train.parse(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"]))
+        flags.settle(flags.parse(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"]))
 
 
 def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
@@ -335,7 +338,7 @@ def test_weights_from_a_file(tmp_path):
     oracle = torchvision.models.efficientnet_b0(weights=None)
     torch.save(oracle.state_dict(), tmp_path / "b0.pth")
     net = evaluate.build_net(asdict(TINY))[0]
-    model.load_pretrained(net, train.read_weights(str(tmp_path / "b0.pth"), "b0"))
+    model.load_pretrained(net, checkpoints.read_weights(str(tmp_path / "b0.pth"), "b0"))
     assert torch.equal(net.encoder.features[3][0].block[0][0].weight, oracle.features[3][0].block[0][0].weight)
     assert torch.equal(net.heads["cls"].conv[0].weight, oracle.features[8][0].weight)
 
@@ -349,7 +352,7 @@ def test_unusable_weights(tmp_path, content, message):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(InputError, match=f"--weights .*w.pth: {message}"):
-        train.read_weights(str(path), "b0")
+        checkpoints.read_weights(str(path), "b0")
 
 
 def test_weights_of_another_variant_are_one_line(tmp_path):
@@ -364,10 +367,10 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
         raise OSError("no network")
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
-    options, notes = train.settle(train.parse(["--data", str(shared_tree)]))
+    options, notes = flags.settle(flags.parse(["--data", str(shared_tree)]))
     assert options.weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
     with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
-        train.read_weights("imagenet", "b0")
+        checkpoints.read_weights("imagenet", "b0")
 
 
 # ---- the command line ----
@@ -403,7 +406,7 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
 ])
 def test_bad_flags_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
-        records.command(lambda: train.main(arguments.split()))
+        files.command(lambda: train.main(arguments.split()))
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
 
@@ -414,14 +417,14 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
     ("--router private", 4, 2, 0), ("--router private --experts 8", 8, 4, 0), ("--router private --chosen 1", 2, 1, 0),
     ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--experts 0 --experts-at decoder", 0, 1, 0)])
 def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
-    options = train.settle(train.parse(arguments.split()))[0]
+    options = flags.settle(flags.parse(arguments.split()))[0]
     assert (options.experts, options.chosen, options.balance) == (experts, chosen, balance)
 
 
 def test_one_chosen_expert_comes_with_its_reason():
     for arguments, said in (("--chosen 1", True), ("--router shared --chosen 1", True), ("--experts 1", False),
                             ("--router random --chosen 1", False), ("", False)):
-        notes = train.settle(train.parse(arguments.split()))[1]
+        notes = flags.settle(flags.parse(arguments.split()))[1]
         assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
 
 
@@ -435,7 +438,7 @@ def test_bad_data_stops_the_program_with_status_2(tree):
 
 def test_a_task_without_labels_names_those_that_work(tree):
     shutil.rmtree(tree / "B. Disease Grading")
-    options = train.settle(train.parse(["--data", str(tree), "--weights", "none"]))[0]
+    options = flags.settle(flags.parse(["--data", str(tree), "--weights", "none"]))[0]
     with pytest.raises(InputError, match="--tasks cls: photographs with its label .*: 0 for .*--tasks seg would work"):
         train.fit(options, tree / "run")
 
@@ -447,9 +450,9 @@ def test_an_existing_run_is_not_overwritten():
 
 
 def test_the_same_command_can_be_typed_twice(tmp_path):
-    assert train.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_1"
+    assert flags.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_1"
     (tmp_path / "cls_seg_1").mkdir()
-    assert train.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
+    assert flags.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,177 @@
+"""What a run keeps on disk, and how it goes on from there.
+
+    read_weights, start_from        pretrained weights
+    generators, set_generators      everything random but the batches, which follow from seed and step
+    read_last, check_same, tidy     last.pt and what has to be as it was
+
+Whatever is read here runs no code; see load_tensors in files.py.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import pickle
+import random
+import threading
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from files import InputError, load_tensors, replacing, write_text
+from model import Net, load_pretrained
+from records import Record
+
+
+# ---- pretrained weights ----
+
+def reachable(url: str, seconds: float = 8) -> bool:
+    """Whether `url` answers in time; in a thread, because a name server that is silent heeds no timeout."""
+    answers = []
+
+    def ask():
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answers.append(True)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
+    """Pretrained weights, a torchvision state dict, from torchvision ("imagenet") or from a file.
+
+    InputError: they cannot be had (within 10 seconds) or the file holds no state dict.
+    """
+    if weights == "imagenet":
+        found = torchvision.models.get_model_weights(f"efficientnet_{variant}").DEFAULT
+        stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
+        try:
+            if not stored.exists() and not reachable(found.url):
+                raise OSError(f"no answer from {found.url}")
+            return found.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"--weights imagenet: cannot be downloaded ({error}); use --weights none, or --weights "
+                             "FILE with a torchvision state dict") from error
+    try:
+        state = load_tensors(weights)
+    except FileNotFoundError:
+        raise InputError(f"--weights {weights}: no such file; expected none, imagenet, or a file with a torchvision "
+                         "state dict") from None
+    except InputError as error:
+        raise InputError(f"--weights {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it")
+    return state
+
+
+def start_from(net: Net, weights: str, variant: str) -> None:
+    """Load what --weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
+    if weights == "none":
+        return
+    state = read_weights(weights, variant)
+    try:
+        load_pretrained(net, state)
+    except ValueError as error:
+        raise InputError(f"--weights {weights}, --variant {variant}: {error}") from None
+
+
+# ---- state ----
+
+def weights_hash(net: torch.nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of all parameters and buffers: equal for equal weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generators() -> dict:
+    """The states of Python's, numpy's and torch's generators, as plain types and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+            "cuda": cuda}
+
+
+def set_generators(states: Mapping) -> None:
+    """Go on as if nothing had been drawn since `generators` was called."""
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+def fingerprint(parts: Mapping[str, Sequence[Record]]) -> str:
+    """SHA-256 over the photographs of each part: names, labels, sizes of the files, but not where they lie."""
+    def size(path):
+        return None if path is None else path.stat().st_size
+    plain = [(part, [(r.name, r.grade, r.edema, r.category, r.points, r.drawing, size(r.image),
+                      r.masks and {kind: size(path) for kind, path in r.masks.items()}) for r in records])
+             for part, records in parts.items()]
+    return hashlib.sha256(repr(plain).encode()).hexdigest()
+
+
+# ---- a run's folder ----
+
+def save(path: Path, state: Mapping) -> None:
+    """Write a checkpoint, whole or not at all. OSError: the disk is full; the file that was there is still there."""
+    memory = io.BytesIO()  # torch's own writer says nothing useful of a full disk
+    torch.save(state, memory)
+    with replacing(path) as file:
+        file.write(memory.getbuffer())
+
+
+def read_last(folder: Path) -> tuple[dict, dict | None]:
+    """A run's options, and all of last.pt; None where the run was stopped before it was first written.
+
+    InputError: no run; a damaged checkpoint; one of another version.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--resume {folder}: no run begun there; expected a folder made by train.py, such as "
+                         "runs/cls_seg_1" + f"; --overwrite --name {folder.name} starts it" * folder.is_dir())
+    try:
+        state = load_tensors(folder / "last.pt")
+        return state["options"], {k: state[k] for k in (
+            "options", "data", "machine", "validation", "net", "trainer", "progress", "generators")}
+    except FileNotFoundError:
+        return json.loads((folder / "config.json").read_text())["options"], None
+    except KeyError as error:
+        raise InputError(f"--resume {folder}: made by another version of this project, its last.pt lacks {error}; "
+                         "train again") from None
+    except InputError as error:
+        best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
+        raise InputError(f"--resume {error}; {best}--overwrite starts the run again") from None
+
+
+def check_same(what: str, begun: Mapping, now: Mapping) -> None:
+    """InputError: an option is not the one that the run was begun with."""
+    for name, value in begun.items():
+        if now[name] != value:
+            flag = "no-augment" if name == "augment" else name.replace("_", "-")
+            shown = [" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], value)]
+            raise InputError(f"--{flag} {shown[0]}: {what} was begun with {shown[1]}; a resumed run keeps it; leave "
+                             "the flag out")
+
+
+def tidy(folder: Path, epochs: int) -> list[str]:
+    """Remove what a killed process left half done, and lines of metrics.jsonl after `epochs`; -> those before."""
+    for part in folder.glob("*.part"):
+        part.unlink()
+    log = folder / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines()[:epochs] if log.exists() else []
+    write_log(folder, lines)
+    return lines
+
+
+def write_log(folder: Path, lines: Sequence[str]) -> None:
+    """All lines of metrics.jsonl: one valid JSON object each, whenever one looks."""
+    write_text(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))

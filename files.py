@@ -1,0 +1,149 @@
+"""Files that others can trust, and trust in the files of others.
+
+    InputError, RunError, command   whatever goes wrong is one line; exit status 2 for a mistake, 1 for a mishap
+    replacing                       written whole or not at all, whatever kills the process
+    load_tensors, open_image        reading runs no code, and memory has a limit
+
+Imports nothing of ours.
+"""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from PIL import Image
+
+
+# ---- errors ----
+
+class OneLine(Exception):
+    """An error whose text is one line: what, where, what was expected, what to do."""
+
+    def __init__(self, text: str):
+        # a loader's worker hands on its whole traceback as the text; what was meant is behind the name
+        super().__init__(text.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip())
+
+
+class InputError(OneLine, ValueError):
+    """A user's mistake."""
+
+
+class RunError(OneLine, RuntimeError):
+    """What ends a run that was set up well: a number that is not finite, memory that is not there, a killed helper."""
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a program's main function; what goes wrong becomes one line on stderr and an exit status, no traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except PermissionError as error:
+        print(f"error: {error.filename}: no permission; expected to be allowed to read data and to write runs, "
+              "cache and --out; change the permissions of that path", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:  # a link to nothing, a name too long, a full disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def as_helper(*_) -> None:
+    """For helper processes: only the main process answers Ctrl-C, and none outlives it, even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow(parent):
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+# ---- writing ----
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
+    """A file to write in; it takes the place of `path` when the block ends, and never exists there in part.
+
+    A process that is killed leaves what was there before, and a file of another name that ends in .part. With `lasting`
+    this holds for a power cut too, at the cost of waiting for the disk. OSError: a full disk, with the name of `path`.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write the same file
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            if lasting:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OSError(error.errno, f"{os.strerror(error.errno)}; what was there before is as it was; make room and "
+                                       "go on", str(path)) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+# ---- reading ----
+
+def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
+    """What torch.save wrote, as long as it is tensors and plain types: nothing in the file is executed.
+
+    FileNotFoundError; InputError: it is damaged, or holds something else.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: damaged, or not a file of tensors and plain types as torch.save writes it "
+                         f"({type(error).__name__}: {first[:120]})") from error
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file, lazily. InputError: whatever is wrong with it, now or while the caller decodes it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{path}: claims more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels, more than any "
+                         "photograph has; replace the file or remove it and its labels") from None
+    except Exception as error:  # damaged files provoke all kinds in the decoders
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a readable image ({reason}); replace the file or remove it and its "
+                         "labels") from None
