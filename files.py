@@ -123,9 +123,8 @@ def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        first = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path}: damaged, or not a file of tensors and plain types as torch.save writes it "
-                         f"({type(error).__name__}: {first[:120]})") from error
+        raise InputError(f"{path}: damaged, or no file of tensors and plain types, as torch.save writes it "
+                         f"({type(error).__name__})") from error
 
 
 @contextlib.contextmanager

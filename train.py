@@ -39,7 +39,7 @@ import parallel
 import records
 import routes
 import scores
-from files import InputError, OneLine, RunError
+from files import InputError, RunError
 from flags import MACHINE, Options, plain
 from model import Net, balance_loss
 from parallel import ALONE, Group
@@ -300,20 +300,13 @@ class Course:
                     self.save()
 
     def next(self, batches: Iterator[data.Batch]) -> data.Batch:
-        """The next batch. What keeps it from coming is told once all that was learned is saved."""
+        """The next batch. If a file or a loader's process keeps it from coming, all that was learned is saved first."""
         try:
             return next(batches)
-        except (InputError, RuntimeError) as error:
-            hint = f"go on with: python train.py --resume {self.folder}"
+        except (InputError, RuntimeError):
             if self.group.size == 1:
                 self.save()
-            if isinstance(error, OneLine):
-                raise type(error)(f"{error}; then {hint}") from None
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(f"a process that loads photographs was killed before step {self.trainer.number + 1}, "
-                           f"perhaps for want of memory; try fewer --workers (now {self.options.workers}); "
-                           f"{hint}") from None
+            raise
 
     def score_epoch(self) -> None:
         """Score the validation split, keep the network if it is the best, write down what was found."""
@@ -395,18 +388,22 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
         course.begin({"options": plain(options), "notes": list(notes), **findings}, overwrite)
     try:
         course.run(None if state is None else state["generators"])
-    except RuntimeError as error:
+    except (InputError, RuntimeError) as error:
         raise in_words(error, course) from error
     if course.progress.epoch < options.epochs and not quiet:
         print(f"no better validation score for {options.patience} epochs: stopped early")
     return course.finish()
 
 
-def in_words(error: RuntimeError, course: Course) -> RuntimeError:
-    """What has gone wrong with memory or with another process, as a RunError."""
+def in_words(error: Exception, course: Course) -> Exception:
+    """What has gone wrong with a file, with memory or with another process, in one line that says how to go on."""
     first, options = str(error).splitlines()[0], course.options
-    if isinstance(error, OneLine):
-        return error
+    go_on = f"go on with: python train.py --resume {course.folder}"
+    if isinstance(error, InputError):
+        return InputError(f"{error}; then {go_on}")
+    if "DataLoader worker" in first:
+        return RunError(f"a process that loads photographs was killed after step {course.trainer.number}, perhaps for "
+                        f"want of memory; try fewer --workers (now {options.workers}); {go_on}")
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return RunError(f"out of memory on {course.trainer.device} after step {course.trainer.number} with --batch "
                         f"{options.batch} --size {options.size}; try --batch {max(2, options.batch // 2)} or a smaller "
@@ -414,8 +411,7 @@ def in_words(error: RuntimeError, course: Course) -> RuntimeError:
     if course.group.size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower() or
                                   "Connection" in str(error)):
         return RunError(f"process {course.group.rank} of {course.group.size} lost another one after step "
-                        f"{course.trainer.number}, whose own message says why; go on with --resume {course.folder} "
-                        f"({first[:100]})")
+                        f"{course.trainer.number}, whose own message says why; {go_on} ({first[:100]})")
     return error
 
 
@@ -447,7 +443,7 @@ def machine(device: torch.device, group: Group) -> dict:
     """What the last digits of a result depend on, beside the options."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": device.type, "processes": group.size, "name": name, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version()}
+            "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def shown(values: Mapping) -> str:

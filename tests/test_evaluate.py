@@ -93,11 +93,20 @@ def test_confusion_rows_are_truth(run):
     assert [sum(row) for row in confusion] == [sum(r.grade == g for r in test) for g in range(5)]
 
 
+def change(run, how):
+    state = torch.load(run / "best.pt", weights_only=True)
+    how(state)
+    torch.save(state, run / "best.pt")
+
+
 @pytest.mark.parametrize("spoil,message", [
     (lambda run: (run / "best.pt").unlink(), "best.pt: no such checkpoint; expected a folder made by train.py"),
-    (lambda run: (run / "best.pt").write_bytes(b"x" * 100), "best.pt: not a checkpoint of this project"),
-    (lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000]), "not a checkpoint of this"),
+    (lambda run: (run / "best.pt").write_bytes(b"x" * 100), "best.pt: damaged, or no file of tensors and plain types"),
+    (lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000]), "best.pt: damaged"),
+    (lambda run: torch.save({"net": {}, "code": Path}, run / "best.pt"), "best.pt: damaged, or no file of tensors"),
     (lambda run: torch.save({"net": {}}, run / "best.pt"), "not a checkpoint of this project"),
+    (lambda run: change(run, lambda state: state["options"].update(variant="b1")), "of another network than its options"
+                                                                                   " describe"),
 ])
 def test_what_is_no_run_is_one_line(run, spoil, message):
     spoil(run)
@@ -107,9 +116,7 @@ def test_what_is_no_run_is_one_line(run, spoil, message):
 
 
 def test_a_run_of_another_version_is_said_to_be_one(run):
-    state = torch.load(run / "best.pt", weights_only=True)
-    del state["options"]["router"]
-    torch.save(state, run / "best.pt")
+    change(run, lambda state: state["options"].pop("router"))
     with pytest.raises(InputError, match="made by another version of this project, it lacks 'router'; train"):
         evaluate.load_run(run, torch.device("cpu"))
 

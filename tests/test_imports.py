@@ -9,11 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DATA = {"synthetic", "records", "eyes"}  # they know fields of a photograph, never networks
-ALLOWED = {"model": set(), "metrics": set(), "tasks": {"model", "metrics"}, "synthetic": set(),
-           "records": {"synthetic"}, "eyes": {"records"}, "data": DATA, "intervals": set(),
-           "routes": {"model", "tasks", "data"}, "predict": {"model", "tasks", "metrics", "data", "records"}}
-ALLOWED["scores"] = set(ALLOWED)
-ALLOWED["evaluate"] = set(ALLOWED)
+ALLOWED = {"files": set(), "model": set(), "metrics": set(), "tasks": {"model", "metrics"}, "synthetic": set(),
+           "records": {"synthetic", "files"}, "eyes": {"records", "files"}, "data": DATA | {"files"},
+           "intervals": set(), "parallel": {"files"}, "routes": {"model", "tasks", "data"},
+           "predict": {"model", "tasks", "metrics", "data", "records", "files"},
+           "checkpoints": {"files", "model", "records"}}
+ALLOWED["scores"] = set(ALLOWED) - {"checkpoints"}
+ALLOWED["evaluate"] = set(ALLOWED) - {"checkpoints"}
+ALLOWED["flags"] = set(ALLOWED) - {"parallel"}
 ALLOWED["train"] = set(ALLOWED)
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
 

@@ -30,7 +30,7 @@ import synthetic
 import tasks
 import train
 from conftest import ROOT
-from files import InputError
+from files import InputError, RunError
 from tasks import TASKS
 from train import LossWeights, Options, Trainer
 
@@ -47,7 +47,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import data, records, train
+import data, files, records, train
 records.HERE = Path(sys.argv[2]); data.CACHE = records.HERE / "cache"
 records.DRAWN = {"train": (0, 60), "test": (1, 5)}
 files.command(lambda: train.main(sys.argv[3:]))
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_names_task_and_step():
     trainer.step(batch)
     with torch.no_grad():
         trainer.net.heads["seg"].conv.bias[0] = math.nan
-    with pytest.raises(FloatingPointError, match="the loss of seg is nan at step 2"):
+    with pytest.raises(RunError, match="the loss of seg is nan at step 2"):
         trainer.step(batch)
 
 
@@ -344,7 +344,8 @@ def test_weights_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("content,message", [
-    (None, "no such file"), (b"garbage", "not a state dict"), ({"a": 1}, "expected a dictionary of tensors")])
+    (None, "no such file"), (b"garbage", "damaged, or no file of tensors"), ({"a": 1}, "expected a dictionary of ten"),
+    ({"a": Path}, "damaged, or no file of tensors")])
 def test_unusable_weights(tmp_path, content, message):
     path = tmp_path / "w.pth"
     if isinstance(content, bytes):
@@ -445,7 +446,7 @@ def test_a_task_without_labels_names_those_that_work(tree):
 
 def test_an_existing_run_is_not_overwritten():
     (records.HERE / "runs" / "taken").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(InputError, match="taken: exists already; choose another --name"):
+    with pytest.raises(InputError, match="taken: exists already; choose another --name, go on with --resume"):
         train.main(["--name", "taken"])
 
 

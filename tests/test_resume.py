@@ -1,0 +1,667 @@
+"""What a run survives: it is stopped or killed at any moment and ends as if it never had been; and every fault."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import data
+import evaluate
+import files
+import flags
+import records
+import train
+from conftest import ROOT
+from files import InputError, RunError
+from test_train import PROGRAM, TINY, few_drawings, trainer_and_batch  # noqa: F401
+
+SHORT = replace(TINY, epochs=2, batch=6, save_every=3)
+
+
+def log(run: Path) -> list[dict]:
+    """metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def ended_alike(one: Path, two: Path) -> None:
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    assert results[0] == results[1] and len(results[0]["weights"]["last.pt"]) == 64
+    assert log(one) == log(two) and [line["epoch"] for line in log(one)] == list(range(1, len(log(one)) + 1))
+    for name in ("best.pt", "last.pt"):
+        nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
+        assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+    assert not list(one.glob("*.part")) + list(two.glob("*.part"))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def fit_until(monkeypatch, step: int, then, options, run: Path, **how) -> None:
+    """Train; before that step `then()` happens."""
+    whole = train.Trainer.step
+
+    def learn(self, batch):
+        if self.number == step and not done:
+            done.append(step)
+            then()
+        return whole(self, batch)
+    done = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", learn)
+        train.fit(options, run, quiet=True, **how)
+
+
+def die():
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing has stopped, made once for each kind of options."""
+    made = {}
+
+    def run(options):
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("whole") / "run"
+            train.fit(options, made[options], quiet=True)
+        return made[options]
+    return run
+
+
+# ---- exact resume ----
+
+@pytest.mark.parametrize("step", [0, 2, 3, 4, 7], ids=lambda s: f"step {s}")
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, step):
+    """An epoch has 4 steps here: before the first checkpoint of steps, right after it, between epochs, at the end."""
+    assert torch.load(whole(SHORT) / "last.pt", weights_only=True)["trainer"]["number"] == 8
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, step, die, SHORT, tmp_path / "run")
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", whole(SHORT))
+
+
+@pytest.mark.parametrize("change", [
+    {"workers": 2}, {"loss_weights": ("uncertainty",)}, {"router": "shared", "chosen": 1}, {"save_every": 0}], ids=str)
+def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
+    options = replace(SHORT, **change)
+    for step in (5, 6):  # twice
+        with pytest.raises(Killed):
+            fit_until(monkeypatch, step, die, options, tmp_path / "run", resume=step > 5)
+    train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", whole(options))
+
+
+def test_the_learned_weights_of_tasks_are_kept(tmp_path, monkeypatch):
+    options = replace(SHORT, loss_weights=("uncertainty",), save_every=1)
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 3, die, options, tmp_path / "run")
+    stored = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]
+    assert stored["number"] == 3 and all(v != 0 for v in stored["weigh"].values())
+
+
+def test_early_stopping_is_remembered(tmp_path, monkeypatch, whole):
+    """A score that never gets better ends a run after `patience` epochs, stopped in between or not."""
+    monkeypatch.setattr(train.scores, "primary_score", lambda *_: 0.5)
+    options = replace(SHORT, epochs=9, patience=2)
+    train.fit(options, tmp_path / "whole", quiet=True)
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 9, die, options, tmp_path / "run")
+    train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    assert len(log(tmp_path / "run")) == 3
+    ended_alike(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_that_is_resumed_says_what_it_found(tmp_path, whole):
+    run = shutil.copytree(whole(SHORT), tmp_path / "run")
+    again = train.fit(SHORT, run, quiet=True, resume=True)
+    ended_alike(run, whole(SHORT))
+    assert again["weights"] == json.loads((run / "result.json").read_text())["weights"]
+
+
+def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.scores, "score", lambda *_, **__: die())
+        train.fit(SHORT, tmp_path / "run", quiet=True)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["number"] == 4
+    train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", whole(SHORT))
+
+
+@pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl", "last.pt", "config.json"])
+def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whole, name):
+    """The new file is complete but not in place; `best.pt` and what follows belong to an epoch that is not over."""
+    move = os.replace
+
+    def stop(source, target):
+        if Path(target).name == name and (name != "last.pt" or seen.append(1) or len(seen) == 4):
+            die()
+        move(source, target)
+    seen = []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", stop)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # nor is there time to clean up
+        train.fit(SHORT, tmp_path / "run", quiet=True)
+    assert list((tmp_path / "run").glob(f"{name}.*.part"))
+    if name == "config.json":
+        with pytest.raises(InputError, match="no run begun there.*; --overwrite --name run starts it"):
+            train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
+    train.fit(SHORT, tmp_path / "run", quiet=True, resume=name != "config.json", overwrite=name == "config.json")
+    ended_alike(tmp_path / "run", whole(SHORT))
+
+
+def test_half_a_line_and_lines_too_many_in_the_log_are_mended(tmp_path, monkeypatch, whole):
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 6, die, SHORT, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2}\n{"epo')
+    train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", whole(SHORT))
+
+
+@pytest.mark.parametrize("typed,message", [
+    ("--lr 0.1", "--lr 0.1: .*run was begun with 0.0015; a resumed run keeps it; leave the flag out"),
+    ("--epochs 7", "--epochs 7: .* begun with 2;"), ("--no-augment", "--no-augment False: .* begun with True"),
+    ("--tasks cls loc", "--tasks cls loc: .* begun with cls seg"), ("--seed 3", "--seed 3: .* begun with 0"),
+    ("--loss-weights uncertainty", "--loss-weights uncertainty: .* begun with fixed"),
+    ("--name other", "--name: --resume names a run that is there already"), ("--overwrite", "--overwrite: --resume")])
+def test_flags_that_would_change_a_resumed_run_are_refused(whole, typed, message):
+    with pytest.raises(InputError, match=message):
+        train.main(["--resume", str(whole(SHORT)), *typed.split()])
+
+
+def test_flags_that_change_nothing_may_differ(tmp_path, monkeypatch, whole, capsys):
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 5, die, SHORT, tmp_path / "run")
+    typed = "--workers 1 --save-every 2 --device cpu --seed 0 --tasks cls seg"
+    train.main(["--resume", str(tmp_path / "run"), *typed.split()])
+    ended_alike(tmp_path / "run", whole(SHORT))
+    said = capsys.readouterr().out
+    assert said.startswith(f"going on with {tmp_path / 'run'}\n") and "\nweights: best.pt " in said
+
+
+def test_other_data_are_refused(tmp_path, tree, monkeypatch):
+    options = replace(SHORT, tasks=("cls",), data=str(tree))
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 1, die, options, tmp_path / "run")
+    moved = shutil.move(tree, tmp_path / "moved")
+    with pytest.raises(InputError, match="no such file or folder"):
+        train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    train.fit(replace(options, data=str(moved)), tmp_path / "run", quiet=True, resume=True)  # moved is not changed
+    assert len(log(tmp_path / "run")) == 2
+    table = next((Path(moved) / "B. Disease Grading" / "2. Groundtruths").glob("a*"))
+    name, grade, rest = table.read_text().split("\n")[1].split(",", 2)
+    table.write_text(table.read_text().replace(f"{name},{grade},", f"{name},{(int(grade) + 1) % 5},"))
+    with pytest.raises(InputError, match="--resume .*run: .*moved: other photographs, labels or sizes of files than"):
+        train.fit(replace(options, data=str(moved)), tmp_path / "run", quiet=True, resume=True)
+
+
+@pytest.mark.parametrize("what,message", [
+    ({"device": "cuda"}, "--device cpu: .*run was begun with cuda; expected the same, or the result"),
+    ({"processes": 2}, "--nproc_per_node 1: .*run was begun with 2; expected the same")])
+def test_another_machine_is_refused_where_the_result_would_be_another(tmp_path, whole, what, message):
+    run = shutil.copytree(whole(SHORT), tmp_path / "run")
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["machine"] |= what
+    torch.save(state, run / "last.pt")
+    with pytest.raises(InputError, match=message):
+        train.fit(SHORT, run, quiet=True, resume=True)
+
+
+def test_another_version_of_torch_comes_with_a_warning(tmp_path, whole, capsys):
+    run = shutil.copytree(whole(SHORT), tmp_path / "run")
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["machine"]["torch"] = "1.0"
+    torch.save(state, run / "last.pt")
+    train.fit(SHORT, run, resume=True)
+    assert "torch 1.0" in capsys.readouterr().out.split("warning: begun with ")[1].splitlines()[0]
+
+
+# ---- checkpoints that are not what they were ----
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda run: (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:10 ** 6]),
+     "last.pt: damaged, or no file .*python evaluate.py .*run still scores its best.pt; --overwrite starts the run"),
+    (lambda run: torch.save({"options": {}}, run / "last.pt"), "made by another version of this project, its last.pt "
+                                                               "lacks 'data'"),
+    (lambda run: shutil.rmtree(run), "no run begun there; expected a folder made by train.py")])
+def test_a_spoiled_run_is_named(tmp_path, whole, spoil, message):
+    run = shutil.copytree(whole(SHORT), tmp_path / "run")
+    spoil(run)
+    with pytest.raises(InputError, match=message) as caught:
+        train.main(["--resume", str(run)])
+    assert "\n" not in str(caught.value)
+    if run.exists():
+        assert evaluate.load_run(run, torch.device("cpu")).epoch > 0  # best.pt still evaluates
+
+
+class Code:
+    """An object that runs a command when it is unpickled."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, whole, monkeypatch):
+    run = shutil.copytree(whole(SHORT), tmp_path / "run")
+    evil = Code(tmp_path / "witness")
+    torch.save({**torch.load(run / "best.pt", weights_only=True), "epoch": evil}, run / "best.pt")
+    torch.save(evil, run / "last.pt"), torch.save(evil, tmp_path / "weights.pt")
+    np.savez(tmp_path / "cache.npz", version=np.array(data.PREPROCESSING), image=np.array([evil], object))
+    for read in (lambda: evaluate.load_run(run, torch.device("cpu")),
+                 lambda: train.fit(SHORT, run, quiet=True, resume=True),
+                 lambda: checkpoints.read_weights(str(tmp_path / "weights.pt"), "b0"),
+                 lambda: data.read_arrays(tmp_path / "cache.npz", "image")):
+        with pytest.raises(ValueError, match="damaged"):
+            read()
+    assert not (tmp_path / "witness").exists()
+    torch.load(tmp_path / "weights.pt", weights_only=False)  # it would have worked
+    assert (tmp_path / "witness").exists()
+
+
+# ---- kill -9 ----
+
+# forks a process for each of many starts of train.py, without the seconds that the imports take, and kills it:
+# python -c KILLS ROOT HOME SEED -> a line of JSON
+KILLS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import json, os, random, shutil, signal, time
+from pathlib import Path
+import data, files, records, train
+home, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
+records.HERE, data.CACHE = home, home / "cache"
+records.DRAWN = {"train": (0, 60), "test": (1, 5)}
+run, flags = home / "runs" / "killed", "--size 64 --epochs 3 --save-every 2 --batch 12 --workers 1".split()
+
+def start():
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    sys.stdout = sys.stderr = open(home / "output", "a", buffering=1)
+    arguments = ["--resume", str(run)] if (run / "config.json").exists() else ["--name", "killed", *flags]
+    try:
+        files.command(lambda: train.main(arguments + ["--overwrite"] * (run.exists() and arguments[0] == "--name")))
+    except SystemExit as exit_:
+        os._exit(exit_.code)
+    os._exit(0)
+
+def ended(pid):
+    return os.waitpid(pid, os.WNOHANG)[0] == pid
+
+found, sessions = {"at random": 0, "checkpoint": 0, "cache": 0, "half written": 0}, []
+while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
+    kind = ("cache", "at random", "checkpoint")[len(sessions) % 3]
+    if kind == "cache":
+        shutil.rmtree(data.CACHE, ignore_errors=True)
+    elif kind == "checkpoint" and (run / "result.json").exists():
+        shutil.rmtree(run)
+    pid, begun, wait = start(), time.monotonic(), chance.uniform(0.05, {"at random": 4, "cache": 1.5}.get(kind, 0.05))
+    sessions.append(pid)
+    killed = False
+    while not ended(pid):
+        parts = kind != "checkpoint" or any(run.glob("*.pt.*.part"))
+        if time.monotonic() - begun > wait and parts:
+            time.sleep(chance.uniform(0, 0.05) if kind == "checkpoint" else 0)
+            os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, 0)[1] == signal.SIGKILL:
+                killed = True
+            break
+        time.sleep(0.002)
+    if killed:
+        found[kind] += 1
+        found["half written"] += any(run.glob("*.part"))
+        for name in ("last.pt", "best.pt"):
+            if (run / name).exists():
+                files.load_tensors(run / name)
+        if (run / "metrics.jsonl").exists():
+            [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    elif kind != "at random":
+        shutil.rmtree(run)  # it came to its end; the next ones begin anew
+last = start()
+status = os.waitstatus_to_exitcode(os.waitpid(last, 0)[1])
+time.sleep(6)  # a loader's process looks for its parent every 5 s
+left = []
+for path in Path("/proc").glob("[0-9]*/stat"):
+    try:
+        if int(path.read_text().rpartition(")")[2].split()[3]) in sessions:
+            left.append(path.parent.name)
+    except OSError:
+        pass
+print(json.dumps(found | {"status": status, "processes left": len(left)}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_least_20_times_a_run_ends_as_if_it_had_not_been(tmp_path):
+    """At random instants, while a checkpoint is written, while the cache is built; helpers die with their parent."""
+    (tmp_path / "a").mkdir()
+    whole = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tmp_path / "b", "--name=whole", "--size=64", "--epochs=3",
+                            "--batch=12"], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    killed = subprocess.run([sys.executable, "-c", KILLS, ROOT, tmp_path / "a", "0"], capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr + (tmp_path / "a" / "output").read_text()
+    found = json.loads(killed.stdout)
+    print(found)
+    assert found["status"] == 0 and found["processes left"] == 0
+    assert found["at random"] + found["checkpoint"] + found["cache"] >= 20 and found["half written"] >= 3
+    assert "Traceback" not in (tmp_path / "a" / "output").read_text()
+    ended_alike(tmp_path / "a" / "runs" / "killed", tmp_path / "b" / "runs" / "whole")
+
+
+# ---- the same weights ----
+
+def test_the_hash_tells_weights_apart(whole):
+    net = evaluate.load_run(whole(SHORT), torch.device("cpu")).net
+    first = checkpoints.weights_hash(net)
+    assert first == json.loads((whole(SHORT) / "result.json").read_text())["weights"]["best.pt"]
+    with torch.no_grad():
+        net.encoder.features[0][0].weight[0, 0, 0, 0] += 1e-6
+    assert checkpoints.weights_hash(net) != first
+
+
+def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monkeypatch):
+    """Folders list their files in any order; here in that of a reversed name."""
+    (tmp_path / "a" / "train").mkdir(parents=True)
+    for i in range(8):
+        (tmp_path / "a" / "train" / "xy"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (i * 20, 90, 255 - i)).save(tmp_path / "a" / "train" / "xy"[i % 2] / f"{i}.png")
+
+    def found():
+        return [(r.name, r.masks and list(r.masks), r.grade, r.category, r.part)
+                for root in (shared_tree, tmp_path / "a") for r in records.read_data(root).records]
+    before, listed = found(), Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), key=lambda p: p.name[::-1],
+                                                                  reverse=True)))
+    assert found() == before and len(before) > 40
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, whole):
+    jumps = iter(range(10 ** 9))
+    monkeypatch.setattr(time, "time", lambda: [0.0, 4e9, 1.7e9][next(jumps) % 3])
+    train.fit(SHORT, tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    assert next(jumps) >= 0
+    ended_alike(tmp_path / "run", whole(SHORT))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds"] > 0 for line in lines)
+
+
+# ---- faults ----
+
+def test_a_killed_loader_process_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, whole):
+    load = data.Photographs.__getitem__
+
+    def killed(self, index):
+        if torch.utils.data.get_worker_info() is not None and index[1] is not None:
+            calls.append(index)
+            if len(calls) == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, index)
+    calls = []  # of the loader's process
+    options = replace(SHORT, workers=1)
+    with monkeypatch.context() as patch, pytest.raises(
+            RunError, match="process that loads photographs was killed .*; try fewer --workers .now 1.; go on with: "
+                            "python train.py --resume"):
+        patch.setattr(data.Photographs, "__getitem__", killed)
+        train.fit(options, tmp_path / "run", quiet=True)
+    train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", whole(SHORT))
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """Two folders of tiny pictures."""
+    for i in range(18):
+        folder = tmp_path / "classes" / ("val" if i > 12 else "train") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 10 + i).convert("RGB").save(folder / f"{i}.png")
+    return tmp_path / "classes"
+
+
+@pytest.mark.parametrize("workers,spoil,said", [
+    (0, Path.unlink, "removed while it was in use"), (2, Path.unlink, "removed while it was in use"),
+    (0, halve, "changed while it was in use"), (2, halve, "changed while it was in use"),
+    (0, lambda path: Image.new("RGB", (40, 40)).save(path), "changed while it was in use")],
+    ids=["deleted", "deleted, workers", "truncated", "truncated, workers", "replaced"])
+def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatch, spoil, said, workers):
+    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch=2, workers=workers)
+    images = [path for path in classes.rglob("*.png") if path.parts[-3] == "train"]
+    train.fit(options, tmp_path / "whole", quiet=True)
+    shutil.copytree(classes, tmp_path / "kept")
+
+    def spoil_all():
+        for path in images:
+            spoil(path)
+    with pytest.raises(InputError, match=rf"/\d+.png: {said}; .*; then go on with: python train.py --resume .*run$") as e:
+        fit_until(monkeypatch, 2, spoil_all, options, tmp_path / "run")
+    assert "\n" not in str(e.value)
+    shutil.copytree(tmp_path / "kept", classes, dirs_exist_ok=True)  # with the times of change
+    train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", tmp_path / "whole")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def version(path: Path) -> None:
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    np.savez(path, **(arrays | {"version": 1}))
+
+
+@pytest.mark.parametrize("spoil,said,running", [
+    (halve, "is damaged", False), (flip, "is damaged", True), (version, "was made by another version", False),
+    (Path.unlink, "No such file", True)], ids=["truncated", "bits flipped", "another version", "removed"])
+def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoil, said, running):
+    expected = whole(SHORT)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    data.Photographs(records.read_drawn().records, SHORT.size)
+
+    def spoil_all():
+        for path in (tmp_path / "cache").rglob("*.npz"):
+            spoil(path)
+    if running:
+        fit_until(monkeypatch, 2, spoil_all, SHORT, tmp_path / "run")
+    else:
+        spoil_all()
+        train.fit(SHORT, tmp_path / "run", quiet=True)
+    ended_alike(tmp_path / "run", expected)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("cache: ") and said in line and line.endswith("made anew") for line in lines)
+    assert len(lines) < 60
+
+
+def test_two_processes_build_one_cache(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import data, records; from pathlib import Path; data.CACHE = "
+            "Path(sys.argv[2]); print(len(data.Photographs(records.read_drawn().records[:120], 64)))")
+    both = [subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "cache"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate(timeout=120)[0].strip() for p in both] == ["120", "120"]
+    made = list((tmp_path / "cache").rglob("*"))
+    assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".part"]
+    assert all(data.read_arrays(p, "image")[0].shape == (3, 64, 64) for p in made if p.suffix == ".npz")
+
+
+def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunError, match="a process that was reading photographs was killed, perhaps for want of memory"):
+        data.Photographs(records.read_drawn().records, 32)
+
+
+def test_a_run_that_exists_is_refused_or_replaced(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(records, "HERE", tmp_path)
+    run = shutil.copytree(whole(SHORT), tmp_path / "runs" / "mine")
+    with pytest.raises(InputError, match="mine: exists already; choose another --name, go on with --resume .*mine, or"):
+        train.main(["--name", "mine"])
+    with pytest.raises(InputError, match="exists already"):
+        train.fit(SHORT, run, quiet=True)  # begun since the command line was read
+    assert len(log(run)) == 2
+    train.main("--name mine --overwrite --tasks cls --size 64 --epochs 1 --batch 15".split())
+    assert len(log(run)) == 1 and "seg" not in log(run)[0]["val"]
+    (tmp_path / "runs" / "notes").mkdir()
+    (tmp_path / "runs" / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(InputError, match="--overwrite: .*notes holds something else than a run"):
+        train.main(["--name", "notes", "--overwrite"])
+    with pytest.raises(InputError, match="--overwrite: expected --name as well"):
+        train.main(["--overwrite"])
+
+
+def test_no_permission_to_write_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "HERE", tmp_path / "home")
+    (tmp_path / "home" / "runs").mkdir(parents=True)
+    data.Photographs(records.read_drawn().records, 64)
+    (tmp_path / "home" / "runs").chmod(0o555)
+    root = os.geteuid() == 0
+    if root:  # who may write anywhere
+        for path in [tmp_path, *tmp_path.parents[:2]]:
+            path.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            files.command(lambda: train.main("--size 64 --epochs 1".split()))
+    finally:
+        if root:
+            os.seteuid(0)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'home' / 'runs' / 'cls_seg_1'}: no permission; expected to be allowed")
+
+
+def test_a_gradient_that_is_not_finite_names_task_and_step():
+    trainer, batch = trainer_and_batch()
+    trainer.step(batch)
+    trainer.net.heads["seg"].conv.weight.register_hook(lambda g: g * float("nan"))
+    with pytest.raises(RunError, match="the gradient of seg is not finite at step 2 .first in heads.seg.conv.weight.;"):
+        trainer.step(batch)
+    trainer, batch = trainer_and_batch()
+    trainer.net.encoder.features[0][0].weight.register_hook(lambda g: g / 0)
+    with pytest.raises(RunError, match="the gradient of what the tasks share is not finite at step 1 .first in enc"):
+        trainer.step(batch)
+    assert trainer.number == 0
+
+
+def test_steps_that_fp16_leaves_out_are_counted_and_limited():
+    """The scaler works on a CPU as well; gradients are made infinite where fp16 would have."""
+    trainer, batch = trainer_and_batch()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16)
+    too_large = [True, True, False, *[True] * 19, False, *[True] * 20]
+    turn = iter(too_large)
+    trainer.net.heads["cls"].linear.bias.register_hook(lambda g: g * float("inf") if next(turn) else g)
+    weights, counts = [], []
+    for _ in too_large[:-1]:
+        trainer.step(batch)
+        weights.append(trainer.net.heads["seg"].conv.bias.detach().clone()), counts.append(trainer.skipped)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert counts[:4] == [1, 2, 2, 3] and counts[-1] == 40 and trainer.skipped_in_a_row == 19
+    assert trainer.scaler.get_scale() < 1
+    with pytest.raises(RunError, match="too large for fp16 at step 43, for the 20th time in a row; lower --lr"):
+        trainer.step(batch)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, error, capsys):
+    def full():
+        raise error
+    with pytest.raises(RunError, match="out of memory on cpu after step 5 with --batch 6 --size 32; try --batch 3 or a "
+                                       "smaller --size; .*run keeps what was saved") as caught:
+        fit_until(monkeypatch, 5, full, SHORT, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["number"] == 4
+    with pytest.raises(SystemExit) as exit_:
+        files.command(full_command(caught.value))
+    assert exit_.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory")
+
+
+def full_command(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("how", ["limited file size", "small file system"])
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch, whole, how):
+    """best.pt of the first epoch finds room, the next last.pt does not."""
+    run = tmp_path / "disk" / "run"
+    (tmp_path / "disk").mkdir()
+    if how == "small file system" and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        if how == "limited file size":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30 << 20, before[1]))
+        else:
+            room = shutil.disk_usage(tmp_path / "disk").free
+            (tmp_path / "disk" / "ballast").write_bytes(bytes(room - (1 << 20)))
+    try:
+        with pytest.raises(OSError) as caught:
+            fit_until(monkeypatch, 2, fill, SHORT, run)
+        assert "what was there before is as it was; make room" in str(caught.value) and run.name in str(caught.value)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
+        assert not list(run.glob("*.part"))
+        assert torch.load(run / "last.pt", weights_only=True)["trainer"]["number"] == 0
+        if how == "limited file size":  # two checkpoints of this size do not fit into the other
+            train.fit(SHORT, run, quiet=True, resume=True)
+            ended_alike(run, whole(SHORT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if how == "small file system":
+            subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path):
+    """Once it would go on to the end of a step that takes a minute."""
+    slow = PROGRAM.replace("files.command", """
+import time
+whole = train.Trainer.step
+def step(self, batch):
+    if self.number == 3:
+        print("slow", flush=True)
+        time.sleep(60)
+    return whole(self, batch)
+train.Trainer.step = step
+files.command""")
+    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--size=64", "--save-every=2", "--name=a"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while "slow" not in (process.stdout.readline() or "slow"):
+        pass
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert process.wait(30) == 130 and time.monotonic() - begun < 30
+    assert "interrupted; go on with: python train.py --resume" in process.stdout.read()
+    assert torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)["trainer"]["number"] == 2
