@@ -136,8 +136,7 @@ def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm) if device.type == "cuda" else
                         shared(norm))
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
-                                   broadcast_buffers=False)
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
 
 
 def shared(norm: nn.BatchNorm2d) -> SharedBatchNorm:

@@ -127,10 +127,10 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
                                     task.tally(task.decode(output), target, pools[t]).cpu(),
                                     float(task.loss(output, target)),
                                     routes.per_token(routing[t]).mean(1).cpu() if routing else None)
-    return collect(tasks, photographs, group.gather((found, pools)))
+    return assemble(tasks, photographs, group.gather((found, pools)))
 
 
-def collect(tasks: Sequence[Task], photographs: data.Photographs,
+def assemble(tasks: Sequence[Task], photographs: data.Photographs,
             parts: Sequence[tuple[list[dict[str, Answered]], dict]]) -> Scores:
     """Scores of a split from the batches and pools of each process; batches are those of one process in its order."""
     (_, pools), *others = parts

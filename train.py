@@ -395,10 +395,16 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     return course.finish()
 
 
+def resuming(folder: Path, group: Group) -> str:
+    """The command that goes on with a run."""
+    start = "python" if group.size == 1 else f"torchrun --nproc_per_node={group.size}"
+    return f"{start} train.py --resume {folder}"
+
+
 def in_words(error: Exception, course: Course) -> Exception:
     """What has gone wrong with a file, with memory or with another process, in one line that says how to go on."""
     first, options = str(error).splitlines()[0], course.options
-    go_on = f"go on with: python train.py --resume {course.folder}"
+    go_on = f"go on with: {resuming(course.folder, course.group)}"
     if isinstance(error, InputError):
         return InputError(f"{error}; then {go_on}")
     if "DataLoader worker" in first:
@@ -572,7 +578,7 @@ def train(argv: Sequence[str] | None, group: Group) -> None:
     try:
         best = fit(options, folder, found.notes, False, group, found.resume, found.overwrite)
     except KeyboardInterrupt:
-        tell("\ninterrupted; " + (f"go on with: python train.py --resume {folder}" if folder.exists() else
+        tell("\ninterrupted; " + (f"go on with: {resuming(folder, group)}" if folder.exists() else
                                    "nothing was trained yet"))
         sys.exit(130)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data

@@ -126,6 +126,12 @@ def own_cache_and_runs(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(data, "CACHE", home / "cache")
 
 
+@pytest.fixture(autouse=True)
+def no_power_cuts(monkeypatch):
+    """Checkpoints need not have reached the disk when a test goes on: half of the time of a small run."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+
+
 def real_idrid(name: str) -> Path:
     """A real IDRiD folder from the environment variable IDRID (paths joined by ':'); skips where it is not set."""
     if not IDRID:

