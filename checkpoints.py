@@ -2,7 +2,7 @@
 
     read_weights, start_from        pretrained weights
     generators, set_generators      everything random but the batches, which follow from seed and step
-    read_last, check_same, tidy     last.pt and what has to be as it was
+    begin, save, read_last, tidy    a run's folder
 
 Whatever is read here runs no code; see load_tensors in files.py.
 """
@@ -13,6 +13,8 @@ import io
 import json
 import pickle
 import random
+import secrets
+import shutil
 import threading
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -23,9 +25,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from files import InputError, load_tensors, replacing, write_text
+from files import InputError, hold, load_tensors, replacing, write_text
 from model import Net, load_pretrained
-from records import Record
 
 
 # ---- pretrained weights ----
@@ -110,16 +111,6 @@ def set_generators(states: Mapping) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
-def fingerprint(parts: Mapping[str, Sequence[Record]]) -> str:
-    """SHA-256 over the photographs of each part: names, labels, sizes of the files, but not where they lie."""
-    def size(path):
-        return None if path is None else path.stat().st_size
-    plain = [(part, [(r.name, r.grade, r.edema, r.category, r.points, r.drawing, size(r.image),
-                      r.masks and {kind: size(path) for kind, path in r.masks.items()}) for r in records])
-             for part, records in parts.items()]
-    return hashlib.sha256(repr(plain).encode()).hexdigest()
-
-
 # ---- a run's folder ----
 
 def save(path: Path, state: Mapping) -> None:
@@ -130,36 +121,48 @@ def save(path: Path, state: Mapping) -> None:
         file.write(memory.getbuffer())
 
 
+def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
+    """Make a run's folder, which is there with its config.json or not at all. InputError: it is there already."""
+    new, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{end}") for end in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    try:
+        write_text(new / "config.json", json.dumps(config, indent=1))
+        if overwrite and folder.exists():
+            with hold(folder):
+                folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            raise InputError(f"{folder}: exists already; choose another --name, go on with --resume {folder}, or "
+                             "replace it with --overwrite") from None
+    finally:
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
 def read_last(folder: Path) -> tuple[dict, dict | None]:
     """A run's options, and all of last.pt; None where the run was stopped before it was first written.
 
     InputError: no run; a damaged checkpoint; one of another version.
     """
     if not (folder / "config.json").is_file():
-        raise InputError(f"--resume {folder}: no run begun there; expected a folder made by train.py, such as "
-                         "runs/cls_seg_1" + f"; --overwrite --name {folder.name} starts it" * folder.is_dir())
+        raise InputError(f"--resume {folder}: no run there; expected a folder made by train.py, such as runs/cls_seg_1")
+    name = "last.pt"
     try:
-        state = load_tensors(folder / "last.pt")
-        return state["options"], {k: state[k] for k in (
-            "options", "data", "machine", "validation", "net", "trainer", "progress", "generators")}
-    except FileNotFoundError:
-        return json.loads((folder / "config.json").read_text())["options"], None
-    except KeyError as error:
-        raise InputError(f"--resume {folder}: made by another version of this project, its last.pt lacks {error}; "
-                         "train again") from None
+        if not (folder / name).exists():
+            name = "config.json"
+            return json.loads((folder / name).read_text())["options"], None
+        state = load_tensors(folder / name)
+        return state["options"], {k: state[k] for k in ("data", "machine", "net", "trainer", "progress", "generators")}
     except InputError as error:
         best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
         raise InputError(f"--resume {error}; {best}--overwrite starts the run again") from None
-
-
-def check_same(what: str, begun: Mapping, now: Mapping) -> None:
-    """InputError: an option is not the one that the run was begun with."""
-    for name, value in begun.items():
-        if now[name] != value:
-            flag = "no-augment" if name == "augment" else name.replace("_", "-")
-            shown = [" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], value)]
-            raise InputError(f"--{flag} {shown[0]}: {what} was begun with {shown[1]}; a resumed run keeps it; leave "
-                             "the flag out")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--resume {folder}: its {name} was made by another version of this project "
+                         f"({type(error).__name__}: {error}); train again") from None
 
 
 def tidy(folder: Path, epochs: int) -> list[str]:

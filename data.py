@@ -16,6 +16,8 @@ import hashlib
 import json
 import math
 import sys
+import time
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -269,7 +271,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
     try:
         with np.load(path) as stored:
             version, *arrays = (stored[key] for key in ("version", *keys))
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged file provokes in zipfile, zlib and numpy
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
@@ -314,6 +316,9 @@ def build_cache(records: Sequence[Record], size: int, cache: Path) -> dict[str, 
         return {}
     if spoiled:
         print(f"cache: {spoiled[0]}{f', and {len(spoiled) - 1} more' * (len(spoiled) > 1)}: made anew", file=sys.stderr)
+    for part in cache.glob("*/*.part"):  # of a process that was killed
+        if time.time() - part.stat().st_mtime > 24 * 3600:
+            part.unlink()
     verb = "drawing" if todo[0][0].drawing is not None else "reading"
     try:
         with ProcessPoolExecutor(initializer=as_helper) as pool:
@@ -427,6 +432,15 @@ class Photographs(torch.utils.data.Dataset):
         sample = to_sample(self.records[i], dict(zip(keys, cached(self.records[i], self.paths[i], self.size, *keys))))
         return sample if draw is None else augment(sample, draw)
 
+    def fingerprint(self) -> str:
+        """SHA-256 over names, labels and contents of all samples, but not over where the files lie."""
+        digest = hashlib.sha256()
+        for r, path in zip(self.records, self.paths):
+            with zipfile.ZipFile(path) as stored:  # an npz, which has a checksum of each of its arrays
+                sums = [stored.getinfo(f"{key}.npy").CRC for key in ("image", "masks", "geometry")]
+            digest.update(repr((r.name, r.grade, r.edema, r.category, r.points, sorted(r.masks or []), sums)).encode())
+        return digest.hexdigest()
+
     def check(self, i: int) -> None:
         """InputError: a file of record i is not the one any more that was there at first."""
         for path, *before in self.files[i]:
@@ -435,6 +449,8 @@ class Photographs(torch.utils.data.Dataset):
             except FileNotFoundError:
                 raise InputError(f"{path}: removed while it was in use; expected the file to stay; put it "
                                  "back") from None
+            except OSError as error:  # a drive that is gone
+                raise InputError(f"{path}: {error.strerror} while it was in use; expected the file to stay") from None
             if [status.st_size, status.st_mtime_ns] != before:
                 raise InputError(f"{path}: changed while it was in use; expected the file to stay as it was; put it "
                                  "back, with its time of change")
@@ -468,9 +484,10 @@ def augment(sample: Sample, draw: int) -> Sample:
     if sample.points is not None:  # as boxes without extent: tv_tensors.KeyPoints end up to 0.3 pixels off
         parts["points"] = tv_tensors.BoundingBoxes(sample.points.repeat(1, 2), format="XYXY", canvas_size=(size, size),
                                                    clamping_mode=None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw)
-        parts = {name: x.as_subclass(Tensor) for name, x in AUGMENT(parts).items()}
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(draw)  # and no GPU's generator, which torch.manual_seed would seed as well
+    parts = {name: x.as_subclass(Tensor) for name, x in AUGMENT(parts).items()}
+    torch.set_rng_state(before)
     if sample.masks is not None:  # the border that has moved in is as unknown as the rest
         parts["masks"][(sample.masks == UNKNOWN).all((1, 2))] = UNKNOWN
     if sample.points is not None:

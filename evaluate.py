@@ -78,7 +78,8 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
     except InputError:
         raise
     except Exception as error:  # whatever is in a file that is not ours
-        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: "
+                         f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
                state["chosen"])
 
@@ -150,10 +151,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def plain(value):
-    """For JSON, which has no nan: the same with None in its place."""
+    """For JSON, which has no nan and no infinity: the same with None in their place."""
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note_opening(run: Run, root: Path | None) -> int:

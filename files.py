@@ -23,6 +23,11 @@ from typing import BinaryIO
 import torch
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 # ---- errors ----
 
@@ -53,8 +58,8 @@ def command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except PermissionError as error:
-        print(f"error: {error.filename}: no permission; expected to be allowed to read data and to write runs, "
-              "cache and --out; change the permissions of that path", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: no permission; expected to be allowed to read data and to write "
+              "runs, cache and --out; change the permissions of that path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -63,12 +68,13 @@ def command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:  # a link to nothing, a name too long, a full disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        what = error.strerror or str(error).strip().rpartition("\n")[2]  # a loader's worker sends its traceback
+        print(f"error: {error.filename or 'a file'}: {what}", file=sys.stderr)
         sys.exit(2)
 
 
 def as_helper(*_) -> None:
-    """For helper processes: only the main process answers Ctrl-C, and none outlives it, even if it was killed."""
+    """For helper processes: only the main process answers Ctrl-C, and they do not outlive it, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow(parent):
@@ -86,8 +92,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
     """A file to write in; it takes the place of `path` when the block ends, and never exists there in part.
 
-    A process that is killed leaves what was there before, and a file of another name that ends in .part. With `lasting`
-    this holds for a power cut too, at the cost of waiting for the disk. OSError: a full disk, with the name of `path`.
+    A process that is killed leaves what was there before, and a file of another name that ends in .part. If `lasting`,
+    this holds for a power cut too, at the cost of waiting for the disk. OSError: a full disk and the like.
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write the same file
     try:
@@ -98,11 +104,25 @@ def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise OSError(error.errno, f"{os.strerror(error.errno)}; what was there before is as it was; make room and "
-                                       "go on", str(path)) from error
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            full = "; what was there before is as it was; make room and go on" * (error.errno in FULL)
+            raise OSError(error.errno, os.strerror(error.errno) + full, str(path)) from error
         raise
+
+
+def hold(folder: Path) -> contextlib.AbstractContextManager:
+    """Claim a folder until this context, or the process, ends, however it ends. InputError: another process has."""
+    if fcntl is None:
+        return contextlib.nullcontext()
+    file = open(folder / ".lock", "ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{folder}: another process is training in it; wait for its end, or stop it") from None
+    return file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,11 +136,11 @@ def write_text(path: Path, text: str) -> None:
 def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
     """What torch.save wrote, as long as it is tensors and plain types: nothing in the file is executed.
 
-    FileNotFoundError; InputError: it is damaged, or holds something else.
+    OSError: no such file, no permission. InputError: it is damaged, or holds something else.
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
         raise InputError(f"{path}: damaged, or no file of tensors and plain types, as torch.save writes it "

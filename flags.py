@@ -239,15 +239,17 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
         save_every=args.save_every or 0), notes
 
 
-def resumed(given: Mapping, begun: Mapping) -> Options:
-    """The options that a run was begun with, and what was typed now in their place; see checkpoints.check_same.
+def resumed(args: argparse.Namespace, begun: Mapping) -> Options:
+    """The options that a run was begun with, and what was typed now in place of them; see check_same.
 
-    InputError: a flag that is for new runs; options of another version.
+    InputError: a flag that is for new runs, or out of its range; options of another version.
     """
+    given = args.given
+    check_ranges(args)
     if new := [flag for flag in ("name", "overwrite") if flag in given]:
         raise InputError(f"--{new[0]}: --resume names a run that is there already; leave one of them out")
     if {f.name for f in fields(Options)} != begun.keys():
-        raise InputError(f"--resume {given['resume']}: made by another version of this project; train again")
+        raise InputError(f"--resume {args.resume}: made by another version of this project; train again")
     options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in begun.items()})
     typed = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in ("resume", "no_augment")}
     typed |= {"augment": False} if "no_augment" in given else {}
@@ -256,3 +258,19 @@ def resumed(given: Mapping, begun: Mapping) -> Options:
     if "data" in typed:
         typed["data"] = str(records.find_data(typed["data"]).resolve())
     return replace(options, **typed)
+
+
+def check_same(folder: Path, begun: Mapping, now: Options) -> None:
+    """InputError: an option is not the one with which the run in `folder` was begun, though the result hangs on it."""
+    def words(value):
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return " ".join(map(str, value)) if isinstance(value, list) else value
+
+    for name, value in plain(now).items():
+        if name not in MACHINE and value != begun[name]:
+            flag = "--no-augment" if name == "augment" else f"--{name.replace('_', '-')}"
+            if not isinstance(value, bool):
+                flag += f" {words(value)}"
+            raise InputError(f"{flag}: {folder} was begun with {name} {words(begun[name])}; a resumed run keeps it; "
+                             "leave the flag out")

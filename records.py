@@ -12,6 +12,7 @@ IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 import csv
 import io
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -334,8 +335,9 @@ def read_table(path: Path) -> DataSet:
 def read_row(folder: Path, where: str, cells: dict[str, str]) -> Record:
     """One row of a table; see read_table."""
     def there(column):
-        file = folder / cells[column]
-        if Path(cells[column]).is_absolute() or ".." in Path(cells[column]).parts:
+        within = Path(os.path.normpath(cells[column]))
+        file = folder / within
+        if within.is_absolute() or within.parts[:1] == ("..",):
             raise InputError(f"{where}: {column} {cells[column]!r}: leads out of {folder}; expected a path below the "
                              "folder of the table; move the table above its files")
         if not file.is_file():

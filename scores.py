@@ -107,10 +107,10 @@ class Answered:
 
 @torch.inference_mode()
 def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device: torch.device, batch: int = 16,
-          progress: str = "", group: Group = ALONE) -> Scores:
+          progress: str = "", group: Group = ALONE) -> Scores | None:
     """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label.
 
-    The processes of `group` take the batches in turn, and all of them get the scores of all.
+    The processes of `group` take the batches in turn; the first of them gets the scores of all, the others None.
     """
     net.eval()
     batches = in_order(photographs, batch)[group.rank::group.size]
@@ -127,7 +127,8 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
                                     task.tally(task.decode(output), target, pools[t]).cpu(),
                                     float(task.loss(output, target)),
                                     routes.per_token(routing[t]).mean(1).cpu() if routing else None)
-    return assemble(tasks, photographs, group.gather((found, pools)))
+    parts = group.gather((found, pools))
+    return parts and assemble(tasks, photographs, parts)
 
 
 def assemble(tasks: Sequence[Task], photographs: data.Photographs,

@@ -2,20 +2,22 @@
 
     python train.py --tasks cls seg                        # on drawn photographs: nothing to download
     python train.py --tasks cls seg --data PATH/TO/IDRiD   # on the real ones
+    torchrun --nproc_per_node=2 train.py --tasks cls seg   # in several processes
+    python train.py --resume runs/NAME                     # go on where it was stopped
 
-Read Trainer.step for what one step is, fit for the loop around it, main for the command line. A run leaves in
-runs/NAME: config.json, metrics.jsonl (a line per epoch), best.pt (chosen on validation), last.pt.
+Read Trainer.step for what one step is, Course.run for the loop around it, fit for what that needs. A run leaves in
+runs/NAME: config.json, metrics.jsonl (a line per epoch), best.pt (chosen on validation), last.pt, result.json.
 
 Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 """
 
+import contextlib
 import ctypes
 import json
 import math
 import os
 import platform
 import random
-import shutil
 import signal
 import sys
 import time
@@ -40,7 +42,7 @@ import records
 import routes
 import scores
 from files import InputError, RunError
-from flags import MACHINE, Options, plain
+from flags import Options, plain
 from model import Net, balance_loss
 from parallel import ALONE, Group
 from tasks import TASKS, Task, make_tasks
@@ -180,13 +182,15 @@ class Trainer:
 # ---- the run ----
 
 class Interrupt:
-    """While training: Ctrl-C (or SIGTERM) once ends after the step, twice at once. Under torchrun, which repeats the
+    """While training: Ctrl-C (or SIGTERM) once ends after the step, twice at once.
 
-    signal of the terminal, only once.
+    Several processes hear it at different moments, so they end only where they agree on it. For them twice is once,
+    since torchrun repeats what the terminal sends; and SIGTERM, by which it ends those that have lost another, ends at
+    once.
     """
 
     def __init__(self, group: Group = ALONE):
-        self.asked, self.group = False, group
+        self.heard, self.agreed, self.group = False, False, group
 
     def __enter__(self):
         names = [signal.SIGINT] + [signal.SIGTERM] * (self.group.size == 1)
@@ -198,9 +202,14 @@ class Interrupt:
             signal.signal(name, handler)
 
     def hear(self, *_):
-        if self.asked and self.group.size == 1:
+        if self.heard and self.group.size == 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.heard = True
+
+    def agree(self, device: torch.device) -> bool:
+        """Whether any process has heard it, the same in all; every process must ask."""
+        self.agreed = self.agreed or self.group.any(self.heard, device)
+        return self.agreed
 
 
 @dataclass
@@ -222,29 +231,15 @@ class Course:
         self.training, self.validation, self.quiet, self.group = training, validation, quiet, trainer.group
         self.progress, self.lines, self.last = Progress(), [], steps.per_epoch * options.epochs
         self.stored = {"options": plain(options), "validation": [r.name for r in validation.records],
-                       "data": checkpoints.fingerprint({"train": training.records, "val": validation.records}),
+                       "data": [training.fingerprint(), validation.fingerprint()],
                        "machine": machine(trainer.device, self.group)}
+        self.held = None  # the lock of the folder
 
-    def begin(self, config: Mapping, overwrite: bool) -> None:
-        """Make the folder. InputError: it is there already."""
-        if self.group.rank == 0:
-            if overwrite and self.folder.exists():
-                shutil.rmtree(self.folder)
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise InputError(f"{self.folder}: exists already; choose another --name, go on with --resume "
-                                 f"{self.folder}, or replace it with --overwrite") from None
-            files.write_text(self.folder / "config.json", json.dumps(config, indent=1))
-
-    def restore(self, state: Mapping | None) -> None:
+    def restore(self, state: Mapping) -> None:
         """Go on from last.pt. InputError: the data, the device or the number of processes is another."""
-        if state is None:  # it was stopped before its first step
-            return
         if state["data"] != self.stored["data"]:
             raise InputError(f"--resume {self.folder}: {self.options.data or 'the drawn photographs'}: other "
-                             "photographs, labels or sizes of files than when the run was begun; expected the same; "
-                             "start a new run")
+                             "photographs or labels than when the run was begun; expected the same; start a new run")
         begun, now = state["machine"], self.stored["machine"]
         for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
             if begun[what] != now[what]:
@@ -252,9 +247,13 @@ class Course:
                                  "or the result would be another")
         if begun != now and not self.quiet:
             print(f"warning: begun with {shown(begun)}, now {shown(now)}: the last digits of the result may be others")
-        self.trainer.net.load_state_dict(state["net"])
-        self.trainer.load_state_dict(state["trainer"])
-        self.progress = Progress(**state["progress"])
+        try:
+            self.trainer.net.load_state_dict(state["net"])
+            self.trainer.load_state_dict(state["trainer"])
+            self.progress = Progress(**state["progress"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"--resume {self.folder}: its last.pt was made by another version of this project "
+                             f"({type(error).__name__}); train again") from error
 
     def run(self, generators: Sequence[Mapping] | None) -> None:
         """Train to the end, from wherever it stands; `generators` of all processes as they were there, if stored."""
@@ -263,14 +262,22 @@ class Course:
         if generators is not None:  # after the loader, which draws from torch's
             checkpoints.set_generators(generators[self.group.rank])
         if self.group.rank == 0:
+            self.held = files.hold(self.folder)
             self.lines = checkpoints.tidy(self.folder, self.progress.epoch)
         if generators is None:
             self.save()
         while not self.ended():
-            with Interrupt(self.group) as interrupt:
-                self.train_epoch(batches, interrupt)
-                self.save()
-            if interrupt.asked:
+            interrupt = Interrupt(self.group)
+            try:
+                with interrupt:
+                    self.train_epoch(batches, interrupt)
+                    self.save()
+                    stop = interrupt.agree(self.trainer.device)
+            except RuntimeError:
+                if interrupt.heard:  # and by the processes that load photographs, which ended
+                    raise KeyboardInterrupt from None
+                raise
+            if stop or interrupt.heard and self.group.size == 1:
                 raise KeyboardInterrupt
             self.score_epoch()
 
@@ -287,7 +294,7 @@ class Course:
         with tqdm(total=self.steps.per_epoch, initial=trainer.number + self.steps.per_epoch - end, unit="step",
                   desc=f"epoch {progress.epoch + 1}/{self.options.epochs}", leave=False,
                   disable=True if self.quiet else None) as bar:
-            while trainer.number < end and not interrupt.asked:
+            while trainer.number < end and not interrupt.agree(trainer.device):
                 begun = time.perf_counter()
                 for name, value in trainer.step(self.next(batches).to(trainer.device)).items():
                     progress.losses.setdefault(name, []).append(value)
@@ -295,15 +302,17 @@ class Course:
                 bar.update()
                 bar.set_postfix({name: f"{np.mean(values[-20:]):.3f}" for name, values in progress.losses.items()},
                                 refresh=False)
-                interrupt.asked = self.group.any(interrupt.asked, trainer.device)
                 if every and trainer.number % every == 0:
                     self.save()
 
     def next(self, batches: Iterator[data.Batch]) -> data.Batch:
-        """The next batch. If a file or a loader's process keeps it from coming, all that was learned is saved first."""
+        """The next batch. If a file or a loader's process keeps it from coming, all that was learned is saved first.
+
+        Not so in a group: the others do not know of it.
+        """
         try:
             return next(batches)
-        except (InputError, RuntimeError):
+        except (InputError, RuntimeError, OSError):
             if self.group.size == 1:
                 self.save()
             raise
@@ -312,17 +321,18 @@ class Course:
         """Score the validation split, keep the network if it is the best, write down what was found."""
         net, progress, trainer = self.trainer.net, self.progress, self.trainer
         found = scores.score(net, self.validation, self.tasks, trainer.device, self.options.batch, group=self.group)
-        metrics, losses = found.metrics(), {t: float(np.mean(v)) for t, v in progress.losses.items()}
+        metrics, usage = self.group.share(found and (found.metrics(), found.usage))
+        losses = {t: float(np.mean(v)) for t, v in progress.losses.items()}
         score, seconds = scores.primary_score(metrics, self.tasks), progress.seconds
         progress.epoch += 1
         if better := score > progress.best["score"]:
-            progress.best = {"epoch": progress.epoch, "score": score, "metrics": metrics, "usage": found.usage,
+            progress.best = {"epoch": progress.epoch, "score": score, "metrics": metrics, "usage": usage,
                              "weights": checkpoints.weights_hash(net)}
             if self.group.rank == 0:
                 checkpoints.save(self.folder / "best.pt", {**self.stored, "net": net.state_dict(),
                                                            "epoch": progress.epoch, "chosen": found.choose()})
         line = {"epoch": progress.epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
-                "expert_usage": found.usage, "lr": trainer.optimizer.param_groups[0]["lr"],
+                "expert_usage": usage, "lr": trainer.optimizer.param_groups[0]["lr"],
                 "skipped_steps": trainer.skipped, "seconds": round(seconds, 3),
                 "images_per_second": round(self.steps.per_epoch * self.options.batch / seconds, 2)}
         progress.losses, progress.seconds = {}, 0.0
@@ -343,9 +353,9 @@ class Course:
 
     def finish(self) -> dict:
         """Write result.json; -> what is in it."""
-        best, files_ = self.progress.best, {"best.pt": self.progress.best["weights"],
-                                            "last.pt": checkpoints.weights_hash(self.trainer.net)}
-        result = {**best, "weights": files_, "epochs": self.progress.epoch, "steps": self.trainer.number,
+        best = self.progress.best
+        weights = {"best.pt": best["weights"], "last.pt": checkpoints.weights_hash(self.trainer.net)}
+        result = {**best, "weights": weights, "epochs": self.progress.epoch, "steps": self.trainer.number,
                   "skipped_steps": self.trainer.skipped, "machine": self.stored["machine"]}
         if self.group.rank == 0:
             files.write_text(self.folder / "result.json", json.dumps(evaluate.plain(result), indent=1))
@@ -361,11 +371,15 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     and Course.next; memory that is not there.
     """
     quiet = quiet or group.rank > 0
+    if options.batch < group.size:
+        raise InputError(f"--batch {options.batch}: {group.size} processes share it; expected at least one photograph "
+                         "for each")
     device = group.device(evaluate.pick_device(options.device))
     make_repeatable(options.seed, device.type == "cpu" or options.deterministic)
-    begun, state = checkpoints.read_last(folder) if resume else (None, None)
+    state = None
     if resume:
-        checkpoints.check_same(str(folder), {k: v for k, v in begun.items() if k not in MACHINE}, plain(options))
+        begun, state = checkpoints.read_last(folder)
+        flags.check_same(folder, begun, options)
     net, tasks = evaluate.build_net(asdict(options))
     if state is None and group.rank == 0:  # the others take over its weights
         checkpoints.start_from(net, options.weights, options.variant)
@@ -374,51 +388,50 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     if not quiet:
         print(announcement(training, validation, findings, tasks, options))
     steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
-    if options.batch < group.size:
-        raise InputError(f"--batch {options.batch}: {group.size} processes share it; expected at least one photograph "
-                         "for each")
-    blanks = data.blanks(training, tasks) if group.size > 1 else {}
-    trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device, group, blanks)
-    if group.rank:  # noise and dropout of its own
-        torch.manual_seed(int(np.random.SeedSequence((options.seed, group.rank)).generate_state(1)[0]))
-    course = Course(options, folder, tasks, trainer, steps, training, validation, quiet)
-    if resume:
-        course.restore(state)
-    else:
-        course.begin({"options": plain(options), "notes": list(notes), **findings}, overwrite)
-    try:
+    with in_words(folder, options, group) as where:
+        trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device, group,
+                          data.blanks(training, tasks) if group.size > 1 else {})
+        where["trainer"] = trainer
+        if group.rank:  # noise and dropout of its own
+            torch.manual_seed(int(np.random.SeedSequence((options.seed, group.rank)).generate_state(1)[0]))
+        course = Course(options, folder, tasks, trainer, steps, training, validation, quiet)
+        if state is not None:
+            course.restore(state)
+        elif group.rank == 0 and not resume:
+            checkpoints.begin(folder, {"options": plain(options), "notes": list(notes), **findings}, overwrite)
+        where["begun"] = True
         course.run(None if state is None else state["generators"])
-    except (InputError, RuntimeError) as error:
-        raise in_words(error, course) from error
-    if course.progress.epoch < options.epochs and not quiet:
-        print(f"no better validation score for {options.patience} epochs: stopped early")
-    return course.finish()
+        if course.progress.epoch < options.epochs and not quiet:
+            print(f"no better validation score for {options.patience} epochs: stopped early")
+        return course.finish()
 
 
-def resuming(folder: Path, group: Group) -> str:
-    """The command that goes on with a run."""
-    start = "python" if group.size == 1 else f"torchrun --nproc_per_node={group.size}"
-    return f"{start} train.py --resume {folder}"
+@contextlib.contextmanager
+def in_words(folder: Path, options: Options, group: Group) -> Iterator[dict]:
+    """Say in one line what has gone wrong with a file, with memory or with a loader, and how to go on.
 
-
-def in_words(error: Exception, course: Course) -> Exception:
-    """What has gone wrong with a file, with memory or with another process, in one line that says how to go on."""
-    first, options = str(error).splitlines()[0], course.options
-    go_on = f"go on with: {resuming(course.folder, course.group)}"
-    if isinstance(error, InputError):
-        return InputError(f"{error}; then {go_on}")
-    if "DataLoader worker" in first:
-        return RunError(f"a process that loads photographs was killed after step {course.trainer.number}, perhaps for "
-                        f"want of memory; try fewer --workers (now {options.workers}); {go_on}")
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return RunError(f"out of memory on {course.trainer.device} after step {course.trainer.number} with --batch "
-                        f"{options.batch} --size {options.size}; try --batch {max(2, options.batch // 2)} or a smaller "
-                        f"--size; {course.folder} keeps what was saved before ({first[:100]})")
-    if course.group.size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower() or
-                                  "Connection" in str(error)):
-        return RunError(f"process {course.group.rank} of {course.group.size} lost another one after step "
-                        f"{course.trainer.number}, whose own message says why; {go_on} ({first[:100]})")
-    return error
+    KeyboardInterrupt: with the command that goes on with the run, if it has begun.
+    """
+    where = {"trainer": None, "begun": False}
+    command = f"{'python' if group.size == 1 else f'torchrun --nproc_per_node={group.size}'} train.py --resume {folder}"
+    try:
+        yield where
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(command if where["begun"] else "") from None
+    except InputError as error:
+        raise InputError(f"{error}; then go on with: {command}" if where["begun"] else str(error)) from None
+    except (RuntimeError, MemoryError) as error:
+        first, step = (str(error).splitlines() or [""])[0], where["trainer"].number if where["trainer"] else 0
+        if "is killed by signal" in first or "exited unexpectedly" in first:
+            raise RunError(f"a process that loads photographs was killed after step {step}, perhaps for want of "
+                           f"memory; try fewer --workers (now {options.workers}); go on with: {command} "
+                           f"({first[:160]})") from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in first or \
+                "can't allocate memory" in first:
+            raise RunError(f"out of memory after step {step} with --batch {options.batch} --size {options.size}; try "
+                           f"--batch {max(2, options.batch // 2)} or a smaller --size; {folder} keeps what was saved "
+                           f"before ({first[:100]})") from error
+        raise
 
 
 def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, tasks: Sequence[Task], score: float,
@@ -547,13 +560,13 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Read the command line, and look at the data and at the run that it names. InputError: see flags.py."""
     args = flags.parse(argv)
     if args.resume is not None:
-        options = flags.resumed(args.given, checkpoints.read_last(args.resume)[0])
+        options = flags.resumed(args, checkpoints.read_last(args.resume)[0])
         return Plan(options, args.resume, [f"going on with {args.resume}"], True, False)
     options, notes = flags.settle(args)
     runs = records.HERE / "runs"
     if args.name is None and args.overwrite:
         raise InputError("--overwrite: expected --name as well, of the run to replace")
-    if args.name and Path(args.name).name != args.name:
+    if args.name and (Path(args.name).name != args.name or args.name == ".."):
         raise InputError(f"--name {args.name}: expected a name, not a path; runs are kept in {runs}")
     folder = runs / args.name if args.name else flags.next_folder(runs, options.tasks)
     if folder.exists() and not args.overwrite:
@@ -577,9 +590,8 @@ def train(argv: Sequence[str] | None, group: Group) -> None:
     begun = time.perf_counter()
     try:
         best = fit(options, folder, found.notes, False, group, found.resume, found.overwrite)
-    except KeyboardInterrupt:
-        tell("\ninterrupted; " + (f"go on with: {resuming(folder, group)}" if folder.exists() else
-                                   "nothing was trained yet"))
+    except KeyboardInterrupt as stopped:
+        tell("\ninterrupted; " + (f"go on with: {stopped}" if str(stopped) else "nothing was trained yet"))
         sys.exit(130)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
     tell(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")

@@ -207,12 +207,12 @@ def test_cache_is_used_and_follows_the_file(tree, monkeypatch):
     monkeypatch.setattr(data, "ProcessPoolExecutor", InProcess)
     data.Photographs(found, 64)
     assert not calls
+    assert first[0, None].image.shape == (3, 64, 64)
     path = found[0].image
     Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     data.build_cache(found, 64, data.CACHE)
     assert [r.name for r in calls] == [found[0].name]
     assert data.cache_path(found[1], 64, data.CACHE) != data.cache_path(found[1], 96, data.CACHE)
-    assert first[0, None].image.shape == (3, 64, 64)
 
 
 class InProcess:
@@ -226,8 +226,8 @@ class InProcess:
     def __exit__(self, *_):
         pass
 
-    def map(self, f, items, chunksize):
-        return map(f, items)
+    def map(self, f, *items, chunksize):
+        return map(f, *items)
 
 
 def test_masks_survive_the_cache_bit_for_bit():

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +16,16 @@ import data
 import evaluate
 import metrics
 import records
+import train
 from conftest import ROOT
 from files import InputError
+from flags import Options
 from parallel import ALONE, Group
 from tasks import TASKS
 from test_resume import ended_alike
 from test_train import PROGRAM, few_drawings  # noqa: F401
 
-# two steps in float64 with nothing left to chance, in as many processes as torchrun says: -> FILE with all gradients
+# two steps in float64 with nothing left to chance, then scores: -> FILE_RANK.pt with all gradients and measures
 STEP = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -32,7 +33,7 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
-import data, evaluate, parallel, records, train
+import data, evaluate, parallel, records, scores, train
 from flags import Options
 torch.randn_like = torch.zeros_like  # the noise of the gates
 data.CACHE = Path(sys.argv[2])
@@ -62,14 +63,21 @@ def learn(group, options):
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
             "others": {**dict(net.named_buffers()), **trainer.weigh.state_dict()}}
 
+def scored(group):
+    torch.manual_seed(0)
+    net, tasks = evaluate.build_net(asdict(Options(tasks=("cls", "dme", "seg", "loc"))))
+    photographs = data.Photographs(records.read_drawn().records[:22], 64)
+    found = scores.score(net, photographs, tasks, torch.device("cpu"), 4, group=group)
+    return found and {"metrics": evaluate.plain(found.metrics()), "names": found.names, "usage": found.usage,
+                      "chosen": found.choose()}
+
 with parallel.join() as group:
     learned = [learn(group, Options(**changed)) for changed in eval(sys.argv[4])]
-    if group.rank == 0:
-        torch.save(learned, sys.argv[3])
+    torch.save({"learned": learned, "scores": scored(group)}, f"{sys.argv[3]}_{group.rank}.pt")
 """
 
 
-def torchrun(processes: int, *arguments, **how) -> subprocess.Popen:
+def torchrun(processes: int, *arguments) -> subprocess.Popen:
     """python -c PROGRAM ARGUMENTS in several processes; torchrun itself takes files and modules only."""
     program, *arguments = map(str, arguments)
     file = Path(arguments[1]) / f"program_{abs(hash(program))}.py"
@@ -78,27 +86,40 @@ def torchrun(processes: int, *arguments, **how) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
                              f"--nproc_per_node={processes}", file, *arguments], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def run(processes: int, *arguments) -> tuple[int, str, str]:
     process = torchrun(processes, *arguments)
-    output, errors = process.communicate(timeout=240)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:  # torchrun ends what it has started
+        process.terminate()
     return process.returncode, output, errors
 
 
 # ---- gradients ----
 
-def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(tmp_path):
+CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "experts_at": "decoder"}, {"experts": 0},
+           {"router": "private", "chosen": 1, "balance": 0.0}]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """What one process, and each of two, learned and scored."""
     same = {"tasks": ("cls", "dme", "seg", "loc"), "size": 64, "experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
-    changes = [{}, {"loss_weights": ("uncertainty",), "router": "shared"}, {"experts_at": "decoder"}, {"experts": 0},
-               {"router": "private", "chosen": 1, "balance": 0.0}]
-    for processes in (1, 2):
-        status, _, errors = run(processes, STEP, ROOT, tmp_path / "cache", tmp_path / f"{processes}.pt",
-                                [same | c for c in changes])
+    home = tmp_path_factory.mktemp("learned")
+    for n in (1, 2):
+        status, _, errors = run(n, STEP, ROOT, home / "cache", home / f"{n}", [same | c for c in CHANGES])
         assert status == 0, errors
-    for change, one, two in zip(changes, *(torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))):
+    return [torch.load(home / f"{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1")]
+
+
+def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(learned):
+    for change, one, two, other in zip(CHANGES, *(found["learned"] for found in learned)):
+        assert two["losses"] == other["losses"] and all(
+            torch.equal(g, other["gradients"][n]) for n, g in two["gradients"].items())
         for step in (0, 1):
             assert one["losses"][step] == pytest.approx(two["losses"][step], rel=1e-9)
         assert one["gradients"].keys() == two["gradients"].keys()
@@ -149,31 +170,9 @@ def test_pixels_ranked_in_parts_are_ranked_as_a_whole(monkeypatch):
         assert first.area(0) == pytest.approx(whole.area(0), abs=1e-6 if counted else 1e-12)
 
 
-SCORE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from dataclasses import asdict
-from pathlib import Path
-import torch
-import data, evaluate, parallel, records, scores
-from flags import Options
-data.CACHE = Path(sys.argv[2])
-with parallel.join() as group:
-    torch.manual_seed(0)
-    net, tasks = evaluate.build_net(asdict(Options(tasks=("cls", "dme", "seg", "loc"))))
-    found = scores.score(net, data.Photographs(records.read_drawn().records[:22], 64), tasks, torch.device("cpu"), 4,
-                         group=group)
-    torch.save({"metrics": evaluate.plain(found.metrics()), "names": found.names, "usage": found.usage,
-                "chosen": found.choose()}, f"{sys.argv[3]}{group.rank}.pt")
-"""
-
-
-def test_scores_of_two_processes_are_those_of_one_in_both(tmp_path):
-    for processes in (1, 2):
-        status, _, errors = run(processes, SCORE, ROOT, tmp_path / "cache", tmp_path / f"{processes}_")
-        assert status == 0, errors
-    one, *two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1"))
-    assert one == two[0] == two[1] and one["metrics"]["seg"]["photographs"] == 22
+def test_scores_of_two_processes_are_those_of_one(learned):
+    one, first, second = (found["scores"] for found in learned)
+    assert one == first and second is None and one["metrics"]["seg"]["photographs"] == 22
 
 
 # ---- a whole run ----
@@ -188,44 +187,44 @@ def step(self, batch):
     return whole(self, batch)
 train.Trainer.step = step
 files.command""")
-FLAGS = "--size 64 --epochs 2 --batch 9 --save-every 4".split()
+FLAGS = "--size 64 --epochs 2 --batch 8 --save-every 4".split()
 
 
-def test_two_processes_train_one_run_and_survive_the_death_of_one(tmp_path):
-    status, output, errors = run(2, PROGRAM, ROOT, tmp_path, *FLAGS, "--name", "whole")
+def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path):
+    """Three add in an order that two do not have."""
+    status, output, errors = run(3, PROGRAM, ROOT, tmp_path, *FLAGS, "--name", "whole")
     assert status == 0, errors
-    assert output.count("chosen: epoch") == 1 and output.count("| score") == 2 and "2 processes" in output
+    assert output.count("chosen: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
     whole = tmp_path / "runs" / "whole"
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 12
     stored = torch.load(whole / "last.pt", weights_only=True)
-    first, second = (g["torch"] for g in stored["generators"])
-    assert stored["machine"]["processes"] == 2 and not torch.equal(first, second)
+    first, second, third = (g["torch"] for g in stored["generators"])
+    assert stored["machine"]["processes"] == 3 and not torch.equal(first, second) and not torch.equal(second, third)
     assert evaluate.load_run(whole, torch.device("cpu")).epoch > 0  # by one process
 
-    begun = time.monotonic()
     fatal = FATAL.replace("END", "os.kill(os.getpid(), signal.SIGKILL)")
-    status, output, errors = run(2, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed")
-    assert status != 0 and time.monotonic() - begun < 60
-    assert "Signal 9 (SIGKILL)" in errors and errors.count("Traceback") == 1  # torchrun's own
-    assert "Warning" not in errors
+    status, output, errors = run(3, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed")
+    assert status != 0 and "Signal 9 (SIGKILL)" in errors
+    assert errors.count("Traceback") == 1 and "Warning" not in errors  # torchrun's own
     killed = tmp_path / "runs" / "killed"
     assert torch.load(killed / "last.pt", weights_only=True)["trainer"]["number"] == 4
-    status, output, errors = run(1, PROGRAM, ROOT, tmp_path, "--resume", killed)
-    assert status != 0 and "error: --nproc_per_node 1: " in errors and "was begun with 2; expected the same" in errors
-    status, output, errors = run(2, PROGRAM, ROOT, tmp_path, "--resume", killed)
+    status, output, errors = run(3, PROGRAM, ROOT, tmp_path, "--resume", killed)
     assert status == 0, errors
     ended_alike(killed, whole)
 
 
-def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path):
-    begun = time.monotonic()
-    status, _, errors = run(2, FATAL.replace("END", "raise files.RunError('the reason')"), ROOT, tmp_path, *FLAGS)
-    assert status != 0 and time.monotonic() - begun < 60 and "error: the reason" in errors
-    status, _, errors = run(3, PROGRAM, ROOT, tmp_path, "--batch", "2")
-    assert status != 0 and "error: --batch 2: 3 processes share it; expected at least one photograph for each" in errors
-    status, _, errors = run(2, PROGRAM, ROOT, tmp_path, "--tasks", "fly")
-    assert status != 0 and errors.count("error: --tasks fly: no such task") == 1
+@pytest.mark.parametrize("program,flags,reason", [
+    (FATAL.replace("END", "raise files.RunError('the reason')"), FLAGS, "error: the reason"),
+    (PROGRAM, ["--tasks", "fly"], "error: --tasks fly: no such task")], ids=["in a step", "on the command line"])
+def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, reason):
+    status, _, errors = run(2, program, ROOT, tmp_path, *flags)
+    assert status != 0 and errors.count(reason) == 1 and errors.count("Traceback") == 1  # torchrun's own
+
+
+def test_each_process_needs_a_photograph(tmp_path):
+    with pytest.raises(InputError, match="--batch 2: 3 processes share it; expected at least one photograph for each"):
+        train.fit(Options(batch=2), tmp_path / "run", group=Group(0, 3))
 
 
 def test_without_torchrun_there_is_one_process():

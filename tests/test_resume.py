@@ -1,5 +1,6 @@
 """What a run survives: it is stopped or killed at any moment and ends as if it never had been; and every fault."""
 
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import checkpoints
 import data
 import evaluate
 import files
-import flags
+import model
 import records
 import train
 from conftest import ROOT
@@ -45,6 +46,12 @@ def ended_alike(one: Path, two: Path) -> None:
         nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
         assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
     assert not list(one.glob("*.part")) + list(two.glob("*.part"))
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """One block in each stage of the encoder: nothing here depends on how deep it is."""
+    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
 
 
 class Killed(BaseException):
@@ -83,9 +90,19 @@ def whole(tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """Two folders of tiny pictures."""
+    for i in range(18):
+        folder = tmp_path / "classes" / ("val" if i > 12 else "train") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 10 + i).convert("RGB").save(folder / f"{i}.png")
+    return tmp_path / "classes"
+
+
 # ---- exact resume ----
 
-@pytest.mark.parametrize("step", [0, 2, 3, 4, 7], ids=lambda s: f"step {s}")
+@pytest.mark.parametrize("step", [0, 3, 4, 7], ids=lambda s: f"step {s}")
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, step):
     """An epoch has 4 steps here: before the first checkpoint of steps, right after it, between epochs, at the end."""
     assert torch.load(whole(SHORT) / "last.pt", weights_only=True)["trainer"]["number"] == 8
@@ -97,7 +114,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 
 
 @pytest.mark.parametrize("change", [
-    {"workers": 2}, {"loss_weights": ("uncertainty",)}, {"router": "shared", "chosen": 1}, {"save_every": 0}], ids=str)
+    {"save_every": 0, "loss_weights": ("uncertainty",)}, {"workers": 2, "router": "shared", "chosen": 1}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     options = replace(SHORT, **change)
     for step in (5, 6):  # twice
@@ -143,26 +160,56 @@ def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
     ended_alike(tmp_path / "run", whole(SHORT))
 
 
-@pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl", "last.pt", "config.json"])
-def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whole, name):
-    """The new file is complete but not in place; `best.pt` and what follows belong to an epoch that is not over."""
-    move = os.replace
+@pytest.mark.parametrize("name,time_", [("best.pt", 1), ("metrics.jsonl", 2), ("last.pt", 1), ("last.pt", 4),
+                                        ("config.json", 1)])
+def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whole, name, time_):
+    """The new file is complete but not in place, and there is no time to clean up.
 
+    metrics.jsonl is empty at first and has its first line, of an epoch that is not over yet, the second time.
+    """
     def stop(source, target):
-        if Path(target).name == name and (name != "last.pt" or seen.append(1) or len(seen) == 4):
+        if Path(target).name == name and (seen.append(1) or len(seen) == time_):
             die()
         move(source, target)
-    seen = []
+    move, seen = os.replace, []
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", stop)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # nor is there time to clean up
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         train.fit(SHORT, tmp_path / "run", quiet=True)
-    assert list((tmp_path / "run").glob(f"{name}.*.part"))
-    if name == "config.json":
-        with pytest.raises(InputError, match="no run begun there.*; --overwrite --name run starts it"):
+    assert list(tmp_path.rglob(f"{name}.*.part"))
+    if name == "config.json":  # without it there is no run
+        with pytest.raises(InputError, match="no run there"):
             train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
-    train.fit(SHORT, tmp_path / "run", quiet=True, resume=name != "config.json", overwrite=name == "config.json")
+    train.fit(SHORT, tmp_path / "run", quiet=True, resume=name != "config.json")
     ended_alike(tmp_path / "run", whole(SHORT))
+
+
+@pytest.mark.parametrize("moment", ["the old one is moved", "the new one is moved", "the old one is removed"])
+def test_killed_while_a_run_is_replaced(tmp_path, monkeypatch, whole, moment):
+    """The old run is there, or none, or the new one; never a mixture, and a run of that name can be begun."""
+    monkeypatch.setattr(records, "HERE", tmp_path)
+    run = shutil.copytree(whole(SHORT), tmp_path / "runs" / "mine")
+    moves, rename, rmtree = [], Path.rename, shutil.rmtree
+
+    def move(self, target):
+        if len(moves) == ["the old one is moved", "the new one is moved"].index(moment):
+            die()
+        moves.append(rename(self, target))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if moment != "the old one is removed":
+            patch.setattr(Path, "rename", move)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: die() if moment == "the old one is removed" else None)
+        train.fit(replace(SHORT, seed=1), run, quiet=True, overwrite=True)
+    assert shutil.rmtree is rmtree
+    if moment == "the old one is moved":
+        ended_alike(run, whole(SHORT))
+    elif moment == "the new one is moved":
+        assert not run.exists()
+    else:
+        assert [p.name for p in run.iterdir()] == ["config.json"]
+        train.fit(replace(SHORT, seed=1), run, quiet=True, resume=True)
+    train.main("--name mine --overwrite --tasks cls --size 64 --epochs 1 --batch 15".split())
 
 
 def test_half_a_line_and_lines_too_many_in_the_log_are_mended(tmp_path, monkeypatch, whole):
@@ -175,10 +222,11 @@ def test_half_a_line_and_lines_too_many_in_the_log_are_mended(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("typed,message", [
-    ("--lr 0.1", "--lr 0.1: .*run was begun with 0.0015; a resumed run keeps it; leave the flag out"),
-    ("--epochs 7", "--epochs 7: .* begun with 2;"), ("--no-augment", "--no-augment False: .* begun with True"),
-    ("--tasks cls loc", "--tasks cls loc: .* begun with cls seg"), ("--seed 3", "--seed 3: .* begun with 0"),
-    ("--loss-weights uncertainty", "--loss-weights uncertainty: .* begun with fixed"),
+    ("--lr 0.1", "--lr 0.1: .*run was begun with lr 0.0015; a resumed run keeps it; leave the flag out"),
+    ("--epochs 1", "--epochs 1: .* begun with epochs 2;"), ("--no-augment", "--no-augment: .* begun with augment yes;"),
+    ("--tasks cls loc", "--tasks cls loc: .* begun with tasks cls seg"), ("--seed 3", "--seed 3: .* begun with seed 0"),
+    ("--loss-weights uncertainty", "--loss-weights uncertainty: .* begun with loss_weights fixed"),
+    ("--deterministic", "--deterministic: .* begun with deterministic no"), ("--workers -1", "--workers -1: expected"),
     ("--name other", "--name: --resume names a run that is there already"), ("--overwrite", "--overwrite: --resume")])
 def test_flags_that_would_change_a_resumed_run_are_refused(whole, typed, message):
     with pytest.raises(InputError, match=message):
@@ -207,7 +255,7 @@ def test_other_data_are_refused(tmp_path, tree, monkeypatch):
     table = next((Path(moved) / "B. Disease Grading" / "2. Groundtruths").glob("a*"))
     name, grade, rest = table.read_text().split("\n")[1].split(",", 2)
     table.write_text(table.read_text().replace(f"{name},{grade},", f"{name},{(int(grade) + 1) % 5},"))
-    with pytest.raises(InputError, match="--resume .*run: .*moved: other photographs, labels or sizes of files than"):
+    with pytest.raises(InputError, match="--resume .*run: .*moved: other photographs or labels than when the"):
         train.fit(replace(options, data=str(moved)), tmp_path / "run", quiet=True, resume=True)
 
 
@@ -216,30 +264,35 @@ def test_other_data_are_refused(tmp_path, tree, monkeypatch):
     ({"processes": 2}, "--nproc_per_node 1: .*run was begun with 2; expected the same")])
 def test_another_machine_is_refused_where_the_result_would_be_another(tmp_path, whole, what, message):
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    state = torch.load(run / "last.pt", weights_only=True)
-    state["machine"] |= what
-    torch.save(state, run / "last.pt")
+    change(run, lambda state: state["machine"].update(what))
     with pytest.raises(InputError, match=message):
         train.fit(SHORT, run, quiet=True, resume=True)
 
 
 def test_another_version_of_torch_comes_with_a_warning(tmp_path, whole, capsys):
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    state = torch.load(run / "last.pt", weights_only=True)
-    state["machine"]["torch"] = "1.0"
-    torch.save(state, run / "last.pt")
+    change(run, lambda state: state["machine"].update(torch="1.0"))
     train.fit(SHORT, run, resume=True)
     assert "torch 1.0" in capsys.readouterr().out.split("warning: begun with ")[1].splitlines()[0]
 
 
 # ---- checkpoints that are not what they were ----
 
+def change(run: Path, how) -> None:
+    state = torch.load(run / "last.pt", weights_only=True)
+    how(state)
+    torch.save(state, run / "last.pt")
+
+
 @pytest.mark.parametrize("spoil,message", [
     (lambda run: (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:10 ** 6]),
      "last.pt: damaged, or no file .*python evaluate.py .*run still scores its best.pt; --overwrite starts the run"),
-    (lambda run: torch.save({"options": {}}, run / "last.pt"), "made by another version of this project, its last.pt "
-                                                               "lacks 'data'"),
-    (lambda run: shutil.rmtree(run), "no run begun there; expected a folder made by train.py")])
+    (lambda run: torch.save({"options": {}}, run / "last.pt"), "its last.pt was made by another version .*'data'"),
+    (lambda run: torch.save([1], run / "last.pt"), "its last.pt was made by another version"),
+    (lambda run: change(run, lambda state: state["options"].pop("lr")), "made by another version of this project"),
+    (lambda run: change(run, lambda state: state["progress"].update(more=1)), "its last.pt was made by another"),
+    (lambda run: [(run / "last.pt").unlink(), (run / "config.json").write_text("{}")], "its config.json was made by"),
+    (lambda run: shutil.rmtree(run), "no run there; expected a folder made by train.py")])
 def test_a_spoiled_run_is_named(tmp_path, whole, spoil, message):
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
     spoil(run)
@@ -298,45 +351,45 @@ def start():
         return pid
     os.setsid()
     sys.stdout = sys.stderr = open(home / "output", "a", buffering=1)
-    arguments = ["--resume", str(run)] if (run / "config.json").exists() else ["--name", "killed", *flags]
+    arguments = ["--resume", str(run)] if run.exists() else ["--name", "killed", *flags]
     try:
-        files.command(lambda: train.main(arguments + ["--overwrite"] * (run.exists() and arguments[0] == "--name")))
+        files.command(lambda: train.main(arguments))
     except SystemExit as exit_:
         os._exit(exit_.code)
     os._exit(0)
 
-def ended(pid):
-    return os.waitpid(pid, os.WNOHANG)[0] == pid
+def finished(status):
+    # a run that nothing killed must have ended well; the next one begins anew
+    assert status == 0, (status, (home / "output").read_text()[-2000:])
+    found["ends"].append(json.loads((run / "result.json").read_text())["weights"])
+    shutil.rmtree(run)
 
-found, sessions = {"at random": 0, "checkpoint": 0, "cache": 0, "half written": 0}, []
+found, sessions = {"at random": 0, "checkpoint": 0, "cache": 0, "half written": 0, "ends": []}, []
 while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
     kind = ("cache", "at random", "checkpoint")[len(sessions) % 3]
     if kind == "cache":
         shutil.rmtree(data.CACHE, ignore_errors=True)
-    elif kind == "checkpoint" and (run / "result.json").exists():
-        shutil.rmtree(run)
     pid, begun, wait = start(), time.monotonic(), chance.uniform(0.05, {"at random": 4, "cache": 1.5}.get(kind, 0.05))
     sessions.append(pid)
-    killed = False
-    while not ended(pid):
-        parts = kind != "checkpoint" or any(run.glob("*.pt.*.part"))
-        if time.monotonic() - begun > wait and parts:
+    while True:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+        if time.monotonic() - begun > wait and (kind != "checkpoint" or any(run.glob("*.pt.*.part"))):
             time.sleep(chance.uniform(0, 0.05) if kind == "checkpoint" else 0)
             os.kill(pid, signal.SIGKILL)
-            if os.waitpid(pid, 0)[1] == signal.SIGKILL:
-                killed = True
             break
         time.sleep(0.002)
-    if killed:
-        found[kind] += 1
-        found["half written"] += any(run.glob("*.part"))
-        for name in ("last.pt", "best.pt"):
-            if (run / name).exists():
-                files.load_tensors(run / name)
-        if (run / "metrics.jsonl").exists():
-            [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    elif kind != "at random":
-        shutil.rmtree(run)  # it came to its end; the next ones begin anew
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != -signal.SIGKILL:
+        finished(status)
+        continue
+    found[kind] += 1
+    found["half written"] += any(run.glob("*.part"))
+    for name in ("last.pt", "best.pt"):
+        if (run / name).exists():
+            files.load_tensors(run / name)
+    if (run / "metrics.jsonl").exists():
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 last = start()
 status = os.waitstatus_to_exitcode(os.waitpid(last, 0)[1])
 time.sleep(6)  # a loader's process looks for its parent every 5 s
@@ -355,14 +408,18 @@ print(json.dumps(found | {"status": status, "processes left": len(left)}))
 def test_killed_at_least_20_times_a_run_ends_as_if_it_had_not_been(tmp_path):
     """At random instants, while a checkpoint is written, while the cache is built; helpers die with their parent."""
     (tmp_path / "a").mkdir()
-    whole = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tmp_path / "b", "--name=whole", "--size=64", "--epochs=3",
-                            "--batch=12"], capture_output=True, text=True)
+    flags_ = "--name=whole --size=64 --epochs=3 --batch=12".split()
+    whole = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tmp_path / "b", *flags_], capture_output=True,
+                           text=True)
     assert whole.returncode == 0, whole.stderr
-    killed = subprocess.run([sys.executable, "-c", KILLS, ROOT, tmp_path / "a", "0"], capture_output=True, text=True)
-    assert killed.returncode == 0, killed.stderr + (tmp_path / "a" / "output").read_text()
+    killed = subprocess.run([sys.executable, "-c", KILLS, ROOT, tmp_path / "a", "0"], capture_output=True, text=True,
+                            timeout=600)
+    assert killed.returncode == 0, killed.stderr
     found = json.loads(killed.stdout)
     print(found)
     assert found["status"] == 0 and found["processes left"] == 0
+    assert all(end == json.loads((tmp_path / "b" / "runs" / "whole" / "result.json").read_text())["weights"]
+               for end in found["ends"])
     assert found["at random"] + found["checkpoint"] + found["cache"] >= 20 and found["half written"] >= 3
     assert "Traceback" not in (tmp_path / "a" / "output").read_text()
     ended_alike(tmp_path / "a" / "runs" / "killed", tmp_path / "b" / "runs" / "whole")
@@ -395,15 +452,21 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monk
     assert found() == before and len(before) > 40
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, whole):
-    jumps = iter(range(10 ** 9))
-    monkeypatch.setattr(time, "time", lambda: [0.0, 4e9, 1.7e9][next(jumps) % 3])
-    train.fit(SHORT, tmp_path / "run", quiet=True)
-    monkeypatch.undo()
-    assert next(jumps) >= 0
-    ended_alike(tmp_path / "run", whole(SHORT))
+def test_a_clock_that_jumps_changes_nothing(tmp_path, classes, monkeypatch):
+    """Files of the past and of the future, and a clock that is there, or here, or at the beginning of time."""
+    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch=2)
+    train.fit(options, tmp_path / "whole", quiet=True)
+    jumps = itertools.cycle([0.0, 4e9, 1.7e9])
+    for path in classes.rglob("*.png"):
+        os.utime(path, (next(jumps), next(jumps)))
+    for name in ("time", "time_ns"):
+        monkeypatch.setattr(time, name, lambda: next(jumps))
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 5, die, options, tmp_path / "run")
+    train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", tmp_path / "whole")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["seconds"] > 0 for line in lines)
+    assert all(0 < json.loads(line)["seconds"] < 600 for line in lines)
 
 
 # ---- faults ----
@@ -432,21 +495,10 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-@pytest.fixture
-def classes(tmp_path) -> Path:
-    """Two folders of tiny pictures."""
-    for i in range(18):
-        folder = tmp_path / "classes" / ("val" if i > 12 else "train") / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((40, 40), 10 + i).convert("RGB").save(folder / f"{i}.png")
-    return tmp_path / "classes"
-
-
 @pytest.mark.parametrize("workers,spoil,said", [
-    (0, Path.unlink, "removed while it was in use"), (2, Path.unlink, "removed while it was in use"),
-    (0, halve, "changed while it was in use"), (2, halve, "changed while it was in use"),
+    (2, Path.unlink, "removed while it was in use"), (0, halve, "changed while it was in use"),
     (0, lambda path: Image.new("RGB", (40, 40)).save(path), "changed while it was in use")],
-    ids=["deleted", "deleted, workers", "truncated", "truncated, workers", "replaced"])
+    ids=["deleted", "truncated", "replaced"])
 def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatch, spoil, said, workers):
     options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch=2, workers=workers)
     images = [path for path in classes.rglob("*.png") if path.parts[-3] == "train"]
@@ -456,7 +508,7 @@ def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatc
     def spoil_all():
         for path in images:
             spoil(path)
-    with pytest.raises(InputError, match=rf"/\d+.png: {said}; .*; then go on with: python train.py --res") as e:
+    with pytest.raises(InputError, match=rf"/\d+.png: {said}; .*; then go on with: python train") as e:
         fit_until(monkeypatch, 2, spoil_all, options, tmp_path / "run")
     assert "\n" not in str(e.value)
     shutil.copytree(tmp_path / "kept", classes, dirs_exist_ok=True)  # with the times of change
@@ -485,7 +537,7 @@ def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoi
     data.Photographs(records.read_drawn().records, SHORT.size)
 
     def spoil_all():
-        for path in (tmp_path / "cache").rglob("*.npz"):
+        for path in sorted((tmp_path / "cache").rglob("*.npz"))[::3]:
             spoil(path)
     if running:
         fit_until(monkeypatch, 2, spoil_all, SHORT, tmp_path / "run")
@@ -514,6 +566,23 @@ def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match="a process that was reading photographs was killed, perhaps for want of memory"):
         data.Photographs(records.read_drawn().records, 32)
+
+
+def test_a_run_that_is_going_on_is_left_alone(tmp_path, whole):
+    """Another process holds it, as long as it lives."""
+    run = shutil.copytree(whole(SHORT), tmp_path / "run")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import files, time; from pathlib import Path; " \
+           f"held = files.hold(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"1\n"
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match="run: another process is training in it; wait for its end"):
+                train.fit(SHORT, run, quiet=True, **how)
+    finally:
+        other.kill(), other.wait()
+    train.fit(SHORT, run, quiet=True, resume=True)
+    assert (run / "result.json").exists() and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_exists_is_refused_or_replaced(tmp_path, monkeypatch, whole):
@@ -592,7 +661,7 @@ def test_steps_that_fp16_leaves_out_are_counted_and_limited():
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch, error, capsys):
     def full():
         raise error
-    with pytest.raises(RunError, match="out of memory on cpu after step 5 with --batch 6 --size 32; try --batch 3 or a "
+    with pytest.raises(RunError, match="out of memory after step 5 with --batch 6 --size 32; try --batch 3 or a "
                                        "smaller --size; .*run keeps what was saved") as caught:
         fit_until(monkeypatch, 5, full, SHORT, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -610,7 +679,7 @@ def full_command(error):
 
 @pytest.mark.parametrize("how", ["limited file size", "small file system"])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch, whole, how):
-    """best.pt of the first epoch finds room, the next last.pt does not."""
+    """There was room for the first checkpoint, and there is none for the second."""
     run = tmp_path / "disk" / "run"
     (tmp_path / "disk").mkdir()
     if how == "small file system" and subprocess.run(
@@ -627,7 +696,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
     try:
         with pytest.raises(OSError) as caught:
             fit_until(monkeypatch, 2, fill, SHORT, run)
-        assert "what was there before is as it was; make room" in str(caught.value) and run.name in str(caught.value)
+        assert "; what was there before is as it was; make room" in caught.value.strerror
+        assert caught.value.filename == str(run / "last.pt")
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
         assert not list(run.glob("*.part"))
@@ -638,7 +708,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         if how == "small file system":
-            subprocess.run(["umount", tmp_path / "disk"], check=True)
+            subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)  # errors keep the run's lock open
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path):
@@ -661,7 +731,6 @@ files.command""")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    assert process.wait(30) == 130 and time.monotonic() - begun < 30
+    assert process.wait(30) == 130
     assert "interrupted; go on with: python train.py --resume" in process.stdout.read()
     assert torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)["trainer"]["number"] == 2

@@ -63,7 +63,7 @@ def weights(folder: Path, name: str = "last.pt") -> dict:
 def test_a_run_leaves_what_it_should(tmp_path):
     best = train.fit(TINY, tmp_path / "run", ["a note"], quiet=True)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["notes"] == ["a note"] and config["tasks"] == ["cls", "seg"]
+    assert config["notes"] == ["a note"] and config["options"]["tasks"] == ["cls", "seg"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     for line in lines:
@@ -469,6 +469,6 @@ def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers):
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
     text = (tmp_path / "output").read_text()
-    assert "DRAWN" in text.splitlines()[0] and "interrupted; checkpoints are in" in text and "Traceback" not in text
+    assert "DRAWN" in text.splitlines()[0] and "interrupted; go on with: python" in text and "Traceback" not in text
     assert evaluate.load_run(run, torch.device("cpu")).epoch >= 1
     assert weights(run) and not list(run.glob("*.part"))
