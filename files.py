@@ -73,9 +73,14 @@ def command(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def as_helper(*_) -> None:
-    """For helper processes: only the main process answers Ctrl-C, and they do not outlive it, even if it is killed."""
+def as_helper(*worker) -> None:
+    """For helper processes: only the main process answers Ctrl-C, and they do not outlive it, even if it is killed.
+
+    `worker` is given by a loader, of whose workers none may end before the main process has saved what it learned. A
+    pool gives nothing, and ends its processes by SIGTERM.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if worker else signal.SIG_DFL)
 
     def follow(parent):
         parent.join()

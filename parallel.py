@@ -151,9 +151,7 @@ def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, shared(norm))
-    # buckets of one byte: each gradient is summed on its own. Of larger ones the order is another after the first step,
-    # so that sums over three and more processes round differently, and a resumed run would not end as the whole one
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, bucket_cap_mb=2 ** -20)
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
 
 
 def shared(norm: nn.BatchNorm2d) -> SharedBatchNorm:

@@ -12,6 +12,7 @@ Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 """
 
 import contextlib
+import copy
 import ctypes
 import json
 import math
@@ -103,8 +104,26 @@ class Trainer:
         self.cuda = device.type == "cuda"
         self.half = torch.bfloat16 if self.cuda and torch.cuda.is_bf16_supported() else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.cuda and self.half == torch.float16)
+        if group.size > 1:
+            self.rehearse()
         self.number = 0  # steps done
         self.skipped = self.skipped_in_a_row = 0  # of them, left out by the scaler
+
+    def rehearse(self) -> None:
+        """One backward pass of zeros, which leaves nothing behind.
+
+        After its first one DistributedDataParallel groups the gradients anew, and three or more processes then add them
+        in another order: a run that is resumed would not end as the one that is not.
+        """
+        net, generators = copy.deepcopy(self.net.state_dict()), checkpoints.generators()
+        self.net.train()
+        images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
+        outputs, _ = self.called(images, {t.name: torch.zeros(1, dtype=torch.int64, device=self.device)
+                                          for t in self.tasks})
+        sum(0 * x.sum() for x in outputs.values()).backward()
+        self.net.zero_grad(set_to_none=True)
+        self.net.load_state_dict(net)
+        checkpoints.set_generators(generators)
 
     def step(self, batch: data.Batch) -> dict[str, float]:
         """Learn from one batch; -> its losses. RunError: see `check`."""
@@ -602,10 +621,20 @@ def train(argv: Sequence[str] | None, group: Group) -> None:
     tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
 
 
+@contextlib.contextmanager
+def stopped_by_sigterm(group: Group) -> Iterator[None]:
+    """SIGTERM, by which clusters end a job, is Ctrl-C; but not under torchrun, which ends the others by it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler if group.size == 1 else signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
     keep_memory()
-    with parallel.join() as group:
+    with parallel.join() as group, stopped_by_sigterm(group):
         train(argv, group)
 
 

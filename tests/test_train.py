@@ -456,8 +456,8 @@ def test_the_same_command_can_be_typed_twice(tmp_path):
     assert flags.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers):
+@pytest.mark.parametrize("workers,word", [(0, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGTERM)])
+def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
     """The whole process group hears it, as at a terminal; loader processes must not answer."""
     run = tmp_path / "runs" / "stopped"
     with open(tmp_path / "output", "w") as output:
@@ -466,7 +466,7 @@ def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers):
                                    stderr=subprocess.STDOUT, start_new_session=True)
         while not (run / "best.pt").exists() and process.poll() is None:
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, word)
         assert process.wait(60) == 130
     text = (tmp_path / "output").read_text()
     assert "DRAWN" in text.splitlines()[0] and "interrupted; go on with: python" in text and "Traceback" not in text
