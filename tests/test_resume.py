@@ -124,6 +124,16 @@ def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     ended_alike(tmp_path / "run", whole(options))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+def test_a_gpu_resumes_exactly_when_it_is_deterministic(tmp_path, monkeypatch):
+    options = replace(SHORT, device="cuda", deterministic=True)
+    train.fit(options, tmp_path / "whole", quiet=True)
+    with pytest.raises(Killed):
+        fit_until(monkeypatch, 5, die, options, tmp_path / "run")
+    train.fit(replace(options, workers=2), tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", tmp_path / "whole")
+
+
 def test_the_learned_weights_of_tasks_are_kept(tmp_path, monkeypatch):
     options = replace(SHORT, loss_weights=("uncertainty",), save_every=1)
     with pytest.raises(Killed):
