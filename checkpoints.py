@@ -66,9 +66,17 @@ def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
         raise InputError(f"--weights {weights}: no such file; expected none, imagenet, or a file with a torchvision "
                          "state dict") from None
     except InputError as error:
-        raise InputError(f"--weights {error}") from error
+        raise InputError(f"--weights {error}; expected what torch.save(model.state_dict(), FILE) writes") from error
+    except OSError as error:
+        raise InputError(f"--weights {weights}: {error.strerror}; expected a file with a torchvision state "
+                         "dict") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it")
+        found = f"a dictionary of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, Mapping) else \
+            type(state).__name__
+        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it, found "
+                         f"{found}")
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"--weights {weights}: {bad[0]} is not finite, and {len(bad) - 1} more; expected numbers")
     return state
 
 
@@ -146,20 +154,25 @@ def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
 def read_last(folder: Path) -> tuple[dict, dict | None]:
     """A run's options, and all of last.pt; None where the run was stopped before it was first written.
 
-    InputError: no run; a damaged checkpoint; one of another version.
+    InputError: no run; a checkpoint that is damaged, missing, or of another version.
     """
+    if folder.is_file():
+        raise InputError(f"--resume {folder}: a file; expected the run's folder, {folder.parent}")
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume {folder}: no run there; expected a folder made by train.py, such as runs/cls_seg_1")
     name = "last.pt"
     try:
         if not (folder / name).exists():
+            if (folder / "best.pt").exists():
+                raise InputError(f"{folder}: its last.pt is gone")
             name = "config.json"
             return json.loads((folder / name).read_text())["options"], None
         state = load_tensors(folder / name)
         return state["options"], {k: state[k] for k in ("data", "machine", "net", "trainer", "progress", "generators")}
     except InputError as error:
         best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
-        raise InputError(f"--resume {error}; {best}--overwrite starts the run again") from None
+        raise InputError(f"--resume {error}; {best}--name {folder.name} --overwrite, with the flags of its "
+                         "config.json, starts it again") from None
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"--resume {folder}: its {name} was made by another version of this project "
                          f"({type(error).__name__}: {error}); train again") from None

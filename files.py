@@ -144,10 +144,13 @@ def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
     OSError: no such file, no permission. InputError: it is damaged, or holds something else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles unlike torch's own, which are refused
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
+        elsewhere = isinstance(error, OSError) and error.errno != errno.EINVAL  # so it calls a file that is cut short
+        if elsewhere or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
         raise InputError(f"{path}: damaged, or no file of tensors and plain types, as torch.save writes it "
                          f"({type(error).__name__})") from error
 

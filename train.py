@@ -259,6 +259,9 @@ class Course:
         if state["data"] != self.stored["data"]:
             raise InputError(f"--resume {self.folder}: {self.options.data or 'the drawn photographs'}: other "
                              "photographs or labels than when the run was begun; expected the same; start a new run")
+        if state["progress"].get("best", {}).get("epoch") and not (self.folder / "best.pt").exists():
+            raise InputError(f"--resume {self.folder}: its best.pt is gone, of epoch "
+                             f"{state['progress']['best']['epoch']}; expected it to stay; start a new run")
         begun, now = state["machine"], self.stored["machine"]
         for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
             if begun[what] != now[what]:
@@ -285,6 +288,8 @@ class Course:
             self.lines = checkpoints.tidy(self.folder, self.progress.epoch)
         if generators is None:
             self.save()
+        elif self.ended() and not self.quiet:
+            print("it has come to its end already: nothing is left to train")
         while not self.ended():
             interrupt = Interrupt(self.group)
             try:
@@ -579,8 +584,14 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Read the command line, and look at the data and at the run that it names. InputError: see flags.py."""
     args = flags.parse(argv)
     if args.resume is not None:
-        options = flags.resumed(args, checkpoints.read_last(args.resume)[0])
-        return Plan(options, args.resume, [f"going on with {args.resume}"], True, False)
+        begun, state = checkpoints.read_last(args.resume)
+        options = flags.resumed(args, begun)
+        if options.data is not None and not Path(options.data).exists():
+            raise InputError(f"--resume {args.resume}: {options.data}: its data set is not there; if it has moved, "
+                             "name it with --data")
+        note = f"going on with {args.resume}" + ", from its beginning: it was stopped before its first checkpoint" * (
+            state is None)
+        return Plan(options, args.resume, [note], True, False)
     options, notes = flags.settle(args)
     runs = records.HERE / "runs"
     if args.name is None and args.overwrite:

@@ -154,11 +154,12 @@ def test_early_stopping_is_remembered(tmp_path, monkeypatch, whole):
     ended_alike(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_finished_run_that_is_resumed_says_what_it_found(tmp_path, whole):
+def test_a_finished_run_that_is_resumed_says_what_it_found(tmp_path, whole, capsys):
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    again = train.fit(SHORT, run, quiet=True, resume=True)
+    again = train.fit(SHORT, run, resume=True)
     ended_alike(run, whole(SHORT))
     assert again["weights"] == json.loads((run / "result.json").read_text())["weights"]
+    assert capsys.readouterr().out.endswith("\nit has come to its end already: nothing is left to train\n")
 
 
 def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
@@ -258,8 +259,8 @@ def test_other_data_are_refused(tmp_path, tree, monkeypatch):
     with pytest.raises(Killed):
         fit_until(monkeypatch, 1, die, options, tmp_path / "run")
     moved = shutil.move(tree, tmp_path / "moved")
-    with pytest.raises(InputError, match="no such file or folder"):
-        train.fit(options, tmp_path / "run", quiet=True, resume=True)
+    with pytest.raises(InputError, match="IDRiD: its data set is not there; if it has moved, name it with --data"):
+        train.main(["--resume", str(tmp_path / "run")])
     train.fit(replace(options, data=str(moved)), tmp_path / "run", quiet=True, resume=True)  # moved is not changed
     assert len(log(tmp_path / "run")) == 2
     table = next((Path(moved) / "B. Disease Grading" / "2. Groundtruths").glob("a*"))
@@ -296,12 +297,15 @@ def change(run: Path, how) -> None:
 
 @pytest.mark.parametrize("spoil,message", [
     (lambda run: (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:10 ** 6]),
-     "last.pt: damaged, or no file .*python evaluate.py .*run still scores its best.pt; --overwrite starts the run"),
+     "last.pt: damaged, or no file .*python evaluate.py .*run still scores its best.pt; --name run --overwrite, with"),
     (lambda run: torch.save({"options": {}}, run / "last.pt"), "its last.pt was made by another version .*'data'"),
     (lambda run: torch.save([1], run / "last.pt"), "its last.pt was made by another version"),
     (lambda run: change(run, lambda state: state["options"].pop("lr")), "made by another version of this project"),
     (lambda run: change(run, lambda state: state["progress"].update(more=1)), "its last.pt was made by another"),
-    (lambda run: [(run / "last.pt").unlink(), (run / "config.json").write_text("{}")], "its config.json was made by"),
+    (lambda run: (run / "last.pt").unlink(), "run: its last.pt is gone; python evaluate.py .*run still scores its"),
+    (lambda run: [(run / n).unlink() for n in ("last.pt", "best.pt")] + [(run / "config.json").write_text("{}")],
+     "its config.json was made by"),
+    (lambda run: (run / "best.pt").unlink(), "its best.pt is gone, of epoch "),
     (lambda run: shutil.rmtree(run), "no run there; expected a folder made by train.py")])
 def test_a_spoiled_run_is_named(tmp_path, whole, spoil, message):
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
@@ -309,7 +313,7 @@ def test_a_spoiled_run_is_named(tmp_path, whole, spoil, message):
     with pytest.raises(InputError, match=message) as caught:
         train.main(["--resume", str(run)])
     assert "\n" not in str(caught.value)
-    if run.exists():
+    if (run / "best.pt").exists():
         assert evaluate.load_run(run, torch.device("cpu")).epoch > 0  # best.pt still evaluates
 
 

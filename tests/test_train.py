@@ -345,10 +345,13 @@ def test_weights_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("content,message", [
     (None, "no such file"), (b"garbage", "damaged, or no file of tensors"), ({"a": 1}, "expected a dictionary of ten"),
-    ({"a": Path}, "damaged, or no file of tensors")])
+    ({"a": Path}, "damaged, or no file of tensors"), ({"a": torch.tensor([1, math.nan])}, "a is not finite"),
+    (".", "Is a directory; expected a file")])
 def test_unusable_weights(tmp_path, content, message):
     path = tmp_path / "w.pth"
-    if isinstance(content, bytes):
+    if content == ".":
+        path.mkdir()
+    elif isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
