@@ -26,8 +26,8 @@ import eyes
 import intervals
 import predict
 import routes
-from model import Net, NetConfig, differences
 from files import InputError, command, load_tensors
+from model import Net, NetConfig, differences
 from records import Record, read_data
 from scores import Scores, align, claims, compare, in_order, loader, rerouted, score, score_at_full_size, summary, \
     table, table_of_changes, table_of_differences

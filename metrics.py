@@ -282,8 +282,8 @@ class Ranking:
         for kind, kept in enumerate(self.others):
             self.true[kind] += other.true[kind]
             kept += other.others[kind]
-            counted_already = [c for c in (self.counts[kind], other.counts[kind]) if c is not None]
-            if counted_already or sum(map(len, kept)) > self.most:
+            counting = self.counts[kind] is not None or other.counts[kind] is not None
+            if counting or sum(map(len, kept)) > self.most:
                 self.count(kind)
             if other.counts[kind] is not None:
                 self.counts[kind] += other.counts[kind]

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import data
 import metrics
-from model import Net
 from files import InputError
+from model import Net
 from records import IMAGE_SUFFIXES, Record, files_in
 from tasks import Landmarks, Lesions, Task
 
