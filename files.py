@@ -124,9 +124,11 @@ def hold(folder: Path) -> contextlib.AbstractContextManager:
     file = open(folder / ".lock", "ab")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         file.close()
-        raise InputError(f"{folder}: another process is training in it; wait for its end, or stop it") from None
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"{folder}: another process is training in it; wait for its end, or stop it") from None
+        return contextlib.nullcontext()  # a file system without locks
     return file
 
 
