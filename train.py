@@ -201,7 +201,7 @@ class Trainer:
 # ---- the run ----
 
 class Interrupt:
-    """While training: Ctrl-C (or SIGTERM) once ends after the step, twice at once.
+    """Ctrl-C (or SIGTERM) once ends after the step, or the scoring, that is under way; twice at once.
 
     Several processes hear it at different moments, so they end only where they agree on it. For them twice is once,
     since torchrun repeats what the terminal sends; and SIGTERM, by which it ends those that have lost another, ends at
@@ -290,20 +290,19 @@ class Course:
             self.save()
         elif self.ended() and not self.quiet:
             print("it has come to its end already: nothing is left to train")
-        while not self.ended():
-            interrupt = Interrupt(self.group)
-            try:
-                with interrupt:
+        interrupt = Interrupt(self.group)
+        try:
+            with interrupt:
+                while not self.ended():
                     self.train_epoch(batches, interrupt)
                     self.save()
-                    stop = interrupt.agree(self.trainer.device)
-            except RuntimeError:
-                if interrupt.heard:  # and by the processes that load photographs, which ended
-                    raise KeyboardInterrupt from None
-                raise
-            if stop or interrupt.heard and self.group.size == 1:
-                raise KeyboardInterrupt
-            self.score_epoch()
+                    if interrupt.agree(self.trainer.device):
+                        raise KeyboardInterrupt
+                    self.score_epoch()
+        except RuntimeError:
+            if interrupt.heard:  # and by the processes that load photographs, which ended
+                raise KeyboardInterrupt from None
+            raise
 
     def ended(self) -> bool:
         """Whether all epochs are done, or too many in a row were no better."""

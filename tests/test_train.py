@@ -470,7 +470,10 @@ def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
         while not (run / "best.pt").exists() and process.poll() is None:
             time.sleep(0.1)
         os.killpg(process.pid, word)
-        assert process.wait(60) == 130
+        try:
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
     text = (tmp_path / "output").read_text()
     assert "DRAWN" in text.splitlines()[0] and "interrupted; go on with: python" in text and "Traceback" not in text
     assert evaluate.load_run(run, torch.device("cpu")).epoch >= 1
