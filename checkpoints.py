@@ -129,6 +129,12 @@ def save(path: Path, state: Mapping) -> None:
         file.write(memory.getbuffer())
 
 
+def taken(folder: Path) -> InputError:
+    """That there is a run in `folder` already."""
+    return InputError(f"{folder}: exists already; choose another --name, go on with --resume {folder}, or replace it "
+                      "with --overwrite")
+
+
 def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
     """Make a run's folder, which is there with its config.json or not at all. InputError: it is there already."""
     new, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{end}") for end in ("new", "old"))
@@ -144,8 +150,7 @@ def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
         try:
             new.rename(folder)
         except OSError:
-            raise InputError(f"{folder}: exists already; choose another --name, go on with --resume {folder}, or "
-                             "replace it with --overwrite") from None
+            raise taken(folder) from None
     finally:
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)

@@ -599,8 +599,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
         raise InputError(f"--name {args.name}: expected a name, not a path; runs are kept in {runs}")
     folder = runs / args.name if args.name else flags.next_folder(runs, options.tasks)
     if folder.exists() and not args.overwrite:
-        raise InputError(f"{folder}: exists already; choose another --name, go on with --resume {folder}, or replace "
-                         "it with --overwrite")
+        raise checkpoints.taken(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise InputError(f"--overwrite: {folder} holds something else than a run; choose another --name")
     return Plan(options, folder, notes, False, args.overwrite)
