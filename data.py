@@ -2,8 +2,8 @@
 
     prepare         record -> arrays, once: decoded, cropped to the field of view, reduced; build_cache stores them
     find_eyes       joins copies of one photograph and names the eye of each, from what the cache holds
-    Photographs     cached samples, augmented
-    collate         samples -> Batch, some of whose photographs have a label and some not
+    Photographs     samples from the cache
+    collate         samples -> Batch, augmented, some of whose photographs have a label and some not
     Steps           which photographs meet in which training step
     examine         what a data set holds and what is wrong with it, before anyone trains on it
 
@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import augment
 import eyes
 import synthetic
 from files import InputError, RunError, as_helper, command, open_image, replacing
@@ -83,6 +83,12 @@ class Sample:
     masks: Tensor | None  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
     points: Tensor | None  # (P, 2) float32, x and y in pixels of the sample; nan: not known, or out of the picture
     geometry: Geometry
+    draw: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
+
+    def pin_memory(self) -> "Sample":
+        """The same in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return replace(self, image=self.image.pin_memory(), masks=masks)
 
 
 def lit_pixels(image: Image.Image) -> np.ndarray:
@@ -121,12 +127,15 @@ class Decoded:
     size: tuple[int, int]  # width and height of the file, as a viewer shows it
 
 
-def read_image(path: Path, enough: int) -> Decoded:
+def read_image(path: Path, enough: int, held: Decoded | None = None) -> Decoded:
     """Open a photograph. InputError: not readable, or more than 8 bits a channel.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side keeps `enough` pixels: nine
-    tenths of the time saved, and nothing lost as long as the picture is reduced after that.
+    tenths of the time saved, and nothing lost as long as the picture is reduced after that. `held` is the same file,
+    decoded before for less: it is handed back where it was not reduced.
     """
+    if held is not None and held.extent == held.size:
+        return held
     with open_image(path) as image:
         if image.mode[0] in "IF":
             raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
@@ -164,6 +173,9 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
         raise InputError(f"{path}: a mask of {image.width}x{image.height} for a photograph of {size[0]}x{size[1]}; "
                          "both must have the same size")
     pixels, mode, counts = np.asarray(image), image.mode, 1
+    if mode == "1":  # nothing to find out: 3 ms for the 60 of what follows
+        counts = image.histogram()
+        return image.convert("L"), " ".join(["1", *(v for v, n in (("0", counts[0]), ("1", counts[255])) if n)])
     by_number = mode in ("P", "L")
     if by_number:  # look at its few numbers in place of its many pixels: 16 ms instead of 300 for IDRiD's
         counts = np.array(image.histogram())
@@ -189,8 +201,10 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     return Image.fromarray(mask.view(np.uint8) * 255), form
 
 
-def prepare(record: Record, size: int, alone: bool = False) -> dict[str, np.ndarray]:
+def prepare(record: Record, size: int, alone: bool = False, small: Decoded | None = None) -> dict[str, np.ndarray]:
     """Decode one record into the arrays of its cache file; `alone`: not to be compared, so without a vessel map.
+
+    `small` is its photograph, decoded for 512 pixels, where the caller has it.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and oddities:
     a thumbnail (89, 134, 3), a vessel map (V, V), how each mask was stored. The field of view is cut out, padded to a
@@ -203,8 +217,8 @@ def prepare(record: Record, size: int, alone: bool = False) -> dict[str, np.ndar
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
                 "geometry": np.array([DRAWN_SIDE, DRAWN_SIDE, scale, scale, 0, 0], np.float64)}
     # what tells copies, eyes and the field of view must not change with `size`, or the split would
-    small = read_image(record.image, 512)
-    picture, full = small if size <= 256 else read_image(record.image, 2 * size), small.size
+    small = small or read_image(record.image, 512)
+    picture, full = small if size <= 256 else read_image(record.image, 2 * size, small), small.size
     field = field_of_view(small.image)
     share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
@@ -413,8 +427,8 @@ def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
 class Photographs(torch.utils.data.Dataset):
     """Samples of `records` at `size` pixels from the cache. An index is (number of the record, draw or None).
 
-    With a draw, the sample is augmented, and the draw is the seed: the same pair gives the same sample in whichever
-    process, at whatever time. Without one, it comes as it is. InputError: a file has been removed or replaced since.
+    A sample with a draw will be augmented, and the draw is the seed: the same pair gives the same photograph in
+    whichever process, at whatever time. InputError: a file has been removed or replaced since.
     """
 
     def __init__(self, records: Sequence[Record], size: int):
@@ -429,8 +443,8 @@ class Photographs(torch.utils.data.Dataset):
         i, draw = index
         self.check(i)
         keys = "image", "masks", "geometry"
-        sample = to_sample(self.records[i], dict(zip(keys, cached(self.records[i], self.paths[i], self.size, *keys))))
-        return sample if draw is None else augment(sample, draw)
+        arrays = cached(self.records[i], self.paths[i], self.size, *keys)
+        return replace(to_sample(self.records[i], dict(zip(keys, arrays))), draw=draw)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples, but not over where the files lie."""
@@ -461,40 +475,6 @@ def inside(points: Tensor, size: int) -> Tensor:
     return points.masked_fill(((points < 0) | (points > size)).any(1, keepdim=True), math.nan)
 
 
-# ---- augmentation ----
-
-AUGMENT = v2.Compose([
-    v2.RandomHorizontalFlip(),
-    v2.RandomVerticalFlip(),
-    v2.RandomAffine(degrees=30, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
-    v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
-    v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], p=0.2),
-])
-
-
-def augment(sample: Sample, draw: int) -> Sample:
-    """Flip, turn, scale, shift, recolour and blur a sample as the seed `draw` says; masks and points go along.
-
-    A point that leaves the picture is not known any more.
-    """
-    size = sample.image.shape[-1]
-    parts = {"image": tv_tensors.Image(sample.image)}
-    if sample.masks is not None:
-        parts["masks"] = tv_tensors.Mask(sample.masks)
-    if sample.points is not None:  # as boxes without extent: tv_tensors.KeyPoints end up to 0.3 pixels off
-        parts["points"] = tv_tensors.BoundingBoxes(sample.points.repeat(1, 2), format="XYXY", canvas_size=(size, size),
-                                                   clamping_mode=None)
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(draw)  # and no GPU's generator, which torch.manual_seed would seed as well
-    parts = {name: x.as_subclass(Tensor) for name, x in AUGMENT(parts).items()}
-    torch.set_rng_state(before)
-    if sample.masks is not None:  # the border that has moved in is as unknown as the rest
-        parts["masks"][(sample.masks == UNKNOWN).all((1, 2))] = UNKNOWN
-    if sample.points is not None:
-        parts["points"] = inside(parts["points"][:, :2], size)
-    return replace(sample, **parts)
-
-
 # ---- batches ----
 
 @dataclass
@@ -508,25 +488,35 @@ class Batch:
     rows: dict[str, Tensor]  # task -> (n_t,) int64, ascending
     names: list[str]
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        def move(tensors):
-            return {t: x.to(device, non_blocking=True) for t, x in tensors.items()}
-        return Batch(self.images.to(device, non_blocking=True), move(self.targets), move(self.rows), self.names)
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
-        return Batch(self.images.pin_memory(), {t: x.pin_memory() for t, x in self.targets.items()},
-                     {t: x.pin_memory() for t, x in self.rows.items()}, self.names)
+def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = torch.device("cpu")) -> Batch:
+    """Bring samples to a device, augment those that have a draw there, and stack them."""
+    def move(x):
+        return x.to(device, non_blocking=True)
 
-
-def collate(samples: Sequence[Sample], tasks: Sequence) -> Batch:
-    """Stack samples."""
+    images = torch.stack([move(s.image) for s in samples])
+    samples = [replace(s, image=image, masks=s.masks if s.masks is None else move(s.masks))
+               for s, image in zip(samples, images)]
+    if samples[0].draw is not None:
+        images, samples = augmented(images, samples)
     rows = {t: [i for i, s in enumerate(samples) if t.labelled(s)] for t in tasks}
     rows = {t: r for t, r in rows.items() if r}
-    targets = {t.name: torch.stack([t.target(samples[i]) for i in r]) for t, r in rows.items()}
-    return Batch(torch.stack([s.image for s in samples]), targets, {t.name: torch.tensor(r) for t, r in rows.items()},
-                 [s.name for s in samples])
+    targets = {t.name: move(torch.stack([t.target(samples[i]) for i in r])) for t, r in rows.items()}
+    return Batch(images, targets, {t.name: move(torch.tensor(r)) for t, r in rows.items()}, [s.name for s in samples])
+
+
+def augmented(images: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[Sample]]:
+    """All samples, whose images are (B, 3, S, S), changed as their draws say.
+
+    A point that leaves the picture is not known any more; a mask that is not known stays so, with its border.
+    """
+    size = images.shape[-1]
+    changes = [augment.draw(s.draw, size) for s in samples]
+    images, masks, points = augment.apply(changes, images, [s.masks for s in samples], [s.points for s in samples])
+    return images, [replace(
+        s, image=image, points=p if p is None else inside(p, size),
+        masks=m if m is None else torch.where(s.masks[:, :1, :1] == UNKNOWN, UNKNOWN, m))
+        for s, image, m, p in zip(samples, images, masks, points)]
 
 
 class Steps:

@@ -26,6 +26,7 @@ import eyes
 import intervals
 import predict
 import routes
+import speed
 from files import InputError, command, load_tensors
 from model import Net, NetConfig, differences
 from records import Record, read_data
@@ -52,7 +53,7 @@ def build_net(options: Mapping) -> tuple[Net, list[Task]]:
     """The network that `options` (of a command line or a checkpoint) describe, with fresh weights."""
     tasks = make_tasks(options["tasks"], options["classes"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
-    return Net(config, tasks).to(memory_format=torch.channels_last), tasks
+    return speed.fast(Net(config, tasks)), tasks
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
@@ -118,7 +119,7 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
 def routing_report(run: Run, photographs: data.Photographs, device: torch.device, batch: int) -> dict:
     """Where the tokens of all photographs go, for every task; see routes.describe."""
     batches = loader(photographs, in_order(photographs, batch), [TASKS["seg"]], device)
-    uses, records = routes.collect(run.net, batches, device), photographs.records
+    uses, records = routes.collect(run.net, batches), photographs.records
     if run.options["classes"]:
         labels = [None if r.category is None else run.options["classes"][r.category] for r in records]
     else:
@@ -148,6 +149,12 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """InputError: the device cannot compute in this precision."""
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16: expected a GPU; on a CPU use fp32, or bf16")
 
 
 def plain(value):
@@ -194,6 +201,9 @@ def parse() -> argparse.Namespace:
                              "+ 2 passes more)")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
     parser.add_argument("--batch", type=int, help="photographs, or tiles, at a time (default: as in training)")
+    parser.add_argument("--precision", choices=speed.HALVES, default="fp32",
+                        help="of the network: bf16 (or fp16, on a GPU) is faster where the device has units for it, "
+                             "and answers differ in the third digit (default: fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: the GPU if there is one (default: auto)")
     return parser.parse_args()
@@ -370,13 +380,23 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
 
 
 def main() -> None:
-    """Score runs on validation or test and write all that is found into the first run's folder; or see --images."""
+    """Score runs on validation or test; or answer for new photographs, see --images."""
     args = parse()
     device = pick_device(args.device)
+    speed.keep_memory()
+    check_precision(args.precision, device)
     runs = [load_run(folder, device) for folder in args.runs]
     check(args, runs)
-    if args.images is not None:
-        return answer_for_new(runs[0], args, device)
+    for run in runs:
+        run.net = speed.folded(run.net)
+    with speed.autocast(device, args.precision):
+        if args.images is not None:
+            return answer_for_new(runs[0], args, device)
+        score_and_write(runs, args, device)
+
+
+def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> None:
+    """All but --images: print what is found and write it into the first run's folder."""
     sides = sides_of(runs)
     folder, written = args.runs[0], []
     suffix = "_test" * (args.split == "test") + ("" if args.tiles is None else f"_tiles{args.tiles:g}")

@@ -82,6 +82,12 @@ def as_helper(*worker) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if worker else signal.SIG_DFL)
 
+    def lost(kind, error, trace):
+        # multiprocessing's thread that hands tensors over calls this where the main process is killed as it takes one
+        if not isinstance(error, (EOFError, ConnectionError)):
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = lost
+
     def follow(parent):
         parent.join()
         os._exit(1)

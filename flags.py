@@ -16,6 +16,7 @@ import checkpoints
 import evaluate
 import eyes
 import records
+import speed
 from files import InputError
 from model import LEARNED, PLACES, ROUTERS, VARIANTS, make_routers
 from tasks import TASKS
@@ -51,6 +52,7 @@ class Options:
     workers: int = 0
     device: str = "auto"
     deterministic: bool = False
+    precision: str = "fp32"  # one of speed.HALVES
     save_every: int = 0  # steps; 0: at the end of epochs alone
 
 
@@ -142,6 +144,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--no-augment", action="store_true", help="show every photograph as it is")
     group = parser.add_argument_group("machine")
     add(group, "--seed", "of the weights and everything random", Options.seed, type=int)
+    add(group, "--precision", "of the passes through the network (default: bf16 where the device has units for it, "
+                              "fp16 on older GPUs, else fp32)", choices=speed.HALVES)
     add(group, "--workers", "processes that load photographs (default: 0 on CPU, else up to 8)", type=int)
     add(group, "--device", "auto: the GPU if there is one", Options.device, choices=("auto", "cpu", "cuda"))
     group.add_argument("--deterministic", action="store_true",
@@ -225,6 +229,8 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
         except InputError as error:
             notes.append(f"warning: starting from random weights; {error}")
     device = evaluate.pick_device(args.device)
+    precision = args.precision or speed.pick(device)
+    evaluate.check_precision(precision, device)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
     return Options(
         tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
@@ -235,7 +241,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
         weight_decay=args.weight_decay, patience=args.patience, loss_weights=tuple(args.loss_weights),
         augment=not args.no_augment, variant=args.variant, weights=weights, experts=experts, chosen=chosen,
         router=args.router, expert_width=args.expert_width, experts_at=args.experts_at, balance=balance,
-        seed=args.seed, workers=workers, device=args.device, deterministic=args.deterministic,
+        seed=args.seed, workers=workers, device=args.device, deterministic=args.deterministic, precision=precision,
         save_every=args.save_every or 0), notes
 
 

@@ -34,7 +34,7 @@ class ConvNormAct(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1,
                  act: bool = True, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), norm(outputs)]
-        super().__init__(*layers, *([nn.SiLU(inplace=True)] if act else []))
+        super().__init__(*layers, *([nn.SiLU()] if act else []))  # in place, it would first copy what it overwrites
 
 
 class SqueezeExcite(nn.Module):
@@ -260,11 +260,12 @@ class Experts(nn.Module):
     def forward(self, u: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """u (N, C), indices and weights (N, K) -> (N, C). Computes N * K expert rows, whatever E is."""
         owner, order = indices.flatten().sort(stable=True)  # (N*K,) pairs (token, choice) grouped by expert
-        counts = torch.bincount(owner, minlength=len(self.w1)).tolist()
+        # where the next expert's begin; the one place at which the host has to wait for a GPU
+        ends = torch.searchsorted(owner, torch.arange(1, len(self.w1), device=owner.device)).tolist()
         token = order // indices.shape[1]  # of each pair
 
         def by_owner(rows, w):  # unbind, since w[i] would allocate a gradient of the size of *all* experts each time
-            return torch.cat([r @ w_i for r, w_i in zip(rows.split(counts), w.unbind(0)) if len(r)])
+            return torch.cat([r @ w_i for r, w_i in zip(rows.tensor_split(ends), w.unbind(0)) if len(r)])
 
         hidden = F.silu(by_owner(u.index_select(0, token), self.w1))  # (N*K, D)
         hidden = F.dropout(hidden, self.dropout, self.training)
@@ -291,15 +292,17 @@ class ExpertLayer(nn.Module):
 
     def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         tokens = {t: x.flatten(2).transpose(1, 2).flatten(0, 1) for t, x in maps.items()}  # (N_t, C)
-        with torch.autocast(next(iter(maps.values())).device.type, enabled=False):  # float32, for the router's sake
+        # float32: which expert wins must not hang on bf16 rounding, and matrix products of as many rows as an expert
+        # happens to get are slower in bf16 on a CPU, which prepares itself for each new number (38 ms for 7)
+        with torch.autocast(next(iter(maps.values())).device.type, enabled=False):
             normed = {t: self.norm(x.to(self.norm.weight.dtype)) for t, x in tokens.items()}
-        routing = {t: self.routers[t](u, (len(maps[t]), *maps[t].shape[2:])) for t, u in normed.items()}
-        mixed = self.experts(torch.cat(list(normed.values())),
-                             torch.cat([r.indices for r in routing.values()]),
-                             torch.cat([r.weights for r in routing.values()]))  # (sum of N_t, C)
+            routing = {t: self.routers[t](u, (len(maps[t]), *maps[t].shape[2:])) for t, u in normed.items()}
+            mixed = self.experts(torch.cat(list(normed.values())),
+                                 torch.cat([r.indices for r in routing.values()]),
+                                 torch.cat([r.weights for r in routing.values()]))  # (sum of N_t, C)
         parts = mixed.split([len(x) for x in tokens.values()])
         # y = x + experts(LayerNorm(x)), back on the grid
-        return {t: x + y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        return {t: x + y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).to(x.dtype)
                 for (t, x), y in zip(maps.items(), parts)}, routing
 
 
@@ -368,6 +371,7 @@ class MapSpec(NamedTuple):
     encoder: Encoder
     channels: tuple[int, ...]
     routed: int  # which of them comes from the task's experts: 4, the deepest, or 1, the decoder's map at stride 4
+    # a head that does not need all five says which in a slice, `reads`; the others are None then
 
 
 class PooledHead(nn.Module):
@@ -380,6 +384,7 @@ class PooledHead(nn.Module):
 
     def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
+        self.reads = slice(1, 5)
         encoder, between = spec.encoder, spec.channels[1:-1]
         self.conv = ConvNormAct(spec.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
         self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
@@ -397,15 +402,16 @@ class MaskHead(nn.Module):
 
     def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
-        self.steps = spec.routed + 1  # from the routed map to the image
-        self.decoder = Decoder(spec.channels[:self.steps], WIDTHS[-self.steps:])
+        self.reads = slice(0, spec.routed + 1)
+        steps = spec.routed + 1  # from the routed map to the image
+        self.decoder = Decoder(spec.channels[self.reads], WIDTHS[-steps:])
         self.conv = nn.Conv2d(WIDTHS[-1], outputs, 3, padding=1)
         initialise(self)
         # lesions are rare: start near p = 0.01 everywhere (Lin et al. 2017, arXiv 1708.02002, section 3.3)
         nn.init.constant_(self.conv.bias, math.log(0.01 / 0.99))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return self.conv(self.decoder(maps[:self.steps]))
+        return self.conv(self.decoder(maps[self.reads]))
 
 
 class PointHead(nn.Module):
@@ -485,16 +491,17 @@ class Net(nn.Module):
         """All but the heads: -> ({task: five maps of its photographs}, {task: Routing})."""
         if images.shape[2] % 32 or images.shape[3] % 32:
             raise ValueError(f"photographs of {images.shape[3]}x{images.shape[2]}: both sides must be multiples of 32")
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        maps = self.encoder(x)
+        maps = self.encoder((images - self.mean) / self.std)
         if self.decoder is not None:
             maps[self.routed] = self.decoder(maps)
 
-        def of(task: str, x: Tensor) -> Tensor:  # the photographs that this task wants; no copy when it wants all
-            return x if rows is None or len(rows[task]) == len(x) else x[rows[task]]  # (n_t, C, h, w)
+        def of(task: str) -> list[Tensor | None]:  # what this task wants: maps that its head reads, of its photographs
+            read = range(5)[getattr(self.heads[task], "reads", slice(None))]
+            whole = rows is None or len(rows[task]) == len(images)  # no copy then
+            return [(m if whole else m[rows[task]]) if i in read else None for i, m in enumerate(maps)]
 
         wanted = [t for t in self.heads if rows is None or t in rows]
-        mine, routing = {t: [of(t, m) for m in maps] for t in wanted}, {}
+        mine, routing = {t: of(t) for t in wanted}, {}
         if self.experts is not None and wanted:
             mixed, routing = self.experts({t: mine[t][self.routed] for t in wanted})
             for t in wanted:

@@ -60,12 +60,11 @@ def kinds_below(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def collect(net: Net, batches: Iterable[Batch], device: torch.device) -> dict[str, Use]:
+def collect(net: Net, batches: Iterable[Batch]) -> dict[str, Use]:
     """Route every photograph for every task, labelled or not; `batches` are collated for the task of masks."""
     net.eval()
     seen: dict[str, list[Use]] = {}
     for b in batches:
-        b = b.to(device)
         for task, r in net.routed_maps(b.images)[1].items():
             went = per_token(r)
             below, tokens = went.new_zeros(len(KINDS), *went.shape[2:]), went.new_zeros(len(KINDS))

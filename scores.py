@@ -11,7 +11,7 @@ The measures stand in metrics.py, what each task makes of them in tasks.py.
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -90,10 +90,23 @@ def in_order(photographs: data.Photographs, batch: int) -> list[list[tuple[int, 
 
 
 def loader(photographs: data.Photographs, batches, tasks: Sequence[Task], device: torch.device,
-           workers: int = 0) -> DataLoader:
-    """Batches of `photographs`; `batches` are lists of its indices."""
-    return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(data.collate, tasks=tasks),
-                      num_workers=workers, worker_init_fn=as_helper, pin_memory=device.type == "cuda")
+           workers: int = 0) -> Iterator[data.Batch]:
+    """Batches of `photographs` on a device; `batches` are lists of its indices.
+
+    Helpers read samples; this process puts them together, where augmentation may run on the device.
+    """
+    samples = DataLoader(photographs, batch_sampler=batches, collate_fn=list, num_workers=workers,
+                         worker_init_fn=as_helper, pin_memory=device.type == "cuda")
+    return collated(iter(samples), tasks, device)  # begun at once: it draws from torch's generator
+
+
+def collated(samples: Iterator[list[data.Sample]], tasks: Sequence[Task], device: torch.device) -> Iterator[data.Batch]:
+    """Batches of what a DataLoader brings; its helpers end when these do, also by an error, which may live longer."""
+    try:
+        for some in samples:
+            yield data.collate(some, tasks, device)
+    finally:
+        getattr(samples, "_shutdown_workers", lambda: None)()
 
 
 @dataclass
@@ -118,11 +131,10 @@ def score(net: Net, photographs: data.Photographs, tasks: Sequence[Task], device
     bar = tqdm(loader(photographs, batches, tasks, device), desc=progress, total=len(batches), leave=False,
                disable=None if progress else True, unit="batch")  # None: no bar where there is no terminal
     for b in bar:
-        b = b.to(device)
         outputs, routing = net(b.images, b.rows)
         found.append({})
         for task in (t for t in tasks if t.name in outputs):
-            t, output, target = task.name, outputs[task.name], b.targets[task.name]
+            t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]
             found[-1][t] = Answered([b.names[i] for i in b.rows[t].tolist()],
                                     task.tally(task.decode(output), target, pools[t]).cpu(),
                                     float(task.loss(output, target)),

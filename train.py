@@ -13,7 +13,6 @@ Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 
 import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import random
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+import torch.utils.deterministic
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,6 +43,7 @@ import parallel
 import records
 import routes
 import scores
+import speed
 from files import InputError, RunError
 from flags import Options, plain
 from model import Net, balance_loss
@@ -94,16 +96,17 @@ class Trainer:
         groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
                   {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
                   {"params": list(self.weigh.parameters()), "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], options.lr)
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], options.lr,
+                                           fused=device.type == "cuda" or None)
         warm = max(1, min(steps // 10, 200))
 
         def factor(step):  # linear warm-up, then a cosine to zero
             return (step + 1) / warm if step < warm else \
                 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.cuda = device.type == "cuda"
-        self.half = torch.bfloat16 if self.cuda and torch.cuda.is_bf16_supported() else torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.cuda and self.half == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
+        self.lag = int(device.type == "cuda")  # steps after which losses are read: nothing waits for a GPU meanwhile
+        self.unread = deque()  # of each step: its number, names of its losses, what brings their values and the norm
         if group.size > 1:
             self.rehearse()
         self.number = 0  # steps done
@@ -126,7 +129,7 @@ class Trainer:
         checkpoints.set_generators(generators)
 
     def step(self, batch: data.Batch) -> dict[str, float]:
-        """Learn from one batch; -> its losses. RunError: see `check`."""
+        """Learn from one batch; -> its losses or, with a lag, those of the step before. RunError: see `check`."""
         losses = self.losses(batch)
         loss = self.weigh({t: v for t, v in losses.items() if t != "balance"})
         if "balance" in losses:
@@ -136,14 +139,24 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        *values, length = torch.stack([*(v.detach() for v in losses.values()), norm]).tolist()
-        losses = dict(zip(losses, values))
-        self.check(losses, length)
+        values = torch.stack([*(v.detach() for v in losses.values()), norm])
+        self.unread.append((self.number + 1, list(losses), speed.fetch(values)))
+        found = self.read(self.lag)
         nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.number += 1
+        return found
+
+    def read(self, lag: int = 0) -> dict[str, float]:
+        """The losses of the step that is `lag` steps back, if they have not been read; RunError: see `check`."""
+        if len(self.unread) <= lag:
+            return {}
+        number, names, values = self.unread.popleft()
+        *values, norm = values()
+        losses = dict(zip(names, values))
+        self.check(number, losses, norm)
         return losses
 
     def losses(self, batch: data.Batch) -> dict[str, Tensor]:
@@ -152,7 +165,7 @@ class Trainer:
         for t, (no_rows, no_target) in self.blanks.items():
             if t not in rows:  # in another process it is; norms and sums over all processes need everyone
                 rows, targets = {**rows, t: no_rows}, {**targets, t: no_target}
-        with torch.autocast(self.device.type, self.half, enabled=self.cuda):
+        with speed.autocast(self.device, self.options.precision):
             outputs, routing = self.called(batch.images, rows)
         total = self.group.total
         losses = {t.name: t.loss(outputs[t.name].to(kind), targets[t.name], total)
@@ -161,13 +174,12 @@ class Trainer:
             losses["balance"] = balance_loss(routing, total)
         return losses
 
-    def check(self, losses: Mapping[str, float], norm: float) -> None:
+    def check(self, step: int, losses: Mapping[str, float], norm: float) -> None:
         """RunError: a loss or gradient is not finite, named with its task and the step.
 
         In fp16 a gradient may be too large for the format; the scaler then leaves the step out and scales less. That is
         counted, and an error only `patience` times in a row.
         """
-        step = self.number + 1
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise RunError(f"the loss of {name} is {value} at step {step}; lower --lr (now {self.options.lr}) or "
@@ -237,6 +249,7 @@ class Progress:
     epoch: int = 0  # trained and scored
     losses: dict[str, list[float]] = field(default_factory=dict)  # of the steps of the next epoch, so far
     seconds: float = 0.0  # that these took
+    waited: float = 0.0  # of them, for photographs
     best: dict = field(default_factory=lambda: {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {},
                                                 "weights": ""})
 
@@ -280,7 +293,7 @@ class Course:
     def run(self, generators: Sequence[Mapping] | None) -> None:
         """Train to the end, from wherever it stands; `generators` of all processes as they were there, if stored."""
         steps = self.steps.range(self.trainer.number, self.last, self.group.rank, self.group.size)
-        batches = iter(scores.loader(self.training, steps, self.tasks, self.trainer.device, self.options.workers))
+        batches = scores.loader(self.training, steps, self.tasks, self.trainer.device, self.options.workers)
         if generators is not None:  # after the loader, which draws from torch's
             checkpoints.set_generators(generators[self.group.rank])
         if self.group.rank == 0:
@@ -310,7 +323,7 @@ class Course:
         return self.progress.epoch >= self.options.epochs or waited >= self.options.patience
 
     def train_epoch(self, batches: Iterator[data.Batch], interrupt: Interrupt) -> None:
-        """The steps that are left of the epoch. Ends early when interrupted."""
+        """The steps that are left of the epoch. Ends early when interrupted. `save` reads what was not read yet."""
         trainer, progress, every = self.trainer, self.progress, self.options.save_every
         trainer.net.train()
         end = (progress.epoch + 1) * self.steps.per_epoch
@@ -319,14 +332,20 @@ class Course:
                   disable=True if self.quiet else None) as bar:
             while trainer.number < end and not interrupt.agree(trainer.device):
                 begun = time.perf_counter()
-                for name, value in trainer.step(self.next(batches).to(trainer.device)).items():
-                    progress.losses.setdefault(name, []).append(value)
+                batch = self.next(batches)
+                progress.waited += time.perf_counter() - begun
+                self.note(trainer.step(batch))
                 progress.seconds += time.perf_counter() - begun
                 bar.update()
                 bar.set_postfix({name: f"{np.mean(values[-20:]):.3f}" for name, values in progress.losses.items()},
                                 refresh=False)
                 if every and trainer.number % every == 0:
                     self.save()
+
+    def note(self, losses: Mapping[str, float]) -> None:
+        """Remember the losses of a step."""
+        for name, value in losses.items():
+            self.progress.losses.setdefault(name, []).append(value)
 
     def next(self, batches: Iterator[data.Batch]) -> data.Batch:
         """The next batch. If a file or a loader's process keeps it from coming, all that was learned is saved first.
@@ -357,8 +376,9 @@ class Course:
         line = {"epoch": progress.epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
                 "expert_usage": usage, "lr": trainer.optimizer.param_groups[0]["lr"],
                 "skipped_steps": trainer.skipped, "seconds": round(seconds, 3),
+                "waiting": round(progress.waited / seconds, 4),
                 "images_per_second": round(self.steps.per_epoch * self.options.batch / seconds, 2)}
-        progress.losses, progress.seconds = {}, 0.0
+        progress.losses, progress.seconds, progress.waited = {}, 0.0, 0.0
         if self.group.rank == 0:
             self.lines.append(json.dumps(evaluate.plain(line)))
             checkpoints.write_log(self.folder, self.lines)
@@ -367,7 +387,8 @@ class Course:
             print(epoch_line(progress.epoch, self.options, losses, metrics, self.tasks, score, better, seconds))
 
     def save(self) -> None:
-        """Write last.pt: all that the rest of the run depends on."""
+        """Write last.pt: all that the rest of the run depends on. Nothing, if a step that was not read yet failed."""
+        self.note(self.trainer.read())
         found = self.group.gather(checkpoints.generators())
         if self.group.rank == 0:
             checkpoints.save(self.folder / "last.pt", {
@@ -478,6 +499,8 @@ def make_repeatable(seed: int, deterministic: bool) -> None:
     if deterministic:  # read by cuBLAS when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    # which would by default also fill memory that is written over next: a tenth of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = deterministic
 
 
@@ -491,20 +514,6 @@ def machine(device: torch.device, group: Group) -> dict:
 def shown(values: Mapping) -> str:
     """{"a": 1} -> "a 1"."""
     return ", ".join(f"{k} {v}" for k, v in values.items())
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory for the next step instead of handing it back and faulting it in again.
-
-    Measured on two CPU cores: 1.3 to 1.6 times as many photographs a second. Elsewhere than on glibc: nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)):
-        mallopt(option, value)
 
 
 def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs, dict]:
@@ -642,7 +651,7 @@ def stopped_by_sigterm(group: Group) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
-    keep_memory()
+    speed.keep_memory()
     with parallel.join() as group, stopped_by_sigterm(group):
         train(argv, group)
 

@@ -1,15 +1,27 @@
-"""How fast is it? Medians of interleaved repetitions, so that whatever else the machine does slows all alike.
+"""How fast is it, and by what? Medians of interleaved repetitions: whatever else the machine does slows all alike.
 
-    python tests/benchmark.py experts | evaluation
+    python tests/benchmark.py step | data | inference | experts | evaluation | scaling | all [--json FILE] [--data PATH]
+
+Each way of running the network is a process of its own, since how memory is kept belongs to a process; they take turns,
+and each tells the most memory that it has held. "plain" is the same network as anyone would write it: eager, float32,
+channels first. Where segmentation_models_pytorch is installed, its U-Net with the same encoder runs beside ours.
 """
 
 import argparse
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +30,33 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import augment  # noqa: E402
 import data  # noqa: E402
 import predict  # noqa: E402
 import records  # noqa: E402
 import scores  # noqa: E402
+import speed  # noqa: E402
 import synthetic  # noqa: E402
 from conftest import save_palette_mask  # noqa: E402
-from model import ExpertLayer, Net, NetConfig  # noqa: E402
-from tasks import TASKS  # noqa: E402
-from train import keep_memory  # noqa: E402
+from files import RunError, command  # noqa: E402
+from model import ExpertLayer, Net, NetConfig, balance_loss  # noqa: E402
+from tasks import TASKS, make_tasks  # noqa: E402
 
-C, SIDE, PHOTOGRAPHS = 320, 16, 8  # EfficientNet-B0's deepest map at 512 pixels: 2048 tokens
+CPU, SEG = torch.device("cpu"), TASKS["seg"]
+LIBRARY = "segmentation_models_pytorch"
+FOUND: dict[str, list] = {}  # what was measured, for --json
 
 
 def machine() -> str:
     """What was measured on."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    return (f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, "
+    amx = ", AMX" * (speed.pick(CPU) == "bf16")
+    return (f"{names[0] if names else platform.processor()}{amx}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, Python {platform.python_version()}")
 
 
@@ -51,6 +70,304 @@ def medians(jobs: Mapping[str, Callable[[], None]], repetitions: int) -> dict[st
             if i > 1:
                 times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def show(title: str, rows: Sequence[Mapping]) -> None:
+    """Print rows of a table, and keep them for --json."""
+    FOUND[title] = list(rows)
+    cells = [[*rows[0]], *([f"{v:{'.0f' if v > 100 else '.3g'}}" if isinstance(v, float) else str(v)
+                            for v in r.values()] for r in rows)]
+    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    print(f"\n{title}")
+    for row in cells:
+        print("   " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))))
+
+
+# ---- ways of running the network, each in its own process ----
+
+PLAIN, MEMORY, LAYOUT, HALF, DEPTHWISE, FOLDED = "plain", "memory", "channels_last", "bf16", "depthwise", "folded"
+
+
+def library(size: int, graded: int, masked: int) -> tuple[Callable, Callable]:
+    """The U-Net of segmentation_models_pytorch with a linear layer for grades -> step, forward of one photograph."""
+    import segmentation_models_pytorch
+    net = segmentation_models_pytorch.Unet("efficientnet-b0", encoder_weights=None, classes=5).train()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(320, 5))
+    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], 1e-4)
+    images, grades = torch.rand(graded + masked, 3, size, size), torch.randint(0, 5, (graded,))
+    masks = (torch.rand(masked, 5, size, size) > 0.95).float()
+
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(net.encoder(images[:graded])[-1]), grades)
+        logits = net(images[graded:])
+        p = logits.sigmoid()
+        dice = (2 * (p * masks).sum((0, 2, 3)) + 1) / ((p + masks).sum((0, 2, 3)) + 1)
+        (loss + F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice.mean()).backward()
+        optimizer.step()
+
+    def forward():
+        with torch.inference_mode():
+            net.eval()(images[:1])
+    return step, forward
+
+
+def made(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
+    """A network with these measures, and its tasks."""
+    tasks = make_tasks(names)
+    net = Net(NetConfig(experts=experts), tasks)
+    if MEMORY in measures:
+        speed.keep_memory()
+    if LAYOUT in measures:
+        net = speed.fast(net)
+    if DEPTHWISE not in measures:
+        speed.DepthwiseConv.forward = nn.Conv2d.forward
+    return speed.folded(net) if FOLDED in measures else net, tasks
+
+
+def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Sequence[str] = ("cls", "seg"),
+         experts: int = 8) -> tuple[Callable, Callable]:
+    """Our network -> step, forward of one photograph. The first `graded` photographs have all labels but masks."""
+    net, tasks = made(measures, names, experts)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4) if FOLDED not in measures else None
+    number = graded + masked
+    images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
+    rows = {t: torch.arange(number)[graded:] if t == "seg" else torch.arange(number)[:graded or number] for t in names}
+    targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
+               "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8),
+               "loc": torch.rand(number, 6, 2)}
+    precision = "bf16" if HALF in measures else "fp32"
+
+    def step():
+        net.train()
+        optimizer.zero_grad()
+        with speed.autocast(CPU, precision):
+            outputs, routing = net(images, rows)
+        losses = [t.loss(outputs[t.name].float(), targets[t.name][rows[t.name]]) for t in tasks]
+        (sum(losses) + (0.01 * balance_loss(routing) if routing else 0)).backward()
+        optimizer.step()
+
+    def forward():
+        with torch.inference_mode(), speed.autocast(CPU, precision):
+            net.eval()(images[:1])
+    return step, forward
+
+
+def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
+    """A batch as most code makes it: each file decoded whole, resized, and augmented on its own."""
+    change = v2.Compose([
+        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+        v2.RandomAffine(augment.TURN, (augment.SHIFT,) * 2, augment.SCALE, interpolation=v2.InterpolationMode.BILINEAR),
+        v2.ColorJitter(augment.JITTER, augment.JITTER, augment.JITTER, augment.HUE),
+        v2.RandomApply([v2.GaussianBlur(augment.KERNEL, augment.SIGMA)], augment.BLURRED)])
+    samples = []
+    for r in paths:
+        with Image.open(r.image) as file:
+            picture = file.convert("RGB").resize((size, size), Image.LANCZOS)
+        parts = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(picture))}
+        if r.masks is not None:
+            masks = torch.zeros(5, size, size, dtype=torch.uint8)
+            for kind, path in r.masks.items():
+                if path is not None:
+                    with Image.open(path) as file:
+                        small = file.convert("L").resize((size, size), Image.NEAREST)
+                    masks[data.LESIONS.index(kind)] = torch.from_numpy(np.array(small) > 0)
+            parts["masks"] = tv_tensors.Mask(masks)
+        parts = {k: x.as_subclass(Tensor) for k, x in change(parts).items()}
+        samples.append(data.Sample(r.name, parts["image"], r.grade or 0, None, None, parts.get("masks"), None, None))
+    return data.collate(samples, make_tasks(["cls", "seg"]))
+
+
+def trained(folder: str, size: int, measures: Sequence[str], batch: int = 8) -> tuple[Callable, Callable]:
+    """Steps over real files -> step with loading, loading alone; each photograph comes once, masks where there are."""
+    found = [r for r in records.read_data(Path(folder)).records if r.part == "train"]
+    order = np.random.default_rng(0).permutation(len(found))
+    net, tasks = made(measures)
+    optimizer, precision = torch.optim.AdamW(net.parameters(), 1e-4), "bf16" if HALF in measures else "fp32"
+    photographs = None if PLAIN in measures else data.Photographs(found, size)
+    turn = iter(range(10 ** 9))
+
+    def load():
+        chosen = [int(order[(batch * i + k) % len(order)]) for i in [next(turn)] for k in range(batch)]
+        if PLAIN in measures:
+            return as_published([found[i] for i in chosen], size)
+        return data.collate([photographs[i, i] for i in chosen], tasks)
+
+    def step():
+        b = load()
+        net.train()
+        optimizer.zero_grad()
+        with speed.autocast(CPU, precision):
+            outputs, routing = net(b.images, b.rows)
+        losses = [t.loss(outputs[t.name].float(), b.targets[t.name]) for t in tasks if t.name in outputs]
+        (sum(losses) + 0.01 * balance_loss(routing)).backward()
+        optimizer.step()
+    return step, load
+
+
+def reading(number: int) -> tuple[Callable]:
+    """Samples of a data set of so many photographs -> reading 200 of them."""
+    place = Path(tempfile.mkdtemp(prefix="photographs_"))
+    for i in range(number):
+        if i < 20:
+            Image.fromarray(synthetic.draw(synthetic.plan(3, i), 128)[0]).save(place / f"{i}.jpg")
+        else:
+            os.link(place / f"{i % 20}.jpg", place / f"{i}.jpg")
+    data.CACHE = place / "cache"
+    atexit.register(shutil.rmtree, place)
+    photographs = data.Photographs([records.Record(str(i), place / f"{i}.jpg") for i in range(number)], 128)
+    turn = iter(range(10 ** 9))
+
+    def read():
+        for _ in range(200):
+            photographs[next(turn) * 7 % number, None]
+    return read,
+
+
+def work(how: str) -> None:
+    """One of the processes: for each line that comes, run once, answer with seconds and the peak of memory in GiB."""
+    spec = json.loads(how)
+    torch.manual_seed(0)
+    jobs = {"library": library, "ours": ours, "trained": trained, "reading": reading}[spec.pop("kind")]
+    job = jobs(**{k: v for k, v in spec.items() if k != "part"})[spec.get("part", 0)]
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        job()
+        seconds = time.perf_counter() - begun
+        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0 kB"
+        peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+        print(seconds, int(peak) / 2 ** 20, flush=True)
+
+
+def race(ways: Mapping[str, Mapping], repetitions: int) -> dict[str, tuple[float, float]]:
+    """{name: (median seconds, peak GiB)} of ways that take turns; four rounds do not count, until memory is found."""
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(subprocess.Popen(
+            [sys.executable, __file__, "--work", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True)) for name, spec in ways.items()}
+        times, peaks = {name: [] for name in ways}, {}
+        for i in range(repetitions + 4):
+            for name, process in processes.items():
+                process.stdin.write("\n"), process.stdin.flush()
+                answer = process.stdout.readline().split()
+                if not answer:
+                    raise RunError(f"{name}: its process ended, perhaps for want of memory ({len(ways)} hold theirs)")
+                seconds, peaks[name] = map(float, answer)
+                times[name] += [seconds] * (i > 3)
+        for process in processes.values():
+            process.stdin.close()
+    return {name: (statistics.median(times[name]), peaks[name]) for name in ways}
+
+
+def table(title: str, found: Mapping[str, tuple[float, float]], photographs: int) -> None:
+    """Milliseconds a photograph, times as fast as the plain run and the library, memory."""
+    columns = {"x plain": found.get("plain"), "x library": found.get("library")}
+    show(title, [{"": name, "ms a photograph": 1e3 * seconds / photographs,
+                  **{c: base[0] / seconds for c, base in columns.items() if base}, "peak GiB": peak}
+                 for name, (seconds, peak) in found.items()])
+
+
+BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if speed.pick(CPU) == "bf16" else ()))  # what train.py does here
+
+
+def step() -> None:
+    """Training: forward, backward, optimizer."""
+    for size, graded, masked, repetitions in ((256, 8, 8, 5), (512, 4, 4, 3)):
+        ways = {"library": {"kind": "library"}} if importlib.util.find_spec(LIBRARY) else {}
+        ways |= {"plain": {"measures": [PLAIN]}, "+ freed memory kept": {"measures": [MEMORY]},
+                 "+ channels_last": {"measures": [MEMORY, LAYOUT]},
+                 "+ bf16": {"measures": [MEMORY, LAYOUT, HALF]},
+                 "+ own depthwise backward": {"measures": [MEMORY, LAYOUT, HALF, DEPTHWISE]}}
+        if size > 256:  # all at once would be 30 GiB
+            ways = {name: ways[name] for name in ("library", "plain", "+ own depthwise backward") if name in ways}
+        ways = {name: {"kind": "ours", "size": size, "graded": graded, "masked": masked} | spec
+                for name, spec in ways.items()}
+        table(f"training step, {size} px, {graded} graded and {masked} masked photographs", race(ways, repetitions),
+              graded + masked)
+    four, single = ["cls", "dme", "seg", "loc"], {"size": 256, "graded": 0, "masked": 8, "measures": BEST}
+    found = race({" ".join(n): {"kind": "ours", "names": n, **single} for n in [four, *([t] for t in four)]}, 5)
+    alone = sum(found[t][0] for t in four)
+    show("one network for four tasks, 256 px, step of 8 photographs with all labels",
+         [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
+
+
+def inference() -> None:
+    """One photograph through the network."""
+    for size in (256, 512):
+        ways = {"library": {"kind": "library"}} if importlib.util.find_spec(LIBRARY) else {}
+        ways |= {"plain": {"measures": [PLAIN]}, "+ freed memory kept": {"measures": [MEMORY]},
+                 "+ channels_last": {"measures": [MEMORY, LAYOUT]},
+                 "+ norms folded (as evaluate.py)": {"measures": [MEMORY, LAYOUT, FOLDED]},
+                 "+ bf16 (with --precision bf16)": {"measures": [MEMORY, LAYOUT, FOLDED, HALF]}}
+        ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "part": 1} | spec
+                for name, spec in ways.items()}
+        table(f"forward pass of one photograph, {size} px", race(ways, 20), 1)
+    best, four = {"size": 256, "graded": 0, "masked": 1, "part": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, \
+        ["cls", "dme", "seg", "loc"]
+    found = race({" ".join(n): {"kind": "ours", "names": n, **best} for n in [four, *([t] for t in four)]}, 20)
+    alone = sum(found[t][0] for t in four)
+    show("one network for four tasks, 256 px, forward pass of one photograph",
+         [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
+
+
+def scaling() -> None:
+    """Time and memory of a training step, as train.py runs it, against one thing at a time."""
+    base = {"kind": "ours", "size": 256, "graded": 4, "masked": 4, "measures": BEST}
+    four = ["cls", "dme", "seg", "loc"]
+    for title, ways in {
+            "resolution, 2 and 2 photographs": {size: {"size": size, "graded": 2, "masked": 2}
+                                                for size in (256, 512, 768, 1024)},
+            "photographs in a step, half of them masked": {2 * n: {"graded": n, "masked": n} for n in (1, 2, 4, 8, 16)},
+            "experts": {e: {"experts": e} for e in (0, 2, 8, 32, 64)},
+            "tasks, 8 photographs with all labels": {len(four[:k]): {"names": four[:k], "graded": 0, "masked": 8}
+                                                     for k in (1, 2, 3, 4)}}.items():
+        found = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
+        first = next(iter(found.values()))[0]
+        show(f"training step against {title}",
+             [{"": name, "ms": 1e3 * seconds, "x first": seconds / first, "peak GiB": peak}
+              for name, (seconds, peak) in found.items()])
+    found = race({str(n): {"kind": "reading", "number": n} for n in (100, 1000, 10000)}, 9)
+    show("reading a sample of 128 px from the cache against photographs in the data set",
+         [{"": name, "ms": 1e3 * seconds / 200, "peak GiB": peak} for name, (seconds, peak) in found.items()])
+
+
+def loading(folder: Path, size: int) -> None:
+    """An epoch over the photographs of a folder, from nothing and once they are cached."""
+    found = [r for r in records.read_data(folder).records if r.part == "train"]
+    with tempfile.TemporaryDirectory() as cache:
+        begun = time.perf_counter()
+        data.build_cache(found, size, Path(cache))
+        build = time.perf_counter() - begun
+    ways = {"plain": {"measures": [PLAIN]}, "ours": {"measures": BEST}}
+    ways = {f"{name}{', loading alone' * part}": {"kind": "trained", "folder": str(folder), "size": size, "part": part}
+            | spec for name, spec in ways.items() for part in (0, 1)}
+    times = {name: seconds * len(found) / 8 for name, (seconds, _) in race(ways, 12).items()}
+    plain, quick = times["plain"], times["ours"]
+    show(f"an epoch over the {len(found)} photographs of {folder.name} at {size} px, in steps of 8 (seconds)", [
+        {"": "every epoch decoded, plain network", "s": plain, "loading": times["plain, loading alone"],
+         "x plain": 1.0},
+        {"": "first epoch, cache built", "s": build + quick, "loading": build + times["ours, loading alone"],
+         "x plain": plain / (build + quick)},
+        {"": "later epochs", "s": quick, "loading": times["ours, loading alone"], "x plain": plain / quick}])
+
+
+def data_(folder: Path | None) -> None:
+    """Loading and augmenting: of a folder of real photographs, or of drawn ones as large as IDRiD's."""
+    if folder is not None:
+        return loading(folder, 256)
+    with tempfile.TemporaryDirectory() as place:
+        lines = ["image,cls,split," + ",".join(f"mask_{k.lower()}" for k in synthetic.LESIONS)]
+        for r in originals(Path(place), 24):
+            masked = int(r.name) % 8 == 0  # as many as IDRiD has
+            lines.append(f"{r.name}.jpg,1,train," + ",".join(
+                f"{r.name}_{k}.tif" if masked else "" for k in synthetic.LESIONS))
+        (Path(place) / "drawn_4288x2848.csv").write_text("\n".join(lines) + "\n")
+        loading(Path(place) / "drawn_4288x2848.csv", 256)
+
+
+# ---- experts, evaluation ----
+
+C, SIDE, PHOTOGRAPHS = 320, 16, 8  # EfficientNet-B0's deepest map at 512 pixels: 2048 tokens
 
 
 def multiply_adds(f: Callable, *arguments) -> int:
@@ -113,6 +430,7 @@ def experts() -> None:
                      **{e: job(made) for e, made in layers.items()},
                      **{f"all {e}": job(AllExperts(made), False) for e, made in layers.items()}}, 30)
     dense = times["dense"]
+    FOUND["expert layer"] = [{"": name, "ms": 1e3 * seconds} for name, seconds in times.items()]
     print(f"{PHOTOGRAPHS * SIDE * SIDE} tokens of {C} channels, 2 experts each, forward and backward\n")
     print(f"{'':34}{'ms':>8}{'x dense':>9}{'parameters':>12}{'all experts: ms':>17}")
     print(f"{'dense, equal multiply-adds':34}{1e3 * dense:8.1f}{1:9.2f}{2 * C * C:12,}")
@@ -125,7 +443,7 @@ def experts() -> None:
           f"{times[8] / times['E = 1']:.2f} times the same layer with one expert")
 
     print("\none photograph, tasks cls and seg, forward           multiply-adds      parameters")
-    tasks = [TASKS["cls"], TASKS["seg"]]
+    tasks = make_tasks(["cls", "seg"])
     for place in ("deepest", "decoder"):
         for size in (256, 512):
             image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
@@ -153,7 +471,7 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
 
 def evaluation() -> None:
     """What scoring adds to the forward passes, at the size of training and in the pixels of original files."""
-    device, tasks = torch.device("cpu"), [TASKS["cls"], TASKS["seg"]]
+    device, tasks = CPU, make_tasks(["cls", "seg"])
     net = Net(NetConfig(), tasks).to(memory_format=torch.channels_last).eval()
     photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "train"][:240], 128)
     batches = list(scores.loader(photographs, scores.in_order(photographs, 8), tasks, device))
@@ -168,6 +486,7 @@ def evaluation() -> None:
 
     found = scores.score(net, photographs, tasks, device, 8)
     times = medians({"forward": forward, "scored": scored, "intervals": lambda: scores.summary([found], [{}])}, 5)
+    FOUND["evaluation"] = [{"": name, "s": seconds} for name, seconds in times.items()]
     print(f"{len(photographs)} drawn photographs at 128 pixels, {' '.join(t.name for t in tasks)}: forward passes "
           f"{times['forward']:.2f} s, scoring with decoding and metrics {times['scored']:.2f} s "
           f"({times['scored'] / times['forward']:.2f} times), intervals {times['intervals']:.2f} s more")
@@ -175,11 +494,11 @@ def evaluation() -> None:
         large = originals(Path(folder), 4)
 
         def full():
-            predict.tally_at_full_size(net, TASKS["seg"], large, 256, None, device, 8, TASKS["seg"].pool())
+            predict.tally_at_full_size(net, SEG, large, 256, None, device, 8, SEG.pool())
 
         def network():
             for _ in large:
-                predict.answer(net, [TASKS["seg"]], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
+                predict.answer(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
 
         times = medians({"full": full, "network": network}, 3)
         print(f"masks of {len(large)} photographs of 4288x2848, network at 256 pixels: {times['full'] / 4:.2f} s a "
@@ -189,12 +508,23 @@ def evaluation() -> None:
 def main() -> None:
     """Measure what is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("experts", "evaluation"))
-    what = parser.parse_args().what
-    keep_memory()
-    print(machine() + "\n")
-    {"experts": experts, "evaluation": evaluation}[what]()
+    parser.add_argument("what", nargs="?", default="all",
+                        choices=("step", "data", "inference", "experts", "evaluation", "scaling", "all"))
+    parser.add_argument("--json", type=Path, help="write all tables to this file as well")
+    parser.add_argument("--data", type=Path, help="with data: measure on this data set, not on drawn photographs")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work is not None:
+        return work(args.work)
+    print(machine())
+    jobs = {"step": step, "data": partial(data_, args.data), "inference": inference, "scaling": scaling,
+            "experts": experts, "evaluation": evaluation}
+    for name, job in jobs.items():
+        if args.what in (name, "all"):
+            job()
+    if args.json is not None:
+        args.json.write_text(json.dumps({"machine": machine(), **FOUND}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -2,15 +2,22 @@
 
 import json
 import math
+import os
 import shutil
-from collections import Counter
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2
 
+import augment
 import data
 import records
 import synthetic
@@ -241,7 +248,100 @@ def test_masks_survive_the_cache_bit_for_bit():
         assert (sample.grade, sample.edema) == (record.grade, record.edema)
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data_set(tmp_path):
+    """10 000 photographs on disk, of mixed sizes: what is resident after the first 1000 is so after the last."""
+    sizes = np.random.default_rng(0).integers(24, 120, (50, 2))
+    for i, (width, height) in enumerate(sizes):
+        noise = np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.jpg")
+    for i in range(50, 10000):
+        os.link(tmp_path / f"{i % 50}.jpg", tmp_path / f"{i}.jpg")
+    code = """
+import re, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import data, records
+data.CACHE = Path(sys.argv[2]) / "cache"
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+found = [records.Record(str(i), Path(sys.argv[2]) / f"{i}.jpg") for i in range(10000)]
+photographs, seen = data.Photographs(found, 64), []
+for i in range(10000):
+    photographs[i, None]
+    if i + 1 in (1000, 10000):
+        seen.append(resident())
+print(*seen, sum(p.stat().st_size for p in photographs.paths) // 1024)
+"""
+    result = subprocess.run([sys.executable, "-c", code, Path(data.__file__).parent, tmp_path], capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    early, late, cached = map(int, result.stdout.split())  # KiB
+    assert late - early < 20 * 1024 < cached / 5
+
+
 # ---- augmentation ----
+
+def changed(sample: data.Sample, draw: int) -> data.Sample:
+    return data.augmented(sample.image[None], [replace(sample, draw=draw)])[1][0]
+
+
+def one_by_one(sample: data.Sample, change: augment.Change) -> tuple[Tensor, Tensor]:
+    """The same change by torchvision's functions, of colours from 0 to 1, since of bytes they cut off a part each."""
+    f, size = v2.functional, sample.image.shape[-1]
+    recolour = (f.adjust_brightness, f.adjust_contrast, f.adjust_saturation, f.adjust_hue)
+    pair = []
+    for x, mode in ((sample.image / 255, "bilinear"), (sample.masks, "nearest")):
+        for flipped, flip in zip(change.flip, (f.horizontal_flip, f.vertical_flip)):
+            x = flip(x) if flipped else x
+        pair.append(f.affine(x, math.degrees(change.angle), [round(s * size) for s in change.shift], change.scale,
+                             [0.0, 0.0], interpolation=v2.InterpolationMode(mode)))
+    for kind in change.order:
+        pair[0] = recolour[kind](pair[0], change.amounts[kind])
+    return f.gaussian_blur(pair[0], 5, [change.sigma] * 2) if change.sigma else pair[0], pair[1]
+
+
+def test_a_batch_is_changed_as_torchvision_changes_one_after_the_other():
+    photographs, blurred = data.Photographs(drawn(4), 96), 0
+    samples = [replace(photographs[i % 4, None], draw=i) for i in range(24)]
+    images, found = data.augmented(torch.stack([s.image for s in samples]), samples)
+    for sample, image, new in zip(samples, images, found):
+        change = augment.draw(sample.draw, 96)
+        expected, masks = one_by_one(sample, change)
+        blurred += change.sigma > 0
+        assert (image - 255 * expected).abs().max() < 0.51  # grey levels
+        assert (new.masks != masks).float().mean() < 1e-3  # pixels that lie between two
+        assert torch.equal(image, new.image)
+        alone, = data.augmented(sample.image[None], [sample])[1]
+        assert torch.equal(alone.image, image) and torch.equal(alone.masks, new.masks)
+    assert 0 < blurred < 24
+
+
+def test_changes_are_drawn_as_torchvision_draws_them():
+    """Quantiles of every parameter, of 3000 draws each way."""
+    number, size = 3000, 100
+    torch.manual_seed(0)
+    picture = [torch.zeros(3, size, size)]
+    affine = v2.RandomAffine(30, translate=(0.05, 0.05), scale=(0.9, 1.1))
+    jitter, blur = v2.ColorJitter(0.2, 0.2, 0.2, 0.02), v2.GaussianBlur(5, (0.1, 1.0))
+    theirs, ours = defaultdict(list), defaultdict(list)
+    for seed in range(number):
+        a, j, b = affine.make_params(picture), jitter.make_params(picture), blur.make_params(picture)
+        values = [a["angle"], a["scale"], *a["translate"], *(float(j[k]) for k in (
+            "brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")), *(
+            float((j["fn_idx"] == k).nonzero()) for k in range(4))]
+        c = augment.draw(seed, size)
+        mine = [math.degrees(c.angle), c.scale, *(size * s for s in c.shift), *c.amounts, *map(c.order.index, range(4))]
+        for k, (x, y) in enumerate(zip(values, mine)):
+            theirs[k].append(x), ours[k].append(y)
+        theirs["sigma"].append(b["sigma"][0])
+        ours["sigma"] += [c.sigma] * (c.sigma > 0)
+        ours["flips"] += c.flip
+    for k in theirs:
+        gap = np.subtract(*(np.quantile(v, (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)) for v in (ours[k], theirs[k])))
+        assert np.abs(gap).max() <= max(0.06 * np.ptp(theirs[k]), 1.0 * (k in (2, 3) or k in range(8, 12))), k
+    assert abs(len(ours["sigma"]) / number - 0.2) < 0.03 and abs(np.mean(ours["flips"]) - 0.5) < 0.03
+
 
 def test_augmentation_moves_image_and_masks_together():
     """Paint the masked pixels white, augment: the white has moved where the mask has."""
@@ -251,7 +351,7 @@ def test_augmentation_moves_image_and_masks_together():
     sample.image = torch.where(sample.masks[disc] == 1, 255, 0).to(torch.uint8).expand(3, -1, -1).clone()
     moved = set()
     for draw in range(20):
-        new = data.augment(sample, draw)
+        new = changed(sample, draw)
         white = new.image.float().mean(0) > 0.4 * new.image.max()
         overlap = (white & (new.masks[disc] == 1)).sum() / (white | (new.masks[disc] == 1)).sum()
         assert overlap > 0.8
@@ -268,7 +368,7 @@ def test_augmentation_moves_points_with_the_image():
         sample.image = torch.zeros(3, 128, 128, dtype=torch.uint8)
         sample.image[:, y - 1:y + 1, x - 1:x + 1] = 255
         sample.points = torch.tensor([[float(x), float(y)], [math.nan, math.nan]])
-        new = data.augment(sample, draw)
+        new = changed(sample, draw)
         assert new.points[1].isnan().all()
         light = new.image.float().mean(0)
         if new.points[0].isnan().any():
@@ -285,7 +385,7 @@ def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
     Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
     masks = {"EX": tmp_path / "m.png", "HE": None}
-    sample = data.Photographs([Record("x", tmp_path / "a.png", masks=masks)], 64)[0, 3]
+    sample = changed(data.Photographs([Record("x", tmp_path / "a.png", masks=masks)], 64)[0, None], 3)
     values = {kind: set(m.unique().tolist()) for kind, m in zip(data.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}
 
@@ -295,9 +395,10 @@ def test_augmentation_is_a_function_of_its_draw_and_leaves_the_generator_alone()
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    a, b, c = photographs[0, 5], photographs[0, 5], photographs[0, 6]
+    a, b, c = (data.collate([photographs[0, draw]], [SEG]) for draw in (5, 5, 6))
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(a.image, b.image) and torch.equal(a.masks, b.masks) and not torch.equal(a.image, c.image)
+    assert torch.equal(a.images, b.images) and torch.equal(a.targets["seg"], b.targets["seg"])
+    assert not torch.equal(a.images, c.images)
 
 
 # ---- batches ----

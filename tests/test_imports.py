@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DATA = {"synthetic", "records", "eyes"}  # they know fields of a photograph, never networks
 ALLOWED = {"files": set(), "model": set(), "metrics": set(), "tasks": {"model", "metrics"}, "synthetic": set(),
-           "records": {"synthetic", "files"}, "eyes": {"records", "files"}, "data": DATA | {"files"},
-           "intervals": set(), "parallel": {"files"}, "routes": {"model", "tasks", "data"},
+           "records": {"synthetic", "files"}, "eyes": {"records", "files"}, "augment": set(),
+           "data": DATA | {"augment", "files"}, "intervals": set(), "parallel": {"files"}, "speed": {"model"},
+           "routes": {"model", "tasks", "data"},
            "predict": {"model", "tasks", "metrics", "data", "records", "files"},
            "checkpoints": {"files", "model", "records"}}
 ALLOWED["scores"] = set(ALLOWED) - {"checkpoints"}

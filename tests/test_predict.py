@@ -5,6 +5,10 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +63,19 @@ def test_in_file_pixels_equals_interpolation_by_hand():
                                      (1 - abs(u - 0.5 - b)) for a, b in corners)
     found = predict.in_file_pixels(map_, g)
     assert found.shape == (17, 23) and np.abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("geometry", [
+    data.Geometry(301, 203, 0.2, 0.31, -3.7, 1.2), data.Geometry(23, 17, 2.5, 3.1, 0.0, -4.0),
+    data.Geometry(40, 64, 1.0, 1.0, 12.0, 0.0), data.Geometry(30, 30, 0.1, 0.1, 60.9, 70.0)])
+def test_in_file_pixels_equals_pillow(geometry):
+    """Enlarged, reduced, shifted by whole pixels, and all but outside; one bit for processors that fuse + and *."""
+    g, map_ = geometry, np.random.default_rng(0).random((64, 64)).astype(np.float32)
+    affine = (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y)
+    expected = np.asarray(Image.fromarray(map_).transform((g.width, g.height), Image.AFFINE, affine, Image.BILINEAR))
+    found = predict.in_file_pixels(map_, g)
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    np.testing.assert_array_max_ulp(found, expected, 1)
 
 
 def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
@@ -292,6 +309,195 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         predict.write_rows(tmp_path / "t.csv", rows())
     assert (tmp_path / "t.csv").read_text().splitlines()[3:] == ["refused,4,"]
+
+
+# ---- while the network has one photograph, others are read and written ----
+
+def answered_plainly(predictor, path: Path, name: str) -> dict:
+    """One photograph after the other, each step on its own and from the file."""
+    p, note = predictor, predict.NOTE
+    row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": note}
+    try:
+        row |= dict(zip(("width", "height"), data.read_image(path, 512).size))
+        if reason := predict.refusal(data.read_image(path, 512).image):
+            return row | {"status": "refused", "reason": reason}
+    except InputError as error:
+        return row | {"status": "unreadable", "reason": str(error)[len(f"{path}: "):].split("; replace the file")[0]}
+    record = records.Record(name, path)
+    sample, masks, lines = predict.sample_of(record, p.size), {}, []
+    answers, lit = predict.answer(p.net, p.tasks, sample.image, CPU), data.lit_pixels(data.read_image(path, 512).image)
+    for task in p.tasks:
+        if task.name == "seg":
+            maps, g = predict.masks_of(p.net, task, record, p.size, p.tiles, CPU, p.batch)
+            for kind, map_ in zip(task.classes, maps):
+                wide = Image.fromarray(map_).transform(
+                    (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y),
+                    Image.BILINEAR)
+                masks[kind] = np.asarray(wide) >= p.chosen["seg"][kind]
+                Image.fromarray(masks[kind]).convert("L").save(p.out / f"masks/{name}_{kind}.png", compress_level=1)
+                row[f"area_{kind}"] = round(float(masks[kind].mean()) / float(lit.mean()), 6)
+        else:
+            columns = task.answers(answers[task.name], sample, p.chosen[task.name])
+            row, lines = row | columns, lines + task.caption(columns)
+    points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
+    predict.overlay(data.read_image(path, 1 << 30).image, masks, points, [*lines, note]).save(
+        p.out / f"overlays/{name}.png", compress_level=1)
+    return row
+
+
+@pytest.fixture
+def all_kinds(tmp_path) -> Path:
+    """Photographs that are reduced as they are decoded and that are not, one held sideways, one refused, one broken."""
+    (folder := tmp_path / "kinds").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(2):
+        picture(i, 240).resize((1440, 1200)).save(folder / f"large{i}.jpg", exif=exif if i else Image.Exif())
+    picture(2, 150).save(folder / "small.png")
+    Image.new("RGB", (90, 60)).save(folder / "black.png")
+    (folder / "broken.jpg").write_bytes((folder / "large0.jpg").read_bytes()[:9000])
+    return folder
+
+
+@pytest.mark.parametrize("tiles", [None, 4.5])
+def test_no_byte_depends_on_what_is_done_at_once(run, all_kinds, tmp_path, tiles):
+    loaded, paths = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir())
+    sample = predict.sample_of(records.Record("x", paths[-1]), 64)
+    maps = predict.answer(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
+    for kind, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
+        loaded.chosen["seg"][kind] = float(map_.quantile(0.9))
+    predictor = predict.Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU, tmp_path / "out", True)
+    found = predict.predict_all(predictor, paths)
+    assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
+    assert all(0 < row[f"area_{kind}"] for row in found for kind in TASKS["seg"].classes if row["status"] == "answered")
+    plain = replace(predictor, out=tmp_path / "plain")
+    for folder in ("overlays", "masks"):
+        (plain.out / folder).mkdir(parents=True)
+    predict.write_rows(plain.out / "predictions.csv", (answered_plainly(plain, p, p.stem) for p in paths))
+    files, expected = ({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")}
+                       for out in (predictor.out, plain.out))
+    assert len(expected) == 1 + 3 * 6 and files == expected
+
+
+@pytest.mark.parametrize("tiles,most", [(None, 2), (4.5, 3)])
+def test_a_file_is_decoded_once_at_each_scale(run, all_kinds, tmp_path, monkeypatch, tiles, most):
+    """A JPEG for 512 pixels, for tiles and at full size; what cannot be reduced as it is decoded, once."""
+    loaded, paths, opened, really = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir()), [], data.open_image
+
+    def counted(path):
+        opened.append(path.name)
+        return really(path)
+    monkeypatch.setattr(data, "open_image", counted)
+    predict.predict_all(predict.Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU, tmp_path / "out",
+                                          True), paths)
+    assert Counter(opened) == {"large0.jpg": most, "large1.jpg": most, "small.png": 1, "black.png": 1,
+                               "broken.jpg": 1}
+
+
+class Steps:
+    """In a Predictor's place: tells the steps of photographs 0, 1, ... as they begin, and lets a test wait for them."""
+
+    def __init__(self, **then):
+        self.then, self.told = then, {}  # step -> what a test does in it
+
+    def begun(self, *step) -> threading.Event:
+        return self.told.setdefault(step, threading.Event())
+
+    def step(self, name, number):
+        self.begun(name, number).set()
+        self.then.get(name, lambda number: None)(number)
+        return number
+
+    def read(self, number):
+        return self.step("read", number)
+
+    def ask(self, number):
+        return self.step("ask", number)
+
+    def write(self, number):
+        return {"status": "answered", "number": self.step("write", number)}
+
+
+def numbers(count: int) -> list[tuple[int]]:
+    return [(number,) for number in range(count)]
+
+
+def test_the_next_is_read_and_the_last_is_written_meanwhile():
+    """Each step waits for one that a loop over photographs would take only after it."""
+    def ask(number):
+        assert number == 5 or steps.begun("read", number + 1).wait(60)
+
+    def write(number):
+        assert number == 5 or steps.begun("ask", number + 1).wait(60)
+    steps = Steps(ask=ask, write=write)
+    assert [row["number"] for row in predict.overlapped(steps, numbers(6))] == [*range(6)]
+
+
+def test_rows_come_in_order_though_a_later_photograph_is_written_first():
+    """Of two writers one is busy with photograph 0 until the other is through with 1 and at 2."""
+    steps = Steps(write=lambda number: number != 0 or steps.begun("write", 2).wait(60))
+    assert [row["number"] for row in predict.overlapped(steps, numbers(4))] == [*range(4)]
+
+
+def test_few_photographs_are_held_at_once():
+    """However slow the writing, or whoever takes the rows: of 30, those begun and not yet handed on."""
+    begun, most, taken = [], [], 0
+    steps = Steps(read=begun.append, write=lambda number: most.append(len(begun) - taken))
+    for row in predict.overlapped(steps, numbers(30)):
+        time.sleep(0.002)  # time to begin more than is allowed
+        most.append(len(begun) - taken)
+        taken += 1
+    assert taken == 30 and max(most) <= predict.AHEAD + 1 + predict.BEHIND
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_being_written_has_its_row_when_the_network_is_stopped(error):
+    """At photograph 3, while 1 and 2 are being written and 4 is being read: nothing else is begun."""
+    stopped, rows_taken, taken = threading.Event(), threading.Event(), []
+
+    def ask(number):
+        if number == 3:
+            assert steps.begun("write", 2).wait(60) and steps.begun("read", 4).wait(60)
+            stopped.set()
+            raise error
+    steps = Steps(read=lambda number: number != 4 or rows_taken.wait(60), ask=ask,
+                  write=lambda number: number == 0 or stopped.wait(60))
+    with pytest.raises(error):
+        for row in predict.overlapped(steps, numbers(9)):
+            taken.append(row["number"])
+            if row["number"] == 2:
+                rows_taken.set()
+    assert taken == [0, 1, 2] and not {("ask", 4), ("write", 3), ("read", 5)} & set(steps.told)
+
+
+def test_ctrl_c_while_waiting_for_a_file_to_be_written(tmp_path, monkeypatch):
+    """Interrupted where it waits longest: for photograph 0, while 1 is being written too."""
+    interrupted, really = threading.Event(), Future.result
+
+    def result(future):
+        if steps.begun("ask", 1).is_set() and not interrupted.is_set():
+            assert steps.begun("write", 1).wait(60)
+            interrupted.set()
+            raise KeyboardInterrupt
+        return really(future)
+    monkeypatch.setattr(Future, "result", result)
+    steps = Steps(write=lambda number: interrupted.wait(60))
+    with pytest.raises(KeyboardInterrupt):
+        predict.write_rows(tmp_path / "t.csv", predict.overlapped(steps, numbers(2)))
+    assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,1"]
+
+
+def test_an_error_of_writing_is_raised_and_what_else_is_being_written_has_its_row(tmp_path):
+    """A file that cannot be written, of photograph 1, while 0 and 2 are being written."""
+    def write(number):
+        if number == 1:
+            raise OSError(28, "No space left on device", "1.png")
+        assert steps.begun("write", 2).wait(60)
+    steps = Steps(write=write)
+    with pytest.raises(OSError, match="No space left on device: '1.png'"):
+        predict.write_rows(tmp_path / "t.csv", predict.overlapped(steps, numbers(9)))
+    assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,2"]
+    assert ("ask", 3) not in steps.told
 
 
 def test_two_files_of_one_name_do_not_overwrite_each_other(run, pictures, tmp_path, monkeypatch):

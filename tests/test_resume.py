@@ -35,7 +35,7 @@ SHORT = replace(TINY, epochs=2, batch=6, save_every=3)
 def log(run: Path) -> list[dict]:
     """metrics.jsonl without what the clock says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waiting", "images_per_second")} for line in lines]
 
 
 def ended_alike(one: Path, two: Path) -> None:

@@ -67,7 +67,7 @@ def test_collect_counts_every_choice_of_every_photograph():
     uses = []
     for batch in (3, 10):
         batches = scores.loader(photographs, scores.in_order(photographs, batch), [TASKS["seg"]], CPU)
-        uses.append(routes.collect(net, batches, CPU))
+        uses.append(routes.collect(net, batches))
     for task in ("cls", "seg"):
         for name in ("shares", "entropy", "below", "tokens"):
             torch.testing.assert_close(getattr(uses[0][task], name), getattr(uses[1][task], name), rtol=1e-5, atol=1e-5)
