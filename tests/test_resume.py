@@ -346,6 +346,36 @@ def test_nothing_in_a_file_is_executed(tmp_path, whole, monkeypatch):
 
 # ---- kill -9 ----
 
+# a helper whose main process is killed as it takes a tensor: python -c LOST ROOT
+LOST = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import multiprocessing, time
+from multiprocessing import connection, resource_sharer
+import files
+
+def helper(pipe):
+    files.as_helper(1)
+    pipe.send(resource_sharer.DupFd(1)._id)
+    pipe.recv()
+
+here, there = multiprocessing.Pipe()
+process = multiprocessing.get_context("fork").Process(target=helper, args=(there,))
+process.start()
+address, key = here.recv()
+connection.Client(address, authkey=multiprocessing.current_process().authkey).close()
+time.sleep(0.2)
+here.send(0)
+process.join()
+"""
+
+
+def test_a_helper_says_nothing_when_its_main_process_is_killed_as_it_takes_a_tensor():
+    lost = subprocess.run([sys.executable, "-c", LOST, ROOT], capture_output=True, text=True, timeout=60)
+    assert lost.returncode == 0 and lost.stderr == ""
+
+
+
 # forks a process for each of many starts of train.py, without the seconds that the imports take, and kills it:
 # python -c KILLS ROOT HOME SEED -> a line of JSON
 KILLS = """
