@@ -125,6 +125,17 @@ def made(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts
     return speed.folded(net) if FOLDED in measures else net, tasks
 
 
+def taught(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: str, batch: data.Batch) -> None:
+    """One training step."""
+    net.train()
+    optimizer.zero_grad()
+    with speed.autocast(CPU, precision):
+        outputs, routing = net(batch.images, batch.rows)
+    losses = [t.loss(outputs[t.name].float(), batch.targets[t.name]) for t in tasks if t.name in outputs]
+    (sum(losses) + (0.01 * balance_loss(routing) if routing else 0)).backward()
+    optimizer.step()
+
+
 def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Sequence[str] = ("cls", "seg"),
          experts: int = 8) -> tuple[Callable, Callable]:
     """Our network -> step, forward of one photograph. The first `graded` photographs have all labels but masks."""
@@ -136,16 +147,11 @@ def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Se
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
                "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8),
                "loc": torch.rand(number, 6, 2)}
+    batch = data.Batch(images, {t: targets[t][rows[t]] for t in names}, rows, [""] * number)
     precision = "bf16" if HALF in measures else "fp32"
 
     def step():
-        net.train()
-        optimizer.zero_grad()
-        with speed.autocast(CPU, precision):
-            outputs, routing = net(images, rows)
-        losses = [t.loss(outputs[t.name].float(), targets[t.name][rows[t.name]]) for t in tasks]
-        (sum(losses) + (0.01 * balance_loss(routing) if routing else 0)).backward()
-        optimizer.step()
+        taught(net, tasks, optimizer, precision, batch)
 
     def forward():
         with torch.inference_mode(), speed.autocast(CPU, precision):
@@ -194,14 +200,7 @@ def trained(folder: str, size: int, measures: Sequence[str], batch: int = 8) -> 
         return data.collate([photographs[i, i] for i in chosen], tasks)
 
     def step():
-        b = load()
-        net.train()
-        optimizer.zero_grad()
-        with speed.autocast(CPU, precision):
-            outputs, routing = net(b.images, b.rows)
-        losses = [t.loss(outputs[t.name].float(), b.targets[t.name]) for t in tasks if t.name in outputs]
-        (sum(losses) + 0.01 * balance_loss(routing)).backward()
-        optimizer.step()
+        taught(net, tasks, optimizer, precision, load())
     return step, load
 
 
@@ -267,6 +266,18 @@ def table(title: str, found: Mapping[str, tuple[float, float]], photographs: int
                  for name, (seconds, peak) in found.items()])
 
 
+FOUR = ["cls", "dme", "seg", "loc"]
+
+
+def shared(title: str, how: Mapping, repetitions: int) -> None:
+    """One network for four tasks against four networks, 256 px."""
+    found = race({" ".join(n): {"kind": "ours", "names": n, "size": 256, **how} for n in [FOUR, *([t] for t in FOUR)]},
+                 repetitions)
+    alone = sum(found[t][0] for t in FOUR)
+    show(f"one network for four tasks, 256 px, {title}",
+         [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
+
+
 BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if speed.pick(CPU) == "bf16" else ()))  # what train.py does here
 
 
@@ -284,11 +295,7 @@ def step() -> None:
                 for name, spec in ways.items()}
         table(f"training step, {size} px, {graded} graded and {masked} masked photographs", race(ways, repetitions),
               graded + masked)
-    four, single = ["cls", "dme", "seg", "loc"], {"size": 256, "graded": 0, "masked": 8, "measures": BEST}
-    found = race({" ".join(n): {"kind": "ours", "names": n, **single} for n in [four, *([t] for t in four)]}, 5)
-    alone = sum(found[t][0] for t in four)
-    show("one network for four tasks, 256 px, step of 8 photographs with all labels",
-         [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
+    shared("step of 8 photographs with all labels", {"graded": 0, "masked": 8, "measures": BEST}, 5)
 
 
 def inference() -> None:
@@ -302,24 +309,19 @@ def inference() -> None:
         ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "part": 1} | spec
                 for name, spec in ways.items()}
         table(f"forward pass of one photograph, {size} px", race(ways, 20), 1)
-    best, four = {"size": 256, "graded": 0, "masked": 1, "part": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, \
-        ["cls", "dme", "seg", "loc"]
-    found = race({" ".join(n): {"kind": "ours", "names": n, **best} for n in [four, *([t] for t in four)]}, 20)
-    alone = sum(found[t][0] for t in four)
-    show("one network for four tasks, 256 px, forward pass of one photograph",
-         [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
+    shared("forward pass of one photograph",
+           {"graded": 0, "masked": 1, "part": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, 20)
 
 
 def scaling() -> None:
     """Time and memory of a training step, as train.py runs it, against one thing at a time."""
     base = {"kind": "ours", "size": 256, "graded": 4, "masked": 4, "measures": BEST}
-    four = ["cls", "dme", "seg", "loc"]
     for title, ways in {
             "resolution, 2 and 2 photographs": {size: {"size": size, "graded": 2, "masked": 2}
                                                 for size in (256, 512, 768, 1024)},
             "photographs in a step, half of them masked": {2 * n: {"graded": n, "masked": n} for n in (1, 2, 4, 8, 16)},
             "experts": {e: {"experts": e} for e in (0, 2, 8, 32, 64)},
-            "tasks, 8 photographs with all labels": {len(four[:k]): {"names": four[:k], "graded": 0, "masked": 8}
+            "tasks, 8 photographs with all labels": {k: {"names": FOUR[:k], "graded": 0, "masked": 8}
                                                      for k in (1, 2, 3, 4)}}.items():
         found = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
         first = next(iter(found.values()))[0]

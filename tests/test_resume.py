@@ -375,7 +375,6 @@ def test_a_helper_says_nothing_when_its_main_process_is_killed_as_it_takes_a_ten
     assert lost.returncode == 0 and lost.stderr == ""
 
 
-
 # forks a process for each of many starts of train.py, without the seconds that the imports take, and kills it:
 # python -c KILLS ROOT HOME SEED -> a line of JSON
 KILLS = """
