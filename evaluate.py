@@ -86,11 +86,11 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
 
 
 def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
-    """Records of the test part, or of the validation split ("val") that `run` was chosen on.
+    """Records of the test part, of the validation split ("val") that `run` was chosen on, or what it learned from.
 
     The validation split goes by the names that the run stored, not by cutting again: a file more or less below `root`
-    would move the cut. InputError: one of them is not below `root`, or none has a label for the run's tasks, or the
-    data set has other classes than the run.
+    would move the cut. The training split ("train") is cut again, and has none of them. InputError: one of the names
+    is not below `root`, or none has a label for the run's tasks, or the data set has other classes than the run.
     """
     found = read_data(root)
     if list(found.classes) != run.options["classes"]:
@@ -100,6 +100,9 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
     records, _ = data.find_eyes(found.records, run.options["size"])
     if part == "test":
         records = eyes.split(records).test
+    elif part == "train":
+        records = [r for r in eyes.split(records, run.options["fold"], run.options["keep_leaks"]).training
+                   if r.name not in run.validation]
     else:
         known = {r.name: r for r in records}
         if lost := [name for name in run.validation if name not in known]:
@@ -120,12 +123,15 @@ def routing_report(run: Run, photographs: data.Photographs, device: torch.device
     """Where the tokens of all photographs go, for every task; see routes.describe."""
     batches = loader(photographs, in_order(photographs, batch), [TASKS["seg"]], device)
     uses, records = routes.collect(run.net, batches), photographs.records
-    if run.options["classes"]:
-        labels = [None if r.category is None else run.options["classes"][r.category] for r in records]
-    else:
-        labels = [None if r.grade is None else f"grade {r.grade}" for r in records]
-    return routes.describe(uses, labels, [r.eye or r.name for r in records],
+    return routes.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                            "class" if run.options["classes"] else "grade")
+
+
+def labels_of(run: Run, records: Sequence[Record]) -> list[str | None]:
+    """The grade, or the class, of each photograph in words; None where it is not known."""
+    if run.options["classes"]:
+        return [None if r.category is None else run.options["classes"][r.category] for r in records]
+    return [None if r.grade is None else f"grade {r.grade}" for r in records]
 
 
 # ---- files ----
@@ -164,8 +170,8 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def note_opening(run: Run, root: Path | None) -> int:
-    """Write down in the run that the test part is opened now, and with what; -> how often it has been by now."""
+def announce_opening(run: Run, root: Path | str | None) -> None:
+    """Write down in the run that the test part is opened now, and with what; say how often it has been by now."""
     path = run.folder / "test_opened.jsonl"
     checkpoint = run.folder / "best.pt"
     line = {"when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -173,7 +179,8 @@ def note_opening(run: Run, root: Path | None) -> int:
             "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    return len(path.read_text(encoding="utf-8").splitlines())
+    times = len(path.read_text(encoding="utf-8").splitlines())
+    print(f"{run.folder}: the test part is opened; {path.name} in it counts {times} time{'s' * (times > 1)}")
 
 
 # ---- command line ----
@@ -279,8 +286,7 @@ def score_run(run: Run, args: argparse.Namespace,
         raise InputError("--tiles: drawn photographs have no files of a larger size; leave --tiles out")
     records = split_records(run, root, args.split)
     if args.split == "test":
-        times = note_opening(run, root)
-        print(f"{run.folder}: the test part is opened; test_opened.jsonl in it counts {times} time{'s' * (times > 1)}")
+        announce_opening(run, root)
     photographs = data.Photographs(records, run.options["size"])
     scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
                    f"scoring {args.split}")

@@ -113,15 +113,28 @@ def one_vs_rest_area(probabilities: Tensor, truth: Tensor, weights: Tensor) -> T
 
 # ---- probabilities ----
 
+def confidence_bins(confidence: Tensor, bins: int) -> Tensor:
+    """Which of the bins ]0, 1/bins], ]1/bins, 2/bins] ... a confidence lies in: (n,) -> (n, bins) of 0 and 1."""
+    return F.one_hot((confidence * bins).ceil().long().clamp(1, bins) - 1, bins).double()
+
+
 def calibration_error(probabilities: Tensor, truth: Tensor, weights: Tensor, bins: int = 15) -> Tensor:
     """Expected calibration error: mean gap between confidence and accuracy (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
     The confidence is the probability of the predicted class; bins of equal width, ]0, 1/15] and so on.
     """
     confidence, predicted = probabilities.double().max(1)
-    bin_of = F.one_hot((confidence * bins).ceil().long().clamp(1, bins) - 1, bins).double()  # (n, bins)
-    gap = (confidence - (predicted == truth).double())[:, None] * bin_of
+    gap = (confidence - (predicted == truth).double())[:, None] * confidence_bins(confidence, bins)  # (n, bins)
     return (weights @ gap).abs().sum(1) / weights.sum(1)
+
+
+def calibration_bins(probabilities: Tensor, truth: Tensor, bins: int = 15) -> Tensor:
+    """Of each of these bins that holds a photograph: mean confidence, accuracy, number; (n, C), (n,) -> (bins, 3)."""
+    confidence, predicted = probabilities.double().max(1)
+    known = torch.stack([confidence, (predicted == truth).double(), torch.ones_like(confidence)], 1)
+    sums = confidence_bins(confidence, bins).T @ known
+    sums = sums[sums[:, 2] > 0]
+    return torch.cat([sums[:, :2] / sums[:, 2:], sums[:, 2:]], 1)
 
 
 def at_temperature(probabilities: Tensor, temperature: float) -> Tensor:
@@ -221,10 +234,17 @@ def average_precision(others: Tensor, true: Tensor) -> Tensor:
     ECML, "average precision"), from how many true and other pixels have each level of score, levels ascending
     (..., K) -> (...). Pixels of one level pass the threshold together. nan where no pixel is true.
     """
-    others, true = others.double().flip(-1), true.double().flip(-1)
-    found = true.cumsum(-1)
-    precision = found / (found + others.cumsum(-1)).clamp(min=1)
-    return torch.where(found[..., -1] > 0, (true * precision).sum(-1) / found[..., -1], NAN)
+    precision, recall = precision_recall(others, true)
+    return (recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1])) * precision).sum(-1)
+
+
+def precision_recall(others: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at each falling threshold, from the same counts (..., K) -> (..., K) each.
+
+    Precision is 0 where nothing passes, recall nan where no pixel is true.
+    """
+    others, true = (x.double().flip(-1).cumsum(-1) for x in (others, true))
+    return true / (others + true).clamp(min=1), true / true[..., -1:]
 
 
 def ranked_area(true: np.ndarray, above: np.ndarray) -> float:

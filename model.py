@@ -393,7 +393,14 @@ class PooledHead(nn.Module):
         initialise(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        convolved = [self.conv(maps[-1]), *(conv(x) for conv, x in zip(self.laterals, maps[1:-1]))]
+        return self.classify(self.convolved(maps))
+
+    def convolved(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The maps of whose averages the answer is a linear function: strides 32, 4, 8, 16."""
+        return [self.conv(maps[-1]), *(conv(x) for conv, x in zip(self.laterals, maps[1:-1]))]
+
+    def classify(self, convolved: Sequence[Tensor]) -> Tensor:
+        """(n_t, C_i, h_i, w_i) each -> (n_t, outputs)."""
         return self.linear(self.dropout(torch.cat([x.mean((2, 3)) for x in convolved], 1)))
 
 

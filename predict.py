@@ -331,9 +331,8 @@ def folders(tasks: Sequence[Task]) -> list[str]:
     return ["overlays"] * (masks or any(isinstance(t, Landmarks) for t in tasks)) + ["masks"] * masks
 
 
-def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None,
-            lines: Sequence[str]) -> Image.Image:
-    """A photograph with its lesions tinted and outlined, its landmarks marked and a legend in its corner."""
+def tinted(image: Image.Image, masks: Mapping[str, np.ndarray]) -> Image.Image:
+    """A photograph with its lesions tinted and outlined, the optic disc outlined; masks {kind: (H, W) bool}."""
     pixels, stroke = np.array(image), max(1, round(min(image.size) / 700))
     flat = pixels.reshape(-1, 3)  # numbers of pixels find the few of a mask faster than truth values do
     for kind, mask in masks.items():
@@ -343,10 +342,16 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
             mask[middle, :-2 * s] & mask[middle, 2 * s:]
         colour = np.array(data.COLOURS[kind], np.float32)
         if kind != "OD":
-            tinted = np.flatnonzero(inner)
-            flat[tinted] = (0.7 * flat[tinted] + 0.3 * colour).astype(np.uint8)
+            inside = np.flatnonzero(inner)
+            flat[inside] = (0.7 * flat[inside] + 0.3 * colour).astype(np.uint8)
         flat[np.flatnonzero(mask & ~inner)] = colour
-    picture = Image.fromarray(pixels)
+    return Image.fromarray(pixels)
+
+
+def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None,
+            lines: Sequence[str]) -> Image.Image:
+    """A photograph with its lesions shown, its landmarks marked and a legend in its corner."""
+    picture = tinted(image, masks)
     pen, height = ImageDraw.Draw(picture), max(9, round(min(image.size) / 45))
     if points is not None:
         data.mark(pen, points, min(image.size) / 60)

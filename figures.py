@@ -1,0 +1,411 @@
+"""Figures about what a run answers: Material -> picture. Read Material first, then the figures in any order.
+
+    overlays        photographs, truth, prediction
+    curves          losses and metrics over epochs
+    confusion       which classes are taken for which
+    reliability     what probabilities are worth
+
+A figure for which something is missing raises Missing, which says what. Those about how it comes to its answers stand
+in insides.py; `python visualize.py RUN` draws them all.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import charts
+import data
+import metrics
+import predict
+import scores
+from charts import COLOURS, INK, PALE, SMALL, Axis, Chart, axis_of, column, heatmap, legend, padded, row, text, titled
+from evaluate import Run
+from tasks import TASKS, Classification, Landmarks, Lesions, Task
+
+# n photographs, C channels, S side of a sample in pixels, L kinds of lesion, K levels of a pixel's score
+
+PANEL, SMALLER = 320, 200  # pixels: sides of photographs
+MOST = 400  # photographs of the split, and as many of training, that are looked at
+
+
+class Missing(Exception):
+    """Why a figure cannot be drawn of this run, in words."""
+
+
+@dataclass
+class Material:
+    """What figures are made of; all that takes time is done when it is first asked for, and once."""
+    run: Run  # its network folded, see speed.py
+    part: str  # "val" or "test"
+    photographs: data.Photographs  # of that part
+    training: data.Photographs  # at most MOST
+    device: torch.device
+    batch: int
+    logs: Mapping[str, Sequence[Mapping]]  # name of a run -> lines of its metrics.jsonl; the first is `run`
+    perplexity: float | None = None  # of t-SNE; None: 30, or less for few photographs
+    seed: int = 0  # of t-SNE
+
+    @property
+    def words(self) -> str:
+        """What the split is called."""
+        return {"val": "validation", "test": "test"}[self.part]
+
+    def passed(self, photographs: data.Photographs) -> tuple[scores.Scores, Tensor]:
+        """Scores, and the deepest map of the encoder averaged over its positions, (n, C)."""
+        pooled, net = [], self.run.net
+        with net.encoder.register_forward_hook(lambda _, __, maps: pooled.append(maps[-1].mean((2, 3)).cpu())):
+            found = scores.score(net, photographs, self.run.tasks, self.device, self.batch,
+                                 f"scoring {len(photographs)} photographs")
+        return found, torch.cat(pooled)
+
+    @functools.cached_property
+    def here(self) -> tuple[scores.Scores, Tensor]:
+        """Of the split."""
+        return self.passed(self.photographs)
+
+    @functools.cached_property
+    def learned(self) -> tuple[scores.Scores, Tensor]:
+        """Of training photographs, as they are, without augmentation."""
+        return self.passed(self.training)
+
+    def first(self, kind: type) -> Task | None:
+        """The first of the run's tasks that is of a kind and has a label in the split."""
+        return next((t for t in self.run.tasks if isinstance(t, kind) and t.name in self.here[0].tallies), None)
+
+    def tallies(self, task: Task) -> dict[str, Tensor]:
+        """{photograph: tally} of those with a label."""
+        found = self.here[0]
+        return dict(zip(found.names[task.name], found.tallies[task.name]))
+
+    def classifications(self) -> list[Classification]:
+        """Those of the run's tasks that tell classes apart. Missing: there are none."""
+        found = [t for t in self.run.tasks if isinstance(t, Classification) and t.name in self.here[0].tallies]
+        if not found:
+            raise Missing(f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which tells no classes "
+                          "apart")
+        return found
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """Of photographs, by name."""
+        return {r.name: i for i, r in enumerate(self.photographs.records)}
+
+    def sample(self, name: str, size: int | None = None) -> data.Sample:
+        """A photograph with its labels, in the size of training or in another."""
+        if size is None:
+            return self.photographs[self.numbers[name], None]
+        record = self.photographs.records[self.numbers[name]]
+        return data.to_sample(record, data.prepare(record, size, alone=True))
+
+    def answers(self, name: str) -> dict[str, Tensor]:
+        """What the network says of a photograph: {task: decoded answer, one row}."""
+        return predict.answer(self.run.net, self.run.tasks, self.sample(name).image, self.device)
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The photograph with most pixels of lesions, or the first."""
+        known = [r.name for r in self.photographs.records if r.masks is not None][:MOST]
+        return max(known, key=lambda name: int((self.sample(name).masks[:-1] == 1).sum()), default=next(
+            iter(self.numbers)))
+
+
+def best_median_worst(values: Mapping[str, float]) -> dict[str, str]:
+    """{photograph: which of the three it is}, by a value of each, best first; fewer if there are fewer."""
+    order = sorted(values, key=values.__getitem__)
+    return {order[-1]: "best", order[len(order) // 2]: "median", order[0]: "worst"} if len(order) > 2 else \
+        dict(zip(order[::-1], ("best", "worst")))
+
+
+def picture_of(image: Tensor, side: int) -> Image.Image:
+    """(3, S, S) uint8 -> a picture of `side` pixels."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.LANCZOS)
+
+
+def masks_of(sample: data.Sample) -> dict[str, np.ndarray]:
+    """{kind: (S, S) bool}; empty where masks are not known."""
+    return {} if sample.masks is None else dict(zip(Lesions.classes, (sample.masks == 1).numpy()))
+
+
+def lesion_legend() -> Image.Image:
+    """The colours of lesions and optic disc."""
+    return legend([(data.KINDS[kind], data.COLOURS[kind], "square") for kind in Lesions.classes])
+
+
+def of_run(m: Material) -> str:
+    """Which run, photographs and checkpoint a figure is about."""
+    drawn = " DRAWN" * (m.run.options["data"] is None)
+    return f"{m.run.folder.name}, epoch {m.run.epoch}, {len(m.photographs)}{drawn} {m.words} photographs"
+
+
+# ---- photographs, truth, prediction ----
+
+def judged(m: Material) -> tuple[dict[str, float], str, str]:
+    """{photograph: score, higher is better}, how one score is written, and by what they are ranked."""
+    if task := m.first(Lesions):
+        found, thresholds = m.tallies(task), [m.run.chosen[task.name][kind] for kind in task.classes]
+        counts = task.at(torch.stack(list(found.values())), thresholds)[:, :-1].nansum(1)  # (n, 3)
+        values = {name: value for name, value, pixels in zip(found, metrics.dice(counts).tolist(), counts)
+                  if pixels.sum() > 0}
+        return values, "lesion Dice {:.2f}", ("Dice of all lesion pixels at the chosen thresholds, the four kinds "
+                                              "together, without the disc; photographs with neither a true nor a found "
+                                              "one are left out")
+    if task := m.first(Landmarks):
+        values = {name: -float(tally[:, 0].nan_to_num(0.0).max()) for name, tally in m.tallies(task).items()}
+        return values, "{:.0f} px", "distance of the worse of the two points"
+    raise Missing(f"the run was trained for {' '.join(t.name for t in m.run.tasks)}, and answers neither with lesions "
+                  "(seg) nor with points (loc) that could be laid over a photograph")
+
+
+def in_words(m: Material, name: str) -> str:
+    """What the network says of a photograph, beside what is known of it."""
+    parts, found = [], m.here[0]
+    for task in (t for t in m.run.tasks if t.name in found.tallies):
+        if (tally := m.tallies(task).get(name)) is None:
+            continue
+        if isinstance(task, Classification):
+            p = metrics.at_temperature(tally[None, :-1], m.run.chosen[task.name]["temperature"])[0]
+            said, true = int(p.argmax()), int(tally[-1])
+            parts.append(f"{task.title} {task.word(said)} (p {p[said]:.2f})" + (
+                ", right" if said == true else f", true {task.word(true)} (p {p[true]:.2f})"))
+        elif isinstance(task, Landmarks):
+            gaps = [f"{point} {gap:.0f}" for point, gap in zip(task.classes, tally[:, 0].tolist()) if gap == gap]
+            parts.append(f"{', '.join(gaps)} px off")
+    return "; ".join(parts)
+
+
+def shown(m: Material, name: str) -> list[Image.Image]:
+    """The photograph, with its truth, with the prediction."""
+    sample, answers = m.sample(name, PANEL), m.answers(name)
+    plain = picture_of(sample.image, PANEL)
+    prediction = {}
+    if task := m.first(Lesions):
+        maps = F.interpolate(answers[task.name][None], (PANEL, PANEL), mode="bilinear")[0]
+        prediction = {kind: (x >= m.run.chosen[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)}
+    pictures = [plain, predict.tinted(plain, masks_of(sample)), predict.tinted(plain, prediction)]
+    if task := m.first(Landmarks):
+        marked = [sample.points, answers[task.name] * PANEL]
+        for picture, points in zip(pictures[1:], marked):
+            if points is not None:
+                data.mark(ImageDraw.Draw(picture), points.nan_to_num(-99).tolist(), PANEL / 50)
+    return pictures
+
+
+def overlays(m: Material) -> Image.Image:
+    """Best, median and worst photograph: itself, its truth, what is predicted."""
+    values, written, rule = judged(m)
+    if not values:
+        raise Missing(f"of the {len(m.photographs)} {m.words} photographs none has lesions, true or found")
+    heads = row([padded(text(words, colour=PALE), 0, 0, PANEL - text(words).width, 0)
+                 for words in ("photograph", "truth", "prediction")])
+    parts = [heads]
+    for name, which in best_median_worst(values).items():
+        said = "; ".join(filter(None, (f"{which}: {name}", written.format(abs(values[name])), in_words(m, name))))
+        parts += [row(shown(m, name)), padded(text(said, width=heads.width), 0, 0, 0, 8)]
+    keys = [lesion_legend()] * (m.first(Lesions) is not None) + \
+        [text("+ optic disc, x fovea", SMALL)] * (m.first(Landmarks) is not None)
+    return titled(f"Best, median and worst of {len(values)} {m.words} photographs",
+                  column([row(keys, 18, 0.5), *parts], 6),
+                  f"{of_run(m)}. Ranked by: {rule}. Probabilities p at the chosen temperature; distances in pixels of "
+                  f"a photograph 4288 pixels wide. {predict.NOTE.capitalize()}.")
+
+
+# ---- losses and metrics over epochs ----
+
+def chosen_of(lines: Sequence[Mapping]) -> int:
+    """The place of the epoch with the best score, the first of equals, as training chooses it."""
+    return max(range(len(lines)), key=lambda i: (lines[i]["score"], -i))
+
+
+@dataclass
+class Line:
+    """One line of a chart over epochs."""
+    words: str  # for the legend
+    values: list[float | None]  # of each epoch
+    colour: Sequence[int]
+    chosen: int | None = None  # the place of the epoch that was chosen, which gets a dot
+    dashed: bool = False
+
+
+def epochs_chart(m: Material, title: str, words: str, lines: Sequence[Line], low: float | None = None,
+                 high: float | None = None) -> Chart:
+    """Lines over epochs, with a dot at the chosen one."""
+    last = max(2, *(len(log) for log in m.logs.values()))
+    steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if v == round(v))
+    chart = Chart(title, Axis("epoch", 1, last, steps),
+                  axis_of(words, (v for line in lines for v in line.values), low, high))
+    for line in lines:
+        chart.line(range(1, len(line.values) + 1), line.values, line.colour, dashed=line.dashed)
+        if line.chosen is not None:
+            chart.dots([line.chosen + 1], [line.values[line.chosen]], line.colour)
+    return chart
+
+
+def of_runs(m: Material, get: Callable[[Mapping], float | None], dashed: bool = False) -> list[Line]:
+    """A line for each run that has a value at all: what `get` takes out of each line of its log."""
+    lines = [Line(name, [get(line) for line in log], colour, None if dashed else chosen_of(log), dashed)
+             for (name, log), colour in zip(m.logs.items(), COLOURS)]
+    return [line for line in lines if any(v is not None for v in line.values)]
+
+
+def loss_chart(m: Material, task: str) -> Image.Image:
+    """A task's loss, training dashed, validation solid; a line for each run."""
+    training = of_runs(m, lambda line: line["train"].get(task), dashed=True)
+    validation = of_runs(m, lambda line: line["val"].get(task, {}).get("loss"))
+    most, limit = (max(v for line in lines for v in line.values if v is not None) for lines in (validation, training))
+    words, high = "training with augmentation and dropout", None
+    if most > 2 * limit:  # as in the first epochs, before batch norm knows its statistics
+        words, high = f"{words}; validation to {most:.3g}", 2 * limit
+    chart = epochs_chart(m, f"{task}: loss", words, training + validation, 0.0, high)
+    return column([chart.picture(), legend([("validation", INK, "line"), ("training", INK, "dashed")])], 2)
+
+
+def metric_lines(m: Material, task: Task) -> list[Line]:
+    """Of several runs the metric that counts; of one run also accuracy, or that metric of each kind or point."""
+    lines = of_runs(m, lambda line: line["val"].get(task.name, {}).get(task.primary))
+    if len(m.logs) > 1:
+        return lines
+    lines[0].words = task.primary
+    kinds = task.classes if isinstance(task.classes, tuple) else ()
+    more = {f"{task.primary}_{kind}": data.COLOURS.get(kind, COLOURS[k + 1]) for k, kind in enumerate(kinds)}
+    if kinds == tuple(data.COLOURS):
+        lines[0].colour = INK
+    if not kinds and task.primary != "accuracy":
+        more["accuracy"] = COLOURS[1]
+    for metric, colour in more.items():
+        found = of_runs(m, lambda line, metric=metric: line["val"].get(task.name, {}).get(metric))
+        lines += [replace(line, words=metric, colour=colour) for line in found]
+    return lines
+
+
+def metric_chart(m: Material, task: Task) -> Image.Image:
+    """A task's metrics on validation, and the one that counts on training photographs."""
+    lines, learned = metric_lines(m, task), m.learned[0]
+    low = min([0.0, *(v for line in lines for v in line.values if v is not None)])
+    chart = epochs_chart(m, f"{task.name}: {task.primary}".replace("_", " "), "validation photographs", lines, low, 1.0)
+    entries = [(line.words.replace("_", " "), line.colour, "line") for line in lines]
+    if task.name in learned.tallies:
+        value = learned.metrics()[task.name][task.primary]
+        chart.dots([m.run.epoch], [value], lines[0].colour, 5, ring=True)
+        entries.append((f"of {len(learned.names[task.name])} training photographs, not augmented: {value:.3f}",
+                        lines[0].colour, "ring"))
+    return column([chart.picture(), legend(entries, 400)], 2)
+
+
+def curves(m: Material) -> Image.Image:
+    """Losses and metrics of every task over epochs, the score by which the checkpoint was chosen, expert balance."""
+    names = {t for log in m.logs.values() for line in log for t in line["val"]}
+    tasks = [*m.run.tasks, *(t for name, t in TASKS.items() if name in names - {t.name for t in m.run.tasks})]
+    parts = [row([loss_chart(m, task.name), metric_chart(m, task)], 28) for task in tasks]
+    last = [epochs_chart(m, "score", "mean over tasks of the metric that counts",
+                         of_runs(m, lambda line: line["score"])).picture()]
+    if balance := of_runs(m, lambda line: line["train"].get("balance")):
+        last.append(epochs_chart(m, "balance loss", "0: all experts are used alike", balance, 0.0).picture())
+    runs = [legend([(name, colour, "line") for name, colour in zip(m.logs, COLOURS)], 800)] if len(m.logs) > 1 else []
+    chosen = ", ".join(f"{name} epoch {log[chosen_of(log)]['epoch']}" for name, log in m.logs.items())
+    return titled("Losses and metrics over epochs", column([*runs, *parts, row(last, 28)], 18),
+                  f"Dots: the chosen checkpoint ({chosen}), of the epoch with the best score on validation. Ring: the "
+                  "same checkpoint on photographs that it learned from.")
+
+
+# ---- which classes are taken for which ----
+
+def confused(m: Material, task: Classification, most: int = 12) -> Image.Image:
+    """One task's confusion matrix, and an example of each of its most frequent confusions."""
+    found = m.tallies(task)
+    tally = torch.stack(list(found.values()))
+    truth, predicted = tally[:, -1].long(), tally[:, :-1].argmax(1)
+    counts = metrics.confusion_matrix(truth, predicted, task.classes)
+    wrong = counts - counts.diag().diag()
+    kept = (wrong.sum(0) + wrong.sum(1)).topk(min(most, task.classes)).indices.sort().values
+    part = counts[kept][:, kept]
+    shares = part / counts[kept].sum(1, keepdim=True)  # nan where a class does not occur
+    cells = [[f"{int(n)}\n{s:.0%}" if s == s else "0" for n, s in zip(*both)] for both in zip(part, shares)]
+    names = [str(task.word(int(k))) for k in kept]
+    values = m.here[0].metrics()[task.name]
+    said = "   ".join(f"{k} {values[k]:.3f}".replace("_", " ")
+                      for k in dict.fromkeys((task.primary, "accuracy", "balanced_accuracy")))
+    left_out = f"; the {most} classes with most confusions of {task.classes}" * (task.classes > most)
+    matrix = heatmap(shares.numpy(), names, names, cells, (58, 42), 1.0, f"{task.title} ({task.name})",
+                     f"rows: truth, columns: prediction; number and share of the row{left_out}")
+    examples = []
+    for k in wrong.flatten().argsort(descending=True, stable=True)[:4].tolist():
+        true, said_ = divmod(k, task.classes)
+        if number := int(wrong[true, said_]):
+            p = {name: float(t[said_]) for name, t in found.items() if t[-1] == true and t[:-1].argmax() == said_}
+            name = max(p, key=p.get)
+            words = (f"true {task.word(true)}, taken for {task.word(said_)}: {number} of {int(counts[true].sum())}\n"
+                     f"{name}, p {p[name]:.2f}")
+            examples.append(column([picture_of(m.sample(name).image, SMALLER), text(words, SMALL, width=SMALLER)], 4))
+    below = [text("the most frequent confusions, each by the photograph of which the network is surest"),
+             row(examples)] if examples else [text("no photograph is taken for another class")]
+    return column([matrix, text(said, SMALL), *below], 10)
+
+
+def confusion(m: Material) -> Image.Image:
+    """Confusion matrices with counts and row shares; below each the most frequent confusions."""
+    return titled("Which classes are taken for which", column([confused(m, t) for t in m.classifications()], 26),
+                  f"{of_run(m)}, those with a label")
+
+
+# ---- what probabilities are worth ----
+
+def calibration_chart(m: Material, task: Classification) -> Image.Image:
+    """Confidence against accuracy, before and after the temperature."""
+    tally = torch.stack(list(m.tallies(task).values()))
+    truth, temperature = tally[:, -1].long(), m.run.chosen[task.name]["temperature"]
+    values, unit = m.here[0].metrics(m.run.chosen)[task.name], (0.0, 1.0)
+    chart = Chart(f"{task.title} ({task.name}): calibration",
+                  Axis("confidence: probability of the predicted class", *unit),
+                  Axis("share that is right; the larger a dot, the more photographs", *unit), 340, 300)
+    chart.line(unit, unit, PALE, 1, dashed=True)
+    entries = []
+    for words, t, error, colour in (("before", 1.0, "calibration_error", COLOURS[0]),
+                                    (f"at temperature {temperature:.2f}", temperature,
+                                     "calibration_error_at_temperature", COLOURS[5])):
+        bins = metrics.calibration_bins(metrics.at_temperature(tally[:, :-1], t), truth).tolist()
+        chart.line([x for x, *_ in bins], [y for _, y, _ in bins], colour)
+        for x, y, n in bins:
+            chart.dots([x], [y], colour, 3 + 7 * math.sqrt(n / len(tally)))
+        entries.append((f"{words}: expected calibration error {values[error]:.3f}", colour, "dot"))
+    return column([chart.picture(), legend(entries, 360)], 4)
+
+
+def precision_recall_chart(m: Material, task: Lesions) -> Image.Image:
+    """Precision against recall over all pixels of each kind of lesion."""
+    tally, values = torch.stack(list(m.tallies(task).values())), m.here[0].metrics()[task.name]
+    counts = tally[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS))  # (L, 2, K)
+    curves_ = zip(*metrics.precision_recall(*counts.unbind(1)))
+    chart = Chart(f"lesions and optic disc ({task.name})", Axis("recall", 0, 1),
+                  Axis("precision, over all pixels of the split", 0, 1), 340, 300)
+    entries = []
+    for kind, seen, (precision, recall) in zip(task.classes, counts.sum(1).flip(1).cumsum(1), curves_):
+        if recall.isnan().any():
+            continue
+        passes = seen > 0  # where nothing passes there is no precision
+        chart.line(recall[passes].tolist(), precision[passes].tolist(), data.COLOURS[kind])
+        at = metrics.LEVELS - 1 - metrics.level_of(m.run.chosen[task.name][kind])
+        if at >= 0 and passes[at]:
+            chart.dots([float(recall[at])], [float(precision[at])], data.COLOURS[kind], 4.5)
+        entries.append((f"{data.KINDS[kind]}: area {values[f'aupr_{kind}']:.3f}", data.COLOURS[kind], "line"))
+    return column([chart.picture(), legend(entries, 360), text("dots: at the chosen threshold", SMALL, PALE)], 4)
+
+
+def reliability(m: Material) -> Image.Image:
+    """Calibration of each task that tells classes apart; precision against recall of each lesion."""
+    charts = [calibration_chart(m, t) for t in m.run.tasks if isinstance(t, Classification) and
+              t.name in m.here[0].tallies]
+    if task := m.first(Lesions):
+        charts.append(precision_recall_chart(m, task))
+    if not charts:
+        raise Missing(f"the run was trained for {' '.join(t.name for t in m.run.tasks)}, whose answers are no "
+                      "probabilities")
+    optimistic = " Temperatures and thresholds were chosen on these photographs: optimistic." * (m.part == "val")
+    rows = [row(charts[i:i + 2], 28) for i in range(0, len(charts), 2)]
+    return titled("What probabilities are worth", column(rows, 20), f"{of_run(m)}.{optimistic}")

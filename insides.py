@@ -1,0 +1,423 @@
+"""Figures about how a run comes to its answers: Material (figures.py) -> picture.
+
+    routing         which tokens go to which expert
+    tsne            which photographs look alike to the network
+    gradcam         where in a photograph an answer comes from
+    filters         one photograph on its way through the network
+
+Grad-CAM: Selvaraju et al. 2017, arXiv 1610.02391
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import data
+import predict
+import routes
+import scores
+import tsne as exact_tsne
+from charts import COLOURS, PALE, SMALL, Axis, Chart, column, heatmap, legend, row, shades, text, titled
+from evaluate import labels_of
+from figures import MOST, SMALLER, Line, Material, Missing, best_median_worst, epochs_chart, lesion_legend, \
+    masks_of, of_run, picture_of
+from model import Net, Routing
+from tasks import TASKS, Classification, Landmarks, Lesions, Task
+
+# n photographs, C channels, E experts, T tasks, h w token grid, S side of a sample in pixels
+
+OTHERS = (173, 181, 189)  # grey, for what has no colour of its own
+
+
+# ---- which tokens go to which expert ----
+
+class Exchanged(torch.utils.data.Dataset):
+    """Photographs, each with the masks of the next one."""
+
+    def __init__(self, photographs: data.Photographs):
+        self.photographs = photographs
+
+    def __getitem__(self, index: tuple[int, None]) -> data.Sample:
+        i, n = index[0], len(self.photographs)
+        return replace(self.photographs[i, None], masks=self.photographs[(i + 1) % n, None].masks)
+
+
+def uses_of(m: Material, photographs: data.Photographs | Exchanged, number: int) -> dict[str, routes.Use]:
+    """Where the tokens of so many photographs go, for every task."""
+    batches = [[(i, None) for i in range(k, min(k + m.batch, number))] for k in range(0, number, m.batch)]
+    return routes.collect(m.run.net, scores.loader(photographs, batches, [TASKS["seg"]], m.device))
+
+
+@dataclass
+class Palette:
+    """Which experts have a colour of their own, and which are columns of heatmaps."""
+    own: list[int]
+    colours: list[Sequence[int]]  # of all experts
+    shown: list[int]
+
+    def keys(self) -> Image.Image:
+        """The legend."""
+        rest = [("others", OTHERS, "square")] if len(self.own) < len(self.colours) else []
+        return legend([*((f"expert {e}", self.colours[e], "square") for e in self.own), *rest], 900)
+
+
+def palette(shares: Tensor) -> Palette:
+    """Colours for the most used experts, by shares of tokens (T, n, E)."""
+    used = shares.mean((0, 1)).argsort(descending=True).tolist()
+    own = sorted(used if len(used) <= len(COLOURS) else used[:len(COLOURS) - 1])
+    colours = [COLOURS[own.index(e)] if e in own else OTHERS for e in range(len(used))]
+    return Palette(own, colours, sorted(used[:12]))
+
+
+def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side: int = 240) -> Image.Image:
+    """A photograph under its tokens, each in the colour of its first expert, the second as a square inside."""
+    picture = picture_of(image, side).convert("L").convert("RGB")
+    layer, mask = Image.new("RGB", picture.size), Image.new("L", picture.size)
+    pens, (_, h, w) = [ImageDraw.Draw(x) for x in (layer, mask)], r.grid
+    wide, high = side / w, side / h
+    for i, experts in enumerate(r.indices.tolist()):
+        y, x = divmod(i, w)
+        for rank, e in enumerate(experts[:2 if wide >= 12 else 1]):
+            inset = 0.3 * rank
+            box = ((x + inset) * wide, (y + inset) * high, (x + 1 - inset) * wide - 2, (y + 1 - inset) * high - 2)
+            pens[0].rectangle(box, tuple(colours[e]))
+            pens[1].rectangle(box, 255 if rank else 140)
+    picture.paste(layer, (0, 0), mask)
+    return picture
+
+
+def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuffled: Tensor,
+                 experts: Sequence[int]) -> Image.Image:
+    """Shares of tokens (R, E), and below them the same for shuffled images, in the same shades."""
+    high = float(torch.cat([real, shuffled]).nan_to_num().max())
+    return column([heatmap(x[:, experts].numpy(), rows, [str(e) for e in experts], None, (22, 18), high, title,
+                           "expert") for x, title in zip((real, shuffled), titles)], 8)
+
+
+def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.Image]:
+    """For each task experts by grade or class (12 at most); nothing where no photograph has any."""
+    labels, word = labels_of(m.run, m.photographs.records), "class" if m.run.options["classes"] else "retinopathy grade"
+    known = [i for i, label in enumerate(labels) if label is not None]
+    if not known:
+        return []
+    turn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
+    (real, names), (mixed, _) = (routes.averaged(shares[:, of], [labels[i] for i in known])
+                                 for of in (known, [known[i] for i in turn]))
+    return [two_heatmaps((f"by {word}", f"by {word} of another"), names[:12], a[:12], b[:12], experts)
+            for a, b in zip(real, mixed)]
+
+
+def by_lesion(m: Material, experts: Sequence[int]) -> list[Image.Image]:
+    """For each task experts by what lies below a token; nothing where less than two photographs have masks."""
+    masked = data.Photographs([r for r in m.photographs.records if r.masks is not None][:MOST], m.photographs.size)
+    if len(masked) < 2:
+        return []
+    found = []
+    for real, mixed in zip(*(uses_of(m, x, len(masked)).values() for x in (masked, Exchanged(masked)))):
+        there = [i for i, n in enumerate(real.tokens) if n]
+        a, b = ((use.below[:, 0] / use.tokens[:, None])[there] for use in (real, mixed))
+        found.append(two_heatmaps(("by what lies below a token", "by masks of another"),
+                                  [routes.KINDS[i] for i in there], a, b, experts))
+    return found
+
+
+def by_task(m: Material, shares: Tensor, experts: Sequence[int]) -> Image.Image:
+    """Experts by task, beside the same with the tasks of each photograph in another order."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(shares.shape[:2], generator=generator).argsort(0)[..., None].expand_as(shares)
+    return two_heatmaps(("by task", "by task, shuffled"), [t.name for t in m.run.tasks], shares.mean(1),
+                        shares.gather(0, order).mean(1), experts)
+
+
+def entropy_chart(m: Material, experts: int) -> Image.Image:
+    """How evenly each task used the experts on validation, over epochs."""
+    def bits(usage):
+        tokens = usage and torch.tensor(usage["tokens"], dtype=torch.float64)
+        return usage and float(routes.entropy(tokens / tokens.sum()))
+
+    log, most = next(iter(m.logs.values())), math.log2(experts)
+    lines = [Line(t.name, [bits(line["expert_usage"].get(t.name)) for line in log], colour)
+             for t, colour in zip(m.run.tasks, COLOURS)]
+    chart = epochs_chart(m, "entropy of the use of experts over training", f"bits; {most:.3g} if all are used alike",
+                         lines, 0.0, max(most, 0.1))
+    return column([chart.picture(), legend((line.words, line.colour, "line") for line in lines)], 2)
+
+
+def routing(m: Material) -> Image.Image:
+    """Which tokens go to which expert: over a photograph, by task, class and lesion, beside shuffled images."""
+    if m.run.net.experts is None:
+        raise Missing("the run was trained with --experts 0, so that there is nothing to route")
+    here = uses_of(m, m.photographs, len(m.photographs))
+    shares = torch.stack([use.shares[:, 0] for use in here.values()])  # (T, n, E)
+    experts = palette(shares)
+    image = m.sample(m.example).image
+    with torch.inference_mode():
+        routed = m.run.net.routed_maps(image[None].to(m.device))[1]
+    parts = [[text(t), token_grid(image, r, experts.colours)] for t, r in routed.items()]
+    for more in (by_label(m, shares, experts.shown), by_lesion(m, experts.shown)):
+        for part, picture in zip(parts, more):
+            part.append(picture)
+    last = row([by_task(m, shares, experts.shown), entropy_chart(m, shares.shape[2])], 36)
+    k, all_ = m.run.options["chosen"], shares.shape[2]
+    return titled("Which tokens go to which expert",
+                  column([experts.keys(), row([column(p, 10) for p in parts], 24), last], 18),
+                  f"{of_run(m)}. Photograph: {m.example}, one token a square; its first expert in colour, the second "
+                  f"as a square inside. Heatmaps: share of the tokens that go to an expert, {k} of {all_} each, "
+                  "brighter is more; below each what remains by chance, where a photograph has the grade or the masks "
+                  "of another. Whether answers owe anything to routes, `evaluate.py --routing` says.")
+
+
+# ---- which photographs look alike ----
+
+def neighbours_kept(x: Tensor, y: Tensor, most: int = 10) -> float:
+    """Of the nearest neighbours of each point (n, C), the share that are among its nearest in the map (n, 2)."""
+    most = min(most, len(x) - 1)
+    nearest = [exact_tsne.squared_distances(z.double()).fill_diagonal_(math.inf).topk(most, largest=False).indices
+               for z in (x, y)]
+    return float((nearest[0][:, :, None] == nearest[1][:, None]).any(2).double().mean())
+
+
+@dataclass
+class Dots:
+    """Points of a map that have something in common."""
+    words: str
+    colour: Sequence[int]
+    which: list[int]
+    ring: bool = False
+
+
+def map_of(title: str, y: Tensor, groups: Iterable[Dots]) -> Image.Image:
+    """Points (n, 2) in the colours of their groups, both axes in one unit."""
+    low, high = y.amin(0), y.amax(0)
+    at = (2 * y - low - high) / (high - low).max().clamp(min=1e-12)  # -1 to 1
+    groups, edges = [g for g in groups if g.which], ((-1.0, ""), (1.0, ""))
+    chart = Chart(title, Axis("", -1.03, 1.03, edges), Axis("", -1.03, 1.03, edges), 440, 440)
+    for g in groups:
+        chart.dots(*at[g.which].T.tolist(), g.colour, 4.5 if g.ring else 4.0, g.ring)
+    return column([chart.picture(), legend(((f"{g.words} ({len(g.which)})", g.colour, "ring" if g.ring else "dot")
+                                            for g in groups), 460)], 4)
+
+
+def groups_by_label(task: Classification, labels: Sequence[int | None]) -> list[Dots]:
+    """Grades in shades of one scale, as amounts; classes in colours of their own, as many as there are."""
+    def of(wanted):
+        return [i for i, label in enumerate(labels) if label in wanted]
+
+    common = sorted({v for v in labels if v is not None}, key=lambda v: -labels.count(v))
+    own = sorted(common if len(common) <= len(COLOURS) else common[:len(COLOURS) - 1])
+    groups = [Dots("no label", OTHERS, of([None])),
+              Dots("other classes", PALE, of([v for v in common if v not in own]))]
+    for k, v in enumerate(own):
+        colour = shades(np.array(0.97 * v / (task.classes - 1))).tolist() if task.ordered else COLOURS[k]
+        groups.append(Dots(f"{task.title} {task.word(v)}", colour, of([v])))
+    return groups
+
+
+def tsne(m: Material) -> Image.Image:
+    """Which photographs look alike to the network: t-SNE of pooled features, training and split in one map."""
+    x = torch.cat([m.learned[1], m.here[1][:MOST]])
+    records, border, n = m.training.records + m.photographs.records[:MOST], len(m.training), len(x)
+    if n < 5:
+        raise Missing(f"{n} photographs are too few for a map; at least 5")
+    perplexity = min(30.0, (n - 1) / 3) if m.perplexity is None else m.perplexity
+    y = exact_tsne.tsne(x, perplexity, m.seed)
+    maps = [map_of("by split", y, [Dots("training", COLOURS[4], list(range(border))),
+                                   Dots(m.words, COLOURS[5], list(range(border, n)), ring=True)])]
+    if task := m.first(Classification):
+        labels = [getattr(r, task.label) for r in records]
+        maps.insert(0, map_of(f"by {task.title}", y, groups_by_label(task, labels)))
+    return titled("Which photographs look alike to the network", row(maps, 24),
+                  f"{m.run.folder.name}, epoch {m.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {m.seed}) of "
+                  f"the encoder's deepest map averaged over positions, {x.shape[1]} numbers for each of {n} "
+                  f"photographs. Of its 10 nearest neighbours there, a photograph keeps {neighbours_kept(x, y):.0%} in "
+                  "the map. Sizes of clusters and distances between them mean nothing.")
+
+
+# ---- where an answer comes from ----
+
+def grad_cam(net: Net, task: Task, image: Tensor, classes: Sequence[int]) -> list[list[Tensor]]:
+    """One sample (3, S, S) uint8 -> for each class a map (h_i, w_i) of each resolution that a PooledHead averages.
+
+    The network is in evaluation mode. alpha_k = mean over positions of d logit / d A_k, map = sum_k alpha_k A_k (eqs. 1
+    and 2, before the ReLU). Since the head is linear behind the averages, the sums of a class's maps and its bias are
+    its logit: the maps tell what each position adds to it.
+    """
+    head, device = net.heads[task.name], next(net.parameters()).device
+    with torch.no_grad():
+        maps, _ = net.routed_maps(image[None].to(device), predict.rows(net, [task], 1, device))
+        convolved = [a.requires_grad_() for a in head.convolved(maps[task.name])]
+    with torch.enable_grad():
+        logits = head.classify(convolved)[0]
+        slopes = [torch.autograd.grad(logits[c], convolved, retain_graph=True) for c in classes]
+    return [[(g.mean((2, 3), keepdim=True) * a.detach()).sum(1)[0].cpu() for g, a in zip(of_class, convolved)]
+            for of_class in slopes]
+
+
+def heat(maps: Sequence[Tensor], side: int) -> Tensor:
+    """Maps of all resolutions added up, then cut off below 0 (eq. 2): (side, side); what a position adds is spread
+
+    over the pixels that it covers.
+    """
+    return sum(F.interpolate(a[None, None], (side, side), mode="bilinear")[0, 0] * a.numel() / side ** 2
+               for a in maps).clamp(min=0)
+
+
+def share_on(heat_: Tensor, where: Tensor) -> float:
+    """Share of a map's mass that lies where `where` is true; 0 for a map without any."""
+    return float((heat_ * where).sum() / heat_.sum().clamp(min=1e-12))
+
+
+@dataclass
+class Seen:
+    """One photograph with its heat."""
+    true: int
+    predicted: int
+    heat: dict[int, Tensor]  # class -> (S, S)
+    lesions: Tensor | None  # (S, S) bool; None: not known, or none there
+    covered: float  # share of the retina that they cover
+
+
+def seen(m: Material, task: Classification, name: str, tally: Tensor) -> Seen:
+    """Grad-CAM of the predicted and of the true class of a photograph."""
+    sample, true, predicted = m.sample(name), int(tally[-1]), int(tally[:-1].argmax())
+    maps = grad_cam(m.run.net, task, sample.image, (predicted, true))
+    lesions = None if sample.masks is None else (sample.masks[:-1] == 1).any(0)
+    lesions = lesions if lesions is not None and lesions.any() else None
+    retina = sample.image.amax(0) > routes.DARK
+    return Seen(true, predicted, {c: heat(x, m.photographs.size) for c, x in zip((predicted, true), maps)}, lesions,
+                0.0 if lesions is None else float((lesions & retina).sum() / retina.sum().clamp(min=1)))
+
+
+def warm(image: Tensor, heat_: Tensor, side: int) -> Image.Image:
+    """A photograph in grey under its heat."""
+    grey = picture_of(image, side).convert("L").convert("RGB")
+    amount = F.interpolate(heat_[None, None] / heat_.max().clamp(min=1e-12), (side, side), mode="bilinear")[0, 0]
+    mask = Image.fromarray((60 + 130 * amount).to(torch.uint8).numpy())
+    return Image.composite(Image.fromarray(shades(amount.numpy())), grey, mask)
+
+
+def heat_panels(m: Material, task: Classification, name: str, which: str, p: Tensor, s: Seen,
+                side: int = 280) -> Image.Image:
+    """A photograph with its lesions; under the heat of the predicted class; under that of the true one, if another."""
+    sample = m.sample(name, side)
+    said = f"lesions cover {s.covered:.1%} of the retina" if s.lesions is not None else \
+        "lesions not known" if sample.masks is None else "no lesions"
+    panels = [(predict.tinted(picture_of(sample.image, side), masks_of(sample)), f"{which}: {name}\n{said}")]
+    roles = {s.predicted: "predicted and true"} if s.predicted == s.true else {s.predicted: "predicted", s.true: "true"}
+    for c, role in roles.items():
+        on = "" if s.lesions is None else f"\n{share_on(s.heat[c], s.lesions):.1%} of it on lesions"
+        panels.append((warm(sample.image, s.heat[c], side), f"{role}: {task.title} {task.word(c)}, p {p[c]:.2f}{on}"))
+    return row([column([panel, text(words, SMALL, width=side)], 4) for panel, words in panels])
+
+
+def gradcam(m: Material) -> Image.Image:
+    """Where in a photograph an answer comes from: Grad-CAM of the predicted and of the true class, beside lesions."""
+    task = m.classifications()[0]
+    tallies = m.tallies(task)
+    masked = [name for name in tallies if m.photographs.records[m.numbers[name]].masks is not None][:MOST]
+    chosen = best_median_worst({name: float(tallies[name][int(tallies[name][-1])]) for name in masked or tallies})
+    found = {name: seen(m, task, name, tallies[name]) for name in {*masked, *chosen}}
+    parts = [heat_panels(m, task, name, which, tallies[name], found[name]) for name, which in chosen.items()]
+    said = ""
+    if known := [s for s in found.values() if s.lesions is not None]:
+        on, covered = (sum(values) / len(known) for values in (
+            [share_on(s.heat[s.predicted], s.lesions) for s in known], [s.covered for s in known]))
+        said = (f" Mean over {len(known)} photographs with lesions: {on:.1%} of the map of the predicted class lies on "
+                f"lesions, which cover {covered:.1%} of the retina.")
+    return titled(f"Where the {task.title} comes from", column([*([lesion_legend()] if masked else []), *parts], 14),
+                  f"{of_run(m)}. Best, median and worst by the probability of the true class. Grad-CAM of the maps "
+                  f"that the head averages, at strides 4 to 32, added up; brighter is more.{said}")
+
+
+# ---- one photograph on its way through the network ----
+
+def principal_colours(x: Tensor) -> tuple[np.ndarray, float]:
+    """A map (C, h, w) -> its first three principal components as red, green, blue (h, w, 3) uint8, and their share
+
+    of the variance (Pearson 1901; Hotelling 1933). Components run from their 1st to their 99th percentile.
+    """
+    c, h, w = x.shape
+    flat = x.double().flatten(1).T  # (h * w, C)
+    flat = flat - flat.mean(0)
+    values, vectors = torch.linalg.eigh(flat.T @ flat)  # ascending
+    vectors = vectors.flip(1)[:, :3]
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # or signs are a toss
+    found = flat @ vectors  # (h * w, at most 3)
+    low, high = found.quantile(0.01, 0), found.quantile(0.99, 0)
+    colours = F.pad(((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), (0, max(0, 3 - c)))
+    values = values.clamp(min=0).flip(0)
+    return (255 * colours).round().to(torch.uint8).view(h, w, 3).numpy(), float(values[:3].sum() / values.sum())
+
+
+def panel(colours: np.ndarray, words: str) -> Image.Image:
+    """Colours (h, w, 3) as a square, each of them a square itself, with words below."""
+    picture = Image.fromarray(colours).resize((SMALLER, SMALLER), Image.NEAREST)
+    return column([picture, text(words, SMALL, PALE, SMALLER)], 3)
+
+
+def map_panels(maps: Mapping[str, Tensor]) -> list[Image.Image]:
+    """Maps (C, h, w) as colours, with name, size and the share of the variance that is shown."""
+    panels = []
+    for words, x in maps.items():
+        colours, share = principal_colours(x.float().cpu())
+        panels.append(panel(colours, f"{words}\n{x.shape[0]} channels, {x.shape[1]}x{x.shape[2]}; {share:.0%}"))
+    return panels
+
+
+def answer_panels(task: Task, output: Tensor) -> tuple[str, list[Image.Image]]:
+    """A head's raw output, one row, as masks, as heatmaps of points, or as a table; and what that is."""
+    if isinstance(task, Classification):
+        p, logits = (x[0].cpu()[:12] for x in (task.decode(output), output))
+        cells = [[f"{v:.2f}" for v in p.tolist()], [f"{v:+.1f}" for v in logits.tolist()]]
+        return f"{task.title.capitalize()} ({task.name})", [heatmap(
+            np.stack([p.numpy(), np.full(len(p), np.nan)]), ["probability", "logit"],
+            [str(task.word(k)) for k in range(len(p))], cells, (52, 24), 1.0)]
+    if isinstance(task, Lesions):
+        words, names, maps = "Masks: probability of each pixel", data.KINDS.values(), task.decode(output)[0]
+    elif isinstance(task, Landmarks):
+        words, names = "Points: probability of each position, whose mean is the point", task.classes
+        maps = output[0].flatten(1).softmax(1).view_as(output[0])
+    else:
+        return "", []
+    return f"{words} ({task.name})", [panel(shades((x / x.max().clamp(min=1e-12)).cpu().numpy()),
+                                            f"{name}\nat most {float(x.max()):.2g}") for name, x in zip(names, maps)]
+
+
+@torch.inference_mode()
+def filters(m: Material) -> Image.Image:
+    """One photograph on its way through the network: encoder, experts, decoder, what each head says."""
+    net, sample, down, up = m.run.net, m.sample(m.example), [], []
+    lesions = next((t for t in m.run.tasks if isinstance(t, Lesions)), None)
+    decoders = [*filter(None, [net.decoder, net.heads[lesions.name].decoder if lesions else None])]
+    blocks = [block for decoder in decoders for block in decoder.blocks]
+    hooks = [net.encoder.register_forward_hook(lambda _, __, maps: down.extend(x[0] for x in maps)),
+             *(block.register_forward_hook(lambda _, __, x: up.append(x[0])) for block in blocks)]
+    routed, _ = net.routed_maps(sample.image[None].to(m.device))
+    outputs = {t: net.heads[t](x) for t, x in routed.items()}
+    for hook in hooks:
+        hook.remove()
+
+    def named(maps):
+        return map_panels({f"stride {m.photographs.size // x.shape[1]}": x for x in maps})
+
+    first = [panel(sample.image.permute(1, 2, 0).numpy(), m.example)]
+    if sample.masks is not None:
+        first.append(panel(np.asarray(predict.tinted(Image.fromarray(sample.image.permute(1, 2, 0).numpy()),
+                                                     masks_of(sample))), "its lesions and disc"))
+    parts = [("The photograph", first), ("Encoder: five maps, each half as large as the one before", named(down))]
+    if net.experts is not None:
+        parts.append(("Behind the experts: the map that each task gets instead of the shared one",
+                      map_panels({t: x[net.routed][0] for t, x in routed.items()})))
+    if up:
+        parts.append(("Decoder: twice as large at each step, joined by the encoder's map of that size", named(up)))
+    parts += [answer_panels(task, outputs[task.name].float()) for task in m.run.tasks]
+    return titled("One photograph on its way through the network", column(
+        [column([text(words), row(pictures)], 6) for words, pictures in parts if pictures], 16),
+        f"{of_run(m)}. Maps of many channels are shown by their first three principal components, as red, green and "
+        "blue; below each, the share of the variance that these have.")
