@@ -19,6 +19,10 @@ ALLOWED["scores"] = set(ALLOWED) - {"checkpoints"}
 ALLOWED["evaluate"] = set(ALLOWED) - {"checkpoints"}
 ALLOWED["flags"] = set(ALLOWED) - {"parallel"}
 ALLOWED["train"] = set(ALLOWED)
+ALLOWED |= {"tsne": set(), "charts": set()}
+ALLOWED["figures"] = {"model", "tasks", "metrics", "data", "predict", "scores", "evaluate", "charts"}
+ALLOWED["insides"] = ALLOWED["figures"] | {"figures", "routes", "tsne"}
+ALLOWED["visualize"] = set(ALLOWED) - {"train", "flags", "checkpoints", "parallel"}
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
 
 

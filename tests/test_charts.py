@@ -1,0 +1,156 @@
+"""What figures are drawn with: nothing cut off, everything where it should be."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import charts
+from charts import Axis, Chart
+
+
+def ink(picture: Image.Image, paper=charts.PAPER) -> int:
+    """How many pixels are not paper."""
+    return int((np.asarray(picture) != paper).any(2).sum())
+
+
+# ---- words ----
+
+@pytest.mark.parametrize("words", ["gjpqy|", "WWW", "Ag\nyj_", "a", "f", "(p 0.71), 100 %"])
+@pytest.mark.parametrize("size", [charts.SMALL, charts.BODY, charts.TITLE])
+def test_text_is_never_cut_off(words, size):
+    """As much ink as on a sheet with room to spare."""
+    lines = words.split("\n")
+    sheet = Image.new("RGB", (1000, 200), charts.PAPER)
+    for k, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((300, 50 + k * round(1.35 * size)), line, charts.INK, charts.font(size))
+    assert ink(charts.text(words, size)) == ink(sheet) > 0
+
+
+def test_lines_are_broken_at_spaces_and_long_words_within():
+    words = "one two three " + 60 * "m" + " four"
+    lines = list(charts.wrapped(words, 120, 15))
+    assert "".join(lines).replace(" ", "") == words.replace(" ", "") and len(lines) > 3 and lines[0] == "one two three"
+    assert max(charts.font(15).getlength(line) for line in lines) <= 120
+    assert list(charts.wrapped("", 10, 15)) == [""] and "".join(charts.wrapped("mmm", 1, 15)) == "mmm"
+    assert charts.text(words, 15, width=120).width <= 123
+
+
+def test_lines_in_the_middle():
+    left, middle = (np.asarray(charts.text("mmmmmm\nm", place=place)) for place in (0.0, 0.5))
+    first = [np.flatnonzero((x[20:] != 255).any((0, 2)))[0] for x in (left, middle)]
+    assert first[1] - first[0] == pytest.approx(charts.font(15).getlength("mmmmm") / 2, abs=2)
+
+
+# ---- pictures beside each other ----
+
+def test_rows_and_columns_hold_all_of_their_pictures():
+    pictures = [Image.new("RGB", size, colour) for size, colour in (((30, 10), "red"), ((5, 40), "green"),
+                                                                    ((20, 20), "blue"))]
+    area = sum(p.width * p.height for p in pictures)
+    for place in (0.0, 0.5, 1.0):
+        row, column = charts.row(pictures, 7, place), charts.column(pictures, 3, place)
+        assert row.size == (55 + 14, 40) and column.size == (30, 70 + 6) and ink(row) == ink(column) == area
+    assert charts.row(pictures, 7, 1.0).getpixel((0, 39)) == (255, 0, 0)
+    assert charts.row(pictures, 7, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    assert charts.padded(pictures[0], 1, 2, 3, 4).size == (34, 16)
+
+
+def test_a_legend_breaks_its_lines():
+    entries = [(f"entry {k}", charts.COLOURS[k], how) for k, how in enumerate(
+        ("square", "line", "dashed", "dot", "ring"))]
+    wide, narrow = charts.legend(entries), charts.legend(entries, 200)
+    assert narrow.width <= 200 < wide.width and narrow.height > wide.height and ink(narrow) == ink(wide)
+
+
+# ---- charts ----
+
+def test_dashes_touch_six_of_ten_pixels():
+    pieces = charts.dashes([(0, 0), (30, 40), (30, 90)])  # 100 long, with a corner
+    length = sum(math.hypot(b[0] - a[0], b[1] - a[1]) for a, b in pieces)
+    assert length == pytest.approx(60, abs=0.1) and len(pieces) == 10  # the corner, at 50, lies between two
+    assert pieces[0][0] == (0, 0) and pieces[-1][0] == pytest.approx((30, 80), abs=0.1)
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (1, 40), (-0.13, 0.9), (0, 1e-4), (1000, 98000), (3, 3.1)])
+def test_round_steps(low, high):
+    steps = charts.round_steps(low, high)
+    gap = steps[1] - steps[0]
+    assert 3 <= len(steps) <= 7 and low - 1e-9 * gap <= steps[0] < low + gap and high - gap < steps[-1] <= high + gap / 1e6
+    assert np.allclose(np.diff(steps), gap)
+
+
+def test_a_line_goes_through_its_points_and_leaves_out_what_is_no_number():
+    chart = Chart("", Axis("", 0, 10, ()), Axis("", 0, 1, ()), 100, 50)
+    blank = chart.inside.copy()
+    chart.line([0, 5, 10], [0, 0.5, 1], (255, 0, 0), 4)
+    for x, y in ((1, 0.1), (2.5, 0.25), (9, 0.9)):
+        at = tuple(map(round, chart.place(x, y)))
+        assert at == (8 + 10 * x, round(8 + 50 - 50 * y))
+        red, green, _ = chart.inside.getpixel(at)
+        assert red > 250 and green < 5
+    chart.inside = blank.copy()
+    chart.line([0, 5, math.nan, 5], [None, math.nan, 1, math.inf], (255, 0, 0))
+    chart.dots([], [], (255, 0, 0))
+    assert np.array_equal(chart.inside, blank)
+    chart.dots([10], [1], (255, 0, 0), 5)  # in the corner, yet whole
+    assert ink_of_red(chart.inside) == pytest.approx(math.pi * 25, rel=0.1)
+    assert ink_of_red(chart.picture()) == ink_of_red(chart.inside)
+
+
+def ink_of_red(picture: Image.Image) -> float:
+    """Area that is red, partly red pixels counted in part."""
+    pixels = np.asarray(picture).astype(float)
+    return float(((pixels[..., 0] - pixels[..., 1]) / 255).clip(0).sum())
+
+
+def test_axes():
+    axis = charts.axis_of("", [None, math.nan, 3, 5], low=0.0)
+    assert (axis.low, axis.high) == (0.0, 5) and axis.marks()[1] == (1.0, "1")
+    assert charts.axis_of("", [2, 2]).high == 3 and charts.axis_of("", []).high == 1
+    assert Axis("", 0, 1, ((0.5, "half"),)).marks() == [(0.5, "half")]
+
+
+def test_a_heatmap_has_its_shades_where_they_belong():
+    values = np.array([[0.0, 0.5], [1.0, math.nan], [0.25, 2.0]])
+    picture = charts.heatmap(values, ["a", "b", "c"], ["x", "y"], [["0", "", ], ["1\n2", ""], ["", ""]], (70, 50))
+    size = np.array(picture.size)
+    for i, k in itertools.product(range(3), range(2)):
+        corner = size - (70 * (2 - k), 50 * (3 - i)) + 3  # counted from the lower right
+        assert picture.getpixel(tuple(corner.tolist())) == tuple(charts.shades(values[i, k]).tolist())
+    assert picture.getpixel((picture.width - 68, picture.height - 98)) == charts.GRID  # nan
+
+
+# ---- colours ----
+
+def test_amounts_get_brighter():
+    bright = [charts.brightness(c) for c in charts.shades(np.linspace(0, 1, 30))]
+    assert np.diff(bright).min() > 0 and bright[-1] - bright[0] > 150
+    assert charts.shades(np.array([-1, 0, 1, 9])).tolist() == [[68, 1, 84]] * 2 + [[253, 231, 37]] * 2
+
+
+# what red, green and blue light look like without one kind of cone (Machado et al. 2009, IEEE TVCG 15:1291, severity 1)
+WITHOUT_L = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+WITHOUT_M = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+
+
+# the default of a well-known library, which does not do so
+TAB10 = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
+         (127, 127, 127))
+
+
+@pytest.mark.parametrize("eye", [np.eye(3), np.array(WITHOUT_L), np.array(WITHOUT_M)], ids=["all", "no L", "no M"])
+def test_colours_differ_for_everyone(eye):
+    """In CIE Lab, where a difference of 2.3 is just noticed (Sharma 2003)."""
+    def lab(colours):
+        linear = np.where((c := np.array(colours) / 255) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+        xyz = (linear @ eye.T).clip(0, 1) @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722],
+                                                      [0.0193, 0.1192, 0.9505]]).T / (0.9505, 1, 1.089)
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+    ours, others = (min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab(colours), 2))
+                    for colours in (charts.COLOURS, TAB10))
+    assert ours > 15 and (others > 15) == np.array_equal(eye, np.eye(3))

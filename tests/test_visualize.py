@@ -1,0 +1,417 @@
+"""Pictures of runs: what they show against what is known, what is missing, nothing cut off, a page on its own."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import evaluate
+import figures
+import insides
+import model
+import train
+import visualize
+from conftest import real_idrid
+from files import InputError
+from model import Routing
+from tasks import TASKS
+from test_routes import busy_net
+from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), size=64)
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """One block in each stage of the encoder: nothing here depends on how deep it is."""
+    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Runs, trained once for each kind of options."""
+    runs = {}
+
+    def run(options=ALL) -> Path:
+        if options not in runs:
+            runs[options] = tmp_path_factory.mktemp("made") / "run"
+            train.fit(options, runs[options], quiet=True)
+        return runs[options]
+    return run
+
+
+@pytest.fixture
+def words(monkeypatch):
+    """All words that are drawn, each of which must lie within its picture."""
+    drawn, whole = [], ImageDraw.ImageDraw.text
+
+    def watched(pen, at, text, *rest, **more):
+        font = rest[1] if len(rest) > 1 else more["font"]
+        left, top, right, bottom = pen.textbbox(at, text, font)
+        wide, high = pen.im.size
+        assert left >= 0 and top >= 0 and right <= wide and bottom <= high, f"{text!r} is cut off"
+        drawn.append(text)
+        return whole(pen, at, text, *rest, **more)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", watched)
+    return drawn
+
+
+def material(folder: Path, *flags: str) -> figures.Material:
+    return visualize.gather(visualize.parse([str(folder), *flags]))
+
+
+def copied(run: Path, to: Path) -> Path:
+    """The same run elsewhere, without its pictures."""
+    return shutil.copytree(run, to, ignore=shutil.ignore_patterns("pictures"))
+
+
+# ---- all of them ----
+
+def test_all_pictures_of_a_run_and_the_page(made, words, capsys):
+    run = made()
+    visualize.main([str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    names = [f"{name}.{form}" for name, (_, form) in visualize.FIGURES.items()]
+    assert [Path(line).name for line in lines[:-1]] == names and "index.html" in lines[-1]
+    assert sorted(p.name for p in (run / "pictures").iterdir()) == sorted([*names, "index.html"])
+    page = (run / "pictures" / "index.html").read_text()
+    embedded = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', page)
+    assert [base64.b64decode(e) for e in embedded] == [(run / "pictures" / name).read_bytes() for name in names]
+    assert page.count("src=") == len(names) and "<script" not in page and "http" not in page and "url(" not in page
+    assert "Not drawn" not in page and "DRAWN photographs" in page
+    options = json.loads((run / "config.json").read_text())["options"]
+    assert all(f"<span>{k}</span>" in page for k in options) and "<span>dice MA per image</span>" in page
+    stored = evaluate.load_run(run, torch.device("cpu"))
+    log = visualize.read_log(run)
+    assert log[figures.chosen_of(log)]["epoch"] == stored.epoch
+    assert f"run, epoch {stored.epoch}, 6 DRAWN validation" in " ".join(words)
+
+
+def test_pictures_do_not_change_from_one_time_to_the_next(made):
+    for name in ("routing", "tsne", "filters"):
+        first, again = (visualize.encoded(visualize.FIGURES[name][0](material(made())), "png") for _ in range(2))
+        assert first == again
+
+
+@pytest.mark.parametrize("change,missing", [
+    ({"tasks": ("cls",), "experts": 0, "balance": 0.0},
+     {"overlays": "trained for cls, and answers neither with lesions", "routing": "--experts 0"}),
+    ({"tasks": ("seg",), "experts": 16},
+     {"confusion": "for seg, which tells no classes", "gradcam": "tells no classes"}),
+    ({"tasks": ("loc",), "experts_at": "decoder"},
+     {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "whose answers are no prob"})])
+def test_what_is_missing_is_said_and_not_drawn(made, words, capsys, change, missing):
+    run = made(replace(ALL, **change, epochs=1))
+    visualize.main([str(run)])
+    said = capsys.readouterr().out
+    page = html.unescape((run / "pictures" / "index.html").read_text())
+    for name, (_, form) in visualize.FIGURES.items():
+        assert (run / "pictures" / f"{name}.{form}").exists() == (name not in missing)
+    for name, reason in missing.items():
+        assert re.search(f"not drawn: {name}: .*{reason}", said)
+        assert re.search(f'id="{name}">[^/]*</h2><p class="missing">Not drawn: [^<]*{reason}', page)
+    assert page.count("<img") == len(visualize.FIGURES) - len(missing)
+
+
+def test_folders_of_classes(tmp_path, words):
+    """More classes than colours."""
+    for i in range(40):
+        folder = tmp_path / "classes" / ("val" if i % 2 else "train") / f"class {i // 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 64), 5 + i).convert("RGB").save(folder / f"{i}.png")
+    options = replace(ALL, tasks=("cls",), data=str(tmp_path / "classes"), epochs=1, classes=tuple(
+        f"class {k}" for k in range(10)))
+    train.fit(options, tmp_path / "run", quiet=True)
+    visualize.main([str(tmp_path / "run"), "--only", "tsne", "confusion", "gradcam", "routing", "filters", "curves"])
+    text = " ".join(words)
+    assert "other classes (12)" in text and "class class 0 (4)" in text and "no label" not in text
+    assert "by class" in text and "by class of another" in text and "grade" not in text
+
+
+def test_the_test_part_has_its_own_names_and_is_noted(made, tmp_path, capsys):
+    run = copied(made(), tmp_path / "run")
+    visualize.main([str(run), "--split", "test", "--only", "confusion"])
+    assert [p.name for p in (run / "pictures").iterdir()] == ["confusion_test.jpg"]
+    assert len((run / "test_opened.jsonl").read_text().splitlines()) == 1
+    assert "the test part is opened" in capsys.readouterr().out
+
+
+def test_curves_of_several_runs(made, tmp_path, words):
+    runs = [copied(made(), tmp_path / place / name) for place, name in (("x", "a"), ("y", "a"), ("x", "b"))]
+    visualize.main([*map(str, runs), "--only", "curves"])
+    assert (runs[0] / "pictures" / "curves.png").exists() and not (runs[1] / "pictures" / "curves.png").exists()
+    assert {str(runs[0]), str(runs[1]), "b"} <= {w.strip() for w in words}
+
+
+# ---- mistakes ----
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda run: shutil.rmtree(run), "no such checkpoint; expected a folder made by train.py"),
+    (lambda run: (run / "best.pt").write_bytes(b"junk"), "best.pt: damaged"),
+    (lambda run: torch.save({"options": {"tasks": ["cls"]}}, run / "best.pt"), "another version .* lacks 'variant'"),
+    (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: no such file; expected a folder made by train.py"),
+    (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl: empty; expected a line for each epoch"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"epoch":'), "metrics.jsonl: damaged .*; expected a line of JSON"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}'), "another version .*, it lacks 'train'")])
+def test_no_run_is_one_line(made, tmp_path, spoil, message):
+    run = copied(made(), tmp_path / "run")
+    spoil(run)
+    with pytest.raises(InputError, match=message):
+        visualize.main([str(run), "--only", "curves"])
+    assert not (run / "pictures").exists()
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--perplexity", "0.5"], "--perplexity 0.5: expected at least 1 and less than 29, with 30 photographs; leave it "
+                              "out for 10"),
+    (["--perplexity", "29"], "less than 29"), (["--perplexity", "nan"], "--perplexity nan"),
+    (["--seed", "-1"], "--seed -1: expected a number from 0"),
+    (["--data", "/nowhere"], "/nowhere")])
+def test_numbers_out_of_range(made, flags, message):
+    with pytest.raises(InputError, match=message):
+        visualize.main([str(made()), "--only", "tsne", *flags])
+
+
+def test_runs_named_twice_and_too_many(made, tmp_path):
+    with pytest.raises(InputError, match="named twice; expected different runs"):
+        visualize.main([str(made()), f"{made()}/"])
+    with pytest.raises(InputError, match="9 runs; expected at most 8"):
+        visualize.logs_of([tmp_path / str(k) for k in range(9)])
+
+
+def test_no_picture_of_that_name(made, capsys):
+    with pytest.raises(SystemExit) as ended:
+        visualize.main([str(made()), "--only", "overlay"])
+    assert ended.value.code == 2 and "choose from overlays, curves" in capsys.readouterr().err.replace("'", "")
+
+
+# ---- what they show ----
+
+def test_best_median_and_worst():
+    assert figures.best_median_worst({"a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.5}) == {
+        "b": "best", "d": "median", "c": "worst"}
+    assert figures.best_median_worst({"a": 1, "b": 2}) == {"b": "best", "a": "worst"}
+    assert figures.best_median_worst({"a": 1}) == {"a": "best"}
+
+
+def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
+    """Against masks of the network's own, thresholded here."""
+    m = material(made())
+    m.run.chosen["seg"] = dict(zip(TASKS["seg"].classes, (0.02, 0.03, 0.01, 0.02, 0.5)))
+    values, _, _ = figures.judged(m)
+    assert len(values) >= 3
+    for name, value in values.items():
+        found = m.answers(name)["seg"][:4] >= torch.tensor((0.02, 0.03, 0.01, 0.02)).view(4, 1, 1)
+        true = m.sample(name).masks[:4] == 1
+        assert value == pytest.approx(2 * float((found & true).sum()) / float(found.sum() + true.sum()), abs=0.01)
+
+
+def test_the_most_frequent_confusions_are_named(made, words):
+    m = material(made(replace(ALL, tasks=("cls",))))
+    scores_, _ = m.here
+    names = [f"p{k}" for k in range(9)]
+    truth, said = [0, 0, 0, 0, 1, 1, 3, 4, 4], [2, 2, 2, 0, 0, 0, 3, 4, 1]
+    p = torch.full((9, 5), 0.05)
+    p[range(9), said] = torch.linspace(0.6, 0.8, 9)
+    scores_.names["cls"], scores_.tallies["cls"] = names, torch.cat([p, torch.tensor(truth)[:, None]], 1).double()
+    scores_.eyes |= {name: name for name in names}
+    m.numbers = {name: k % len(m.photographs) for k, name in enumerate(names)}
+    figures.confusion(m)
+    text = " ".join(words)
+    for expected in ("true 0, taken for 2: 3 of 4", "p2, p 0.65", "true 1, taken for 0: 2 of 2", "p5, p 0.7",
+                     "true 4, taken for 1: 1 of 2", "75%", "kappa"):
+        assert expected in text
+    assert text.index("true 0, taken") < text.index("true 1, taken") < text.index("true 4, taken")
+
+
+def test_grad_cam_adds_up_to_the_logit():
+    """What all positions of all maps add, and the bias; and each position adds what it does: without it, it is gone."""
+    torch.manual_seed(0)
+    net, tasks, photographs = busy_net(tasks=("cls", "seg"))
+    image, head = photographs[0, None].image, net.heads["cls"]
+    with torch.no_grad():
+        logits = net(image[None])[0]["cls"][0]
+        convolved = head.convolved(net.routed_maps(image[None])[0]["cls"])
+    for c, maps in zip((3, 0), insides.grad_cam(net, tasks[0], image, (3, 0))):
+        assert [m.shape for m in maps] == [a.shape[2:] for a in convolved]
+        added = sum(float(m.sum()) for m in maps) + float(head.linear.bias[c].detach())
+        assert added == pytest.approx(float(logits[c]), abs=1e-4)
+        level, y, x = 2, 3, 5
+        less = [a.clone() for a in convolved]
+        less[level][0, :, y, x] = 0
+        with torch.no_grad():
+            assert float(logits[c] - head.classify(less)[0, c]) == pytest.approx(float(maps[level][y, x]), abs=1e-5)
+
+
+def test_shares_of_heat():
+    even, where = torch.ones(8, 8), torch.zeros(8, 8, dtype=torch.bool)
+    where[2:4, :4] = True
+    assert insides.share_on(even, where) == pytest.approx(8 / 64) and insides.share_on(0 * even, where) == 0
+    heat = insides.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -1.0)], 8)  # 12 - 16 < 0
+    assert heat.eq(0).all()
+    heat = insides.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -0.5)], 8)
+    assert float(heat.sum()) == pytest.approx(12 - 8)
+    heat = insides.heat([torch.tensor([[5.0, 0.0], [0.0, 0.0]])], 8)  # spread over a quarter, and softly beyond
+    assert float(heat.sum()) == pytest.approx(5, rel=0.15) and heat.argmax() == 0 and not heat[6:, 6:].any()
+
+
+def test_principal_colours_are_those_of_a_singular_value_decomposition():
+    torch.manual_seed(0)
+    x = torch.randn(6, 9, 7) * torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]).view(6, 1, 1)
+    colours, share = insides.principal_colours(x)
+    flat = x.flatten(1).T.numpy().astype(float)
+    u, s, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    assert share == pytest.approx((s[:3] ** 2).sum() / (s ** 2).sum())
+    for k in range(3):
+        middle = (colours[..., k] > 0) & (colours[..., k] < 255)  # percentiles cut the ends off
+        fit = np.corrcoef(colours[..., k][middle], (u[:, k]).reshape(9, 7)[middle])[0, 1]
+        assert abs(fit) > 0.9999
+    constant, _ = insides.principal_colours(torch.ones(4, 3, 3))
+    assert len(np.unique(constant)) == 1
+    one, share = insides.principal_colours(torch.randn(1, 3, 3))
+    assert one.shape == (3, 3, 3) and not one[..., 1:].any() and share == pytest.approx(1)
+
+
+def test_tokens_lie_where_they_belong():
+    indices = torch.tensor([[0, 1], [1, 0], [2, 0], [0, 2], [1, 2], [2, 1]])
+    r = Routing(indices, *[None] * 3, (1, 2, 3))
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    picture = np.asarray(insides.token_grid(torch.zeros(3, 32, 32, dtype=torch.uint8), r, colours, 240)).astype(int)
+    for i, (first, second) in enumerate(indices.tolist()):
+        y, x = divmod(i, 3)
+        assert picture[120 * y + 60, 80 * x + 40].tolist() == list(colours[second])
+        around = picture[120 * y + 10, 80 * x + 10]
+        assert around.argmax() == first and 120 < around.max() < 255
+
+
+def test_heatmaps_of_routes_show_what_routes_tell_and_lose_it_when_shuffled(made, monkeypatch):
+    """Routes planted by grade and by task: the real ones show it, those of shuffled photographs do not."""
+    seen = []
+    monkeypatch.setattr(insides, "two_heatmaps", lambda titles, rows, real, shuffled, experts: seen.append(
+        (titles[0], rows, real, shuffled)) or Image.new("RGB", (1, 1)))
+    m = material(made())
+    m.photographs.records = 200 * [replace(r, grade=k % 4) for k, r in enumerate(m.photographs.records[:4])]
+    one = torch.eye(4)
+    shares = torch.stack([one.repeat(200, 1), *(one[k:k + 1].expand(800, 4) for k in range(3))])
+    insides.by_label(m, shares, range(4))
+    insides.by_task(m, shares[[1, 2, 3]], range(4))
+    (title, rows, real, shuffled), _, _, _, (_, _, tasks, mixed) = seen
+    assert title == "by retinopathy grade" and rows == [f"grade {k}" for k in range(4)]
+    torch.testing.assert_close(real, torch.eye(4))
+    assert (shuffled - 0.25).abs().max() < 0.1
+    torch.testing.assert_close(tasks, torch.eye(4)[:3])
+    assert (mixed[:, :3] - 1 / 3).abs().max() < 0.05
+    torch.testing.assert_close(mixed.sum(1), torch.ones(3))
+
+
+def test_exchanged_photographs_keep_their_images_and_have_the_next_ones_masks(made):
+    photographs = material(made()).photographs
+    other, n = insides.Exchanged(photographs), len(photographs)
+    for i in range(n):
+        assert torch.equal(other[i, None].image, photographs[i, None].image)
+        assert torch.equal(other[i, None].masks, photographs[(i + 1) % n, None].masks)
+    assert not torch.equal(photographs[0, None].masks, photographs[1, None].masks)
+
+
+def test_entropy_is_in_bits(made, monkeypatch):
+    lines = []
+    monkeypatch.setattr(insides, "epochs_chart", lambda m, title, words, found, *rest: lines.extend(found) or
+                        figures.epochs_chart(m, title, words, found, *rest))
+    m = material(made())
+    usage = [[0.5, 0.5, 0.5, 0.5], [1, 1, 0, 0], [2, 0, 0, 0]]
+    m.logs = {"run": [{"expert_usage": {"cls": {"tokens": u}}} for u in usage] + [{"expert_usage": {}}]}
+    insides.entropy_chart(m, 4)
+    assert lines[0].values == [2.0, 1.0, 0.0, None] and lines[1].values == [None] * 4
+
+
+def test_neighbours_kept():
+    y = torch.rand(40, 2, generator=torch.Generator().manual_seed(0))
+    assert insides.neighbours_kept(torch.cat([y, 0 * y], 1), y) == 1
+    other = torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
+    assert 0.1 < insides.neighbours_kept(y, other) < 0.4  # 10 of 39 by chance
+    assert insides.neighbours_kept(y[:3], y[:3]) == 1
+
+
+def test_features_are_the_deepest_map_averaged(made):
+    m = material(made())
+    _, pooled = m.passed(m.photographs)
+    with torch.no_grad():
+        alone = torch.cat([m.run.net.encoder((m.photographs[i, None].image[None] - m.run.net.mean) / m.run.net.std)[-1]
+                           .mean((2, 3)) for i in range(len(m.photographs))])
+    torch.testing.assert_close(pooled, alone, rtol=1e-4, atol=1e-5)
+    assert not m.run.net.encoder._forward_hooks
+
+
+def test_training_photographs_are_those_that_the_run_learned_from(made, monkeypatch):
+    run = made()
+    m = material(run)
+    names = {r.name for r in m.training.records}
+    assert len(names) == 24 and not names & set(m.run.validation) and len(m.run.validation) == 6
+    monkeypatch.setattr(visualize, "MOST", 10)
+    fewer = material(run).training.records
+    assert len(fewer) == 10 and {r.name for r in fewer} < names
+
+
+# ---- the page in a browser ----
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-quic"]
+
+
+def looked_at(page: str, folder: Path, wide: int) -> dict:
+    """What a browser makes of a page in a frame so many pixels wide."""
+    frame = folder / "frame.html"
+    frame.write_text(f"""<!DOCTYPE html><iframe width="{wide}" height="900" style="border:0"
+        srcdoc="{html.escape(page, quote=True)}"></iframe><pre id="found"></pre><script>
+        const frame = document.querySelector("iframe");
+        frame.onload = () => {{
+            const page = frame.contentDocument, images = [...page.images];
+            document.getElementById("found").textContent = JSON.stringify({{
+                seen: page.documentElement.clientWidth, wide: page.documentElement.scrollWidth,
+                images: images.length, missing: images.filter(i => !i.complete || !i.naturalWidth).length,
+                unnamed: images.filter(i => !i.alt).length,
+                beyond: [...page.querySelectorAll("body *")].filter(
+                    e => e.getBoundingClientRect().right > page.documentElement.clientWidth + 1).length}});
+        }};</script>""")
+    result = subprocess.run([BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000",
+                             "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120)
+    return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', result.stdout)[1]))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="wants Chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("wide", [1280, 390])
+def test_the_page_in_a_browser(made, tmp_path, wide):
+    run = made()
+    if not (run / "pictures" / "index.html").exists():
+        visualize.main([str(run)])
+    page = (run / "pictures" / "index.html").read_text()
+    found = looked_at(page, tmp_path, wide)
+    assert found.pop("seen") in range(wide - 20, wide + 1)
+    assert found.pop("wide") <= wide
+    assert found == {"images": len(visualize.FIGURES), "missing": 0, "unnamed": 0, "beyond": 0}
+    spoiled = page.replace("base64,", "base64,AAAA", 1).replace("<h2", '<p style="width: 1500px">wide</p><h2', 1)
+    found = looked_at(spoiled, tmp_path, wide)  # the look itself can fail
+    assert found["missing"] == 1 and found["wide"] >= 1500 and found["beyond"] >= 1
+
+
+# ---- real photographs ----
+
+def test_overlays_of_real_photographs(tmp_path):
+    """One epoch at 64 pixels: poor answers, but real photographs, masks and points through all of it."""
+    options = replace(ALL, data=str(real_idrid("idrid")), epochs=1, batch=8)
+    train.fit(options, tmp_path / "run", quiet=True)
+    visualize.main([str(tmp_path / "run")])
+    found = {p.name: Image.open(p) for p in (tmp_path / "run" / "pictures").glob("*.*g")}
+    assert len(found) == len(visualize.FIGURES) and "Not drawn" not in (tmp_path / "run" / "pictures" / "index.html"
+                                                                        ).read_text()
+    assert all(image.width <= 1280 for image in found.values())
