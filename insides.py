@@ -100,9 +100,14 @@ def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuff
                            "expert") for x, title in zip((real, shuffled), titles)], 8)
 
 
+def label_word(m: Material) -> str:
+    """What the labels of photographs are, by which routes are told apart."""
+    return "class" if m.run.options["classes"] else "retinopathy grade"
+
+
 def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.Image]:
     """For each task experts by grade or class (12 at most); nothing where no photograph has any."""
-    labels, word = labels_of(m.run, m.photographs.records), "class" if m.run.options["classes"] else "retinopathy grade"
+    labels, word = labels_of(m.run, m.photographs.records), label_word(m)
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
         return []
@@ -169,8 +174,8 @@ def routing(m: Material) -> Image.Image:
                   column([experts.keys(), row([column(p, 10) for p in parts], 24), last], 18),
                   f"{of_run(m)}. Photograph: {m.example}, one token a square; its first expert in colour, the second "
                   f"as a square inside. Heatmaps: share of the tokens that go to an expert, {k} of {all_} each, "
-                  "brighter is more; below each what remains by chance, where a photograph has the grade or the masks "
-                  "of another. Whether answers owe anything to routes, `evaluate.py --routing` says.")
+                  f"brighter is more; below each what remains by chance, where a photograph has the {label_word(m)} or "
+                  "the masks of another. Whether answers owe anything to routes, `evaluate.py --routing` says.")
 
 
 # ---- which photographs look alike ----
