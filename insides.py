@@ -384,14 +384,15 @@ def answer_panels(task: Task, output: Tensor) -> tuple[str, list[Image.Image]]:
             np.stack([p.numpy(), np.full(len(p), np.nan)]), ["probability", "logit"],
             [str(task.word(k)) for k in range(len(p))], cells, (52, 24), 1.0)]
     if isinstance(task, Lesions):
-        words, names, maps = "Masks: probability of each pixel", data.KINDS.values(), task.decode(output)[0]
-    elif isinstance(task, Landmarks):
-        words, names = "Points: probability of each position, whose mean is the point", task.classes
+        return (f"Masks ({task.name}): logit of each pixel, from -8 (dark, p 0.0003) to 8 (bright)", [
+            panel(shades((x.cpu().numpy() + 8) / 16), f"{name}\n{float(x.min()):.1f} to {float(x.max()):.1f}")
+            for name, x in zip(data.KINDS.values(), output[0])])
+    if isinstance(task, Landmarks):
         maps = output[0].flatten(1).softmax(1).view_as(output[0])
-    else:
-        return "", []
-    return f"{words} ({task.name})", [panel(shades((x / x.max().clamp(min=1e-12)).cpu().numpy()),
-                                            f"{name}\nat most {float(x.max()):.2g}") for name, x in zip(names, maps)]
+        return (f"Points ({task.name}): probability of each position, whose mean is the point", [
+            panel(shades((x / x.max()).cpu().numpy()), f"{name}\nat most {float(x.max()):.2g}")
+            for name, x in zip(task.classes, maps)])
+    return "", []
 
 
 @torch.inference_mode()
