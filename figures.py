@@ -53,6 +53,11 @@ class Material:
     seed: int = 0  # of t-SNE
 
     @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.folder.resolve().name
+
+    @property
     def words(self) -> str:
         """What the split is called."""
         return {"val": "validation", "test": "test"}[self.part]
@@ -141,7 +146,7 @@ def lesion_legend() -> Image.Image:
 def of_run(m: Material) -> str:
     """Which run, photographs and checkpoint a figure is about."""
     drawn = " DRAWN" * (m.run.options["data"] is None)
-    return f"{m.run.folder.name}, epoch {m.run.epoch}, {len(m.photographs)}{drawn} {m.words} photographs"
+    return f"{m.name}, epoch {m.run.epoch}, {len(m.photographs)}{drawn} {m.words} photographs"
 
 
 # ---- photographs, truth, prediction ----

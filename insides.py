@@ -238,7 +238,7 @@ def tsne(m: Material) -> Image.Image:
         labels = [getattr(r, task.label) for r in records]
         maps.insert(0, map_of(f"by {task.title}", y, groups_by_label(task, labels)))
     return titled("Which photographs look alike to the network", row(maps, 24),
-                  f"{m.run.folder.name}, epoch {m.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {m.seed}) of "
+                  f"{m.name}, epoch {m.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {m.seed}) of "
                   f"the encoder's deepest map averaged over positions, {x.shape[1]} numbers for each of {n} "
                   f"photographs. Of its 10 nearest neighbours there, a photograph keeps {neighbours_kept(x, y):.0%} in "
                   "the map. Sizes of clusters and distances between them mean nothing.")

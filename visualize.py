@@ -144,7 +144,7 @@ def page(m: Material, drawn: Mapping[str, bytes | str]) -> str:
     links = "".join(f'<a href="#{name}">{name}</a>' for name in (*drawn, "measures", "configuration"))
     options = {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in run.options.items()}
     options["data"] = "drawn" if run.options["data"] is None else Path(run.options["data"]).name
-    title = f"{run.folder.resolve().name}: {' '.join(run.options['tasks'])}"
+    title = f"{m.name}: {' '.join(run.options['tasks'])}"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
