@@ -4,13 +4,14 @@
     row, column     pictures beside and below each other
     Chart           lines and dots in the units of two axes
     heatmap         a table of numbers as shades, with the numbers in it
-    legend          what colours mean
+    legend, scale   what colours mean
 
 Imports nothing of ours.
 """
 
 import functools
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ TITLE, BODY, SMALL = 20, 15, 13  # pixels
 # for things without an order, eight that colour-blind people tell apart (Okabe & Ito 2008, "Color universal design")
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
            (0, 0, 0))
+OTHERS = (198, 202, 206)  # grey, for what has no colour of its own; different from all of these and from paper
 # for amounts: viridis, whose brightness rises evenly and which colour-blind people see so too (van der Walt & Smith
 # 2015), at nine places
 VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129),
@@ -49,6 +51,20 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
+@functools.cache
+def legible(letter: str) -> str:
+    """A letter as the font has it: without its accents where it lacks those, else by its number."""
+    def shape(x):
+        return font(BODY).getmask(x).size, bytes(font(BODY).getmask(x))
+
+    missing = shape("\uffff")
+    if letter.isspace() or shape(letter) != missing:
+        return letter
+    plain = "".join(c for c in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(c))
+    known = plain and plain != letter and all(shape(c) != missing for c in plain)
+    return plain if known else f"\\u{ord(letter):04x}"
+
+
 def wrapped(line: str, width: float, size: int) -> Iterator[str]:
     """Parts of a line that are no wider than `width`, broken at spaces, or within a word that is wider itself."""
     part = ""
@@ -70,6 +86,7 @@ def wrapped(line: str, width: float, size: int) -> Iterator[str]:
 def text(words: str, size: int = BODY, colour: Sequence[int] = INK, width: float = math.inf,
          paper: Sequence[int] = PAPER, place: float = 0.0) -> Image.Image:
     """Words, in lines of at most `width` pixels; shorter lines at the left (`place` 0) or in the middle (0.5)."""
+    words = "".join(map(legible, words))
     lines = [part for line in words.split("\n") for part in wrapped(line, width, size)]
     high = round(1.35 * size)
     lengths = [math.ceil(font(size).getlength(line)) for line in lines]
@@ -148,6 +165,13 @@ def legend(entries: Iterable[tuple[str, Sequence[int], str]], width: float = mat
         lines[-1].append(entry)
         used += entry.width + 18
     return column([row(line, 18) for line in lines], 4)
+
+
+def scale(low: str, high: str, words: str = "") -> Image.Image:
+    """A legend of shades, from the words of the lowest to those of the highest."""
+    bar = Image.fromarray(np.broadcast_to(shades(np.linspace(0, 1, 120)), (14, 120, 3)))
+    parts = [text(low, SMALL), padded(bar, 0, 2, 0, 2), text(high, SMALL)]
+    return row([*parts, text(words, SMALL)] if words else parts, 6, 0.5)
 
 
 # ---- charts ----

@@ -47,6 +47,7 @@ class Run:
     epoch: int
     validation: list[str]  # names of the photographs that it was chosen on
     chosen: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
+    learned_from: str | None  # fingerprint of the training photographs, see data.py
 
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:
@@ -82,7 +83,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: "
                          f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
-               state["chosen"])
+               state["chosen"], state.get("data", [None])[0])
 
 
 def split_records(run: Run, root: Path | None, part: str) -> list[Record]:

@@ -25,9 +25,10 @@ import data
 import metrics
 import predict
 import scores
-from charts import COLOURS, INK, PALE, SMALL, Axis, Chart, axis_of, column, heatmap, legend, padded, row, text, titled
+from charts import COLOURS, INK, PALE, SMALL, Axis, Chart, axis_of, column, heatmap, legend, padded, row, scale, \
+    text, titled
 from evaluate import Run
-from tasks import TASKS, Classification, Landmarks, Lesions, Task
+from tasks import TASKS, UNKNOWN, Classification, Landmarks, Lesions, Task
 
 # n photographs, C channels, S side of a sample in pixels, L kinds of lesion, K levels of a pixel's score
 
@@ -89,13 +90,30 @@ class Material:
         found = self.here[0]
         return dict(zip(found.names[task.name], found.tallies[task.name]))
 
+    def missing(self, kinds: type | tuple[type, ...], words: str) -> Missing:
+        """That nothing of these kinds is there to be drawn: no task, or no label."""
+        names = [t.name for t in self.run.tasks if isinstance(t, kinds)]
+        return Missing(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
+                       f"{' or '.join(names)}" if names else
+                       f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {words}")
+
     def classifications(self) -> list[Classification]:
         """Those of the run's tasks that tell classes apart. Missing: there are none."""
         found = [t for t in self.run.tasks if isinstance(t, Classification) and t.name in self.here[0].tallies]
         if not found:
-            raise Missing(f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which tells no classes "
-                          "apart")
+            raise self.missing(Classification, "tells no classes apart")
         return found
+
+    def probabilities(self, task: Classification, p: Tensor) -> Tensor:
+        """(n, C) at the temperature that was chosen."""
+        return metrics.at_temperature(p, self.run.chosen[task.name]["temperature"])
+
+    @property
+    def caution(self) -> str:
+        """Why scores may look better than they are, or ""."""
+        if self.part == "val":
+            return " The checkpoint, temperatures and thresholds were chosen on these photographs: optimistic."
+        return " Trained with --keep-leaks: it may have seen eyes of the test part." * self.run.options["keep_leaks"]
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
@@ -134,8 +152,10 @@ def picture_of(image: Tensor, side: int) -> Image.Image:
 
 
 def masks_of(sample: data.Sample) -> dict[str, np.ndarray]:
-    """{kind: (S, S) bool}; empty where masks are not known."""
-    return {} if sample.masks is None else dict(zip(Lesions.classes, (sample.masks == 1).numpy()))
+    """{kind: (S, S) bool} of the kinds that are known."""
+    if sample.masks is None:
+        return {}
+    return {kind: (mask == 1).numpy() for kind, mask in zip(Lesions.classes, sample.masks) if (mask != UNKNOWN).all()}
 
 
 def lesion_legend() -> Image.Image:
@@ -155,45 +175,53 @@ def judged(m: Material) -> tuple[dict[str, float], str, str]:
     """{photograph: score, higher is better}, how one score is written, and by what they are ranked."""
     if task := m.first(Lesions):
         found, thresholds = m.tallies(task), [m.run.chosen[task.name][kind] for kind in task.classes]
-        counts = task.at(torch.stack(list(found.values())), thresholds)[:, :-1].nansum(1)  # (n, 3)
+        counts = task.at(torch.stack(list(found.values())), thresholds)  # (n, L, 3)
+        disc = bool(counts[:, :-1].isnan().all())  # where nothing but the disc is known, the disc counts
+        counts = counts[:, -1:].nansum(1) if disc else counts[:, :-1].nansum(1)  # (n, 3)
         values = {name: value for name, value, pixels in zip(found, metrics.dice(counts).tolist(), counts)
                   if pixels.sum() > 0}
+        if disc:
+            return values, "disc Dice {:.2f}", "Dice of the optic disc at the chosen threshold"
         return values, "lesion Dice {:.2f}", ("Dice of all lesion pixels at the chosen thresholds, the four kinds "
                                               "together, without the disc; photographs with neither a true nor a found "
                                               "one are left out")
     if task := m.first(Landmarks):
-        values = {name: -float(tally[:, 0].nan_to_num(0.0).max()) for name, tally in m.tallies(task).items()}
-        return values, "{:.0f} px", "distance of the worse of the two points"
-    raise Missing(f"the run was trained for {' '.join(t.name for t in m.run.tasks)}, and answers neither with lesions "
-                  "(seg) nor with points (loc) that could be laid over a photograph")
+        gaps = {name: tally[:, 0] for name, tally in m.tallies(task).items()}
+        values = {name: -float(gap.nan_to_num(0.0).max()) for name, gap in gaps.items() if not gap.isnan().all()}
+        return values, "{:.0f} px", "distance of the worse of the two points, where one is known"
+    raise m.missing((Lesions, Landmarks), "answers neither with lesions (seg) nor with points (loc) that could be laid "
+                                          "over a photograph")
 
 
 def in_words(m: Material, name: str) -> str:
     """What the network says of a photograph, beside what is known of it."""
-    parts, found = [], m.here[0]
-    for task in (t for t in m.run.tasks if t.name in found.tallies):
-        if (tally := m.tallies(task).get(name)) is None:
-            continue
+    parts, answers = [], m.answers(name)
+    for task in m.run.tasks:
+        tally = m.tallies(task).get(name) if task.name in m.here[0].tallies else None
         if isinstance(task, Classification):
-            p = metrics.at_temperature(tally[None, :-1], m.run.chosen[task.name]["temperature"])[0]
-            said, true = int(p.argmax()), int(tally[-1])
-            parts.append(f"{task.title} {task.word(said)} (p {p[said]:.2f})" + (
-                ", right" if said == true else f", true {task.word(true)} (p {p[true]:.2f})"))
-        elif isinstance(task, Landmarks):
+            p = m.probabilities(task, answers[task.name][None])[0]
+            said, true = int(p.argmax()), None if tally is None else int(tally[-1])
+            parts.append(f"{task.title} {task.word(said)} (p {p[said]:.2f}), " + (
+                "true one not known" if true is None else
+                "right" if said == true else f"true {task.word(true)} (p {p[true]:.2f})"))
+        elif isinstance(task, Landmarks) and tally is not None and not tally[:, 0].isnan().all():
             gaps = [f"{point} {gap:.0f}" for point, gap in zip(task.classes, tally[:, 0].tolist()) if gap == gap]
             parts.append(f"{', '.join(gaps)} px off")
+    known = masks_of(m.sample(name))
+    if m.first(Lesions) and (unknown := [kind for kind in Lesions.classes if kind not in known]):
+        parts.append(f"masks of {', '.join(unknown)} not known, and not shown")
     return "; ".join(parts)
 
 
 def shown(m: Material, name: str) -> list[Image.Image]:
     """The photograph, with its truth, with the prediction."""
     sample, answers = m.sample(name, PANEL), m.answers(name)
-    plain = picture_of(sample.image, PANEL)
-    prediction = {}
+    plain, truth, prediction = picture_of(sample.image, PANEL), masks_of(sample), {}
     if task := m.first(Lesions):
         maps = F.interpolate(answers[task.name][None], (PANEL, PANEL), mode="bilinear")[0]
-        prediction = {kind: (x >= m.run.chosen[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)}
-    pictures = [plain, predict.tinted(plain, masks_of(sample)), predict.tinted(plain, prediction)]
+        prediction = {kind: (x >= m.run.chosen[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)
+                      if kind in truth}
+    pictures = [plain, predict.tinted(plain, truth), predict.tinted(plain, prediction)]
     if task := m.first(Landmarks):
         marked = [sample.points, answers[task.name] * PANEL]
         for picture, points in zip(pictures[1:], marked):
@@ -206,7 +234,7 @@ def overlays(m: Material) -> Image.Image:
     """Best, median and worst photograph: itself, its truth, what is predicted."""
     values, written, rule = judged(m)
     if not values:
-        raise Missing(f"of the {len(m.photographs)} {m.words} photographs none has lesions, true or found")
+        raise Missing(f"none of the {len(m.photographs)} {m.words} photographs has lesions or points, true or found")
     heads = row([padded(text(words, colour=PALE), 0, 0, PANEL - text(words).width, 0)
                  for words in ("photograph", "truth", "prediction")])
     parts = [heads]
@@ -218,7 +246,7 @@ def overlays(m: Material) -> Image.Image:
     return titled(f"Best, median and worst of {len(values)} {m.words} photographs",
                   column([row(keys, 18, 0.5), *parts], 6),
                   f"{of_run(m)}. Ranked by: {rule}. Probabilities p at the chosen temperature; distances in pixels of "
-                  f"a photograph 4288 pixels wide. {predict.NOTE.capitalize()}.")
+                  f"a photograph 4288 pixels wide.{m.caution} {predict.NOTE.capitalize()}.")
 
 
 # ---- losses and metrics over epochs ----
@@ -264,9 +292,10 @@ def loss_chart(m: Material, task: str) -> Image.Image:
     training = of_runs(m, lambda line: line["train"].get(task), dashed=True)
     validation = of_runs(m, lambda line: line["val"].get(task, {}).get("loss"))
     most, limit = (max(v for line in lines for v in line.values if v is not None) for lines in (validation, training))
+    limit = max([2 * limit, *(line.values[line.chosen] or 0.0 for line in validation)])  # of what is shown
     words, high = "training with augmentation and dropout", None
-    if most > 2 * limit:  # as in the first epochs, before batch norm knows its statistics
-        words, high = f"{words}; validation to {most:.3g}", 2 * limit
+    if most > limit:  # as in the first epochs, before batch norm knows its statistics
+        words, high = f"{words}; validation to {most:.3g}", limit
     chart = epochs_chart(m, f"{task}: loss", words, training + validation, 0.0, high)
     return column([chart.picture(), legend([("validation", INK, "line"), ("training", INK, "dashed")])], 2)
 
@@ -292,11 +321,11 @@ def metric_lines(m: Material, task: Task) -> list[Line]:
 def metric_chart(m: Material, task: Task) -> Image.Image:
     """A task's metrics on validation, and the one that counts on training photographs."""
     lines, learned = metric_lines(m, task), m.learned[0]
-    low = min([0.0, *(v for line in lines for v in line.values if v is not None)])
+    value = learned.metrics()[task.name][task.primary] if task.name in learned.tallies else None
+    low = min([0.0, *(v for v in [value, *(v for line in lines for v in line.values)] if v is not None)])
     chart = epochs_chart(m, f"{task.name}: {task.primary}".replace("_", " "), "validation photographs", lines, low, 1.0)
     entries = [(line.words.replace("_", " "), line.colour, "line") for line in lines]
-    if task.name in learned.tallies:
-        value = learned.metrics()[task.name][task.primary]
+    if value is not None:
         chart.dots([m.run.epoch], [value], lines[0].colour, 5, ring=True)
         entries.append((f"of {len(learned.names[task.name])} training photographs, not augmented: {value:.3f}",
                         lines[0].colour, "ring"))
@@ -326,6 +355,7 @@ def confused(m: Material, task: Classification, most: int = 12) -> Image.Image:
     found = m.tallies(task)
     tally = torch.stack(list(found.values()))
     truth, predicted = tally[:, -1].long(), tally[:, :-1].argmax(1)
+    surest = dict(zip(found, m.probabilities(task, tally[:, :-1])))
     counts = metrics.confusion_matrix(truth, predicted, task.classes)
     wrong = counts - counts.diag().diag()
     kept = (wrong.sum(0) + wrong.sum(1)).topk(min(most, task.classes)).indices.sort().values
@@ -343,7 +373,8 @@ def confused(m: Material, task: Classification, most: int = 12) -> Image.Image:
     for k in wrong.flatten().argsort(descending=True, stable=True)[:4].tolist():
         true, said_ = divmod(k, task.classes)
         if number := int(wrong[true, said_]):
-            p = {name: float(t[said_]) for name, t in found.items() if t[-1] == true and t[:-1].argmax() == said_}
+            p = {name: float(surest[name][said_]) for name, t in found.items()
+                 if t[-1] == true and t[:-1].argmax() == said_}
             name = max(p, key=p.get)
             words = (f"true {task.word(true)}, taken for {task.word(said_)}: {number} of {int(counts[true].sum())}\n"
                      f"{name}, p {p[name]:.2f}")
@@ -355,8 +386,10 @@ def confused(m: Material, task: Classification, most: int = 12) -> Image.Image:
 
 def confusion(m: Material) -> Image.Image:
     """Confusion matrices with counts and row shares; below each the most frequent confusions."""
-    return titled("Which classes are taken for which", column([confused(m, t) for t in m.classifications()], 26),
-                  f"{of_run(m)}, those with a label")
+    key = scale("0 %", "100 %", "of the photographs of a true class")
+    parts = [key, *(confused(m, t) for t in m.classifications())]
+    return titled("Which classes are taken for which", column(parts, 22),
+                  f"{of_run(m)}, those with a label. Probabilities p at the chosen temperature.{m.caution}")
 
 
 # ---- what probabilities are worth ----
@@ -392,6 +425,7 @@ def precision_recall_chart(m: Material, task: Lesions) -> Image.Image:
     entries = []
     for kind, seen, (precision, recall) in zip(task.classes, counts.sum(1).flip(1).cumsum(1), curves_):
         if recall.isnan().any():
+            entries.append((f"{data.KINDS[kind]}: not one true pixel", data.COLOURS[kind], "line"))
             continue
         passes = seen > 0  # where nothing passes there is no precision
         chart.line(recall[passes].tolist(), precision[passes].tolist(), data.COLOURS[kind])
@@ -409,8 +443,6 @@ def reliability(m: Material) -> Image.Image:
     if task := m.first(Lesions):
         charts.append(precision_recall_chart(m, task))
     if not charts:
-        raise Missing(f"the run was trained for {' '.join(t.name for t in m.run.tasks)}, whose answers are no "
-                      "probabilities")
-    optimistic = " Temperatures and thresholds were chosen on these photographs: optimistic." * (m.part == "val")
+        raise m.missing((Classification, Lesions), "gives no probabilities")
     rows = [row(charts[i:i + 2], 28) for i in range(0, len(charts), 2)]
-    return titled("What probabilities are worth", column(rows, 20), f"{of_run(m)}.{optimistic}")
+    return titled("What probabilities are worth", column(rows, 20), f"{of_run(m)}.{m.caution}")

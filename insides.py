@@ -23,7 +23,7 @@ import predict
 import routes
 import scores
 import tsne as exact_tsne
-from charts import COLOURS, PALE, SMALL, Axis, Chart, column, heatmap, legend, row, shades, text, titled
+from charts import COLOURS, OTHERS, PALE, SMALL, Axis, Chart, column, heatmap, legend, row, scale, shades, text, titled
 from evaluate import labels_of
 from figures import MOST, SMALLER, Line, Material, Missing, best_median_worst, epochs_chart, lesion_legend, \
     masks_of, of_run, picture_of
@@ -32,7 +32,7 @@ from tasks import TASKS, Classification, Landmarks, Lesions, Task
 
 # n photographs, C channels, E experts, T tasks, h w token grid, S side of a sample in pixels
 
-OTHERS = (173, 181, 189)  # grey, for what has no colour of its own
+MOST_SHOWN = 12  # rows and columns of a table
 
 
 # ---- which tokens go to which expert ----
@@ -44,13 +44,16 @@ class Exchanged(torch.utils.data.Dataset):
         self.photographs = photographs
 
     def __getitem__(self, index: tuple[int, None]) -> data.Sample:
-        i, n = index[0], len(self.photographs)
-        return replace(self.photographs[i, None], masks=self.photographs[(i + 1) % n, None].masks)
+        i, next_ = index[0], (index[0] + 1) % len(self)
+        return replace(self.photographs[i, None], masks=self.photographs[next_, None].masks)
+
+    def __len__(self) -> int:
+        return len(self.photographs)
 
 
-def uses_of(m: Material, photographs: data.Photographs | Exchanged, number: int) -> dict[str, routes.Use]:
-    """Where the tokens of so many photographs go, for every task."""
-    batches = [[(i, None) for i in range(k, min(k + m.batch, number))] for k in range(0, number, m.batch)]
+def uses_of(m: Material, photographs: data.Photographs | Exchanged) -> dict[str, routes.Use]:
+    """Where the tokens of photographs go, for every task."""
+    batches = scores.in_order(photographs, m.batch)
     return routes.collect(m.run.net, scores.loader(photographs, batches, [TASKS["seg"]], m.device))
 
 
@@ -72,20 +75,30 @@ def palette(shares: Tensor) -> Palette:
     used = shares.mean((0, 1)).argsort(descending=True).tolist()
     own = sorted(used if len(used) <= len(COLOURS) else used[:len(COLOURS) - 1])
     colours = [COLOURS[own.index(e)] if e in own else OTHERS for e in range(len(used))]
-    return Palette(own, colours, sorted(used[:12]))
+    return Palette(own, colours, sorted(used[:MOST_SHOWN]))
+
+
+def has_room(r: Routing, side: int = 240) -> bool:
+    """Whether there is a second expert, and room for it in a token of a picture of `side` pixels."""
+    return r.indices.shape[1] > 1 and side / r.grid[2] >= 12
 
 
 def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side: int = 240) -> Image.Image:
-    """A photograph under its tokens, each in the colour of its first expert, the second as a square inside."""
+    """A photograph under its tokens, each in the colour of its first expert, the second as a square inside
+
+    where there is room for it.
+    """
     picture = picture_of(image, side).convert("L").convert("RGB")
     layer, mask = Image.new("RGB", picture.size), Image.new("L", picture.size)
     pens, (_, h, w) = [ImageDraw.Draw(x) for x in (layer, mask)], r.grid
     wide, high = side / w, side / h
+    edge = min(2, wide / 4)  # between tokens
     for i, experts in enumerate(r.indices.tolist()):
         y, x = divmod(i, w)
-        for rank, e in enumerate(experts[:2 if wide >= 12 else 1]):
+        for rank, e in enumerate(experts[:2 if has_room(r, side) else 1]):
             inset = 0.3 * rank
-            box = ((x + inset) * wide, (y + inset) * high, (x + 1 - inset) * wide - 2, (y + 1 - inset) * high - 2)
+            box = ((x + inset) * wide, (y + inset) * high,
+                   (x + 1 - inset) * wide - edge, (y + 1 - inset) * high - edge)
             pens[0].rectangle(box, tuple(colours[e]))
             pens[1].rectangle(box, 255 if rank else 140)
     picture.paste(layer, (0, 0), mask)
@@ -94,10 +107,10 @@ def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side
 
 def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuffled: Tensor,
                  experts: Sequence[int]) -> Image.Image:
-    """Shares of tokens (R, E), and below them the same for shuffled images, in the same shades."""
-    high = float(torch.cat([real, shuffled]).nan_to_num().max())
-    return column([heatmap(x[:, experts].numpy(), rows, [str(e) for e in experts], None, (22, 18), high, title,
-                           "expert") for x, title in zip((real, shuffled), titles)], 8)
+    """Shares of tokens (R, E), and below them the same for shuffled images; the first MOST_SHOWN rows."""
+    rest = f"; {MOST_SHOWN} of {len(rows)}" * (len(rows) > MOST_SHOWN)
+    return column([heatmap(x[:MOST_SHOWN, experts].numpy(), rows[:MOST_SHOWN], [str(e) for e in experts], None,
+                           (22, 18), 1.0, title + rest, "expert") for x, title in zip((real, shuffled), titles)], 8)
 
 
 def label_word(m: Material) -> str:
@@ -106,7 +119,7 @@ def label_word(m: Material) -> str:
 
 
 def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.Image]:
-    """For each task experts by grade or class (12 at most); nothing where no photograph has any."""
+    """For each task experts by grade or class; nothing where no photograph has any."""
     labels, word = labels_of(m.run, m.photographs.records), label_word(m)
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
@@ -114,7 +127,7 @@ def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.
     turn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
     (real, names), (mixed, _) = (routes.averaged(shares[:, of], [labels[i] for i in known])
                                  for of in (known, [known[i] for i in turn]))
-    return [two_heatmaps((f"by {word}", f"by {word} of another"), names[:12], a[:12], b[:12], experts)
+    return [two_heatmaps((f"by {word}", f"by {word} of another"), names, a, b, experts)
             for a, b in zip(real, mixed)]
 
 
@@ -124,7 +137,7 @@ def by_lesion(m: Material, experts: Sequence[int]) -> list[Image.Image]:
     if len(masked) < 2:
         return []
     found = []
-    for real, mixed in zip(*(uses_of(m, x, len(masked)).values() for x in (masked, Exchanged(masked)))):
+    for real, mixed in zip(*(uses_of(m, x).values() for x in (masked, Exchanged(masked)))):
         there = [i for i, n in enumerate(real.tokens) if n]
         a, b = ((use.below[:, 0] / use.tokens[:, None])[there] for use in (real, mixed))
         found.append(two_heatmaps(("by what lies below a token", "by masks of another"),
@@ -158,7 +171,7 @@ def routing(m: Material) -> Image.Image:
     """Which tokens go to which expert: over a photograph, by task, class and lesion, beside shuffled images."""
     if m.run.net.experts is None:
         raise Missing("the run was trained with --experts 0, so that there is nothing to route")
-    here = uses_of(m, m.photographs, len(m.photographs))
+    here = uses_of(m, m.photographs)
     shares = torch.stack([use.shares[:, 0] for use in here.values()])  # (T, n, E)
     experts = palette(shares)
     image = m.sample(m.example).image
@@ -169,13 +182,16 @@ def routing(m: Material) -> Image.Image:
         for part, picture in zip(parts, more):
             part.append(picture)
     last = row([by_task(m, shares, experts.shown), entropy_chart(m, shares.shape[2])], 36)
-    k, all_ = m.run.options["chosen"], shares.shape[2]
+    r, all_ = next(iter(routed.values())), shares.shape[2]
+    second = ", the second as a square inside" * has_room(r)
+    rest = f" (the {len(experts.shown)} most used)" * (len(experts.shown) < all_)
+    keys = column([experts.keys(), scale("0 %", "100 %", "of the tokens go to an expert, in heatmaps")], 6)
     return titled("Which tokens go to which expert",
-                  column([experts.keys(), row([column(p, 10) for p in parts], 24), last], 18),
-                  f"{of_run(m)}. Photograph: {m.example}, one token a square; its first expert in colour, the second "
-                  f"as a square inside. Heatmaps: share of the tokens that go to an expert, {k} of {all_} each, "
-                  f"brighter is more; below each what remains by chance, where a photograph has the {label_word(m)} or "
-                  "the masks of another. Whether answers owe anything to routes, `evaluate.py --routing` says.")
+                  column([keys, row([column(p, 10) for p in parts], 24), last], 18),
+                  f"{of_run(m)}. Photograph: {m.example}, one token a square, its first expert in colour{second}. "
+                  f"Heatmaps: each token goes to {r.indices.shape[1]} of {all_} experts{rest}; below each what remains "
+                  f"by chance, where a photograph has the {label_word(m)} or the masks of another. Whether answers owe "
+                  "anything to routes, `evaluate.py --routing` says.")
 
 
 # ---- which photographs look alike ----
@@ -273,9 +289,9 @@ def heat(maps: Sequence[Tensor], side: int) -> Tensor:
                for a in maps).clamp(min=0)
 
 
-def share_on(heat_: Tensor, where: Tensor) -> float:
-    """Share of a map's mass that lies where `where` is true; 0 for a map without any."""
-    return float((heat_ * where).sum() / heat_.sum().clamp(min=1e-12))
+def share_on(heat_: Tensor, where: Tensor, within: Tensor) -> float:
+    """Of a map's mass within an area, the share that lies where `where` is true; 0 for a map without any."""
+    return float((heat_ * (where & within)).sum() / (heat_ * within).sum().clamp(min=1e-12))
 
 
 @dataclass
@@ -284,19 +300,26 @@ class Seen:
     true: int
     predicted: int
     heat: dict[int, Tensor]  # class -> (S, S)
-    lesions: Tensor | None  # (S, S) bool; None: not known, or none there
-    covered: float  # share of the retina that they cover
+    lesions: Tensor | None  # (S, S) bool; None: not all known, or none there
+    retina: Tensor  # (S, S) bool
+
+    def on_lesions(self, heat_: Tensor) -> float:
+        """Share of what lies on the retina."""
+        return share_on(heat_, self.lesions, self.retina)
 
 
 def seen(m: Material, task: Classification, name: str, tally: Tensor) -> Seen:
     """Grad-CAM of the predicted and of the true class of a photograph."""
     sample, true, predicted = m.sample(name), int(tally[-1]), int(tally[:-1].argmax())
     maps = grad_cam(m.run.net, task, sample.image, (predicted, true))
-    lesions = None if sample.masks is None else (sample.masks[:-1] == 1).any(0)
-    lesions = lesions if lesions is not None and lesions.any() else None
-    retina = sample.image.amax(0) > routes.DARK
-    return Seen(true, predicted, {c: heat(x, m.photographs.size) for c, x in zip((predicted, true), maps)}, lesions,
-                0.0 if lesions is None else float((lesions & retina).sum() / retina.sum().clamp(min=1)))
+    lesions = (sample.masks[:-1] == 1).any(0) if lesions_known(sample) else None
+    return Seen(true, predicted, {c: heat(x, m.photographs.size) for c, x in zip((predicted, true), maps)},
+                lesions if lesions is not None and lesions.any() else None, sample.image.amax(0) > routes.DARK)
+
+
+def lesions_known(sample: data.Sample) -> bool:
+    """Whether masks of all kinds of lesions are known."""
+    return set(Lesions.classes[:-1]) <= masks_of(sample).keys()
 
 
 def warm(image: Tensor, heat_: Tensor, side: int) -> Image.Image:
@@ -311,12 +334,12 @@ def heat_panels(m: Material, task: Classification, name: str, which: str, p: Ten
                 side: int = 280) -> Image.Image:
     """A photograph with its lesions; under the heat of the predicted class; under that of the true one, if another."""
     sample = m.sample(name, side)
-    said = f"lesions cover {s.covered:.1%} of the retina" if s.lesions is not None else \
-        "lesions not known" if sample.masks is None else "no lesions"
+    said = f"lesions cover {s.on_lesions(torch.ones(())):.1%} of the retina" if s.lesions is not None else \
+        "no lesions" if lesions_known(sample) else "lesions not all known"
     panels = [(predict.tinted(picture_of(sample.image, side), masks_of(sample)), f"{which}: {name}\n{said}")]
     roles = {s.predicted: "predicted and true"} if s.predicted == s.true else {s.predicted: "predicted", s.true: "true"}
     for c, role in roles.items():
-        on = "" if s.lesions is None else f"\n{share_on(s.heat[c], s.lesions):.1%} of it on lesions"
+        on = "" if s.lesions is None else f"\n{s.on_lesions(s.heat[c]):.1%} of it on lesions"
         panels.append((warm(sample.image, s.heat[c], side), f"{role}: {task.title} {task.word(c)}, p {p[c]:.2f}{on}"))
     return row([column([panel, text(words, SMALL, width=side)], 4) for panel, words in panels])
 
@@ -325,19 +348,24 @@ def gradcam(m: Material) -> Image.Image:
     """Where in a photograph an answer comes from: Grad-CAM of the predicted and of the true class, beside lesions."""
     task = m.classifications()[0]
     tallies = m.tallies(task)
+    p = dict(zip(tallies, m.probabilities(task, torch.stack(list(tallies.values()))[:, :-1])))
     masked = [name for name in tallies if m.photographs.records[m.numbers[name]].masks is not None][:MOST]
-    chosen = best_median_worst({name: float(tallies[name][int(tallies[name][-1])]) for name in masked or tallies})
-    found = {name: seen(m, task, name, tallies[name]) for name in {*masked, *chosen}}
-    parts = [heat_panels(m, task, name, which, tallies[name], found[name]) for name, which in chosen.items()]
+    ranked = masked or list(tallies)
+    chosen = best_median_worst({name: float(p[name][int(tallies[name][-1])]) for name in ranked})
+    found = {name: seen(m, task, name, tallies[name]) for name in dict.fromkeys([*masked, *chosen])}
+    parts = [heat_panels(m, task, name, which, p[name], found[name]) for name, which in chosen.items()]
     said = ""
     if known := [s for s in found.values() if s.lesions is not None]:
-        on, covered = (sum(values) / len(known) for values in (
-            [share_on(s.heat[s.predicted], s.lesions) for s in known], [s.covered for s in known]))
-        said = (f" Mean over {len(known)} photographs with lesions: {on:.1%} of the map of the predicted class lies on "
-                f"lesions, which cover {covered:.1%} of the retina.")
-    return titled(f"Where the {task.title} comes from", column([*([lesion_legend()] if masked else []), *parts], 14),
-                  f"{of_run(m)}. Best, median and worst by the probability of the true class. Grad-CAM of the maps "
-                  f"that the head averages, at strides 4 to 32, added up; brighter is more.{said}")
+        on, even = (sum(s.on_lesions(of(s)) for s in known) / len(known) for of in (
+            lambda s: s.heat[s.predicted], lambda s: torch.ones(())))
+        said = (f" Mean over {len(known)} photographs with lesions: {on:.1%} of what the map of the predicted class "
+                f"has on the retina lies on lesions, which cover {even:.1%} of it.")
+    keys = [scale("nothing", "most", "added to the answer"), *([lesion_legend()] * bool(masked))]
+    return titled(f"Where the {task.title} comes from", column([*keys, *parts], 12),
+                  f"{m.name}, epoch {m.run.epoch}. Best, median and worst of {len(ranked)} {m.words} photographs"
+                  f"{' with masks' * bool(masked)}, by the probability p of the true class at the chosen temperature. "
+                  "Grad-CAM of the maps that the head averages, at strides 4 to 32, added up, below zero cut "
+                  f"off.{said}")
 
 
 # ---- one photograph on its way through the network ----
@@ -375,16 +403,18 @@ def map_panels(maps: Mapping[str, Tensor]) -> list[Image.Image]:
     return panels
 
 
-def answer_panels(task: Task, output: Tensor) -> tuple[str, list[Image.Image]]:
+def answer_panels(m: Material, task: Task, output: Tensor) -> tuple[str, list[Image.Image]]:
     """A head's raw output, one row, as masks, as heatmaps of points, or as a table; and what that is."""
     if isinstance(task, Classification):
-        p, logits = (x[0].cpu()[:12] for x in (task.decode(output), output))
-        cells = [[f"{v:.2f}" for v in p.tolist()], [f"{v:+.1f}" for v in logits.tolist()]]
-        return f"{task.title.capitalize()} ({task.name})", [heatmap(
-            np.stack([p.numpy(), np.full(len(p), np.nan)]), ["probability", "logit"],
-            [str(task.word(k)) for k in range(len(p))], cells, (52, 24), 1.0)]
+        p = m.probabilities(task, task.decode(output).cpu())[0]
+        shown = sorted(p.topk(min(MOST_SHOWN, len(p))).indices.tolist())
+        cells = [[f"{p[k]:.2f}" for k in shown], [f"{output[0, k]:+.1f}" for k in shown]]
+        rest = f"; the {MOST_SHOWN} most probable of {len(p)}" * (len(p) > MOST_SHOWN)
+        return f"{task.title.capitalize()} ({task.name}), probability at the chosen temperature{rest}", [heatmap(
+            np.stack([p[shown].numpy(), np.full(len(shown), np.nan)]), ["probability", "logit"],
+            [str(task.word(k)) for k in shown], cells, (52, 24), 1.0)]
     if isinstance(task, Lesions):
-        return (f"Masks ({task.name}): logit of each pixel, from -8 (dark, p 0.0003) to 8 (bright)", [
+        return (f"Masks ({task.name}): logit of each pixel", [
             panel(shades((x.cpu().numpy() + 8) / 16), f"{name}\n{float(x.min()):.1f} to {float(x.max()):.1f}")
             for name, x in zip(data.KINDS.values(), output[0])])
     if isinstance(task, Landmarks):
@@ -422,8 +452,10 @@ def filters(m: Material) -> Image.Image:
                       map_panels({t: x[net.routed][0] for t, x in routed.items()})))
     if up:
         parts.append(("Decoder: twice as large at each step, joined by the encoder's map of that size", named(up)))
-    parts += [answer_panels(task, outputs[task.name].float()) for task in m.run.tasks]
+    parts += [answer_panels(m, task, outputs[task.name].float()) for task in m.run.tasks]
+    keys = row([scale("0", "1", "probabilities of classes"), scale("-8", "8", "logits of masks"),
+                scale("0", "most", "positions")], 28)
     return titled("One photograph on its way through the network", column(
-        [column([text(words), row(pictures)], 6) for words, pictures in parts if pictures], 16),
+        [keys, *(column([text(words), row(pictures)], 6) for words, pictures in parts if pictures)], 16),
         f"{of_run(m)}. Maps of many channels are shown by their first three principal components, as red, green and "
         "blue; below each, the share of the variance that these have.")

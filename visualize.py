@@ -77,9 +77,12 @@ def gather(args: argparse.Namespace) -> Material:
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
     photographs = data.Photographs(evaluate.split_records(run, root, args.split), run.options["size"])
-    learned = evaluate.split_records(run, root, "train")
+    learned = data.Photographs(evaluate.split_records(run, root, "train"), run.options["size"])
+    if run.learned_from not in (None, learned.fingerprint()):
+        print("warning: the training part is not what it was when this run was trained; what is called training "
+              "photographs may hold some that it has not seen")
     some = sorted(np.random.default_rng(0).permutation(len(learned))[:MOST].tolist())
-    training = data.Photographs([learned[i] for i in some], run.options["size"])
+    training = data.Photographs([learned.records[i] for i in some], run.options["size"])
     points = len(training) + min(MOST, len(photographs))
     if args.perplexity is not None and not 1 <= args.perplexity < points - 1:
         raise InputError(f"--perplexity {args.perplexity:g}: expected at least 1 and less than {points - 1}, with "
@@ -121,9 +124,6 @@ def measured(m: Material) -> str:
     return "".join(parts)
 
 
-OPTIMISTIC = {"val": " The checkpoint, temperatures and thresholds were chosen on these: optimistic.", "test": ""}
-
-
 def about(name: str) -> str:
     """What a figure is about: the first line of its function's docstring."""
     return FIGURES[name][0].__doc__.splitlines()[0].rstrip(".:;,")
@@ -154,7 +154,7 @@ def page(m: Material, drawn: Mapping[str, bytes | str]) -> str:
 <nav>{links}</nav>
 {"".join(sections)}
 <h2 id="measures">Measures</h2>
-<p>On the {m.words} photographs; in brackets 95 % of draws of eyes.{OPTIMISTIC[m.part]}</p>
+<p>On the {m.words} photographs; in brackets 95 % of draws of eyes.{m.caution}</p>
 {measured(m)}
 <h2 id="configuration">Configuration</h2>{numbers(options)}
 </body></html>

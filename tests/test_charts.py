@@ -38,6 +38,19 @@ def test_lines_are_broken_at_spaces_and_long_words_within():
     assert charts.text(words, 15, width=120).width <= 123
 
 
+@pytest.mark.parametrize("words", ["Größe é", "病変", "健康", "plain, 0.5 %"])
+def test_letters_that_the_font_lacks_are_told_apart(words, monkeypatch):
+    """No drawn letter is the box that stands for any letter that is missing."""
+    drawn = []
+    whole = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, at, text, *rest: drawn.append(text) or whole(
+        pen, at, text, *rest))
+    charts.text(words)
+    box = bytes(charts.font(15).getmask("\uffff"))
+    assert not any(bytes(charts.font(15).getmask(c)) == box for c in drawn[0] if c != " ")
+    assert len(set(drawn[0])) >= len(set(words)) - 1 and drawn[0].isascii()
+
+
 def test_lines_in_the_middle():
     left, middle = (np.asarray(charts.text("mmmmmm\nm", place=place)) for place in (0.0, 0.5))
     first = [np.flatnonzero((x[20:] != 255).any((0, 2)))[0] for x in (left, middle)]
@@ -152,6 +165,8 @@ def test_colours_differ_for_everyone(eye):
         f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
         return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
-    ours, others = (min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab(colours), 2))
-                    for colours in (charts.COLOURS, TAB10))
-    assert ours > 15 and (others > 15) == np.array_equal(eye, np.eye(3))
+    grades = charts.shades(np.linspace(0, 0.97, 5)).tolist()
+    ours, greys, grades, others = (min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab(colours), 2))
+                                   for colours in (charts.COLOURS, (*charts.COLOURS, charts.OTHERS, charts.PALE,
+                                                                    charts.PAPER), grades, TAB10))
+    assert min(ours, greys, grades) > 15 and (others > 15) == np.array_equal(eye, np.eye(3))

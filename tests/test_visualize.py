@@ -14,10 +14,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import data
 import evaluate
 import figures
 import insides
+import metrics
 import model
+import records
+import synthetic
 import train
 import visualize
 from conftest import real_idrid
@@ -86,7 +90,8 @@ def test_all_pictures_of_a_run_and_the_page(made, words, capsys):
     page = (run / "pictures" / "index.html").read_text()
     embedded = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', page)
     assert [base64.b64decode(e) for e in embedded] == [(run / "pictures" / name).read_bytes() for name in names]
-    assert page.count("src=") == len(names) and "<script" not in page and "http" not in page and "url(" not in page
+    bare = re.sub('base64,[^"]+', "", page)
+    assert bare.count("src=") == len(names) and not [x for x in ("<script", "http", "url(", "<link") if x in bare]
     assert "Not drawn" not in page and "DRAWN photographs" in page
     options = json.loads((run / "config.json").read_text())["options"]
     assert all(f"<span>{k}</span>" in page for k in options) and "<span>dice MA per image</span>" in page
@@ -104,11 +109,11 @@ def test_pictures_do_not_change_from_one_time_to_the_next(made):
 
 @pytest.mark.parametrize("change,missing", [
     ({"tasks": ("cls",), "experts": 0, "balance": 0.0},
-     {"overlays": "trained for cls, and answers neither with lesions", "routing": "--experts 0"}),
+     {"overlays": "trained for cls, which answers neither with lesions", "routing": "--experts 0"}),
     ({"tasks": ("seg",), "experts": 16},
      {"confusion": "for seg, which tells no classes", "gradcam": "tells no classes"}),
     ({"tasks": ("loc",), "experts_at": "decoder"},
-     {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "whose answers are no prob"})])
+     {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "which gives no prob"})])
 def test_what_is_missing_is_said_and_not_drawn(made, words, capsys, change, missing):
     run = made(replace(ALL, **change, epochs=1))
     visualize.main([str(run)])
@@ -218,10 +223,12 @@ def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
 def test_the_most_frequent_confusions_are_named(made, words):
     m = material(made(replace(ALL, tasks=("cls",))))
     scores_, _ = m.here
+    m.run.chosen["cls"]["temperature"] = 1.0
     names = [f"p{k}" for k in range(9)]
     truth, said = [0, 0, 0, 0, 1, 1, 3, 4, 4], [2, 2, 2, 0, 0, 0, 3, 4, 1]
-    p = torch.full((9, 5), 0.05)
-    p[range(9), said] = torch.linspace(0.6, 0.8, 9)
+    sure = torch.linspace(0.6, 0.8, 9)
+    p = ((1 - sure) / 4)[:, None].repeat(1, 5)
+    p[range(9), said] = sure
     scores_.names["cls"], scores_.tallies["cls"] = names, torch.cat([p, torch.tensor(truth)[:, None]], 1).double()
     scores_.eyes |= {name: name for name in names}
     m.numbers = {name: k % len(m.photographs) for k, name in enumerate(names)}
@@ -253,9 +260,11 @@ def test_grad_cam_adds_up_to_the_logit():
 
 
 def test_shares_of_heat():
-    even, where = torch.ones(8, 8), torch.zeros(8, 8, dtype=torch.bool)
-    where[2:4, :4] = True
-    assert insides.share_on(even, where) == pytest.approx(8 / 64) and insides.share_on(0 * even, where) == 0
+    even, where, within = torch.ones(8, 8), *torch.zeros(2, 8, 8, dtype=torch.bool)
+    where[2:4, :4], within[:, :2] = True, True
+    assert insides.share_on(even, where, ~within | within) == pytest.approx(8 / 64)
+    assert insides.share_on(even, where, within) == pytest.approx(4 / 16)
+    assert insides.share_on(0 * even, where, within) == 0
     heat = insides.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -1.0)], 8)  # 12 - 16 < 0
     assert heat.eq(0).all()
     heat = insides.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -0.5)], 8)
@@ -279,6 +288,14 @@ def test_principal_colours_are_those_of_a_singular_value_decomposition():
     assert len(np.unique(constant)) == 1
     one, share = insides.principal_colours(torch.randn(1, 3, 3))
     assert one.shape == (3, 3, 3) and not one[..., 1:].any() and share == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side,chosen,second", [(8, 2, True), (8, 1, False), (64, 2, False), (256, 2, False)])
+def test_token_grids_of_any_size(side, chosen, second):
+    r = Routing(torch.arange(chosen).expand(side * side, -1), *[None] * 3, (1, side, side))
+    picture = insides.token_grid(torch.zeros(3, 32, 32, dtype=torch.uint8), r, [(255, 0, 0), (0, 255, 0)], 240)
+    assert insides.has_room(r) == second == bool((np.asarray(picture)[..., 1] > 200).any())
+    assert (np.asarray(picture)[..., 0] > 100).mean() > 0.3
 
 
 def test_tokens_lie_where_they_belong():
@@ -359,6 +376,98 @@ def test_training_photographs_are_those_that_the_run_learned_from(made, monkeypa
     monkeypatch.setattr(visualize, "MOST", 10)
     fewer = material(run).training.records
     assert len(fewer) == 10 and {r.name for r in fewer} < names
+
+
+def test_a_training_part_that_has_changed_is_said(made, tmp_path, capsys, monkeypatch):
+    run = copied(made(), tmp_path / "run")
+    material(run)
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr(records, "DRAWN", {"train": (0, 33), "test": (1, 10)})
+    m = material(run)
+    assert "the training part is not what it was" in capsys.readouterr().out
+    assert not {r.name for r in m.training.records} & set(m.run.validation)
+
+
+# ---- calibration, precision and recall ----
+
+def test_bins_of_calibration_by_hand():
+    p = torch.tensor([[0.95, 0.05], [0.94, 0.06], [0.3, 0.7], [0.45, 0.55], [0.5, 0.5]])
+    truth = torch.tensor([0, 1, 1, 0, 0])
+    bins = metrics.calibration_bins(p, truth, 10).tolist()
+    expected = [(0.5, 1, 1), (0.55, 0, 1), (0.7, 1, 1), (0.945, 0.5, 2)]
+    assert [tuple(b) for b in bins] == [pytest.approx(e) for e in expected]
+    torch.manual_seed(0)
+    p, truth = torch.rand(200, 4).softmax(1), torch.randint(0, 4, (200,))
+    bins = metrics.calibration_bins(p, truth)
+    error = float((bins[:, 2] * (bins[:, 0] - bins[:, 1]).abs()).sum() / 200)
+    assert error == pytest.approx(float(metrics.calibration_error(p, truth, torch.ones(1, 200).double())))
+
+
+def test_precision_and_recall_by_counting_pixels(made, monkeypatch):
+    """The curve and the dot of each kind, against all pixels at a threshold."""
+    lines, dots = {}, {}
+    monkeypatch.setattr(figures.Chart, "line", lambda chart, x, y, colour, *rest: lines.update({tuple(colour): (x, y)}))
+    monkeypatch.setattr(figures.Chart, "dots", lambda chart, x, y, colour, *rest: dots.update({tuple(colour): (x, y)}))
+    m = material(made())
+    half = float(torch.cat([m.answers(name)["seg"].flatten() for name in m.numbers]).median())
+    m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, half)
+    figures.precision_recall_chart(m, TASKS["seg"])
+    names = m.here[0].names["seg"]
+    p = torch.stack([m.answers(name)["seg"] for name in names])
+    true = torch.stack([m.sample(name).masks for name in names]) == 1
+    at = metrics.threshold_at(metrics.level_of(half))
+    for i, kind in enumerate(TASKS["seg"].classes):
+        colour, found = data.COLOURS[kind], p[:, i] >= at
+        both = float((found & true[:, i]).sum())
+        expected = both / float(true[:, i].sum()), both / max(1.0, float(found.sum()))
+        recall, precision = lines[colour]
+        assert recall[-1] == 1 and precision[-1] == pytest.approx(float(true[:, i].double().mean()), rel=1e-3)
+        assert np.all(np.diff(recall) >= 0)
+        if found.any():
+            assert (dots[colour][0][0], dots[colour][1][0]) == pytest.approx(expected, abs=0.01)
+    assert len(dots) >= 3
+
+
+# ---- masks of which not all are known, labels that are missing ----
+
+def table_of(folder: Path, cells: list[str], header: str) -> Path:
+    """Drawn photographs with the disc's mask and one of microaneurysms; -> a table with these cells."""
+    folder.mkdir(exist_ok=True)
+    for i in range(len(cells)):
+        picture, masks = synthetic.draw(synthetic.plan(5, i), 64)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        for k, kind in ((0, "ma"), (4, "od")):
+            Image.fromarray(255 * np.pad(masks[k], 0).astype(np.uint8)).save(folder / f"{i}_{kind}.png")
+    lines = [cell.format(i=i) for i, cell in enumerate(cells)]
+    (folder / "t.csv").write_text("\n".join([header, *(f"{i}.png,{line}" for i, line in enumerate(lines))]) + "\n")
+    return folder / "t.csv"
+
+
+def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words):
+    cells = ["{i}_od.png,,2,train"] * 6 + ["{i}_od.png,,1,val", "{i}_od.png,none,2,val", "{i}_od.png,none,0,val"]
+    table = table_of(tmp_path / "data", cells, "image,mask_od,mask_ma,cls,split")
+    train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
+    m = material(tmp_path / "run")
+    assert [set(figures.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
+    m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, 1 - 1e-6) | {"MA": 1e-6}  # finds them everywhere
+    seen = {name: np.asarray(figures.shown(m, name)[2]) for name in m.numbers}
+    blue = [(picture == data.COLOURS["MA"]).all(2).sum() for picture in seen.values()]
+    assert blue[0] == 0 and min(blue[1:]) > 500
+    assert "masks of MA, HE, EX, SE not known" in figures.in_words(m, next(iter(m.numbers)))
+    visualize.main([str(tmp_path / "run")])
+    text = " ".join(words)
+    assert "lesions not all known" in text and "no lesions" not in text and "not one true pixel" in text
+    assert "Mean over" not in text
+
+
+def test_a_split_without_some_labels_says_so(tmp_path, capsys):
+    cells = ["{i}_od.png,2,train"] * 5 + ["{i}_od.png,1,val", ",1,test", ",3,test"]
+    table = table_of(tmp_path / "data", cells, "image,mask_od,cls,split")
+    train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
+    visualize.main([str(tmp_path / "run"), "--split", "test"])
+    assert "not drawn: overlays: none of the 2 test photographs has a label for seg" in capsys.readouterr().out
+    visualize.main([str(tmp_path / "run")])  # one validation photograph
+    assert "not drawn" not in capsys.readouterr().out
 
 
 # ---- the page in a browser ----
