@@ -43,7 +43,8 @@ def test_metrics_do_not_depend_on_the_batch(run):
             if key == "confusion":
                 assert value == results[1][task][key]
             elif key != "loss":  # the soft Dice in it pools a batch
-                assert value == pytest.approx(results[1][task][key], abs=1e-6)
+                # convolutions of 3 and of 10 photographs round differently on some processors, which swaps near ties
+                assert value == pytest.approx(results[1][task][key], abs=1e-5)
 
 
 @pytest.mark.parametrize("split,suffix,number", [("val", "", 6), ("test", "_test", 10)])
