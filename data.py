@@ -399,9 +399,9 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
     return found
 
 
-def find_eyes(records: Sequence[Record], size: int) -> tuple[list[Record], list[eyes.Conflict]]:
-    """Compare all photographs and join; see Comparison.join."""
-    return compare(records, size).join(records)
+def find_eyes(records: Sequence[Record], size: int, ignore: bool = False) -> tuple[list[Record], list[eyes.Conflict]]:
+    """Compare all photographs and join; see Comparison.join. `ignore`: as if each showed an eye of its own."""
+    return ([replace(r, eye=r.name) for r in records], []) if ignore else compare(records, size).join(records)
 
 
 # ---- samples ----
@@ -527,9 +527,13 @@ class Steps:
     the rare photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of Arivazhagan
     et al. 2019, arXiv 1907.05019, section 4.2). A stream runs through its photographs in a new order each time around.
     Everything is a function of (seed, step): a step can be reproduced without those before it.
+
+    `wanted`: of each step only the photographs with a label for one of these tasks; a network for one task then sees
+    those of its photographs that a network for all `tasks` sees, changed in the same ways.
     """
 
-    def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool):
+    def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
+                 wanted: Sequence | None = None):
         streams = defaultdict(list)
         for i, record in enumerate(records):
             labels = tuple(t.name for t in tasks if t.labelled(record))
@@ -548,11 +552,16 @@ class Steps:
             self.quota[k] += 1
         # an epoch: each photograph of the stream that takes longest has come once
         self.per_epoch = max(math.ceil(len(s) / q) for s, q in zip(self.streams, self.quota))
+        wanted = {t.name for t in (tasks if wanted is None else wanted)}
+        self.kept = [bool(wanted & set(labels)) for labels in sorted(streams)]
+        self.photographs = int(self.quota[self.kept].sum())  # of a step
 
     def step(self, number: int) -> list[tuple[int, int | None]]:
         """The photographs of training step `number`, counted from 0."""
         chosen = []
-        for k, (stream, quota) in enumerate(zip(self.streams, self.quota)):
+        for k, (stream, quota, kept) in enumerate(zip(self.streams, self.quota, self.kept)):
+            if not kept:
+                continue
             for position in range(number * quota, (number + 1) * quota):
                 around, place = divmod(position, len(stream))
                 order = np.random.default_rng((self.seed, k, around)).permutation(len(stream))

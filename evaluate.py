@@ -98,7 +98,7 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
                          f"{there}; expected the same")
-    records, _ = data.find_eyes(found.records, run.options["size"])
+    records, _ = data.find_eyes(found.records, run.options["size"], run.options.get("ignore_eyes", False))
     if part == "test":
         records = eyes.split(records).test
     elif part == "train":
@@ -111,7 +111,8 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
                              f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
                              f"was trained on, {run.options['data'] or 'drawn photographs'}")
         records = [known[name] for name in run.validation]
-    records = [r for r in records if any(t.labelled(r) for t in run.tasks)]
+    sampled = make_tasks(run.options.get("streams", ()), run.options["classes"]) if part == "train" else []
+    records = [r for r in records if any(t.labelled(r) for t in [*run.tasks, *sampled])]
     if not records:
         raise InputError(f"{root}: no photograph of its {part} part has a label for {' '.join(run.options['tasks'])}; "
                          "expected at least one")
@@ -168,6 +169,8 @@ def plain(value):
     """For JSON, which has no nan and no infinity: the same with None in their place."""
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

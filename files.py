@@ -88,6 +88,11 @@ def as_helper(*worker) -> None:
             sys.__excepthook__(kind, error, trace)
     sys.excepthook = lost
 
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """For processes that this project starts: end when the one that started this one does, however it does."""
     def follow(parent):
         parent.join()
         os._exit(1)

@@ -54,6 +54,9 @@ class Options:
     deterministic: bool = False
     precision: str = "fp32"  # one of speed.HALVES
     save_every: int = 0  # steps; 0: at the end of epochs alone
+    log_gradients: bool = False
+    ignore_eyes: bool = False  # split as if each file showed an eye of its own: a control, see baselines.py
+    streams: tuple[str, ...] = ()  # the tasks by which photographs are sampled, where these are more than are learned
 
 
 MACHINE = ("data", "workers", "device", "save_every")  # what may be another when a run is resumed
@@ -142,6 +145,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(group, "--balance", f"weight of the load-balancing loss (default: {Options.balance} for routers that learn)",
         type=float)
     group.add_argument("--no-augment", action="store_true", help="show every photograph as it is")
+    group.add_argument("--log-gradients", action="store_true",
+                       help="write down the cosine between the tasks' gradients on the shared encoder, at eight steps "
+                            "of each epoch")
     group = parser.add_argument_group("machine")
     add(group, "--seed", "of the weights and everything random", Options.seed, type=int)
     add(group, "--precision", "of the passes through the network (default: bf16 where the device has units for it, "
@@ -242,7 +248,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
         augment=not args.no_augment, variant=args.variant, weights=weights, experts=experts, chosen=chosen,
         router=args.router, expert_width=args.expert_width, experts_at=args.experts_at, balance=balance,
         seed=args.seed, workers=workers, device=args.device, deterministic=args.deterministic, precision=precision,
-        save_every=args.save_every or 0), notes
+        save_every=args.save_every or 0, log_gradients=args.log_gradients), notes
 
 
 def resumed(args: argparse.Namespace, begun: Mapping) -> Options:

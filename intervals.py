@@ -85,15 +85,15 @@ def swaps(eyes: Sequence[str], draws: int = DRAWS) -> tuple[Tensor, bool]:
     return torch.from_numpy(flips[:, group]).double(), every
 
 
-def p_values(measures: Sequence[Measures], eyes: Sequence[str]) -> dict[str, float]:
+def p_values(measures: Sequence[Measures], eyes: Sequence[str], draws: int = DRAWS) -> dict[str, float]:
     """{measure: two-sided p} that two runs differ no more than chance lets them, by swapping their answers eye by eye.
 
     Each function answers for the photographs of the first run followed by the same of the second, (D, 2 n). For a mean
     over photographs this is the sign-flip test of the paired differences (Fisher 1935, "The design of experiments",
     section 21); for kappa, areas and pooled Dice it asks the same question. Draws: (1 + hits) / (1 + D) (Phipson &
-    Smyth 2010, arXiv 1603.05766, eq. 2).
+    Smyth 2010, arXiv 1603.05766, eq. 2), so that no p is less than 1 / (1 + D).
     """
-    flipped, every = swaps(eyes)
+    flipped, every = swaps(eyes, draws)
     flipped = torch.cat([torch.zeros(1, len(eyes), dtype=torch.float64), flipped])
     first, second = torch.cat([1 - flipped, flipped], 1), torch.cat([flipped, 1 - flipped], 1)
     changes = {}

@@ -228,8 +228,11 @@ def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, 
     return values, limits
 
 
-def compare(first: Sequence[Scores], second: Sequence[Scores]) -> dict[str, dict[str, dict]]:
-    """{task: {measure: first, second, difference, interval, p}} of two sides, each a run or as many runs of its kind.
+def compare(first: Sequence[Scores], second: Sequence[Scores],
+            draws: int = intervals.DRAWS) -> dict[str, dict[str, dict]]:
+    """{task: {measure: first, second, difference, interval, p from so many draws, standard_error}} of two sides,
+
+    each a run or as many runs of its kind.
 
     Their photographs are aligned. Nothing that was chosen on validation enters: thresholds are 0.5, temperatures 1.
     """
@@ -239,13 +242,16 @@ def compare(first: Sequence[Scores], second: Sequence[Scores]) -> dict[str, dict
         sides, eyes = [[s.tallies[t] for s in side] for side in (first, second)], first[0].eyes_of(t)
         drawn = [intervals.bootstrap([partial(task.measures, x, chosen={}) for x in side], eyes, k)
                  for k, side in enumerate(sides)]
-        p = intervals.p_values([partial(task.measures, torch.cat(pair), chosen={}) for pair in zip(*sides)], eyes)
+        p = intervals.p_values([partial(task.measures, torch.cat(pair), chosen={}) for pair in zip(*sides)], eyes,
+                               draws)
         found[t] = {}
         for name in drawn[0]:
             one, other = (sum(values[t][name] for values in side) / len(side) for side in exact)
             gap = drawn[1][name] - drawn[0][name]
+            known = gap[1:][~gap[1:].isnan()]
             found[t][name] = {"first": one, "second": other, "difference": other - one,
-                              "interval": intervals.limits(gap[1:] - gap[0] + other - one), "p": p[name]}
+                              "interval": intervals.limits(gap[1:] - gap[0] + other - one), "p": p[name],
+                              "standard_error": float(known.std()) if len(known) > 1 else math.nan}
         if len(first) == 1 and isinstance(task, (Classification, Joint)):
             only_first, only_second, p_exact = intervals.mcnemar(*(task.right(side[0]) for side in sides))
             found[t]["accuracy"]["mcnemar"] = {"only_first_right": only_first, "only_second_right": only_second,

@@ -13,6 +13,7 @@ Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -109,6 +110,9 @@ class Trainer:
         self.unread = deque()  # of each step: its number, names of its losses, what brings their values and the norm
         if group.size > 1:
             self.rehearse()
+        # of the tasks' gradients, if this step looked at them, as eight in an epoch do: "cls seg" -> cosine; seconds
+        self.cosines, self.looked = {}, 0.0
+        self.every = max(1, steps // options.epochs // 8) if options.log_gradients and len(tasks) > 1 else 0
         self.number = 0  # steps done
         self.skipped = self.skipped_in_a_row = 0  # of them, left out by the scaler
 
@@ -131,6 +135,13 @@ class Trainer:
     def step(self, batch: data.Batch) -> dict[str, float]:
         """Learn from one batch; -> its losses or, with a lag, those of the step before. RunError: see `check`."""
         losses = self.losses(batch)
+        self.cosines, self.looked = {}, 0.0
+        if self.every and self.number % self.every == 0:
+            if self.device.type == "cuda":  # the forward pass is no part of the look
+                torch.cuda.synchronize(self.device)
+            begun = time.perf_counter()
+            self.cosines = self.compare_gradients(losses)
+            self.looked = time.perf_counter() - begun
         loss = self.weigh({t: v for t, v in losses.items() if t != "balance"})
         if "balance" in losses:
             loss = loss + self.options.balance * losses["balance"]
@@ -173,6 +184,17 @@ class Trainer:
         if routing:
             losses["balance"] = balance_loss(routing, total)
         return losses
+
+    def compare_gradients(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """{"cls seg": cosine between the gradients of two tasks' losses on the encoder}: below 0 they pull apart
+
+        (Yu et al. 2020, arXiv 2001.06782, definition 1).
+        """
+        shared = list(self.net.encoder.parameters())
+        flat = {t: torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
+                for t, loss in losses.items() if t != "balance"}
+        return {f"{one} {other}": float(nn.functional.cosine_similarity(flat[one], flat[other], dim=0))
+                for one, other in itertools.combinations(flat, 2)}
 
     def check(self, step: int, losses: Mapping[str, float], norm: float) -> None:
         """RunError: a loss or gradient is not finite, named with its task and the step.
@@ -250,6 +272,7 @@ class Progress:
     losses: dict[str, list[float]] = field(default_factory=dict)  # of the steps of the next epoch, so far
     seconds: float = 0.0  # that these took
     waited: float = 0.0  # of them, for photographs
+    cosines: dict[str, list[float]] = field(default_factory=dict)  # of gradients, with --log-gradients, so far
     best: dict = field(default_factory=lambda: {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {},
                                                 "weights": ""})
 
@@ -335,7 +358,9 @@ class Course:
                 batch = self.next(batches)
                 progress.waited += time.perf_counter() - begun
                 self.note(trainer.step(batch))
-                progress.seconds += time.perf_counter() - begun
+                progress.seconds += time.perf_counter() - begun - trainer.looked  # a look is no part of training
+                for pair, cosine in trainer.cosines.items():
+                    progress.cosines.setdefault(pair, []).append(cosine)
                 bar.update()
                 bar.set_postfix({name: f"{np.mean(values[-20:]):.3f}" for name, values in progress.losses.items()},
                                 refresh=False)
@@ -377,8 +402,10 @@ class Course:
                 "expert_usage": usage, "lr": trainer.optimizer.param_groups[0]["lr"],
                 "skipped_steps": trainer.skipped, "seconds": round(seconds, 3),
                 "waiting": round(progress.waited / seconds, 4),
-                "images_per_second": round(self.steps.per_epoch * self.options.batch / seconds, 2)}
-        progress.losses, progress.seconds, progress.waited = {}, 0.0, 0.0
+                "images_per_second": round(self.steps.per_epoch * self.steps.photographs / seconds, 2)}
+        if self.options.log_gradients:
+            line["gradient_cosines"] = {pair: float(np.mean(v)) for pair, v in progress.cosines.items()}
+        progress.losses, progress.seconds, progress.waited, progress.cosines = {}, 0.0, 0.0, {}
         if self.group.rank == 0:
             self.lines.append(json.dumps(evaluate.plain(line)))
             checkpoints.write_log(self.folder, self.lines)
@@ -418,6 +445,9 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     if options.batch < group.size:
         raise InputError(f"--batch {options.batch}: {group.size} processes share it; expected at least one photograph "
                          "for each")
+    if options.log_gradients and group.size > 1:
+        raise InputError("--log-gradients: in several processes the gradients of single tasks are not summed; expected "
+                         "one process; leave it out")
     device = group.device(evaluate.pick_device(options.device))
     make_repeatable(options.seed, device.type == "cpu" or options.deterministic)
     state = None
@@ -431,7 +461,8 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
         training, validation, findings = load_photographs(options, tasks)
     if not quiet:
         print(announcement(training, validation, findings, tasks, options))
-    steps = data.Steps(training.records, tasks, options.batch, options.seed, options.augment)
+    streams = make_tasks(options.streams, options.classes) or tasks
+    steps = data.Steps(training.records, streams, options.batch, options.seed, options.augment, tasks)
     with in_words(folder, options, group) as where:
         trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device, group,
                           data.blanks(training, tasks) if group.size > 1 else {})
@@ -525,13 +556,14 @@ def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Phot
     found = records.read_data(root).records
     everything = make_tasks(TASKS, options.classes)
     check_labels({"training": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
-    joined, conflicts = data.find_eyes(found, options.size)
+    joined, conflicts = data.find_eyes(found, options.size, options.ignore_eyes)
     split = eyes.split(joined, options.fold, options.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
                  f" (of {sum(r.part != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test part)")
-    training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in tasks)]
-                                   for part in (split.training, split.validation, split.leaks))
+    sampled = [*tasks, *make_tasks(options.streams, options.classes)]
+    training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in wanted)] for part, wanted in (
+        (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},

@@ -98,7 +98,7 @@ body { margin: 0 auto; max-width: 1280px; padding: 16px; box-sizing: border-box;
        font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 img { display: block; max-width: 100%; height: auto; border: 1px solid #dee2e6 }
 h1, h2 { line-height: 1.2; margin: 1.6em 0 .5em } h1 { margin-top: .4em }
-nav a { margin-right: 1em } a { color: #0072b2 }
+nav a { display: inline-block; margin-right: 1em } a { color: #0072b2 }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 0 24px }
 .numbers div { display: flex; justify-content: space-between; gap: 8px; border-bottom: 1px solid #e9ecef }
 .numbers span:first-child { color: #5f6770 } .numbers span:last-child { text-align: right }
@@ -173,6 +173,25 @@ def encoded(picture: Image.Image, form: str) -> bytes:
     return memory.getvalue()
 
 
+def draw(m: Material, names: Sequence[str], folder: Path, suffix: str = "") -> dict[str, bytes | str]:
+    """Draw figures into a folder and say so; -> {name: content of the file, or why there is none}."""
+    drawn = {}
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        figure, form = FIGURES[name]
+        try:
+            drawn[name] = encoded(figure(m), form)
+        except Missing as reason:
+            drawn[name] = str(reason)
+            print(f"not drawn: {name}: {reason}", flush=True)
+            continue
+        path = folder / f"{name}{suffix}.{form}"
+        with replacing(path, lasting=False) as file:
+            file.write(drawn[name])
+        print(path, flush=True)
+    return drawn
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. InputError: a number out of its range."""
     parser = argparse.ArgumentParser(description="Draw every picture of a run into RUN/pictures/.")
@@ -202,20 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.split == "test":
         evaluate.announce_opening(m.run, args.data or m.run.options["data"])
     folder, suffix = args.runs[0] / "pictures", "_test" * (args.split == "test")
-    folder.mkdir(exist_ok=True)
-    drawn = {}
-    for name in args.only or FIGURES:
-        draw, form = FIGURES[name]
-        try:
-            drawn[name] = encoded(draw(m), form)
-        except Missing as reason:
-            drawn[name] = str(reason)
-            print(f"not drawn: {name}: {reason}", flush=True)
-            continue
-        path = folder / f"{name}{suffix}.{form}"
-        with replacing(path, lasting=False) as file:
-            file.write(drawn[name])
-        print(path, flush=True)
+    drawn = draw(m, args.only or list(FIGURES), folder, suffix)
     if not args.only:
         write_text(folder / f"index{suffix}.html", page(m, drawn))
         print(f"{folder / f'index{suffix}.html'}: all of them, the measures and the configuration, for any browser")

@@ -23,6 +23,10 @@ ALLOWED |= {"tsne": set(), "charts": set()}
 ALLOWED["figures"] = {"model", "tasks", "metrics", "data", "predict", "scores", "evaluate", "charts"}
 ALLOWED["insides"] = ALLOWED["figures"] | {"figures", "routes", "tsne"}
 ALLOWED["visualize"] = set(ALLOWED) - {"train", "flags", "checkpoints", "parallel"}
+ALLOWED["comparison"] = {"charts", "data", "evaluate", "files", "intervals", "scores", "tasks"}
+ALLOWED["report"] = {"comparison", "intervals"}
+ALLOWED["measured"] = set(ALLOWED) - {"comparison", "report"}
+ALLOWED["baselines"] = set(ALLOWED)
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
 
 

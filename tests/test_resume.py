@@ -114,7 +114,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 
 
 @pytest.mark.parametrize("change", [
-    {"save_every": 0, "loss_weights": ("uncertainty",)}, {"workers": 2, "router": "shared", "chosen": 1}], ids=str)
+    {"save_every": 0, "loss_weights": ("uncertainty",)},
+    {"workers": 2, "router": "shared", "chosen": 1, "log_gradients": True}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     options = replace(SHORT, **change)
     for step in (5, 6):  # twice

@@ -1,0 +1,430 @@
+"""Does sharing help, does routing help, and what does each cost? The same training with one thing changed at a time.
+
+    python baselines.py                             # on drawn photographs, the rows that matter most
+    python baselines.py --data PATH/TO/IDRiD --all  # on the real ones; a GPU, or a night
+    python baselines.py --list                      # the rows
+
+    rows_for        what is compared: names, and what each changes of the default options
+    Job             one row with one seed on one fold, in a folder of its own; what is finished is not repeated
+    run_all         jobs in processes of their own, until all are done; one that fails does not stop the rest
+
+What a run leaves for the comparison stands in measured.py, what its numbers are worth in comparison.py.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import comparison
+import evaluate
+import eyes
+import files
+import flags
+import measured
+import records
+import report
+import speed
+import train
+import visualize
+from files import InputError, RunError
+from flags import Options, plain
+from parallel import ALONE
+from tasks import make_tasks
+
+
+# ---- rows ----
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: the default model with something changed."""
+    name: str
+    words: str
+    changes: Mapping = field(default_factory=dict)  # of Options
+    usual: bool = False  # part of it without --all
+
+
+def rows_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none") -> list[Row]:
+    """All rows for a comparison of these tasks, of which encoders start from `weights`.
+
+    The dense adapter of equal cost is as wide as the experts that a token meets, that of equal parameters as all.
+    """
+    none = {"experts": 0, "chosen": 1, "balance": 0.0}
+    dense = {"experts": 1, "chosen": 1, "balance": 0.0}
+    cost, size = Options.chosen * Options.expert_width, Options.experts * Options.expert_width
+    several, rows = len(tasks) > 1, [Row("constant", "constant guess", usual=True)]
+    rows += [Row(f"{t}_alone", f"{t} alone", {**none, "tasks": (t,), "streams": tuple(tasks)}, True) for t in tasks]
+    rows += [Row("hard", "hard sharing, no experts", none, True)] * several
+    rows += [Row("dense", "dense adapter of equal cost", {**dense, "expert_width": cost}, True),
+             Row("dense_large", "dense adapter of equal parameters", {**dense, "expert_width": size}),
+             Row("private", "each task its own experts", {"router": "private", "balance": 0.0,
+                                                         "experts": Options.chosen * len(tasks)}),
+             Row("random", "frozen random routers", {"router": "random", "balance": 0.0}),
+             Row("uniform", "all experts, averaged", {"router": "uniform", "balance": 0.0,
+                                                      "chosen": Options.experts}),
+             Row("learned", "learned routers: the default", {}, True),
+             Row("unbalanced", "learned routers without balance loss", {"balance": 0.0}),
+             Row("plain", "default without augmentation", {"augment": False})]
+    rows += [Row(f"cls_{w:g}", f"default, loss of cls times {w:g}", {"loss_weights": (f"cls={w:g}",)})
+             for w in (0.1, 10) if several and "cls" in tasks]
+    rows += [Row("uncertainty", "default, loss weights by uncertainty", {"loss_weights": ("uncertainty",)})] * several
+    rows += [Row("leaky", "default without leak protection", {"ignore_eyes": True})] * (not drawn)  # drawn eyes differ
+    rows += [Row("from_nothing", "default from random weights", {"weights": "none"})] * (weights != "none")
+    return rows
+
+
+# ---- jobs ----
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One row with one seed on one fold."""
+    row: Row
+    options: Options
+    folder: Path
+    photographs: list[str]  # fingerprints of those that it learns from and is scored on
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        return f"{self.row.name}, seed {self.options.seed}, fold {self.options.fold}"
+
+    def measured(self) -> dict | None:
+        """What measured.finish left, if it has come to its end. InputError: of other options or photographs."""
+        try:
+            found = files.load_tensors(self.folder / "measured.pt")
+        except FileNotFoundError:
+            return None
+        if found["photographs"] != self.photographs:
+            raise InputError(f"{self.folder}: a run on other photographs or labels; expected the comparison that is "
+                             "asked for; choose another --name")
+        return found
+
+    def epochs(self) -> int:
+        """How many are done."""
+        log = self.folder / "metrics.jsonl"
+        return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+
+
+def jobs_for(rows: Sequence[Row], base: Options, seeds: int, folds: Sequence[str], folder: Path) -> list[Job]:
+    """All of them; a seed of every row before the next seed, so that what is done early can be compared.
+
+    Reads all photographs once. InputError: some cannot be used; a task without a label on a side of a fold; a run of
+    another comparison where one of these is to go.
+    """
+    seen, jobs = {}, []
+    for seed in range(seeds):
+        for row in (row for row in rows if row.name != "constant"):
+            for fold in folds:
+                options = replace(base, **row.changes, seed=seed, fold=fold)
+                key = options.tasks, options.streams, options.fold, options.ignore_eyes
+                if key not in seen:
+                    seen[key] = measured.photographs_of(options, make_tasks(options.tasks, options.classes))
+                path = folder / row.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
+                refuse_other(path, options)
+                jobs.append(Job(row, options, path, seen[key]))
+    return jobs
+
+
+def refuse_other(folder: Path, options: Options) -> None:
+    """InputError: a run with other options lies in `folder`."""
+    if (folder / "config.json").exists():
+        before, now = json.loads((folder / "config.json").read_text())["options"], plain(options)
+        if differ := [k for k in now if k not in flags.MACHINE and before.get(k) != now[k]]:
+            raise InputError(f"{folder}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
+                             "expected the comparison that is asked for; choose another --name, or remove that folder")
+
+
+def work(job: Job, threads: int, told: multiprocessing.connection.Connection) -> None:
+    """A job in a process of its own; what goes wrong is told in one line through a pipe."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # the terminal's Ctrl-C reaches the main process alone, which hands it on, once
+    files.follow_parent()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(threads)
+    speed.keep_memory()
+    try:
+        measured.finish(job.options, job.folder, job.photographs)
+    except (InputError, RunError, OSError) as error:
+        told.send(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@dataclass
+class Running:
+    """A job in its process."""
+    job: Job
+    process: BaseProcess
+    told: multiprocessing.connection.Connection
+    epochs: int  # done when it was last looked at
+
+    def failure(self) -> str:
+        """Why it ended before its end, or ""."""
+        code = self.process.exitcode
+        if code == 0:
+            return ""
+        if self.told.poll():
+            with contextlib.suppress(EOFError):
+                return self.told.recv()
+        return f"killed by {signal.Signals(-code).name}, perhaps for want of memory" if code < 0 else \
+            f"ended with status {code}"
+
+
+def start(job: Job, threads: int) -> Running:
+    """Begin or go on with a job."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(job, threads, send))
+    process.start()
+    send.close()
+    return Running(job, process, receive, job.epochs())
+
+
+class Watch:
+    """How far all jobs are, and how long they may still take."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.left, self.trained = sum(max(0, job.options.epochs - job.epochs()) for job in jobs), 0  # epochs
+        self.begun = time.monotonic()
+        self.bar = tqdm(total=self.left, unit="epoch", leave=False, desc=f"{len(jobs)} runs", disable=None)
+
+    def look(self, r: Running) -> None:
+        """Count the epochs that a job has done since it was looked at last."""
+        new = r.job.epochs() - r.epochs
+        r.epochs, self.trained, self.left = r.epochs + new, self.trained + new, self.left - new
+        self.bar.update(new)
+
+    def ended(self, r: Running, done: int, number: int) -> None:
+        """Say that a job has ended, and how much is left."""
+        self.left -= max(0, r.job.options.epochs - r.epochs)  # stopped early, or failed
+        minutes = (time.monotonic() - self.begun) / max(1, self.trained) * self.left / 60
+        self.bar.write(f"{done} of {number} runs: {r.job.words} after {r.epochs} epochs" +
+                       f"; about {minutes:.0f} minutes left" * (self.left > 0))
+
+
+def run_all(jobs: Sequence[Job], number: int) -> dict[str, str]:
+    """Run what is not finished, `number` jobs at a time; -> {words of a job: why it failed}.
+
+    KeyboardInterrupt: running jobs have saved what they learned.
+    """
+    waiting, running, failed = [job for job in jobs if job.measured() is None], [], {}
+    done, threads, watch = len(jobs) - len(waiting), max(1, torch.get_num_threads() // number), Watch(waiting)
+    if done:
+        print(f"{done} of {len(jobs)} runs are finished already")
+    try:
+        while waiting or running:
+            while waiting and len(running) < number:
+                running.append(start(waiting.pop(0), threads))
+            time.sleep(0.5)
+            for r in list(running):
+                alive = r.process.is_alive()
+                watch.look(r)
+                if alive:
+                    continue
+                running.remove(r)
+                done += 1
+                if reason := r.failure():
+                    failed[r.job.words] = reason
+                    watch.bar.write(f"failed: {r.job.words}: {reason}")
+                watch.ended(r, done, len(jobs))
+    except KeyboardInterrupt:
+        for r in running:
+            r.process.terminate()  # SIGTERM, which a job takes for Ctrl-C
+        for r in running:
+            r.process.join()
+        raise
+    finally:
+        watch.bar.close()
+    return failed
+
+
+# ---- the comparison ----
+
+def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Options,
+               folds: Sequence[str]) -> dict:
+    """All numbers of what is finished; a seed of a row of which a fold is missing is left out.
+
+    RunError: nothing is finished.
+    """
+    tasks, device, of_row = make_tasks(base.tasks, base.classes), evaluate.pick_device(base.device), {}
+    for job in jobs:
+        of_row.setdefault(job.row.name, {}).setdefault(job.options.seed, []).append((job, job.measured()))
+    found, firsts, words = {}, {}, {row.name: row.words for row in rows}
+    if "constant" in words:
+        loaded = (train.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
+        found["constant"] = comparison.constant(loaded, tasks)
+    for name, of_seed in of_row.items():
+        whole = {seed: [left for _, left in runs] for seed, runs in of_seed.items() if all(left for _, left in runs)}
+        if whole:
+            found[name] = comparison.gather(words[name], whole, tasks)
+            firsts[name] = of_seed[next(iter(whole))][0][0]
+    if not found:
+        raise RunError(f"none of the {len(jobs)} runs came to its end; first: {next(iter(failed.items()))}")
+    numbers = comparison.compared(found, tasks, {
+        "what": what_words(base, folds, len(rows)), "data": base.data, "options": plain(base), "folds": list(folds),
+        "machine": measured.hardware(device), "failed": dict(failed),
+        "own_validation": own_validation(base)})
+    for name, value in measured.latencies({name: job.folder for name, job in firsts.items()}, device).items():
+        log = visualize.read_log(firsts[name].folder)
+        numbers["rows"][name]["costs"]["latency"] = value
+        numbers["rows"][name] |= {"run": str(firsts[name].folder),
+                                  "cosines": [line.get("gradient_cosines", {}) for line in log]}
+    return numbers
+
+
+def own_validation(base: Options) -> bool:
+    """Whether the data set names its own validation part."""
+    root = None if base.data is None else Path(base.data)
+    return any(r.part == "val" for r in records.read_data(root).records)
+
+
+def what_words(base: Options, folds: Sequence[str], rows: int) -> str:
+    """What was compared on what, in a sentence."""
+    data_ = "DRAWN photographs, not IDRiD" if base.data is None else Path(base.data).name
+    where = "its own validation part" if own_validation(base) else f"fold{'s' * (len(folds) > 1)} {' '.join(folds)}"
+    return f"{data_}, {base.size} px, at most {base.epochs} epochs, {where}, {rows} rows, weights {base.weights}"
+
+
+REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the report
+
+
+def report_pictures(found: Mapping, folder: Path, base: Options) -> dict[str, str]:
+    """Draw what the report shows: of the default model's first run, with the curves of all rows; -> {name: path}."""
+    runs = {name: row["run"] for name, row in found["rows"].items() if "run" in row}
+    pictures = {"comparison": "comparison.png"}
+    if not runs:
+        return pictures
+    first = "learned" if "learned" in runs else next(iter(runs))
+    names = [first, *(name for name in runs if name != first)][:8]
+    flags_ = ["--device", base.device, *(["--data", base.data] if base.data else [])]
+    m = visualize.gather(visualize.parse([*(runs[name] for name in names), *flags_]))
+    m.logs = dict(zip(names, m.logs.values()))
+    drawn = visualize.draw(m, REPORTED, folder / "pictures")
+    return pictures | {name: f"pictures/{name}.{visualize.FIGURES[name][1]}" for name, content in drawn.items()
+                       if isinstance(content, bytes)}
+
+
+def base_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
+    """The default model with the flags that were typed, as train.py would settle them; -> options, notes.
+
+    Without data: few epochs of small drawings, so that two seeds of the usual rows are done in a quarter of an hour.
+    """
+    drawn, typed = records.find_data(args.data) is None, ["--tasks", *args.tasks]
+    for flag, value in (("data", args.data), ("size", 64 if drawn and args.size is None else args.size),
+                        ("epochs", 2 if drawn and args.epochs is None else args.epochs), ("weights", args.weights),
+                        ("device", args.device)):
+        typed += [f"--{flag}", str(value)] if value is not None else []
+    options, notes = flags.settle(flags.parse(typed))
+    return replace(options, log_gradients=len(options.tasks) > 1), notes
+
+
+# ---- command line ----
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. InputError: numbers out of their range."""
+    parser = argparse.ArgumentParser(description="Compare sharing and routing with what they should be better than.")
+    parser.add_argument("--tasks", nargs="+", default=list(Options.tasks), help="any that train.py knows (default: "
+                        f"{' '.join(Options.tasks)})")
+    parser.add_argument("--data", help="as for train.py (default: data/IDRiD if it exists, else drawn photographs)")
+    parser.add_argument("--all", action="store_true", help="all rows, not only the usual ones")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows; --list names them")
+    parser.add_argument("--list", action="store_true", help="say which rows there are, and end")
+    parser.add_argument("--seeds", type=int, help="of each row (default: 3; 2 on drawn photographs)")
+    parser.add_argument("--folds", default="1/5", metavar="K/N", help="validate on the first K of N folds of the "
+                        "training part, each photograph once (default: 1/5)")
+    parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs)")
+    parser.add_argument("--size", type=int, help="side of the square that networks see (default: as in train.py; 64 "
+                        "of drawn photographs)")
+    parser.add_argument("--weights", help="as for train.py")
+    parser.add_argument("--jobs", type=int, help="runs at once, which share the cores (default: 1; 2 of drawn "
+                        "photographs on a CPU, which are too small to keep two cores busy)")
+    parser.add_argument("--name", help="folder below runs/, in which a comparison that was interrupted goes on "
+                        "(default: baselines, or baselines_ and the name of the data set)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is "
+                        "one (default: auto)")
+    args = parser.parse_args(argv)
+    for flag in ("seeds", "epochs", "jobs"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    if args.name and (Path(args.name).name != args.name or args.name == ".."):
+        raise InputError(f"--name {args.name}: expected a name, not a path")
+    return args
+
+
+def read_folds(text: str, base: Options) -> list[str]:
+    """"3/5" -> ["1/5", "2/5", "3/5"]. InputError: another form; folds of a data set with a validation part."""
+    count, number = eyes.read_fold(text)
+    if own_validation(base) and count > 1:
+        raise InputError(f"--folds {text}: {base.data} names its own validation part; leave --folds out")
+    return [f"{k + 1}/{number}" for k in range(count)]
+
+
+def choose_rows(args: argparse.Namespace, base: Options) -> list[Row]:
+    """The rows that are asked for. InputError: there is none of that name."""
+    rows = rows_for(base.tasks, base.data is None, base.weights)
+    names = [row.name for row in rows]
+    if args.only:
+        if unknown := [name for name in args.only if name not in names]:
+            raise InputError(f"--only {unknown[0]}: no such row; there are {', '.join(names)}")
+        return [row for row in rows if row.name in args.only]
+    return [row for row in rows if row.usual or args.all]
+
+
+def jobs_at_once(base: Options) -> int:
+    """How many, if --jobs does not say."""
+    cpu = evaluate.pick_device(base.device).type == "cpu"
+    return 2 if cpu and base.data is None and torch.get_num_threads() > 1 else 1
+
+
+def settled_folder(args: argparse.Namespace, base: Options) -> Path:
+    """Where the comparison lies."""
+    name = args.name or "_".join(["baselines", *([Path(base.data).stem] if base.data else [])])
+    return records.HERE / "runs" / name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the comparison."""
+    args = parse(argv)
+    speed.keep_memory()
+    if args.list:
+        rows = rows_for(args.tasks, records.find_data(args.data) is None)
+        print("\n".join([*(f"{row.name:16}{row.words}{' *' * row.usual}" for row in rows), "* also without --all"]))
+        return
+    base, notes = base_options(args)
+    rows, folds = choose_rows(args, base), read_folds(args.folds, base)
+    folder = settled_folder(args, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = files.hold(folder)  # until this process ends
+    jobs = jobs_for(rows, base, args.seeds or (2 if base.data is None else 3), folds, folder)
+    print("\n".join([*notes, f"{len(jobs)} runs in {folder}"]), flush=True)
+    try:
+        with train.stopped_by_sigterm(ALONE):
+            failed = run_all(jobs, args.jobs or jobs_at_once(base))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    with held:
+        found = summarised(jobs, rows, failed, base, folds)
+        print(comparison.lines(found))
+        written = comparison.write(found, folder)
+        files.write_text(folder / "REPORT.md", report.text(found, report_pictures(found, folder, base)))
+    print(f"wrote {', '.join([*written, 'REPORT.md'])} to {folder}")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    files.command(main)

@@ -1,0 +1,291 @@
+"""From what the runs of baselines.py left to what may be said: comparison.json, comparison.csv, a chart.
+
+    Measured, gather      the scores of a row: one for each seed, its folds put together
+    constant              what a guess scores that looks at no photograph
+    differences           each row against the single task and against the dense adapter, corrected for their number
+    compared              all numbers of the comparison, as plain types; sentences are made of these alone (report.py)
+    write                 files
+
+A difference is claimed where its interval, corrected for the number of differences (Bonferroni), leaves out zero and p,
+adjusted by Holm's method, is below 0.05.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import charts
+import data
+import evaluate
+import intervals
+import scores
+from files import replacing, write_text
+from scores import Scores
+from tasks import Classification, Landmarks, Lesions, Task
+
+# n photographs, m comparisons
+
+LEVEL = 0.05
+ALONE = "_alone"  # how names of rows end that are for one task
+
+
+# ---- scores of a row ----
+
+@dataclass
+class Measured:
+    """A row: of each of its seeds the scores over all folds, and what else its runs left."""
+    words: str
+    seeds: list[int]
+    scores: list[Scores]  # of validation, one for each seed
+    # of each seed, {task: how much more it is}: the metric that counts, of training photographs, of each shift
+    gaps: list[Mapping[str, float]]
+    shifts: list[Mapping[str, Mapping[str, float]]]
+    costs: list[Mapping]
+    epochs: list[int]  # that were chosen
+
+
+def put_together(parts: Sequence[Mapping], tasks: Sequence[Task]) -> Scores:
+    """Scores of several folds, in each of which other photographs are scored, as those of one split."""
+    found = Scores([t for t in tasks if any(t.name in part["tallies"] for part in parts)])
+    for part in parts:
+        found.eyes |= part["eyes"]
+    for t in dict.fromkeys(t for part in parts for t in part["tallies"]):
+        of = [part for part in parts if t in part["tallies"]]
+        found.names[t] = [name for part in of for name in part["names"][t]]
+        found.tallies[t] = torch.cat([part["tallies"][t].double() for part in of])
+        if all(t in part["losses"] for part in of):
+            found.losses[t] = sum(len(part["names"][t]) * part["losses"][t] for part in of) / len(found.names[t])
+    return found
+
+
+def gather(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[Task]) -> Measured:
+    """`runs`: seed -> what the run of each fold left, see measured.py."""
+    def more(of_seed, get):  # mean over folds of what `get` takes out of a run, less the same of validation
+        return {t: fmean(get(run)[t] - run["plain"][t] for run in of_seed) for t in get(of_seed[0])}
+
+    every = [run for of_seed in runs.values() for run in of_seed]
+    return Measured(
+        words, list(runs), [put_together([run["scores"] for run in of_seed], tasks) for of_seed in runs.values()],
+        [more(of_seed, lambda run: run["training"]) for of_seed in runs.values()],
+        [{shift: more(of_seed, lambda run, shift=shift: run["shifts"][shift]) for shift in of_seed[0]["shifts"]}
+         for of_seed in runs.values()], [run["costs"] for run in every], [run["epoch"] for run in every])
+
+
+def guess(task: Task, training: data.Photographs) -> Tensor:
+    """An answer (1, ...) that serves any photograph: the shares of the classes, no lesion, the mean place."""
+    targets = [task.target(training[i, None]) for i, r in enumerate(training.records) if task.labelled(r)]
+    if isinstance(task, Classification):
+        return torch.bincount(torch.stack(targets), minlength=task.classes)[None] / len(targets)
+    if isinstance(task, Lesions):
+        return torch.zeros(1, *targets[0].shape)
+    if isinstance(task, Landmarks):
+        return torch.stack(targets)[:, :-4].nanmean(0, keepdim=True)
+    raise NotImplementedError(f"no constant guess for {task.name}")
+
+
+def constant(folds: Iterable[tuple[data.Photographs, data.Photographs]], tasks: Sequence[Task]) -> Measured:
+    """Scores of a guess, from training and validation photographs of each fold."""
+    parts = []
+    for training, validation in folds:
+        part = {"names": {}, "tallies": {}, "losses": {}, "eyes": {r.name: r.eye or r.name for r in validation.records}}
+        for task in tasks:
+            answer, of = guess(task, training), [i for i, r in enumerate(validation.records) if task.labelled(r)]
+            part["names"][task.name] = [validation.records[i].name for i in of]
+            part["tallies"][task.name] = torch.cat([task.tally(answer, task.target(validation[i, None])[None])
+                                                    for i in of])
+        parts.append(part)
+    return Measured("constant guess", [0], [put_together(parts, tasks)], [], [], [], [])
+
+
+# ---- differences ----
+
+def pairs_of(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[tuple[Task, str, str, list[int]]]:
+    """(task, row, against which, seeds that both have) of each difference.
+
+    A row that was scored on other photographs (without leak protection, splits are others) is compared with none.
+    """
+    def names(row, task):
+        return set(rows[row].scores[0].names.get(task.name, []))
+
+    found = []
+    for task in tasks:
+        for against in (f"{task.name}{ALONE}", "dense"):
+            for row in rows:
+                skipped = row in ("constant", against, f"{task.name}{ALONE}") or against not in rows
+                if not skipped and names(row, task) == names(against, task) != set():
+                    seeds = [s for s in rows[against].seeds if s in rows[row].seeds]
+                    found += [(task, row, against, seeds)] * bool(seeds)
+    return found
+
+
+def differences(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[dict]:
+    """Of the metric that counts of each task, each row against the single task and against the dense adapter.
+
+    All of them are one family of comparisons; the more there are, the more draws tell how small p is.
+    """
+    pairs, found = pairs_of(rows, tasks), []
+    for task, row, against, seeds in pairs:
+        sides = [[alone(rows[r].scores[rows[r].seeds.index(s)], task) for s in seeds] for r in (against, row)]
+        scores.align([s for side in sides for s in side])
+        values = scores.compare(*sides, draws=max(intervals.DRAWS, 40 * len(pairs)))[task.name][task.primary]
+        found.append({"task": task.name, "metric": task.primary, "row": row, "against": against, "seeds": len(seeds),
+                      "photographs": len(sides[0][0].names[task.name]), **values})
+    return corrected(found)
+
+
+def alone(found: Scores, task: Task) -> Scores:
+    """What of scores is of one task."""
+    t = task.name
+    return Scores([task], {t: list(found.names[t])}, {t: found.tallies[t]}, eyes=found.eyes)
+
+
+def corrected(found: list[dict]) -> list[dict]:
+    """The same with what follows from their number: adjusted p, wider intervals, what may be claimed.
+
+    The wider interval is difference -+ z standard errors, z the normal quantile of 1 - 0.05 / 2m: the percentiles that
+    it stands for lie beyond what a thousand resamples tell. `needed`: photographs, with these seeds, for which a
+    difference as large as the one seen would be claimed with a chance of 80 % (Cohen 1988, section 2.4, with the normal
+    distribution): n (z + 0.84)^2 SE^2 / difference^2.
+    """
+    normal = NormalDist()
+    z, power = normal.inv_cdf(1 - LEVEL / 2 / max(1, len(found))), normal.inv_cdf(0.8)
+    adjusted = intervals.holm([1.0 if math.isnan(d["p"]) else d["p"] for d in found])
+    for d, p in zip(found, adjusted):
+        gap, error = d["difference"], d["standard_error"]
+        known = math.isfinite(gap) and math.isfinite(error) and gap != 0 and error > 0
+        d["p_adjusted"], d["corrected_interval"] = p, [gap - z * error, gap + z * error]
+        d["claimed"] = known and p < LEVEL and not gap - z * error <= 0 <= gap + z * error
+        d["needed"] = math.ceil(d["photographs"] * ((z + power) * error / gap) ** 2) if known else None
+    return found
+
+
+# ---- all numbers ----
+
+def spread(values: Sequence[float]) -> dict:
+    """Mean, standard deviation over seeds (None for one), and the values."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": fmean(values), "sd": sd, "values": list(values)}
+
+
+def row_numbers(row: Measured) -> dict:
+    """Metrics with mean, sd and interval; what training photographs score better; what shifts change; costs."""
+    values = [s.metrics() for s in row.scores]
+    _, limits = scores.summary(row.scores, [{}] * len(row.scores))
+    found = {"words": row.words, "seeds": row.seeds, "epochs": row.epochs, "tasks": {}}
+    for task in row.scores[0].scored():
+        t = task.name
+        numbers = {k: {**spread([v[t][k] for v in values]), "interval": limits[t].get(k)}
+                   for k, v in values[0][t].items() if isinstance(v, float)}
+        found["tasks"][t] = {
+            "photographs": values[0][t]["photographs"], "eyes": values[0][t]["eyes"], "primary": task.primary,
+            "metrics": numbers, "gap": spread([g[t] for g in row.gaps]) if row.gaps else None,
+            "shifts": {shift: spread([s[shift][t] for s in row.shifts]) for shift in (row.shifts or [{}])[0]}}
+    if row.costs:
+        found["costs"] = {k: fmean(c[k] for c in row.costs) for k in row.costs[0]}
+    return found
+
+
+def compared(rows: Mapping[str, Measured], tasks: Sequence[Task], settings: Mapping) -> dict:
+    """All numbers of the comparison, as plain types; of the tasks that any row has."""
+    known = [t for t in tasks if any(t.name in row.scores[0].tallies for row in rows.values())]
+    return evaluate.plain({
+        **settings, "tasks": [t.name for t in known],
+        "seconds": sum(c["seconds"] for row in rows.values() for c in row.costs),
+        "rows": {name: row_numbers(row) for name, row in rows.items()}, "differences": differences(rows, known)})
+
+
+# ---- in words ----
+
+def rounded(value: float | None, digits: int = 3) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def claim(found: Mapping, d: Mapping) -> str:
+    """What may be said of one difference."""
+    row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
+    said = f"{d['task']} {d['metric'].replace('_', ' ')}, {row} less {other}: "
+    if d["difference"] is None or None in d["corrected_interval"]:
+        return f"{said}not defined on these photographs"
+    said += "{:+.3f} ({:+.3f} to {:+.3f}, p = {:.3f})".format(d["difference"], *d["corrected_interval"],
+                                                             d["p_adjusted"])
+    if d["claimed"]:
+        few = f", with {d['seeds']} seed{'s' * (d['seeds'] > 1)}; {intervals.FEWEST_RUNS} would tell of training"
+        return f"{said}: {'higher' if d['difference'] > 0 else 'lower'}" + few * (d["seeds"] < intervals.FEWEST_RUNS)
+    needed = f"; one as large as this would take {d['needed']} photographs to show (here {d['photographs']})" \
+        if d["needed"] else ""
+    return f"{said}: no difference can be shown{needed}"
+
+
+def lines(found: Mapping) -> str:
+    """The comparison for the screen."""
+    out = [found["what"]]
+    for t in found["tasks"]:
+        out.append(f"{t:38}{'mean':>8}{'sd':>8}{'95 %':>18}{'gap':>8}")
+        for row in found["rows"].values():
+            if t in row["tasks"]:
+                of = row["tasks"][t]
+                v = of["metrics"][of["primary"]]
+                around = "-" if v["interval"] is None else "{:.3f}..{:.3f}".format(*v["interval"])
+                gap = of["gap"] and of["gap"]["mean"]
+                out.append(f"   {row['words']:35}{rounded(v['mean']):>8}{rounded(v['sd']):>8}{around:>18}"
+                           f"{rounded(gap):>8}")
+    out += [claim(found, d) for d in found["differences"]]
+    return "\n".join([*out, *(f"failed: {job}: {why}" for job, why in found["failed"].items())])
+
+
+# ---- files ----
+
+def table(found: Mapping) -> str:
+    """comparison.csv: a line for each row, task and metric."""
+    memory = io.StringIO()
+    writer = csv.writer(memory)
+    writer.writerow(["row", "task", "metric", "counts", "mean", "sd", "low", "high", "seeds", "photographs", "eyes"])
+    for name, row in found["rows"].items():
+        for t, of in row["tasks"].items():
+            for metric, v in of["metrics"].items():
+                writer.writerow([name, t, metric, int(metric == of["primary"]), v["mean"], v["sd"],
+                                 *(v["interval"] or ("", "")), len(row["seeds"]), of["photographs"], of["eyes"]])
+    return memory.getvalue()
+
+
+def chart(found: Mapping) -> Image.Image:
+    """Of each task the metric that counts: a line for each row, with interval, mean and single seeds."""
+    pictures = []
+    for t in found["tasks"]:
+        rows = {name: row["tasks"][t] for name, row in found["rows"].items() if t in row["tasks"]}
+        values = {name: of["metrics"][of["primary"]] for name, of in rows.items()}
+        ends = [v for x in values.values() for v in [x["mean"], *x["values"], *(x["interval"] or [])]]
+        steps = tuple((len(values) - k, found["rows"][name]["words"]) for k, name in enumerate(values))
+        primary = next(iter(rows.values()))["primary"].replace("_", " ")
+        plot = charts.Chart(f"{t}: {primary}, {next(iter(rows.values()))['photographs']} photographs",
+                            charts.axis_of("", ends), charts.Axis("", 0.5, len(values) + 0.5, steps),
+                            340, 26 * len(values))
+        for (y, _), v in zip(steps, values.values()):
+            if v["interval"]:
+                plot.line(v["interval"], [y, y], charts.COLOURS[4], 3)
+            plot.dots(v["values"], [y] * len(v["values"]), charts.PALE, 2.5)
+            plot.dots([v["mean"]], [y], charts.COLOURS[0], 4.5)
+        pictures.append(plot.picture())
+    keys = charts.legend([("95 % of draws of eyes and seeds", charts.COLOURS[4], "line"),
+                          ("mean over seeds", charts.COLOURS[0], "dot"), ("a seed", charts.PALE, "dot")])
+    return charts.titled("The comparison", charts.column([keys, charts.row(pictures, 24)], 12), found["what"])
+
+
+def write(found: Mapping, folder: Path) -> list[str]:
+    """comparison.json, comparison.csv and comparison.png; -> their names."""
+    write_text(folder / "comparison.json", json.dumps(found, indent=1))
+    write_text(folder / "comparison.csv", table(found))
+    with replacing(folder / "comparison.png", lasting=False) as file:
+        chart(found).save(file, "PNG", optimize=True)
+    return ["comparison.json", "comparison.csv", "comparison.png"]

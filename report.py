@@ -1,0 +1,252 @@
+"""REPORT.md from comparison.json: every number in it is read from there, and sentences depend on the numbers.
+
+    python baselines.py                          writes both, and the pictures that the report shows
+    python -c "import json, report; print(report.text(json.load(open('comparison.json')), {}))"
+
+"""
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from comparison import ALONE, claim, rounded
+from intervals import FEWEST_RUNS
+
+
+def with_sd(v: Mapping, digits: int = 3) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    return rounded(v["mean"], digits) + (f" ± {v['sd']:.{digits}f}" if v["sd"] is not None else "")
+
+
+def results(found: Mapping) -> list[str]:
+    """The table of scores: for each task the metric that counts."""
+    heads = {t: next(row["tasks"][t] for row in found["rows"].values() if t in row["tasks"]) for t in found["tasks"]}
+    titles = [f"{t}: {of['primary'].replace('_', ' ')}, {of['photographs']} photographs of {of['eyes']} eyes"
+              for t, of in heads.items()]
+    most = max(len(row["seeds"]) for row in found["rows"].values())
+    out = [f"| | {' | '.join(titles)} |", "|---|" + "---|" * len(heads)]
+    for row in found["rows"].values():
+        cells = []
+        for t in found["tasks"]:
+            if t not in row["tasks"]:
+                cells.append("")
+                continue
+            v = row["tasks"][t]["metrics"][row["tasks"][t]["primary"]]
+            other = row["tasks"][t]["photographs"]
+            cells.append(with_sd(v) + (" ({:.2f} to {:.2f})".format(*v["interval"]) if v["interval"] else "") +
+                         f", of {other} other photographs" * (row["words"].endswith("leak protection")))
+        seeds = f", {len(row['seeds'])} of {most} seeds" * (len(row["seeds"]) < most and "costs" in row)
+        out.append(f"| {row['words']}{seeds} | {' | '.join(cells)} |")
+    return out
+
+
+def costs(found: Mapping) -> list[str]:
+    """The table of costs; networks for one task are added up, since all of them are needed."""
+    rows = {name: row for name, row in found["rows"].items() if "costs" in row}
+    alone = [row["costs"] for name, row in rows.items() if name.endswith(ALONE)]
+    shown = {row["words"]: row["costs"] for name, row in rows.items() if not name.endswith(ALONE)}
+    if len(alone) == len(found["tasks"]):
+        total = {k: sum(c[k] for c in alone) for k in ("parameters", "multiply_adds", "latency", "training_seconds")}
+        shown = {"one network for each task": {**total, "peak_bytes": max(c["peak_bytes"] for c in alone)}, **shown}
+    out = ["| | parameters, M | multiply-adds of a photograph, M | training, ms a photograph | a photograph, all "
+           "tasks, ms | peak memory, GiB |", "|---|---|---|---|---|---|"]
+    for words, c in shown.items():
+        cells = [f"{c['parameters'] / 1e6:.2f}", f"{c['multiply_adds'] / 1e6:.0f}",
+                 f"{1000 * c['training_seconds']:.0f}", f"{1000 * c['latency']:.1f}",
+                 f"{c['peak_bytes'] / 2 ** 30:.2f}"]
+        out.append(f"| {words} | {' | '.join(cells)} |")
+    return out
+
+
+def generalization(found: Mapping) -> list[str]:
+    """The table of gaps and shifts."""
+    names = [k for row in found["rows"].values() for of in row["tasks"].values() for k in of.get("shifts") or {}]
+    names = list(dict.fromkeys(names))
+    out = ["| | task | training less validation | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    for row in found["rows"].values():
+        for t in found["tasks"]:
+            of = row["tasks"].get(t)
+            if of and of["gap"]:
+                out.append(f"| {row['words']} | {t} | {of['gap']['mean']:+.3f} | " + " | ".join(
+                    f"{of['shifts'][k]['mean']:+.3f}" for k in names) + " |")
+    return out
+
+
+def trade_offs(found: Mapping) -> list[str]:
+    """What the numbers say of accuracy, cost and generalization together; no more than they do."""
+    rows, out = found["rows"], []
+    if found["differences"]:
+        claimed = [d for d in found["differences"] if d["claimed"]]
+        out.append(f"{len(claimed)} of {len(found['differences'])} differences can be claimed." if claimed else
+                   f"None of the {len(found['differences'])} differences can be claimed.")
+    alone = [rows[t + ALONE]["costs"] for t in found["tasks"] if t + ALONE in rows]
+    if "hard" in rows and len(alone) == len(found["tasks"]) > 1:
+        shared = rows["hard"]["costs"]
+        out.append("One shared network takes {:.0%} of the time that one network for each task takes to answer for a "
+                   "photograph, {:.0%} of the multiply-adds and {:.0%} of the parameters: whatever sharing does to the "
+                   "scores, this is certain.".format(*(shared[k] / sum(c[k] for c in alone)
+                                                       for k in ("latency", "multiply_adds", "parameters"))))
+    if "learned" in rows and "hard" in rows:
+        out.append("Experts add {:.1%} to the multiply-adds of the shared network and {:.0%} to its parameters.".format(
+            *(rows["learned"]["costs"][k] / rows["hard"]["costs"][k] - 1 for k in ("multiply_adds", "parameters"))))
+    worst = [(of["shifts"][k]["mean"], row["words"], t, k) for row in rows.values() for t, of in row["tasks"].items()
+             for k in of.get("shifts") or {}]
+    if worst:
+        change, words, t, shift = min(worst)
+        out.append(f"The largest loss under a shift is {-change:.3f} ({t} of \"{words}\", {shift})." if change < 0 else
+                   "No shift takes anything from any score.")
+    return out
+
+
+def cosine_words(found: Mapping) -> str:
+    """What was measured of the tasks' gradients."""
+    row = found["rows"].get("hard") or found["rows"].get("learned")
+    if len(found["tasks"]) < 2:
+        return "There is but one task here."
+    epochs = [epoch for epoch in (row or {}).get("cosines", []) if epoch]
+    if not epochs:
+        return "Their gradients were not compared here (`--log-gradients`)."
+    means = {pair: fmean(epoch[pair] for epoch in epochs) for pair in epochs[0]}
+    parts = [f"of {' and '.join(pair.split())} {epochs[0][pair]:+.2f} in the first epoch, {epochs[-1][pair]:+.2f} in "
+             f"the last, {mean:+.2f} on average" for pair, mean in means.items()]
+    verdict = "some pulled against each other" if min(means.values()) < 0 else "they did not pull against each other"
+    return (f"Here (\"{row['words']}\", one run) the cosine between the tasks' gradients on the shared encoder was "
+            f"{'; '.join(parts)}: on average {verdict}.")
+
+
+def measured_help(found: Mapping) -> str:
+    """What sharing did to each task, against the task alone."""
+    said = [claim(found, d) for d in found["differences"] if d["row"] == "hard" and d["against"] == d["task"] + ALONE]
+    return f"Measured here: {'; '.join(said)}." if said else "It was not measured in this comparison."
+
+
+def measured_routing(found: Mapping) -> str:
+    """What the learned routers did, against the dense adapter."""
+    said = [claim(found, d) for d in found["differences"] if d["row"] == "learned" and d["against"] == "dense"]
+    return f"Measured here: {'; '.join(said)}." if said else "It was not measured in this comparison."
+
+
+def rows_of_weights(found: Mapping) -> str:
+    """Which rows have other weights of losses."""
+    names = [row["words"] for name, row in found["rows"].items()
+             if name == "uncertainty" or name.startswith("cls_") and not name.endswith(ALONE)]
+    return f"the tables above have {', '.join(names)}" if names else "rows with other weights were not run (`--all`)"
+
+
+TEMPLATE = """\
+# Does sharing help, does routing help, and what does each cost?
+
+Written by `baselines.py` from `comparison.json`: {what}. {machine}; {minutes:.0f} minutes of training.{drawn}
+
+## Model, and why
+
+A hand-written EfficientNet-{variant} encoder, so that published weights load (here: {weights}); a U-Net decoder for
+masks; between them, on the deepest map, a layer of {experts} experts of which each position of the map uses {chosen},
+chosen for each task by a router of its own, with noise in training and a loss that keeps all experts in use; small
+heads. Tokens are positions, not photographs: a batch makes {decisions} routing decisions for each task. The experts
+start at zero: at first the network is the shared one without them.
+
+## Data
+
+{name}, tasks {tasks}, {size} px. Copies of one photograph are joined, photographs of one eye stay on one side of every
+split, and training photographs of eyes in the test part are left out; the test part itself was not opened. Validation:
+{folds}. Photographs carry some labels and not others; a task learns from those with its own.{leaky}
+
+## Training and evaluation
+
+AdamW, learning rate up to {lr:g}, batches of {batch}, at most {epochs} epochs; flips, turns, shifts, colours, blur. All
+rows see the same photographs in the same order, changed in the same ways{unchanged}; a network for one task is given
+those of each batch that carry its label. In all rows the checkpoint with the best mean of the metrics that count is
+taken, on the validation photographs, which is optimistic; more so for networks for one task, whose only metric it is.
+Intervals are 95 % over draws of eyes and seeds; differences are
+paired, eye by eye, and corrected for their number.
+{failed}
+## Scores
+
+Mean ± standard deviation over seeds (95 % interval).
+
+{results}
+
+{comparison}## Differences
+
+In brackets the interval corrected for their number; p adjusted (Holm).
+
+{differences}
+
+## Costs
+
+{costs}
+
+## Generalization
+
+What training photographs score better than validation ones, and what fixed changes of the validation photographs add.
+
+{generalization}
+
+## What follows
+
+{follows}
+
+{pictures}## What multi-task learning is
+
+A convolutional network that grades a photograph has an encoder, which turns pixels into features, and a head, which
+turns features into an answer. Nothing in the encoder belongs to grading alone: vessels, spots and the disc serve
+whoever asks. Multi-task learning trains one encoder with several heads on the sum of their losses (Caruana 1997,
+Machine Learning 28:41). That is *hard sharing*: the tasks have all weights of the encoder in common. In *soft sharing*
+each has weights of its own that are tied to those of the others, or draws on common parts to a degree that is learned.
+
+**Why it can help.** Each task is evidence about which features are worth having. Masks tell the encoder where lesions
+are, pixel by pixel; a grade, which says only that there are some, would need many photographs to tell as much. And a
+network that must serve both has fewer ways to fit either by accident. {help}
+
+**Why it can harm.** One step serves all tasks. Where the gradient of one task points against that of another, what
+helps one costs the other ("negative transfer"); a cosine below zero says so (Yu et al. 2020, arXiv 2001.06782).
+{cosines}
+
+**Balance.** Losses differ in size and in pace, and the sum follows the largest. Weights by hand, or learned from each
+task's uncertainty (Kendall et al. 2018, arXiv 1705.07115), shift the compromise; {weights_rows}.
+
+**Conditional computation.** Tasks that disagree may use different weights for different inputs: a router sends each
+position of the deepest map to {chosen} of {experts} small networks, the experts (Shazeer et al. 2017, arXiv
+1701.06538), and each task has a router of its own (Ma et al. 2018, KDD). Parameters grow with the number of experts,
+computation does not. Whether that is more than the extra layer alone would do, only controls can tell: an adapter of
+equal cost or of equal parameters, frozen random routers, all experts averaged. {routing}
+
+## Limits
+
+* {seeds}
+* Checkpoints were chosen on the photographs that they are scored on.
+* Weights that the encoder started from: {weights}.
+* Research use only, no medical device.
+"""
+
+
+def text(found: Mapping, pictures: Mapping[str, str]) -> str:
+    """The whole report; `pictures`: name -> path, relative to where it will lie."""
+    o = found["options"]
+    seeds = max((len(row["seeds"]) for row in found["rows"].values() if "costs" in row), default=0)
+
+    def shown(*names: str) -> str:
+        return "".join(f"![{name}]({pictures[name]})\n\n" for name in names if name in pictures)
+
+    failed = "".join(f"\n* failed: {job}: {why}" for job, why in found["failed"].items())
+    sentences = "\n".join(f"* {claim(found, d)}" for d in found["differences"])
+    return TEMPLATE.format(
+        **{k: o[k] for k in ("weights", "experts", "chosen", "size", "lr", "batch", "epochs")},
+        what=found["what"], machine=found["machine"], minutes=found["seconds"] / 60, variant=o["variant"].upper(),
+        drawn=" **These are drawings: nothing here is a result on IDRiD.**" if found["data"] is None else "",
+        name="Drawn photographs" if found["data"] is None else found["data"].rstrip("/").rpartition("/")[2],
+        tasks=" ".join(found["tasks"]), decisions=(o["size"] // 32) ** 2 * o["batch"],
+        folds="the part that the data set names itself"
+        if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training part",
+        leaky=" The row without leak protection is split as if each file showed another eye, so that it is scored on "
+        "other photographs and compared with none." * ("leaky" in found["rows"]),
+        unchanged=" (but for the row without augmentation)" * ("plain" in found["rows"]),
+        failed=failed + "\n" * bool(failed), results="\n".join(results(found)), comparison=shown("comparison"),
+        differences=sentences or "There is nothing to compare with.",
+        costs="\n".join(costs(found)), generalization="\n".join(generalization(found)),
+        follows="\n".join(f"* {line}" for line in trade_offs(found)),
+        pictures=shown("overlays", "confusion", "routing", "curves"), help=measured_help(found),
+        cosines=cosine_words(found), weights_rows=rows_of_weights(found), routing=measured_routing(found),
+        seeds=f"{seeds} seed{'s' * (seeds != 1)} of each row at most: " + (
+            f"differences are between these networks; to speak of ways of training, {FEWEST_RUNS} are needed."
+            if seeds < FEWEST_RUNS else "differences are between ways of training, on these data."))

@@ -1,0 +1,117 @@
+"""Does the comparison find what is known to be there, and nothing where nothing is? Three experiments on drawings.
+
+    python tests/known_truths.py [few shuffled equal] [--epochs 12] [--seeds 3]
+
+    few         24 photographs with a grade and 400 with masks, which tell what grades follow from: a network that
+                shares its encoder with the masks must grade better than one alone
+    shuffled    the same with grades dealt out by lot: nobody can do better than chance
+    equal       the same network with other seeds: no difference
+
+Each takes minutes; runs lie below a temporary folder, or below --folder, where they are gone on with.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import baselines  # noqa: E402
+import comparison  # noqa: E402
+import data  # noqa: E402
+import flags  # noqa: E402
+import records  # noqa: E402
+import synthetic  # noqa: E402
+from files import command  # noqa: E402
+from tasks import make_tasks  # noqa: E402
+
+SIDE, GRADED, MASKED, JUDGED = 128, 24, 400, 240
+
+
+def write_table(folder: Path, shuffled: bool) -> Path:
+    """Drawn photographs with masks, some with a grade too, and those on which grades are judged; -> the table."""
+    path = folder / "table.csv"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True)
+    header = f"image,cls,split,{','.join(f'mask_{kind.lower()}' for kind in synthetic.LESIONS)}"
+    masks_of, grades = [], []
+    for i in range(MASKED + JUDGED):
+        eye = synthetic.plan(11, i)
+        picture, masks = synthetic.draw(eye, SIDE)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        cells = []
+        for kind, mask in zip(synthetic.LESIONS, masks):
+            cells.append(f"{i}_{kind}.png" if mask.any() else "none")
+            if mask.any():
+                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / cells[-1])
+        grades.append(eye.grade)
+        masks_of.append(cells)
+    if shuffled:
+        random.Random(0).shuffle(grades)
+    lines = [header]
+    for i, cells in enumerate(masks_of):
+        judged = i >= MASKED
+        grade = grades[i] if judged or i < GRADED else ""
+        lines.append(f"{i}.png,{grade},{'val' if judged else 'train'},{','.join(cells)}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
+    """Run these rows; -> jobs, and what each row measured."""
+    options, _ = flags.settle(flags.parse(["--tasks", "cls", "seg", "--data", str(table), "--size", "128", "--weights",
+                                           "none", "--epochs", str(epochs), "--lr", "2.5e-3"]))
+    rows = [row for row in baselines.rows_for(options.tasks) if row.name in names]
+    jobs = baselines.jobs_for(rows, replace(options, stochastic_depth=0.05, log_gradients=True), seeds, ["1/5"], folder)
+    failed = baselines.run_all(jobs, 1)
+    assert not failed, failed
+    tasks, found = make_tasks(options.tasks), {}
+    for row in rows:
+        runs = {job.options.seed: [job.measured()] for job in jobs if job.row is row}
+        found[row.name] = comparison.gather(row.words, runs, tasks)
+    return tasks, found
+
+
+def told(tasks: list, found: dict) -> None:
+    """Print scores and what may be claimed of grades."""
+    numbers = comparison.compared(found, tasks[:1], {"what": "", "tasks": ["cls"], "failed": {}})
+    print(comparison.lines(numbers))
+
+
+def main() -> None:
+    """Run the experiments that are named."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal"])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None)
+    args = parser.parse_args()
+    home = args.folder or Path(tempfile.mkdtemp())
+    records.HERE, data.CACHE = home, home / "cache"
+    if "few" in args.which:
+        print(f"few: {GRADED} grades, {MASKED} masks; sharing must help to grade")
+        told(*compared(write_table(home / "few", False), home / "runs" / "few", ["cls_alone", "hard"], args.seeds,
+                       args.epochs))
+    if "shuffled" in args.which:
+        print("shuffled: grades by lot; kappa must be 0 within its interval")
+        told(*compared(write_table(home / "shuffled", True), home / "runs" / "shuffled", ["cls_alone", "hard"], 1,
+                       args.epochs))
+    if "equal" in args.which:
+        print("equal: two names for one way of training; nothing must be claimed")
+        tasks, found = compared(write_table(home / "few", False), home / "runs" / "few", ["hard"], 2 * args.seeds,
+                                args.epochs)
+        whole = found["hard"]
+        halves = {name: replace(whole, words=words, seeds=list(range(args.seeds)), scores=whole.scores[part])
+                  for name, words, part in (("cls_alone", "first seeds", slice(0, args.seeds)),
+                                            ("hard", "other seeds", slice(args.seeds, None)))}
+        told(tasks, halves)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,428 @@
+"""The comparison: rows that differ in one thing, the same photographs for all, claims that can and cannot be made."""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import baselines
+import comparison
+import data
+import evaluate
+import intervals
+import measured
+import model
+import records
+import report
+import scores
+import train
+from baselines import Job, Row
+from conftest import official_tree
+from files import InputError, RunError
+from scores import Scores
+from tasks import TASKS
+from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
+SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """One block in each stage of the encoder: nothing here depends on how deep it is."""
+    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
+
+
+# ---- rows ----
+
+def test_every_row_is_a_network_and_differs_from_the_others():
+    rows = baselines.rows_for(("cls", "seg"))
+    options = {row.name: replace(train.Options(), **row.changes) for row in rows if row.name != "constant"}
+    assert len(set(map(repr, options.values()))) == len(options) and len({row.name for row in rows}) == len(rows)
+    nets = {name: evaluate.build_net(asdict(o))[0] for name, o in options.items()}
+
+    def layer(name):  # parameters and multiply-adds per token of the experts that a token meets
+        w1 = nets[name].experts.experts.w1
+        return 2 * w1.numel(), 2 * options[name].chosen * w1[0].numel()
+    assert layer("dense")[1] == layer("learned")[1] and layer("dense_large")[0] == layer("learned")[0]
+    assert layer("uniform")[0] == layer("learned")[0] == layer("random")[0]
+    assert nets["hard"].experts is None and nets["cls_alone"].experts is None
+    assert [row.name for row in rows if row.usual] == ["constant", "cls_alone", "seg_alone", "hard", "dense", "learned"]
+    assert {row.name for row in baselines.rows_for(("cls", "dme", "loc"))} >= {"dme_alone", "loc_alone", "private"}
+    assert baselines.rows_for(("cls",), weights="imagenet")[-1].changes == {"weights": "none"}
+    assert "hard" not in {row.name for row in baselines.rows_for(("cls",))}  # it would be cls_alone again
+    assert "leaky" not in {row.name for row in baselines.rows_for(("cls", "seg"), drawn=True)}
+
+
+def test_without_leak_protection_copies_lie_on_both_sides(tmp_path):
+    """Copies of one drawing under two names: joined by default; taken for different eyes by the control."""
+    root = official_tree(tmp_path / "IDRiD", test=False)
+    images = root / "B. Disease Grading" / "1. Original Images" / "a. Training Set"
+    for i in range(1, 8):
+        shutil.copy(images / f"IDRiD_{i:03d}.jpg", images / f"IDRiD_{i + 7:03d}.jpg")
+    for ignore in (False, True):
+        options = replace(SMALL, tasks=("cls",), data=str(root), ignore_eyes=ignore)
+        training, validation, _ = train.load_photographs(options, [CLS])
+        both = [{int(r.name[-3:]) % 7 for r in x.records if int(r.name[-3:]) < 15} for x in (training, validation)]
+        assert bool(both[0] & both[1]) == ignore
+    train.fit(options, tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", CPU)
+    assert [r.name for r in evaluate.split_records(run, root, "val")] == run.validation == [
+        r.name for r in validation.records]
+
+
+def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_ways(tmp_path):
+    root = official_tree(tmp_path / "IDRiD", test=False)
+    seen = {}
+    for name in ("hard", "cls_alone", "seg_alone"):
+        row = next(r for r in baselines.rows_for(("cls", "seg")) if r.name == name)
+        options = replace(SMALL, data=str(root), batch=7, **row.changes)
+        tasks = [TASKS[t] for t in options.tasks]
+        training, _, _ = train.load_photographs(options, tasks)
+        steps = data.Steps(training.records, [TASKS[t] for t in options.streams or options.tasks], 7, 3, True, tasks)
+        seen[name] = [[(training.records[i], draw) for i, draw in step] for step in steps.range(0, 3 * steps.per_epoch)]
+        assert {len(step) for step in seen[name]} == {steps.photographs}
+    for name, task in (("cls_alone", CLS), ("seg_alone", SEG)):
+        assert seen[name] == [[(r, draw) for r, draw in step if task.labelled(r)] for step in seen["hard"]]
+        assert len(seen[name][0]) < 7
+
+
+def test_gradients_are_compared_as_two_backward_passes_would(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net, tasks = evaluate.build_net(asdict(SMALL))
+    trainer = train.Trainer(net, tasks, SMALL, 10, CPU)
+    photographs, _, _ = train.load_photographs(SMALL, tasks)
+    batch = data.collate([photographs[i, None] for i in range(6)], tasks)
+    losses = trainer.losses(batch)
+    found = trainer.compare_gradients(losses)
+    flat = {}
+    for t in ("cls", "seg"):
+        net.zero_grad()
+        losses[t].backward(retain_graph=True)
+        flat[t] = torch.cat([p.grad.flatten() for p in net.encoder.parameters()]).double()
+    expected = float(flat["cls"] @ flat["seg"] / flat["cls"].norm() / flat["seg"].norm())
+    assert found == {"cls seg": pytest.approx(expected, abs=1e-4)} and 1e-3 < abs(expected) < 1
+
+
+def test_looking_at_gradients_changes_nothing(tmp_path):
+    for name, look in (("a", True), ("b", False)):
+        train.fit(replace(SMALL, log_gradients=look), tmp_path / name, quiet=True)
+    a, b = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in "ab")
+    assert a["val"] == b["val"] and "gradient_cosines" not in b and -1 <= a["gradient_cosines"]["cls seg"] <= 1
+
+
+# ---- scores of a row ----
+
+def tallies(right: torch.Tensor) -> torch.Tensor:
+    """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
+    return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
+                                  torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
+
+
+def row_of(name: str, *seeds: torch.Tensor) -> comparison.Measured:
+    """A row with these answers right, one tensor for each seed."""
+    names = [f"p{i}" for i in range(len(seeds[0]))]
+    found = [Scores([Accurate()], {"cls": names}, {"cls": tallies(right)}, eyes={n: n for n in names})
+             for right in seeds]
+    return comparison.Measured(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
+
+
+class Accurate(type(CLS)):
+    """Grading by accuracy, which is a mean, so that what is planted is known."""
+    primary = "accuracy"
+
+
+def right(share: float, n: int, seed: int) -> torch.Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkeypatch):
+    parts, net = [], evaluate.build_net(asdict(SMALL))
+    for k in (1, 2, 3):
+        _, validation, _ = train.load_photographs(replace(SMALL, fold=f"{k}/3"), net[1])
+        parts.append(measured.kept(scores.score(net[0], validation, net[1], CPU, 6)))
+    found = comparison.put_together(parts, net[1])
+    everything = data.Photographs([r for r in records.read_drawn().records if r.part == "train"], 64)
+    whole = scores.score(net[0], everything, net[1], CPU, 6)
+    scores.align([whole, found])
+    for t in ("cls", "seg"):
+        torch.testing.assert_close(found.tallies[t], whole.tallies[t], rtol=1e-4, atol=1e-4,
+                                   equal_nan=True, check_dtype=False)
+    assert found.metrics()["cls"]["accuracy"] == whole.metrics()["cls"]["accuracy"]
+    assert found.losses["cls"] == pytest.approx(whole.losses["cls"], rel=1e-5)
+
+
+def test_a_constant_guess_scores_what_it_must(tmp_path):
+    options = replace(SMALL, tasks=("cls", "seg", "loc"))
+    tasks = [TASKS[t] for t in options.tasks]
+    training, validation, _ = train.load_photographs(options, tasks)
+    found = comparison.constant([(training, validation)], tasks).scores[0].metrics()
+    grades = [r.grade for r in training.records]
+    most = max(range(5), key=grades.count)
+    assert found["cls"]["accuracy"] == pytest.approx(sum(r.grade == most for r in validation.records) / len(validation))
+    assert found["cls"]["kappa"] == 0 and found["seg"]["dice"] == 0
+    place = torch.stack([training[i, None].points for i in range(len(training))]).mean(0)
+    gaps = [(validation[i, None].points - place).norm(dim=1) / 64 / 0.154 for i in range(len(validation))]
+    assert found["loc"]["diameters_disc"] == pytest.approx(float(torch.stack(gaps)[:, 0].mean()), rel=1e-4)
+
+
+def test_shifts_change_pictures_and_nothing_else():
+    photographs = data.Photographs(records.read_drawn().records[:3], 64)
+    for shift in measured.SHIFTS:
+        changed = measured.Shifted(photographs, shift)
+        assert len(changed) == 3 and changed.records == photographs.records
+        one, again, before = changed[1, None], changed[1, None], photographs[1, None]
+        assert torch.equal(one.image, again.image) and one.image.dtype == torch.uint8
+        assert one.image.shape == before.image.shape and not torch.equal(one.image, before.image)
+        assert (one.image.float() - before.image.float()).abs().mean() < 60
+        assert torch.equal(one.masks, before.masks) and torch.equal(one.points, before.points)
+    dark, cold = (measured.Shifted(photographs, s)[1, None].image.float().mean((1, 2)) / before.image.float().mean(
+        (1, 2)) for s in ("darker", "colder light"))
+    assert dark.max() < 0.65 and cold[0] < 0.9 < 1.1 < cold[2]
+
+
+# ---- differences ----
+
+def test_equal_rows_with_different_names_differ_by_nothing():
+    """The same answers; and answers of one quality, of which an uncorrected interval leaves out zero now and then."""
+    same = right(0.6, 100, 0)
+    rows = {"cls_alone": row_of("cls_alone", same), "hard": row_of("hard", same)}
+    (d,) = comparison.differences(rows, [Accurate()])
+    assert d["difference"] == 0 and not d["claimed"] and d["needed"] is None and d["p_adjusted"] == 1
+    wrong = 0
+    for k in range(10):
+        rows = {name: row_of(name, right(0.6, 100, 100 * k + i)) for i, name in enumerate(
+            ("cls_alone", "hard", "dense", "learned"))}
+        wrong += any(d["claimed"] for d in comparison.differences(rows, [Accurate()]))
+    assert wrong <= 2
+
+
+def test_a_planted_difference_is_claimed_with_its_size():
+    first = right(0.5, 300, 1)
+    second = first | right(0.4, 300, 2)
+    rows = {"cls_alone": row_of("cls_alone", first, first), "hard": row_of("hard", second, second)}
+    (d,) = comparison.differences(rows, [Accurate()])
+    gap = float((second.double() - first.double()).mean())
+    error = float((second.double() - first.double()).std()) / math.sqrt(300)
+    assert d["difference"] == pytest.approx(gap) and d["standard_error"] == pytest.approx(error, rel=0.1)
+    assert d["claimed"] and d["corrected_interval"] == pytest.approx([gap - 1.96 * error, gap + 1.96 * error], rel=0.1)
+    assert (d["seeds"], d["photographs"], d["against"]) == (2, 300, "cls_alone")
+
+
+def test_correction_for_the_number_of_differences():
+    found = comparison.corrected([{"difference": 0.1, "standard_error": 0.04, "p": 0.02, "photographs": 50}
+                                  for _ in range(10)])
+    assert [d["p_adjusted"] for d in found] == pytest.approx([0.2] * 10) and not any(d["claimed"] for d in found)
+    assert found[0]["corrected_interval"] == pytest.approx([0.1 - 2.807 * 0.04, 0.1 + 2.807 * 0.04], abs=1e-4)
+    assert found[0]["needed"] == math.ceil(50 * ((2.80703 + 0.84162) * 0.4) ** 2)
+    (alone,) = comparison.corrected([{"difference": 0.1, "standard_error": 0.04, "p": 0.02, "photographs": 50}])
+    assert alone["claimed"]
+
+
+def test_so_many_photographs_as_are_said_to_be_needed_find_it():
+    """80 % of samples of that size, of one of five differences, would be claimed."""
+    rng = torch.Generator().manual_seed(0)
+    shift, n = 0.2, 60
+    one = {"difference": shift, "standard_error": 1 / math.sqrt(n), "p": 0.5, "photographs": n}
+    needed = comparison.corrected([dict(one) for _ in range(5)])[0]["needed"]
+    claimed = 0
+    for sample in torch.randn(600, needed, generator=rng) + shift:
+        found = {"difference": float(sample.mean()), "standard_error": float(sample.std()) / math.sqrt(needed)}
+        p = math.erfc(abs(found["difference"] / found["standard_error"]) / math.sqrt(2))
+        claimed += comparison.corrected([{**found, "p": p, "photographs": needed}, *(dict(one) for _ in range(4))])[0][
+            "claimed"]
+    assert claimed / 600 == pytest.approx(0.8, abs=0.06)
+
+
+def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
+    """p of a thousand draws, times as many differences, would never be small enough."""
+    first = right(0.2, 120, 1)
+    rows = {"cls_alone": row_of("cls_alone", first)} | {f"row{k}": row_of(f"row{k}", first | right(0.7, 120, k + 2))
+                                                       for k in range(60)}
+    assert all(d["claimed"] for d in comparison.differences(rows, [Accurate()]))
+    nothing = {"difference": math.nan, "standard_error": math.nan, "p": math.nan, "photographs": 6}
+    (bad,) = comparison.corrected([nothing])
+    assert bad["needed"] is None and not bad["claimed"] and json.dumps(evaluate.plain(bad), allow_nan=False)
+    said = {"rows": {n: {"words": n} for n in "ab"}}
+    d = evaluate.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
+    assert "not defined on these photographs" in comparison.claim(said, d)
+
+
+def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
+    x, y = right(0.5, 40, 1), right(0.5, 40, 2)
+    rows = {"cls_alone": row_of("cls_alone", x), "hard": row_of("hard", y), "leaky": row_of("leaky", x[:30])}
+    assert [d["row"] for d in comparison.differences(rows, [Accurate()])] == ["hard"]
+    rows["hard"].seeds = [1]
+    assert comparison.differences(rows, [Accurate()]) == []
+
+
+# ---- all of it ----
+
+class InProcess:
+    """In place of a process: the same work, here."""
+
+    def __init__(self, job):
+        self.job, self.process, self.epochs, self.error = job, self, job.epochs(), ""
+        try:
+            measured.finish(job.options, job.folder, job.photographs)
+        except (InputError, RunError) as error:
+            self.error = str(error)
+
+    def is_alive(self):
+        return False
+
+    def failure(self):
+        return self.error
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Jobs run in this process, one after the other; -> the words of those that were started."""
+    started = []
+    monkeypatch.setattr(baselines, "start", lambda job, threads: started.append(job.words) or InProcess(job))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    return started
+
+
+def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
+    monkeypatch.setattr(measured, "SHIFTS", dict(list(measured.SHIFTS.items())[:2]))
+    flags = "--name whole --only constant cls_alone learned --seeds 2 --epochs 1".split()
+    baselines.main(flags)
+    folder = records.HERE / "runs" / "whole"
+    found = json.loads((folder / "comparison.json").read_text())
+    assert here == [f"{name}, seed {s}, fold 1/5" for s in (0, 1) for name in ("cls_alone", "learned")]
+    assert list(found["rows"]) == ["constant", "cls_alone", "learned"] and not found["failed"]
+    learned = found["rows"]["learned"]
+    stored = [json.loads((folder / "learned" / f"seed{s}_fold1of5" / "result.json").read_text()) for s in (0, 1)]
+    assert learned["tasks"]["cls"]["metrics"]["kappa"]["values"] == pytest.approx(
+        [s["metrics"]["cls"]["kappa"] for s in stored])
+    assert learned["costs"]["parameters"] > found["rows"]["cls_alone"]["costs"]["parameters"]
+    assert learned["costs"]["seconds"] == pytest.approx(6 * learned["costs"]["training_seconds"] * 4)  # 4 steps of 6
+    assert learned["costs"]["latency"] > 0 and learned["costs"]["peak_bytes"] > 1e8
+    assert list(learned["tasks"]["seg"]["shifts"]) == ["darker", "blurred"] and learned["cosines"][0]["cls seg"] <= 1
+    assert [(d["row"], d["against"], d["task"]) for d in found["differences"]] == [("learned", "cls_alone", "cls")]
+    table = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
+    line = next(r for r in table if (r["row"], r["task"], r["metric"]) == ("learned", "cls", "kappa"))
+    assert float(line["mean"]) == pytest.approx(learned["tasks"]["cls"]["metrics"]["kappa"]["mean"])
+    text = (folder / "REPORT.md").read_text()
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (folder / link).exists()
+    assert "These are drawings" in text and "What multi-task learning is" in text and "{" not in text
+    for row in found["rows"].values():  # each score stands in the row's line
+        line = next(x for x in text.split("\n") if x.startswith(f"| {row['words']} |"))
+        for of in row["tasks"].values():
+            assert f"{of['metrics'][of['primary']]['mean']:.3f}" in line
+    before = list(here)
+    baselines.main(flags)
+    assert here == before and "4 of 4 runs are finished already" in capsys.readouterr().out
+    baselines.main([*flags[:-4], "--seeds", "3", "--epochs", "1"])
+    assert here[len(before):] == [f"{name}, seed 2, fold 1/5" for name in ("cls_alone", "learned")]
+    with pytest.raises(InputError, match="a run with epochs 1, not 2; expected the comparison that is asked for"):
+        baselines.main([*flags[:-1], "2"])
+
+
+def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
+    whole = measured.finish
+
+    def finish(options, folder, photographs):
+        if options.experts == 1:
+            raise RunError("out of memory after step 3")
+        whole(options, folder, photographs)
+    monkeypatch.setattr(measured, "finish", finish)
+    monkeypatch.setattr(measured, "SHIFTS", {})
+    with pytest.raises(SystemExit) as ended:
+        baselines.main(["--name", "failed", "--only", "hard", "dense", "--seeds", "1", "--epochs", "1"])
+    found = json.loads((records.HERE / "runs" / "failed" / "comparison.json").read_text())
+    said = "dense, seed 0, fold 1/5: out of memory after step 3"
+    assert ended.value.code == 1 and list(found["rows"]) == ["hard"] and said in capsys.readouterr().out
+    assert said in (records.HERE / "runs" / "failed" / "REPORT.md").read_text()
+
+
+def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
+    job = Job(Row("hard", ""), replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
+    running = baselines.start(job, 1)
+    running.process.join()
+    assert "nowhere: no such file or folder" in running.failure() and running.process.exitcode == 1
+    running = baselines.start(job, 1)
+    running.process.kill()
+    running.process.join()
+    assert "killed by SIGKILL" in running.failure()
+
+
+def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
+    """The terminal's reaches the main process alone; jobs save what they learned and end."""
+    happened = []
+
+    class Process:
+        def is_alive(self):
+            return True
+
+        def terminate(self):
+            happened.append("terminate")
+
+        def join(self):
+            happened.append("join")
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(baselines, "start", lambda job, threads: baselines.Running(job, Process(), None, 0))
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        baselines.main(["--name", "stopped", "--only", "hard", "dense", "--seeds", "1", "--jobs", "2"])
+    assert ended.value.code == 130 and happened == ["terminate", "terminate", "join", "join"]
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
+    monkeypatch.setattr(measured, "SHIFTS", {})
+    flags = ["--name", "other", "--only", "hard", "--seeds", "1", "--epochs", "1"]
+    baselines.main(flags)
+    monkeypatch.setattr(records, "DRAWN", {"train": (0, 25), "test": (1, 10)})
+    with pytest.raises(InputError, match="a run on other photographs or labels; expected the comparison"):
+        baselines.main(flags)
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--only", "best"], "--only best: no such row; there are constant, cls_alone"),
+    (["--folds", "6/5"], "--fold 6/5: expected I/N"), (["--folds", "5"], "--fold 5: expected I/N"),
+    (["--seeds", "0"], "--seeds 0: expected at least 1"), (["--name", "a/b"], "--name a/b: expected a name"),
+    (["--tasks", "cls", "reading"], "--tasks reading: no such task"),
+    (["--data", "/nowhere"], "/nowhere: no such file")])
+def test_mistakes_are_one_line(flags, message):
+    with pytest.raises(InputError, match=message):
+        baselines.main(flags)
+
+
+# ---- the report ----
+
+def test_the_report_claims_only_what_can_be_claimed():
+    first = right(0.5, 300, 1)
+    rows = {"cls_alone": row_of("cls_alone", first), "hard": row_of("hard", first | right(0.4, 300, 2))}
+    found = {"rows": {name: comparison.row_numbers(row) for name, row in rows.items()},
+             "differences": comparison.differences(rows, [Accurate()])}
+    (d,) = found["differences"]
+    said = comparison.claim(found, d)
+    assert f"{d['difference']:+.3f}" in said and "higher, with 1 seed; 5 would tell" in said
+    d["claimed"], d["needed"] = False, 1234
+    said = comparison.claim(found, d)
+    assert "no difference can be shown; one as large as this would take 1234 photographs" in said
+    assert "higher" not in said
+    assert report.measured_help(found).startswith("Measured here: cls accuracy, hard less cls_alone")
+
+
+def test_intervals_of_a_row_are_those_of_evaluate():
+    rows = [right(0.6, 80, k) for k in (1, 2)]
+    numbers = comparison.row_numbers(row_of("hard", *rows))["tasks"]["cls"]["metrics"]["accuracy"]
+    means = [float(r.double().mean()) for r in rows]
+    assert numbers["mean"] == pytest.approx(sum(means) / 2) and numbers["values"] == pytest.approx(means)
+    assert numbers["sd"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
+    low, high = numbers["interval"]
+    assert low < numbers["mean"] < high and high - low == pytest.approx(
+        2 * 1.96 * math.sqrt(0.24 / 80), rel=0.5) and intervals.DRAWS == 1000
