@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import records  # noqa: E402
 import synthetic  # noqa: E402
+import train  # noqa: E402
 
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -116,6 +117,19 @@ def small_tree(tmp_path_factory) -> Path:
 def tree(tmp_path, small_tree) -> Path:
     """A tree of one's own to damage."""
     return shutil.copytree(small_tree, tmp_path / "IDRiD")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing has stopped, made once in a file of tests for each kind of options."""
+    made = {}
+
+    def run(options):
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("whole") / "run"
+            train.fit(options, made[options], quiet=True)
+        return made[options]
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -77,19 +77,6 @@ def die():
     raise Killed
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Runs that nothing has stopped, made once for each kind of options."""
-    made = {}
-
-    def run(options):
-        if options not in made:
-            made[options] = tmp_path_factory.mktemp("whole") / "run"
-            train.fit(options, made[options], quiet=True)
-        return made[options]
-    return run
-
-
 @pytest.fixture
 def classes(tmp_path) -> Path:
     """Two folders of tiny pictures."""

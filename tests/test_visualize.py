@@ -40,17 +40,10 @@ def shallow(monkeypatch):
     monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Runs, trained once for each kind of options."""
-    runs = {}
-
-    def run(options=ALL) -> Path:
-        if options not in runs:
-            runs[options] = tmp_path_factory.mktemp("made") / "run"
-            train.fit(options, runs[options], quiet=True)
-        return runs[options]
-    return run
+@pytest.fixture
+def made(whole):
+    """A run of all tasks, or of other options."""
+    return lambda options=ALL: whole(options)
 
 
 @pytest.fixture
