@@ -273,10 +273,12 @@ def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, st
             firsts[name] = of_seed[next(iter(whole))][0][0]
     if not found:
         raise RunError(f"none of the {len(jobs)} runs came to its end; first: {next(iter(failed.items()))}")
+    own = own_validation(base)
     numbers = comparison.compared(found, tasks, {
-        "what": what_words(base, folds, len(rows)), "data": base.data, "options": plain(base), "folds": list(folds),
+        "what": what_words(base, folds, len(rows), own), "data": base.data, "options": plain(base),
+        "folds": list(folds),
         "machine": measured.hardware(device), "failed": dict(failed),
-        "own_validation": own_validation(base)})
+        "own_validation": own})
     for name, value in measured.latencies({name: job.folder for name, job in firsts.items()}, device).items():
         log = visualize.read_log(firsts[name].folder)
         numbers["rows"][name]["costs"]["latency"] = value
@@ -291,10 +293,10 @@ def own_validation(base: Options) -> bool:
     return any(r.part == "val" for r in records.read_data(root).records)
 
 
-def what_words(base: Options, folds: Sequence[str], rows: int) -> str:
-    """What was compared on what, in a sentence."""
+def what_words(base: Options, folds: Sequence[str], rows: int, own: bool) -> str:
+    """What was compared on what, in a sentence; `own`: the data set names its validation part."""
     data_ = "DRAWN photographs, not IDRiD" if base.data is None else Path(base.data).name
-    where = "its own validation part" if own_validation(base) else f"fold{'s' * (len(folds) > 1)} {' '.join(folds)}"
+    where = "its own validation part" if own else f"fold{'s' * (len(folds) > 1)} {' '.join(folds)}"
     return f"{data_}, {base.size} px, at most {base.epochs} epochs, {where}, {rows} rows, weights {base.weights}"
 
 
@@ -367,7 +369,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_folds(text: str, base: Options) -> list[str]:
     """"3/5" -> ["1/5", "2/5", "3/5"]. InputError: another form; folds of a data set with a validation part."""
     count, number = eyes.read_fold(text)
-    if own_validation(base) and count > 1:
+    if count > 1 and own_validation(base):
         raise InputError(f"--folds {text}: {base.data} names its own validation part; leave --folds out")
     return [f"{k + 1}/{number}" for k in range(count)]
 

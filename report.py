@@ -113,15 +113,10 @@ def cosine_words(found: Mapping) -> str:
             f"{'; '.join(parts)}: on average {verdict}.")
 
 
-def measured_help(found: Mapping) -> str:
-    """What sharing did to each task, against the task alone."""
-    said = [claim(found, d) for d in found["differences"] if d["row"] == "hard" and d["against"] == d["task"] + ALONE]
-    return f"Measured here: {'; '.join(said)}." if said else "It was not measured in this comparison."
-
-
-def measured_routing(found: Mapping) -> str:
-    """What the learned routers did, against the dense adapter."""
-    said = [claim(found, d) for d in found["differences"] if d["row"] == "learned" and d["against"] == "dense"]
+def measured_here(found: Mapping, row: str, against: str) -> str:
+    """What one row did to each task, against another; `against` may end in the part of its name that is no task's."""
+    said = [claim(found, d) for d in found["differences"]
+            if d["row"] == row and d["against"] in (against, d["task"] + against)]
     return f"Measured here: {'; '.join(said)}." if said else "It was not measured in this comparison."
 
 
@@ -245,8 +240,10 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         differences=sentences or "There is nothing to compare with.",
         costs="\n".join(costs(found)), generalization="\n".join(generalization(found)),
         follows="\n".join(f"* {line}" for line in trade_offs(found)),
-        pictures=shown("overlays", "confusion", "routing", "curves"), help=measured_help(found),
-        cosines=cosine_words(found), weights_rows=rows_of_weights(found), routing=measured_routing(found),
+        pictures=shown("overlays", "confusion", "routing", "curves"),
+        help=measured_here(found, "hard", ALONE),
+        cosines=cosine_words(found), weights_rows=rows_of_weights(found),
+        routing=measured_here(found, "learned", "dense"),
         seeds=f"{seeds} seed{'s' * (seeds != 1)} of each row at most: " + (
             f"differences are between these networks; to speak of ways of training, {FEWEST_RUNS} are needed."
             if seeds < FEWEST_RUNS else "differences are between ways of training, on these data."))

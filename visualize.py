@@ -4,8 +4,8 @@
     python visualize.py runs/NAME --only curves       # one of them
     python visualize.py runs/A runs/B --only curves   # of several runs in one picture
 
-What each picture shows and how it is made stands in figures.py
-and insides.py; here is what they are made of, and the page.
+What each picture shows and how it is made stands in figures.py and insides.py; here is what they are made of, and the
+page.
 """
 
 import argparse

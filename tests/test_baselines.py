@@ -414,7 +414,7 @@ def test_the_report_claims_only_what_can_be_claimed():
     said = comparison.claim(found, d)
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
-    assert report.measured_help(found).startswith("Measured here: cls accuracy, hard less cls_alone")
+    assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard less cls_alone")
 
 
 def test_intervals_of_a_row_are_those_of_evaluate():
