@@ -39,6 +39,7 @@ import report
 import speed
 import train
 import visualize
+from comparison import PICTURES
 from files import InputError, RunError
 from flags import Options, plain
 from parallel import ALONE
@@ -273,31 +274,36 @@ def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, st
             firsts[name] = of_seed[next(iter(whole))][0][0]
     if not found:
         raise RunError(f"none of the {len(jobs)} runs came to its end; first: {next(iter(failed.items()))}")
-    own = own_validation(base)
+    of_data = described(base)
     numbers = comparison.compared(found, tasks, {
-        "what": what_words(base, folds, len(rows), own), "data": base.data, "options": plain(base),
-        "folds": list(folds),
-        "machine": measured.hardware(device), "failed": dict(failed),
-        "own_validation": own})
+        "what": what_words(base, folds, len(rows), of_data), "options": measured.result_of(base), "folds": list(folds),
+        "machine": measured.hardware(device), "failed": dict(failed), **of_data,
+        # of the runs; of this process, which measures latencies
+        "threads": sorted({left["threads"] for runs in of_row.values() for run in runs.values() for _, left in run
+                           if left}), "threads_here": torch.get_num_threads()})
     for name, value in measured.latencies({name: job.folder for name, job in firsts.items()}, device).items():
         log = visualize.read_log(firsts[name].folder)
         numbers["rows"][name]["costs"]["latency"] = value
-        numbers["rows"][name] |= {"run": str(firsts[name].folder),
+        numbers["rows"][name] |= {"run": "/".join(firsts[name].folder.parts[-2:]),
                                   "cosines": [line.get("gradient_cosines", {}) for line in log]}
     return numbers
 
 
-def own_validation(base: Options) -> bool:
-    """Whether the data set names its own validation part."""
-    root = None if base.data is None else Path(base.data)
-    return any(r.part == "val" for r in records.read_data(root).records)
+def described(base: Options) -> dict:
+    """Of the data: name (None: drawn), size of the first photograph, whether there is a validation part of its own."""
+    if base.data is None:
+        return {"data": None, "pixels": None, "own_validation": False}
+    root, found = Path(base.data), records.read_data(Path(base.data)).records
+    return {"data": "IDRiD" if records.is_idrid(root) else root.name, "pixels": records.image_size(found[0].image),
+            "own_validation": any(r.part == "val" for r in found)}
 
 
-def what_words(base: Options, folds: Sequence[str], rows: int, own: bool) -> str:
-    """What was compared on what, in a sentence; `own`: the data set names its validation part."""
-    data_ = "DRAWN photographs, not IDRiD" if base.data is None else Path(base.data).name
-    where = "its own validation part" if own else f"fold{'s' * (len(folds) > 1)} {' '.join(folds)}"
-    return f"{data_}, {base.size} px, at most {base.epochs} epochs, {where}, {rows} rows, weights {base.weights}"
+def what_words(base: Options, folds: Sequence[str], rows: int, of_data: Mapping) -> str:
+    """What was compared on what, in a sentence."""
+    name = of_data["data"] or "DRAWN photographs, not IDRiD"
+    where = "its own validation part" if of_data["own_validation"] else f"fold{'s' * (len(folds) > 1)} " + \
+        " ".join(folds)
+    return f"{name}, {base.size} px, at most {base.epochs} epochs, {where}, {rows} rows, weights {base.weights}"
 
 
 REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the report
@@ -305,8 +311,8 @@ REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the repo
 
 def report_pictures(found: Mapping, folder: Path, base: Options) -> dict[str, str]:
     """Draw what the report shows: of the default model's first run, with the curves of all rows; -> {name: path}."""
-    runs = {name: row["run"] for name, row in found["rows"].items() if "run" in row}
-    pictures = {"comparison": "comparison.png"}
+    runs = {name: str(folder / row["run"]) for name, row in found["rows"].items() if "run" in row}
+    pictures = {"comparison": f"{PICTURES}/comparison.png"}
     if not runs:
         return pictures
     first = "learned" if "learned" in runs else next(iter(runs))
@@ -314,8 +320,8 @@ def report_pictures(found: Mapping, folder: Path, base: Options) -> dict[str, st
     flags_ = ["--device", base.device, *(["--data", base.data] if base.data else [])]
     m = visualize.gather(visualize.parse([*(runs[name] for name in names), *flags_]))
     m.logs = dict(zip(names, m.logs.values()))
-    drawn = visualize.draw(m, REPORTED, folder / "pictures")
-    return pictures | {name: f"pictures/{name}.{visualize.FIGURES[name][1]}" for name, content in drawn.items()
+    drawn = visualize.draw(m, REPORTED, folder / PICTURES)
+    return pictures | {name: f"{PICTURES}/{name}.{visualize.FIGURES[name][1]}" for name, content in drawn.items()
                        if isinstance(content, bytes)}
 
 
@@ -369,7 +375,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_folds(text: str, base: Options) -> list[str]:
     """"3/5" -> ["1/5", "2/5", "3/5"]. InputError: another form; folds of a data set with a validation part."""
     count, number = eyes.read_fold(text)
-    if count > 1 and own_validation(base):
+    if count > 1 and described(base)["own_validation"]:
         raise InputError(f"--folds {text}: {base.data} names its own validation part; leave --folds out")
     return [f"{k + 1}/{number}" for k in range(count)]
 

@@ -37,6 +37,7 @@ from tasks import Classification, Landmarks, Lesions, Task
 
 LEVEL = 0.05
 ALONE = "_alone"  # how names of rows end that are for one task
+PICTURES = "pictures/comparison"  # where those of the report lie
 
 
 # ---- scores of a row ----
@@ -283,9 +284,10 @@ def chart(found: Mapping) -> Image.Image:
 
 
 def write(found: Mapping, folder: Path) -> list[str]:
-    """comparison.json, comparison.csv and comparison.png; -> their names."""
+    """comparison.json, comparison.csv and a picture; -> their names."""
     write_text(folder / "comparison.json", json.dumps(found, indent=1))
     write_text(folder / "comparison.csv", table(found))
-    with replacing(folder / "comparison.png", lasting=False) as file:
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    with replacing(folder / PICTURES / "comparison.png", lasting=False) as file:
         chart(found).save(file, "PNG", optimize=True)
-    return ["comparison.json", "comparison.csv", "comparison.png"]
+    return ["comparison.json", "comparison.csv", f"{PICTURES}/comparison.png"]

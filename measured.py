@@ -86,7 +86,7 @@ def hardware(device: torch.device) -> str:
     cpu = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.*)", cpu.read_text()) if cpu.exists() else []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (models or [platform.machine()])[0]
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, torch {torch.__version__}"
 
 
 def latencies(folders: Mapping[str, Path], device: torch.device, rounds: int = 15) -> dict[str, float]:
@@ -133,7 +133,7 @@ def measure(folder: Path, device: torch.device) -> dict:
     steps = log[-1]["step"]
     return {"scores": kept(found), "epoch": run.epoch, "training": primaries(score(learned)),
             "shifts": {shift: primaries(score(Shifted(here, shift))) for shift in SHIFTS},
-            "plain": primaries(found),
+            "plain": primaries(found), "threads": torch.get_num_threads(),
             "costs": {"parameters": sum(p.numel() for p in run.net.parameters()),
                       "multiply_adds": multiply_adds(net, run.options["size"], device),
                       # of a photograph of the batch, whether or not this network is given it: the same for all rows

@@ -435,4 +435,9 @@ def read_data(root: Path | None) -> DataSet:
             raise InputError(f"{root}: a file that is no table; expected one that ends in .csv, a folder with "
                              "train/CLASS/ in it, or the folder into which IDRiD was unzipped")
         return read_table(root)
-    return read_folders(root) if (root / "train").is_dir() else read_idrid(root)
+    return read_idrid(root) if is_idrid(root) else read_folders(root)
+
+
+def is_idrid(root: Path | None) -> bool:
+    """Whether it is a folder to be read as IDRiD's."""
+    return root is not None and root.is_dir() and not (root / "train").is_dir()

@@ -2,10 +2,9 @@
 
     python baselines.py                          writes both, and the pictures that the report shows
     python -c "import json, report; print(report.text(json.load(open('comparison.json')), {}))"
-
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from comparison import ALONE, claim, rounded
@@ -113,6 +112,21 @@ def cosine_words(found: Mapping) -> str:
             f"{'; '.join(parts)}: on average {verdict}.")
 
 
+def differences(found: Mapping) -> list[str]:
+    """The table of differences; claim() says each of them in words."""
+    if not found["differences"]:
+        return ["There is nothing to compare with."]
+    out = ["| | | less | difference | p | can be claimed | photographs needed |", "|---|---|---|---|---|---|---|"]
+    for d in found["differences"]:
+        row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
+        known = d["difference"] is not None and None not in d["corrected_interval"]
+        number = "{:+.3f} ({:+.3f} to {:+.3f})".format(d["difference"], *d["corrected_interval"]) if known else "-"
+        verdict = ("higher" if d["difference"] > 0 else "lower") if d["claimed"] else "no"
+        needed = f"{d['needed']} (here {d['photographs']})" if d["needed"] and not d["claimed"] else ""
+        out.append(f"| {d['task']} | {row} | {other} | {number} | {d['p_adjusted']:.3f} | {verdict} | {needed} |")
+    return out
+
+
 def measured_here(found: Mapping, row: str, against: str) -> str:
     """What one row did to each task, against another; `against` may end in the part of its name that is no task's."""
     said = [claim(found, d) for d in found["differences"]
@@ -130,7 +144,8 @@ def rows_of_weights(found: Mapping) -> str:
 TEMPLATE = """\
 # Does sharing help, does routing help, and what does each cost?
 
-Written by `baselines.py` from `comparison.json`: {what}. {machine}; {minutes:.0f} minutes of training.{drawn}
+Written by `baselines.py` from `comparison.json`: {what}. {machine}; {minutes:.0f} minutes of training in all runs,
+each with {threads}.{drawn}
 
 ## Model, and why
 
@@ -163,11 +178,15 @@ Mean ± standard deviation over seeds (95 % interval).
 
 {comparison}## Differences
 
-In brackets the interval corrected for their number; p adjusted (Holm).
+In brackets the 95 % interval, corrected for their number ({number}); p adjusted (Holm); photographs that a difference
+as large as the one seen would need to be claimed with a chance of 80 %.
 
 {differences}
 
 ## Costs
+
+Training times with {threads} a run, answers with {threads_here}; memory is the most that a process held while it
+trained.{unlike}
 
 {costs}
 
@@ -215,6 +234,14 @@ equal cost or of equal parameters, frozen random routers, all experts averaged. 
 """
 
 
+CREDIT = "*Photographs: IDRiD, (c) P. Porwal, S. Pachade, M. Kokare, CC BY 4.0; cropped, reduced, drawn upon.*\n\n"
+
+
+def threads_words(numbers: Sequence[int]) -> str:
+    """"2 threads"."""
+    return f"{' or '.join(map(str, numbers))} thread{'s' * (numbers[-1] > 1)}"
+
+
 def text(found: Mapping, pictures: Mapping[str, str]) -> str:
     """The whole report; `pictures`: name -> path, relative to where it will lie."""
     o = found["options"]
@@ -224,12 +251,14 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         return "".join(f"![{name}]({pictures[name]})\n\n" for name in names if name in pictures)
 
     failed = "".join(f"\n* failed: {job}: {why}" for job, why in found["failed"].items())
-    sentences = "\n".join(f"* {claim(found, d)}" for d in found["differences"])
     return TEMPLATE.format(
         **{k: o[k] for k in ("weights", "experts", "chosen", "size", "lr", "batch", "epochs")},
         what=found["what"], machine=found["machine"], minutes=found["seconds"] / 60, variant=o["variant"].upper(),
         drawn=" **These are drawings: nothing here is a result on IDRiD.**" if found["data"] is None else "",
-        name="Drawn photographs" if found["data"] is None else found["data"].rstrip("/").rpartition("/")[2],
+        name="Drawn photographs" if found["data"] is None else
+        "{} (the first photograph has {}x{} pixels)".format(found["data"], *found["pixels"]),
+        threads=threads_words(found["threads"]), threads_here=threads_words([found["threads_here"]]),
+        unlike=" Runs had different numbers of threads: their times cannot be compared." * (len(found["threads"]) > 1),
         tasks=" ".join(found["tasks"]), decisions=(o["size"] // 32) ** 2 * o["batch"],
         folds="the part that the data set names itself"
         if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training part",
@@ -237,10 +266,10 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         "other photographs and compared with none." * ("leaky" in found["rows"]),
         unchanged=" (but for the row without augmentation)" * ("plain" in found["rows"]),
         failed=failed + "\n" * bool(failed), results="\n".join(results(found)), comparison=shown("comparison"),
-        differences=sentences or "There is nothing to compare with.",
+        differences="\n".join(differences(found)), number=len(found["differences"]),
         costs="\n".join(costs(found)), generalization="\n".join(generalization(found)),
         follows="\n".join(f"* {line}" for line in trade_offs(found)),
-        pictures=shown("overlays", "confusion", "routing", "curves"),
+        pictures=shown("overlays", "confusion", "routing", "curves") + CREDIT * (found["data"] == "IDRiD"),
         help=measured_here(found, "hard", ALONE),
         cosines=cosine_words(found), weights_rows=rows_of_weights(found),
         routing=measured_here(found, "learned", "dense"),

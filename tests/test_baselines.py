@@ -312,6 +312,7 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
     line = next(r for r in table if (r["row"], r["task"], r["metric"]) == ("learned", "cls", "kappa"))
     assert float(line["mean"]) == pytest.approx(learned["tasks"]["cls"]["metrics"]["kappa"]["mean"])
     text = (folder / "REPORT.md").read_text()
+    assert str(records.HERE) not in text + json.dumps(found) and found["threads"] == [torch.get_num_threads()]
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / link).exists()
     assert "These are drawings" in text and "What multi-task learning is" in text and "{" not in text
@@ -343,6 +344,29 @@ def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, cap
     said = "dense, seed 0, fold 1/5: out of memory after step 3"
     assert ended.value.code == 1 and list(found["rows"]) == ["hard"] and said in capsys.readouterr().out
     assert said in (records.HERE / "runs" / "failed" / "REPORT.md").read_text()
+
+
+def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
+    """Three tasks, two folds; one fold of one seed fails: the other seed stands for the row, on both folds."""
+    whole = measured.finish
+
+    def finish(options, folder, photographs):
+        if (options.tasks, options.seed, options.fold) == (("loc",), 1, "2/5"):
+            raise RunError("out of memory after step 3")
+        whole(options, folder, photographs)
+    monkeypatch.setattr(measured, "finish", finish)
+    monkeypatch.setattr(measured, "SHIFTS", {})
+    with pytest.raises(SystemExit):
+        baselines.main("--name folds --tasks cls dme loc --only loc_alone hard --seeds 2 --folds 2/5 --epochs 1".split())
+    folder = records.HERE / "runs" / "folds"
+    found = json.loads((folder / "comparison.json").read_text())
+    assert [found["rows"][name]["seeds"] for name in ("loc_alone", "hard")] == [[0], [0, 1]]
+    # 30 drawings, 24 of them in the other folds
+    assert [found["rows"]["hard"]["tasks"][t]["photographs"] for t in ("cls", "dme", "loc")] == [12, 12, 12]
+    assert [(d["row"], d["task"], d["seeds"]) for d in found["differences"]] == [("hard", "loc", 1)]
+    text = (folder / "REPORT.md").read_text()
+    assert "failed: loc_alone, seed 1, fold 2/5: out of memory" in text and "| loc alone, 1 of 2 seeds | " in text
+    assert set(found["rows"]["hard"]["cosines"][0]) == {"cls dme", "cls loc", "dme loc"}
 
 
 def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
@@ -400,6 +424,21 @@ def test_mistakes_are_one_line(flags, message):
         baselines.main(flags)
 
 
+def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch):
+    """In processes of their own, with half of the threads each; what one leaves does not hang on the other."""
+    base = replace(SMALL, data=str(official_tree(tmp_path / "IDRiD", test=False)))
+    rows = [row for row in baselines.rows_for(base.tasks) if row.name in ("hard", "cls_alone")]
+    left = {}
+    for name, number in (("both", 2), ("one", 1)):
+        jobs = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert baselines.run_all(jobs, number) == {}
+        left[name] = [job.measured() for job in jobs]
+    for one, other in zip(*left.values()):
+        assert one["threads"] == other["threads"] == 1
+        assert torch.equal(one["scores"]["tallies"]["cls"], other["scores"]["tallies"]["cls"])
+
+
 # ---- the report ----
 
 def test_the_report_claims_only_what_can_be_claimed():
@@ -410,10 +449,12 @@ def test_the_report_claims_only_what_can_be_claimed():
     (d,) = found["differences"]
     said = comparison.claim(found, d)
     assert f"{d['difference']:+.3f}" in said and "higher, with 1 seed; 5 would tell" in said
+    assert "| higher |  |" in report.differences(found)[-1]
     d["claimed"], d["needed"] = False, 1234
     said = comparison.claim(found, d)
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
+    assert "| no | 1234 (here 300) |" in report.differences(found)[-1]
     assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard less cls_alone")
 
 
