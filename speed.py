@@ -49,11 +49,12 @@ HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick(device: torch.device) -> str:
     """The fastest precision of HALVES that a device has units for.
 
-    On a CPU bf16 needs AMX: with AVX-512 alone it brings little, and emulated it is ten times slower than fp32.
+    On a CPU that is AMX or AVX512_BF16; emulated, bf16 is ten times slower than fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -55,8 +55,8 @@ def machine() -> str:
     """What was measured on."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    amx = ", AMX" * (speed.pick(CPU) == "bf16")
-    return (f"{names[0] if names else platform.processor()}{amx}, {torch.get_num_threads()} threads, "
+    half = ", bf16" * (speed.pick(CPU) == "bf16")
+    return (f"{names[0] if names else platform.processor()}{half}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, Python {platform.python_version()}")
 
 

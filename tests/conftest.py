@@ -14,12 +14,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import model  # noqa: E402
 import records  # noqa: E402
 import synthetic  # noqa: E402
 import train  # noqa: E402
 
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """One block in each stage of the encoder, for tests that do not depend on how deep it is."""
+    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
 
 
 def pytest_addoption(parser):

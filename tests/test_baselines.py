@@ -18,7 +18,6 @@ import data
 import evaluate
 import intervals
 import measured
-import model
 import records
 import report
 import scores
@@ -31,13 +30,8 @@ from tasks import TASKS
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
 CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
+pytestmark = pytest.mark.usefixtures("shallow")
 SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch):
-    """One block in each stage of the encoder: nothing here depends on how deep it is."""
-    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
 
 
 # ---- rows ----
@@ -357,7 +351,7 @@ def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
     monkeypatch.setattr(measured, "finish", finish)
     monkeypatch.setattr(measured, "SHIFTS", {})
     with pytest.raises(SystemExit):
-        baselines.main("--name folds --tasks cls dme loc --only loc_alone hard --seeds 2 --folds 2/5 --epochs 1".split())
+        baselines.main("--name folds --tasks cls dme loc --only loc_alone hard --folds 2/5 --epochs 1".split())
     folder = records.HERE / "runs" / "folds"
     found = json.loads((folder / "comparison.json").read_text())
     assert [found["rows"][name]["seeds"] for name in ("loc_alone", "hard")] == [[0], [0, 1]]

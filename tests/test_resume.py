@@ -22,13 +22,13 @@ import checkpoints
 import data
 import evaluate
 import files
-import model
 import records
 import train
 from conftest import ROOT
 from files import InputError, RunError
 from test_train import PROGRAM, TINY, few_drawings, trainer_and_batch  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("shallow")
 SHORT = replace(TINY, epochs=2, batch=6, save_every=3)
 
 
@@ -46,12 +46,6 @@ def ended_alike(one: Path, two: Path) -> None:
         nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
         assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
     assert not list(one.glob("*.part")) + list(two.glob("*.part"))
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch):
-    """One block in each stage of the encoder: nothing here depends on how deep it is."""
-    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
 
 
 class Killed(BaseException):
@@ -370,7 +364,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import json, os, random, shutil, signal, time
 from pathlib import Path
-import data, files, records, train
+import data, files, model, records, train
+model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 home, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
 records.HERE, data.CACHE = home, home / "cache"
 records.DRAWN = {"train": (0, 60), "test": (1, 5)}

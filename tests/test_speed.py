@@ -19,7 +19,7 @@ import train
 from files import InputError, RunError
 from model import Net, NetConfig
 from tasks import make_tasks
-from test_resume import log, shallow  # noqa: F401
+from test_resume import log
 from test_train import TINY, few_drawings, trainer_and_batch  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -125,9 +125,10 @@ def test_the_gradient_in_bf16_points_where_that_in_float32_does():
 
 
 def test_precision_is_picked_by_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert speed.pick(CPU) == "bf16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for able in ("amx_bf16", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_f": True, able: True})
+        assert speed.pick(CPU) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
     assert speed.pick(CPU) == "fp32"
     assert flags.settle(flags.parse(["--device", "cpu"]))[0].precision == "fp32"
     assert flags.settle(flags.parse(["--device", "cpu", "--precision", "bf16"]))[0].precision == "bf16"

@@ -34,6 +34,7 @@ from files import InputError, RunError
 from tasks import TASKS
 from train import LossWeights, Options, Trainer
 
+pytestmark = pytest.mark.usefixtures("shallow")
 TINY = Options(size=32, epochs=2, batch=6, experts=4)
 
 
@@ -42,12 +43,14 @@ def few_drawings(monkeypatch):
     monkeypatch.setattr(records, "DRAWN", {"train": (0, 30), "test": (1, 10)})
 
 
-# train.py as a process of its own, with few drawings and another home: python -c PROGRAM ROOT HOME FLAGS
+# train.py as a process of its own, with few drawings, a shallow encoder and another home:
+# python -c PROGRAM ROOT HOME FLAGS
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import data, files, records, train
+import data, files, model, records, train
+model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 records.HERE = Path(sys.argv[2]); data.CACHE = records.HERE / "cache"
 records.DRAWN = {"train": (0, 60), "test": (1, 5)}
 files.command(lambda: train.main(sys.argv[3:]))

@@ -19,7 +19,6 @@ import evaluate
 import figures
 import insides
 import metrics
-import model
 import records
 import synthetic
 import train
@@ -31,13 +30,8 @@ from tasks import TASKS
 from test_routes import busy_net
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.usefixtures("shallow")
 ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), size=64)
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch):
-    """One block in each stage of the encoder: nothing here depends on how deep it is."""
-    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
 
 
 @pytest.fixture
