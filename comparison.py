@@ -30,7 +30,7 @@ import evaluate
 import intervals
 import scores
 from files import replacing, write_text
-from scores import Scores
+from scores import Scores, shown
 from tasks import Classification, Landmarks, Lesions, Task
 
 # n photographs, m comparisons
@@ -207,11 +207,6 @@ def compared(rows: Mapping[str, Measured], tasks: Sequence[Task], settings: Mapp
 
 # ---- in words ----
 
-def rounded(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def claim(found: Mapping, d: Mapping) -> str:
     """What may be said of one difference."""
     row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
@@ -239,8 +234,7 @@ def lines(found: Mapping) -> str:
                 v = of["metrics"][of["primary"]]
                 around = "-" if v["interval"] is None else "{:.3f}..{:.3f}".format(*v["interval"])
                 gap = of["gap"] and of["gap"]["mean"]
-                out.append(f"   {row['words']:35}{rounded(v['mean']):>8}{rounded(v['sd']):>8}{around:>18}"
-                           f"{rounded(gap):>8}")
+                out.append(f"   {row['words']:35}{shown(v['mean']):>8}{shown(v['sd']):>8}{around:>18}{shown(gap):>8}")
     out += [claim(found, d) for d in found["differences"]]
     return "\n".join([*out, *(f"failed: {job}: {why}" for job, why in found["failed"].items())])
 

@@ -4,16 +4,18 @@
     python -c "import json, report; print(report.text(json.load(open('comparison.json')), {}))"
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from comparison import ALONE, claim, rounded
+from comparison import ALONE, claim
 from intervals import FEWEST_RUNS
+from scores import shown
 
 
-def with_sd(v: Mapping, digits: int = 3) -> str:
+def with_sd(v: Mapping) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
-    return rounded(v["mean"], digits) + (f" ± {v['sd']:.{digits}f}" if v["sd"] is not None else "")
+    return shown(v["mean"]) + (f" ± {shown(v['sd'])}" if v["sd"] is not None else "")
 
 
 def results(found: Mapping) -> list[str]:
@@ -42,13 +44,13 @@ def costs(found: Mapping) -> list[str]:
     """The table of costs; networks for one task are added up, since all of them are needed."""
     rows = {name: row for name, row in found["rows"].items() if "costs" in row}
     alone = [row["costs"] for name, row in rows.items() if name.endswith(ALONE)]
-    shown = {row["words"]: row["costs"] for name, row in rows.items() if not name.endswith(ALONE)}
+    listed = {row["words"]: row["costs"] for name, row in rows.items() if not name.endswith(ALONE)}
     if len(alone) == len(found["tasks"]):
         total = {k: sum(c[k] for c in alone) for k in ("parameters", "multiply_adds", "latency", "training_seconds")}
-        shown = {"one network for each task": {**total, "peak_bytes": max(c["peak_bytes"] for c in alone)}, **shown}
+        listed = {"one network for each task": {**total, "peak_bytes": max(c["peak_bytes"] for c in alone)}, **listed}
     out = ["| | parameters, M | multiply-adds of a photograph, M | training, ms a photograph | a photograph, all "
            "tasks, ms | peak memory, GiB |", "|---|---|---|---|---|---|"]
-    for words, c in shown.items():
+    for words, c in listed.items():
         cells = [f"{c['parameters'] / 1e6:.2f}", f"{c['multiply_adds'] / 1e6:.0f}",
                  f"{1000 * c['training_seconds']:.0f}", f"{1000 * c['latency']:.1f}",
                  f"{c['peak_bytes'] / 2 ** 30:.2f}"]
@@ -70,29 +72,52 @@ def generalization(found: Mapping) -> list[str]:
     return out
 
 
-def trade_offs(found: Mapping) -> list[str]:
-    """What the numbers say of accuracy, cost and generalization together; no more than they do."""
-    rows, out = found["rows"], []
+def in_short(found: Mapping) -> list[str]:
+    """The scores of the rows that matter most, and what may be claimed."""
+    out = []
+    for t in found["tasks"]:
+        of = {row["words"]: row["tasks"][t] for row in found["rows"].values() if t in row["tasks"]}
+        primary = next(iter(of.values()))["primary"]
+        out.append(f"{t}, {primary.replace('_', ' ')}: " + ", ".join(
+            f"{with_sd(x['metrics'][primary])} ({words})" for words, x in of.items()) + ".")
+    claimed = [d for d in found["differences"] if d["claimed"]]
     if found["differences"]:
-        claimed = [d for d in found["differences"] if d["claimed"]]
-        out.append(f"{len(claimed)} of {len(found['differences'])} differences can be claimed." if claimed else
-                   f"None of the {len(found['differences'])} differences can be claimed.")
+        out.append(f"{len(claimed) or 'None'} of the {len(found['differences'])} differences between rows can be "
+                   f"claimed{':' if claimed else '.'} " + "; ".join(claim(found, d) for d in claimed) +
+                   "." * bool(claimed))
+    return out
+
+
+def mean_change(of: Mapping) -> float:
+    """What all shifts add to a score, on average."""
+    return fmean(v["mean"] for v in of["shifts"].values())
+
+
+def trade_offs(found: Mapping) -> list[str]:
+    """What the numbers say of cost and generalization; no more than they do."""
+    rows, out = found["rows"], []
     alone = [rows[t + ALONE]["costs"] for t in found["tasks"] if t + ALONE in rows]
     if "hard" in rows and len(alone) == len(found["tasks"]) > 1:
         shared = rows["hard"]["costs"]
-        out.append("One shared network takes {:.0%} of the time that one network for each task takes to answer for a "
-                   "photograph, {:.0%} of the multiply-adds and {:.0%} of the parameters: whatever sharing does to the "
-                   "scores, this is certain.".format(*(shared[k] / sum(c[k] for c in alone)
-                                                       for k in ("latency", "multiply_adds", "parameters"))))
+        out.append("Efficiency: one shared network takes {:.0%} of the time that one network for each task takes to "
+                   "answer for a photograph, {:.0%} of the multiply-adds, {:.0%} of the parameters and {:.0%} of the "
+                   "time to train. Whatever sharing does to the scores, this is certain.".format(
+                       *(shared[k] / sum(c[k] for c in alone)
+                         for k in ("latency", "multiply_adds", "parameters", "training_seconds"))))
     if "learned" in rows and "hard" in rows:
         out.append("Experts add {:.1%} to the multiply-adds of the shared network and {:.0%} to its parameters.".format(
             *(rows["learned"]["costs"][k] / rows["hard"]["costs"][k] - 1 for k in ("multiply_adds", "parameters"))))
+    for t in found["tasks"]:
+        of = {row["words"]: row["tasks"][t] for row in rows.values() if t in row["tasks"]}
+        gaps = ", ".join(f"{x['gap']['mean']:+.3f} ({words})" for words, x in of.items() if x["gap"])
+        changes = ", ".join(f"{mean_change(x):+.3f} ({words})" for words, x in of.items() if x["shifts"])
+        out += [f"Generalization, {t}: training less validation {gaps}."] * bool(gaps)
+        out += [f"Generalization, {t}: the shifts add on average {changes}."] * bool(changes)
     worst = [(of["shifts"][k]["mean"], row["words"], t, k) for row in rows.values() for t, of in row["tasks"].items()
-             for k in of.get("shifts") or {}]
-    if worst:
+             for k in of["shifts"]]
+    if worst and min(worst)[0] < 0:
         change, words, t, shift = min(worst)
-        out.append(f"The largest loss under a shift is {-change:.3f} ({t} of \"{words}\", {shift})." if change < 0 else
-                   "No shift takes anything from any score.")
+        out.append(f"The largest loss under a shift is {-change:.3f} ({t} of \"{words}\", {shift}).")
     return out
 
 
@@ -147,9 +172,13 @@ TEMPLATE = """\
 Written by `baselines.py` from `comparison.json`: {what}. {machine}; {minutes:.0f} minutes of training in all runs,
 each with {threads}.{drawn}
 
+## In short
+
+{short}
+
 ## Model, and why
 
-A hand-written EfficientNet-{variant} encoder, so that published weights load (here: {weights}); a U-Net decoder for
+A hand-written EfficientNet-{variant} encoder, so that published weights load (here: {start}); a U-Net decoder for
 masks; between them, on the deepest map, a layer of {experts} experts of which each position of the map uses {chosen},
 chosen for each task by a router of its own, with noise in training and a loss that keeps all experts in use; small
 heads. Tokens are positions, not photographs: a batch makes {decisions} routing decisions for each task. The experts
@@ -196,7 +225,7 @@ What training photographs score better than validation ones, and what fixed chan
 
 {generalization}
 
-## What follows
+## Trade-offs
 
 {follows}
 
@@ -229,12 +258,32 @@ equal cost or of equal parameters, frozen random routers, all experts averaged. 
 
 * {seeds}
 * Checkpoints were chosen on the photographs that they are scored on.
-* Weights that the encoder started from: {weights}.
+* The encoder started from {start}.
 * Research use only, no medical device.
 """
 
 
+CAPTIONS = {
+    "comparison": "The metrics that count: mean over seeds, single seeds, 95 % of draws of eyes and seeds.",
+    "overlays": "Validation photographs with masks, of one run: best, median and worst by lesion Dice.",
+    "confusion": "Which classes that run takes for which.",
+    "routing": "Which experts its tokens are sent to.",
+    "curves": "Losses and metrics over epochs, one run of each row."}
 CREDIT = "*Photographs: IDRiD, (c) P. Porwal, S. Pachade, M. Kokare, CC BY 4.0; cropped, reduced, drawn upon.*\n\n"
+
+
+def filled(report: str, width: int = 120) -> str:
+    """The same with its paragraphs and lists wrapped; tables, headings and pictures stay."""
+    out = []
+    for paragraph in report.strip().split("\n\n"):
+        if paragraph.startswith(("|", "#", "!")):
+            out.append(paragraph)
+            continue
+        listed = paragraph.startswith("* ")
+        out.append("\n".join(textwrap.fill(part, width, subsequent_indent="  " * listed, break_long_words=False,
+                                           break_on_hyphens=False)
+                             for part in (paragraph.split("\n") if listed else [paragraph])))
+    return "\n\n".join(out) + "\n"
 
 
 def threads_words(numbers: Sequence[int]) -> str:
@@ -247,13 +296,15 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
     o = found["options"]
     seeds = max((len(row["seeds"]) for row in found["rows"].values() if "costs" in row), default=0)
 
-    def shown(*names: str) -> str:
-        return "".join(f"![{name}]({pictures[name]})\n\n" for name in names if name in pictures)
+    def show(*names: str) -> str:
+        return "".join(f"![{name}]({pictures[name]})\n\n*{CAPTIONS[name]}*\n\n" for name in names if name in pictures)
 
     failed = "".join(f"\n* failed: {job}: {why}" for job, why in found["failed"].items())
-    return TEMPLATE.format(
-        **{k: o[k] for k in ("weights", "experts", "chosen", "size", "lr", "batch", "epochs")},
-        what=found["what"], machine=found["machine"], minutes=found["seconds"] / 60, variant=o["variant"].upper(),
+    return filled(TEMPLATE.format(
+        **{k: o[k] for k in ("experts", "chosen", "size", "lr", "batch", "epochs")},
+        start="random weights" if o["weights"] == "none" else f"weights {o['weights']}",
+        short="\n".join(f"* {line}" for line in in_short(found)), what=found["what"], machine=found["machine"],
+        minutes=found["seconds"] / 60, variant=o["variant"].upper(),
         drawn=" **These are drawings: nothing here is a result on IDRiD.**" if found["data"] is None else "",
         name="Drawn photographs" if found["data"] is None else
         "{} (the first photograph has {}x{} pixels)".format(found["data"], *found["pixels"]),
@@ -265,14 +316,14 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         leaky=" The row without leak protection is split as if each file showed another eye, so that it is scored on "
         "other photographs and compared with none." * ("leaky" in found["rows"]),
         unchanged=" (but for the row without augmentation)" * ("plain" in found["rows"]),
-        failed=failed + "\n" * bool(failed), results="\n".join(results(found)), comparison=shown("comparison"),
+        failed=failed + "\n" * bool(failed), results="\n".join(results(found)), comparison=show("comparison"),
         differences="\n".join(differences(found)), number=len(found["differences"]),
         costs="\n".join(costs(found)), generalization="\n".join(generalization(found)),
         follows="\n".join(f"* {line}" for line in trade_offs(found)),
-        pictures=shown("overlays", "confusion", "routing", "curves") + CREDIT * (found["data"] == "IDRiD"),
+        pictures=show("overlays", "confusion", "routing", "curves") + CREDIT * (found["data"] == "IDRiD"),
         help=measured_here(found, "hard", ALONE),
         cosines=cosine_words(found), weights_rows=rows_of_weights(found),
         routing=measured_here(found, "learned", "dense"),
         seeds=f"{seeds} seed{'s' * (seeds != 1)} of each row at most: " + (
             f"differences are between these networks; to speak of ways of training, {FEWEST_RUNS} are needed."
-            if seeds < FEWEST_RUNS else "differences are between ways of training, on these data."))
+            if seeds < FEWEST_RUNS else "differences are between ways of training, on these data.")))

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -69,7 +70,7 @@ def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: in
                                            "none", "--epochs", str(epochs), "--lr", "2.5e-3"]))
     rows = [row for row in baselines.rows_for(options.tasks) if row.name in names]
     jobs = baselines.jobs_for(rows, replace(options, stochastic_depth=0.05, log_gradients=True), seeds, ["1/5"], folder)
-    failed = baselines.run_all(jobs, 1)
+    failed = baselines.run_all(jobs, min(2, torch.get_num_threads()))
     assert not failed, failed
     tasks, found = make_tasks(options.tasks), {}
     for row in rows:
