@@ -272,15 +272,15 @@ def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, st
         if whole:
             found[name] = comparison.gather(words[name], whole, tasks)
             firsts[name] = of_seed[next(iter(whole))][0][0]
-    if not found:
-        raise RunError(f"none of the {len(jobs)} runs came to its end; first: {next(iter(failed.items()))}")
+    if not firsts:
+        raise RunError(f"none of the {len(jobs)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
     of_data = described(base)
     numbers = comparison.compared(found, tasks, {
         "what": what_words(base, folds, len(rows), of_data), "options": measured.result_of(base), "folds": list(folds),
-        "machine": measured.hardware(device), "failed": dict(failed), **of_data,
-        # of the runs; of this process, which measures latencies
-        "threads": sorted({left["threads"] for runs in of_row.values() for run in runs.values() for _, left in run
-                           if left}), "threads_here": torch.get_num_threads()})
+        "asked": words, "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
+        # of the runs, and of this process, which measures latencies
+        **{k: sorted({left[k] for runs in of_row.values() for run in runs.values() for _, left in run if left})
+           for k in ("machine", "threads")}, "threads_here": torch.get_num_threads(), **of_data})
     for name, value in measured.latencies({name: job.folder for name, job in firsts.items()}, device).items():
         log = visualize.read_log(firsts[name].folder)
         numbers["rows"][name]["costs"]["latency"] = value
@@ -311,18 +311,14 @@ REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the repo
 
 def report_pictures(found: Mapping, folder: Path, base: Options) -> dict[str, str]:
     """Draw what the report shows: of the default model's first run, with the curves of all rows; -> {name: path}."""
-    runs = {name: str(folder / row["run"]) for name, row in found["rows"].items() if "run" in row}
-    pictures = {"comparison": f"{PICTURES}/comparison.png"}
-    if not runs:
-        return pictures
-    first = "learned" if "learned" in runs else next(iter(runs))
-    names = [first, *(name for name in runs if name != first)][:8]
+    names = report.pictured(found)
+    runs = {name: str(folder / found["rows"][name]["run"]) for name in names}
     flags_ = ["--device", base.device, *(["--data", base.data] if base.data else [])]
     m = visualize.gather(visualize.parse([*(runs[name] for name in names), *flags_]))
     m.logs = dict(zip(names, m.logs.values()))
     drawn = visualize.draw(m, REPORTED, folder / PICTURES)
-    return pictures | {name: f"{PICTURES}/{name}.{visualize.FIGURES[name][1]}" for name, content in drawn.items()
-                       if isinstance(content, bytes)}
+    forms = {name: visualize.FIGURES[name][1] for name, content in drawn.items() if isinstance(content, bytes)}
+    return {name: f"{PICTURES}/{name}.{form}" for name, form in {"comparison": "png", **forms}.items()}
 
 
 def base_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
@@ -387,6 +383,8 @@ def choose_rows(args: argparse.Namespace, base: Options) -> list[Row]:
     if args.only:
         if unknown := [name for name in args.only if name not in names]:
             raise InputError(f"--only {unknown[0]}: no such row; there are {', '.join(names)}")
+        if args.only == ["constant"]:
+            raise InputError("--only constant: nothing to train; name a row to compare it with")
         return [row for row in rows if row.name in args.only]
     return [row for row in rows if row.usual or args.all]
 
@@ -408,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     speed.keep_memory()
     if args.list:
-        rows = rows_for(args.tasks, records.find_data(args.data) is None)
+        rows = rows_for(args.tasks, records.find_data(args.data) is None, args.weights or "imagenet")
         print("\n".join([*(f"{row.name:16}{row.words}{' *' * row.usual}" for row in rows), "* also without --all"]))
         return
     base, notes = base_options(args)

@@ -7,7 +7,8 @@
     write                 files
 
 A difference is claimed where its interval, corrected for the number of differences (Bonferroni), leaves out zero and p,
-adjusted by Holm's method, is below 0.05.
+adjusted by Holm's method, is below 0.05. With fewer seeds than intervals.FEWEST_RUNS it is one between these networks.
+The networks of one seed on several folds count as one run.
 """
 
 import csv
@@ -72,7 +73,8 @@ def put_together(parts: Sequence[Mapping], tasks: Sequence[Task]) -> Scores:
 def gather(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[Task]) -> Measured:
     """`runs`: seed -> what the run of each fold left, see measured.py."""
     def more(of_seed, get):  # mean over folds of what `get` takes out of a run, less the same of validation
-        return {t: fmean(get(run)[t] - run["plain"][t] for run in of_seed) for t in get(of_seed[0])}
+        return {t: fmean(get(run)[t] - run["plain"][t] for run in of_seed) for t in get(of_seed[0])
+                if all(t in of and not math.isnan(of[t]) for run in of_seed for of in (get(run), run["plain"]))}
 
     every = [run for of_seed in runs.values() for run in of_seed]
     return Measured(
@@ -82,8 +84,11 @@ def gather(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[Ta
          for of_seed in runs.values()], [run["costs"] for run in every], [run["epoch"] for run in every])
 
 
-def guess(task: Task, training: data.Photographs) -> Tensor:
-    """An answer (1, ...) that serves any photograph: the shares of the classes, no lesion, the mean place."""
+def guess(task: Task, training: data.Photographs) -> Tensor | None:
+    """An answer (1, ...) that serves any photograph: the shares of the classes, no lesion, the mean place.
+
+    None for a kind of task that is not known here.
+    """
     targets = [task.target(training[i, None]) for i, r in enumerate(training.records) if task.labelled(r)]
     if isinstance(task, Classification):
         return torch.bincount(torch.stack(targets), minlength=task.classes)[None] / len(targets)
@@ -91,7 +96,7 @@ def guess(task: Task, training: data.Photographs) -> Tensor:
         return torch.zeros(1, *targets[0].shape)
     if isinstance(task, Landmarks):
         return torch.stack(targets)[:, :-4].nanmean(0, keepdim=True)
-    raise NotImplementedError(f"no constant guess for {task.name}")
+    return None
 
 
 def constant(folds: Iterable[tuple[data.Photographs, data.Photographs]], tasks: Sequence[Task]) -> Measured:
@@ -101,6 +106,8 @@ def constant(folds: Iterable[tuple[data.Photographs, data.Photographs]], tasks: 
         part = {"names": {}, "tallies": {}, "losses": {}, "eyes": {r.name: r.eye or r.name for r in validation.records}}
         for task in tasks:
             answer, of = guess(task, training), [i for i, r in enumerate(validation.records) if task.labelled(r)]
+            if answer is None:
+                continue
             part["names"][task.name] = [validation.records[i].name for i in of]
             part["tallies"][task.name] = torch.cat([task.tally(answer, task.target(validation[i, None])[None])
                                                     for i in of])
@@ -113,7 +120,7 @@ def constant(folds: Iterable[tuple[data.Photographs, data.Photographs]], tasks: 
 def pairs_of(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[tuple[Task, str, str, list[int]]]:
     """(task, row, against which, seeds that both have) of each difference.
 
-    A row that was scored on other photographs (without leak protection, splits are others) is compared with none.
+    A row that was scored on other photographs is compared with none, nor is the one without leak protection.
     """
     def names(row, task):
         return set(rows[row].scores[0].names.get(task.name, []))
@@ -122,7 +129,7 @@ def pairs_of(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[tuple[
     for task in tasks:
         for against in (f"{task.name}{ALONE}", "dense"):
             for row in rows:
-                skipped = row in ("constant", against, f"{task.name}{ALONE}") or against not in rows
+                skipped = row in ("constant", "leaky", against, f"{task.name}{ALONE}") or against not in rows
                 if not skipped and names(row, task) == names(against, task) != set():
                     seeds = [s for s in rows[against].seeds if s in rows[row].seeds]
                     found += [(task, row, against, seeds)] * bool(seeds)
@@ -139,9 +146,27 @@ def differences(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[dic
         sides = [[alone(rows[r].scores[rows[r].seeds.index(s)], task) for s in seeds] for r in (against, row)]
         scores.align([s for side in sides for s in side])
         values = scores.compare(*sides, draws=max(intervals.DRAWS, 40 * len(pairs)))[task.name][task.primary]
+        of_eyes, of_seeds = sources(values["standard_error"], sides, task)
         found.append({"task": task.name, "metric": task.primary, "row": row, "against": against, "seeds": len(seeds),
-                      "photographs": len(sides[0][0].names[task.name]), **values})
+                      "photographs": len(sides[0][0].names[task.name]),
+                      "eyes": len(set(sides[0][0].eyes_of(task.name))), **values,
+                      "standard_error": math.hypot(of_eyes, of_seeds), "standard_error_of_seeds": of_seeds})
     return corrected(found)
+
+
+def sources(error: float, sides: Sequence[Sequence[Scores]], task: Task) -> tuple[float, float]:
+    """Standard error of a difference of means over seeds, of draws of both: what eyes and what seeds contribute.
+
+    Draws of k seeds vary (k - 1) / k times as much as k new seeds would (Davison & Hinkley 1997, section 2.2): that
+    much is taken out, and what new seeds would add comes in its place.
+    """
+    drawn = new = 0.0
+    for side in sides:
+        k, values = len(side), [float(s.metrics()[task.name][task.primary]) for s in side]
+        if k > 1:
+            new += float(np.var(values, ddof=1)) / k
+            drawn += float(np.var(values)) / k
+    return math.sqrt(max(0.0, error ** 2 - drawn)), math.sqrt(new)
 
 
 def alone(found: Scores, task: Task) -> Scores:
@@ -156,17 +181,26 @@ def corrected(found: list[dict]) -> list[dict]:
     The wider interval is difference -+ z standard errors, z the normal quantile of 1 - 0.05 / 2m: the percentiles that
     it stands for lie beyond what a thousand resamples tell. `needed`: photographs, with these seeds, for which a
     difference as large as the one seen would be claimed with a chance of 80 % (Cohen 1988, section 2.4, with the normal
-    distribution): n (z + 0.84)^2 SE^2 / difference^2.
+    distribution). Photographs make smaller what eyes contribute to the error and not what seeds do:
+
+        needed = n SE_eyes^2 / ((difference / (z + 0.84))^2 - SE_seeds^2)
+
+    None where it is not defined, and where it is no more than there are: then p forbids the claim, not the interval.
+    `wants`: "eyes" where a permutation test of so few cannot come to a p that is small enough, "seeds" where no number
+    of photographs would do.
     """
     normal = NormalDist()
     z, power = normal.inv_cdf(1 - LEVEL / 2 / max(1, len(found))), normal.inv_cdf(0.8)
     adjusted = intervals.holm([1.0 if math.isnan(d["p"]) else d["p"] for d in found])
     for d, p in zip(found, adjusted):
-        gap, error = d["difference"], d["standard_error"]
+        gap, error, of_seeds = d["difference"], d["standard_error"], d["standard_error_of_seeds"]
         known = math.isfinite(gap) and math.isfinite(error) and gap != 0 and error > 0
         d["p_adjusted"], d["corrected_interval"] = p, [gap - z * error, gap + z * error]
         d["claimed"] = known and p < LEVEL and not gap - z * error <= 0 <= gap + z * error
-        d["needed"] = math.ceil(d["photographs"] * ((z + power) * error / gap) ** 2) if known else None
+        room = (gap / (z + power)) ** 2 - of_seeds ** 2 if known else math.nan
+        needed = math.ceil(d["photographs"] * (error ** 2 - of_seeds ** 2) / room) if room > 0 else 0
+        d["needed"] = needed if needed > d["photographs"] else None
+        d["wants"] = "eyes" if 2 * len(found) / 2 ** d["eyes"] >= LEVEL else "seeds" if room <= 0 else None
     return found
 
 
@@ -189,8 +223,9 @@ def row_numbers(row: Measured) -> dict:
                    for k, v in values[0][t].items() if isinstance(v, float)}
         found["tasks"][t] = {
             "photographs": values[0][t]["photographs"], "eyes": values[0][t]["eyes"], "primary": task.primary,
-            "metrics": numbers, "gap": spread([g[t] for g in row.gaps]) if row.gaps else None,
-            "shifts": {shift: spread([s[shift][t] for s in row.shifts]) for shift in (row.shifts or [{}])[0]}}
+            "metrics": numbers, "gap": spread([g[t] for g in row.gaps]) if row.gaps and t in row.gaps[0] else None,
+            "shifts": {shift: spread([s[shift][t] for s in row.shifts]) for shift, of in (row.shifts or [{}])[0].items()
+                       if t in of}}
     if row.costs:
         found["costs"] = {k: fmean(c[k] for c in row.costs) for k in row.costs[0]}
     return found
@@ -210,17 +245,25 @@ def compared(rows: Mapping[str, Measured], tasks: Sequence[Task], settings: Mapp
 def claim(found: Mapping, d: Mapping) -> str:
     """What may be said of one difference."""
     row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
-    said = f"{d['task']} {d['metric'].replace('_', ' ')}, {row} less {other}: "
+    said = f"{d['task']} {d['metric'].replace('_', ' ')}, {row} minus {other}: "
     if d["difference"] is None or None in d["corrected_interval"]:
         return f"{said}not defined on these photographs"
     said += "{:+.3f} ({:+.3f} to {:+.3f}, p = {:.3f})".format(d["difference"], *d["corrected_interval"],
                                                              d["p_adjusted"])
     if d["claimed"]:
-        few = f", with {d['seeds']} seed{'s' * (d['seeds'] > 1)}; {intervals.FEWEST_RUNS} would tell of training"
+        few = f" (these networks: a claim about the ways they were trained needs {intervals.FEWEST_RUNS} seeds)"
         return f"{said}: {'higher' if d['difference'] > 0 else 'lower'}" + few * (d["seeds"] < intervals.FEWEST_RUNS)
-    needed = f"; one as large as this would take {d['needed']} photographs to show (here {d['photographs']})" \
+    return f"{said}: no difference can be shown" + f"; {wanted(d)}" * bool(wanted(d))
+
+
+def wanted(d: Mapping) -> str:
+    """What it would take to show a difference as large as the one seen, or ""."""
+    if d["wants"] == "eyes":
+        return f"{d['eyes']} eyes are too few to show any"
+    if d["wants"] == "seeds":
+        return "one as large as this would take more seeds, whatever the number of photographs"
+    return f"one as large as this would take {d['needed']} photographs to show (here {d['photographs']})" \
         if d["needed"] else ""
-    return f"{said}: no difference can be shown{needed}"
 
 
 def lines(found: Mapping) -> str:

@@ -78,6 +78,9 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held so far: of the GPU where there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # what rusage tells on Linux is no less than what the parent held at the start
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -115,7 +118,8 @@ def kept(found: scores.Scores) -> dict:
 
 def primaries(found: scores.Scores) -> dict[str, float]:
     """{task: the metric that counts}."""
-    return {task.name: float(task.metrics(found.tallies[task.name])[task.primary]) for task in found.scored()}
+    return {task.name: float(task.metrics(found.tallies[task.name])[task.primary]) for task in found.tasks
+            if task.name in found.tallies}
 
 
 def measure(folder: Path, device: torch.device) -> dict:
@@ -134,6 +138,7 @@ def measure(folder: Path, device: torch.device) -> dict:
     return {"scores": kept(found), "epoch": run.epoch, "training": primaries(score(learned)),
             "shifts": {shift: primaries(score(Shifted(here, shift))) for shift in SHIFTS},
             "plain": primaries(found), "threads": torch.get_num_threads(),
+            "machine": hardware(device),
             "costs": {"parameters": sum(p.numel() for p in run.net.parameters()),
                       "multiply_adds": multiply_adds(net, run.options["size"], device),
                       # of a photograph of the batch, whether or not this network is given it: the same for all rows

@@ -6,9 +6,9 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
-from comparison import ALONE, claim
+from comparison import ALONE, claim, wanted
 from intervals import FEWEST_RUNS
 from scores import shown
 
@@ -24,38 +24,46 @@ def results(found: Mapping) -> list[str]:
     titles = [f"{t}: {of['primary'].replace('_', ' ')}, {of['photographs']} photographs of {of['eyes']} eyes"
               for t, of in heads.items()]
     most = max(len(row["seeds"]) for row in found["rows"].values())
-    out = [f"| | {' | '.join(titles)} |", "|---|" + "---|" * len(heads)]
-    for row in found["rows"].values():
-        cells = []
+    out = [f"| row | {' | '.join(titles)} |", "|---|" + "---|" * len(heads)]
+    for name, words in found["asked"].items():
+        if name not in found["rows"]:
+            out.append(f"| {words} | {' | '.join(['no seed came to its end'] * len(heads))} |")
+            continue
+        row, cells = found["rows"][name], []
         for t in found["tasks"]:
             if t not in row["tasks"]:
                 cells.append("")
                 continue
             v = row["tasks"][t]["metrics"][row["tasks"][t]["primary"]]
-            other = row["tasks"][t]["photographs"]
-            cells.append(with_sd(v) + (" ({:.2f} to {:.2f})".format(*v["interval"]) if v["interval"] else "") +
-                         f", of {other} other photographs" * (row["words"].endswith("leak protection")))
+            other = f", of {row['tasks'][t]['photographs']} photographs of another split" * (name == "leaky")
+            cells.append(with_sd(v) + (" ({:.2f} to {:.2f})".format(*v["interval"]) if v["interval"] else "") + other)
         seeds = f", {len(row['seeds'])} of {most} seeds" * (len(row["seeds"]) < most and "costs" in row)
-        out.append(f"| {row['words']}{seeds} | {' | '.join(cells)} |")
+        out.append(f"| {words}{seeds} | {' | '.join(cells)} |")
     return out
 
 
 def costs(found: Mapping) -> list[str]:
-    """The table of costs; networks for one task are added up, since all of them are needed."""
-    rows = {name: row for name, row in found["rows"].items() if "costs" in row}
-    alone = [row["costs"] for name, row in rows.items() if name.endswith(ALONE)]
-    listed = {row["words"]: row["costs"] for name, row in rows.items() if not name.endswith(ALONE)}
-    if len(alone) == len(found["tasks"]):
-        total = {k: sum(c[k] for c in alone) for k in ("parameters", "multiply_adds", "latency", "training_seconds")}
-        listed = {"one network for each task": {**total, "peak_bytes": max(c["peak_bytes"] for c in alone)}, **listed}
-    out = ["| | parameters, M | multiply-adds of a photograph, M | training, ms a photograph | a photograph, all "
-           "tasks, ms | peak memory, GiB |", "|---|---|---|---|---|---|"]
+    """The table of costs; networks for one task are added up, too, since all of them are needed."""
+    listed = {row["words"]: row["costs"] for row in found["rows"].values() if "costs" in row}
+    alone = of_single_tasks(found)
+    if len(alone) > 1:
+        listed["one network for each task, together"] = {
+            **{k: sum(c[k] for c in alone) for k in ("parameters", "multiply_adds", "latency", "training_seconds")},
+            "peak_bytes": max(c["peak_bytes"] for c in alone)}
+    out = ["| row | parameters, M | multiply-adds of a photograph, M | training, ms a photograph | answers to a "
+           "photograph, ms | peak memory, GiB |", "|---|---|---|---|---|---|"]
     for words, c in listed.items():
         cells = [f"{c['parameters'] / 1e6:.2f}", f"{c['multiply_adds'] / 1e6:.0f}",
                  f"{1000 * c['training_seconds']:.0f}", f"{1000 * c['latency']:.1f}",
                  f"{c['peak_bytes'] / 2 ** 30:.2f}"]
         out.append(f"| {words} | {' | '.join(cells)} |")
     return out
+
+
+def of_single_tasks(found: Mapping) -> list[Mapping]:
+    """Costs of the networks for one task; none where one of them is missing."""
+    rows = [found["rows"].get(t + ALONE) for t in found["tasks"]]
+    return [row["costs"] for row in rows if row] if all(rows) else []
 
 
 def generalization(found: Mapping) -> list[str]:
@@ -76,7 +84,7 @@ def in_short(found: Mapping) -> list[str]:
     """The scores of the rows that matter most, and what may be claimed."""
     out = []
     for t in found["tasks"]:
-        of = {row["words"]: row["tasks"][t] for row in found["rows"].values() if t in row["tasks"]}
+        of = usual_rows(found, t)
         primary = next(iter(of.values()))["primary"]
         out.append(f"{t}, {primary.replace('_', ' ')}: " + ", ".join(
             f"{with_sd(x['metrics'][primary])} ({words})" for words, x in of.items()) + ".")
@@ -88,67 +96,65 @@ def in_short(found: Mapping) -> list[str]:
     return out
 
 
-def mean_change(of: Mapping) -> float:
-    """What all shifts add to a score, on average."""
-    return fmean(v["mean"] for v in of["shifts"].values())
+def usual_rows(found: Mapping, task: str) -> dict[str, Mapping]:
+    """{words: numbers of a task} of the rows that sentences speak of; of all, if none of these is there."""
+    of = {name: row for name, row in found["rows"].items() if task in row["tasks"]}
+    usual = [name for name in ("constant", task + ALONE, "hard", "dense", "learned") if name in of]
+    return {of[name]["words"]: of[name]["tasks"][task] for name in usual or of}
 
 
 def trade_offs(found: Mapping) -> list[str]:
     """What the numbers say of cost and generalization; no more than they do."""
-    rows, out = found["rows"], []
-    alone = [rows[t + ALONE]["costs"] for t in found["tasks"] if t + ALONE in rows]
-    if "hard" in rows and len(alone) == len(found["tasks"]) > 1:
+    rows, out, alone = found["rows"], [], of_single_tasks(found)
+    if "hard" in rows and len(alone) > 1:
         shared = rows["hard"]["costs"]
-        out.append("Efficiency: one shared network takes {:.0%} of the time that one network for each task takes to "
-                   "answer for a photograph, {:.0%} of the multiply-adds, {:.0%} of the parameters and {:.0%} of the "
-                   "time to train. Whatever sharing does to the scores, this is certain.".format(
-                       *(shared[k] / sum(c[k] for c in alone)
-                         for k in ("latency", "multiply_adds", "parameters", "training_seconds"))))
+        out.append("Efficiency: one shared network has {:.0%} of the parameters of one network for each task and needs "
+                   "{:.0%} of the multiply-adds; measured were {:.0%} of the time to answer and {:.0%} of the time to "
+                   "train.".format(*(shared[k] / sum(c[k] for c in alone) for k in (
+                       "parameters", "multiply_adds", "latency", "training_seconds"))))
     if "learned" in rows and "hard" in rows:
         out.append("Experts add {:.1%} to the multiply-adds of the shared network and {:.0%} to its parameters.".format(
             *(rows["learned"]["costs"][k] / rows["hard"]["costs"][k] - 1 for k in ("multiply_adds", "parameters"))))
     for t in found["tasks"]:
-        of = {row["words"]: row["tasks"][t] for row in rows.values() if t in row["tasks"]}
+        of = usual_rows(found, t)
         gaps = ", ".join(f"{x['gap']['mean']:+.3f} ({words})" for words, x in of.items() if x["gap"])
-        changes = ", ".join(f"{mean_change(x):+.3f} ({words})" for words, x in of.items() if x["shifts"])
-        out += [f"Generalization, {t}: training less validation {gaps}."] * bool(gaps)
-        out += [f"Generalization, {t}: the shifts add on average {changes}."] * bool(changes)
-    worst = [(of["shifts"][k]["mean"], row["words"], t, k) for row in rows.values() for t, of in row["tasks"].items()
-             for k in of["shifts"]]
-    if worst and min(worst)[0] < 0:
-        change, words, t, shift = min(worst)
-        out.append(f"The largest loss under a shift is {-change:.3f} ({t} of \"{words}\", {shift}).")
+        changes = ", ".join("{:+.3f} ({})".format(fmean(v["mean"] for v in x["shifts"].values()), words)
+                            for words, x in of.items() if x["shifts"])
+        out += [f"Generalization, {t}: training minus validation {gaps}."] * bool(gaps)
+        out += [f"Generalization, {t}: the shifts change the score on average by {changes}."] * bool(changes)
     return out
 
 
 def cosine_words(found: Mapping) -> str:
     """What was measured of the tasks' gradients."""
-    row = found["rows"].get("hard") or found["rows"].get("learned")
     if len(found["tasks"]) < 2:
         return "There is but one task here."
-    epochs = [epoch for epoch in (row or {}).get("cosines", []) if epoch]
-    if not epochs:
-        return "Their gradients were not compared here (`--log-gradients`)."
-    means = {pair: fmean(epoch[pair] for epoch in epochs) for pair in epochs[0]}
-    parts = [f"of {' and '.join(pair.split())} {epochs[0][pair]:+.2f} in the first epoch, {epochs[-1][pair]:+.2f} in "
-             f"the last, {mean:+.2f} on average" for pair, mean in means.items()]
-    verdict = "some pulled against each other" if min(means.values()) < 0 else "they did not pull against each other"
+    row = next((row for name in ("hard", "dense", "learned", *found["rows"])
+                if any((row := found["rows"].get(name, {})).get("cosines", []))), None)
+    if row is None:
+        return "Gradients were not compared here."
+    epochs, parts = [epoch for epoch in row["cosines"] if epoch], []
+    for pair in epochs[0]:
+        values = [epoch[pair] for epoch in epochs]
+        spread = f" (standard deviation over {len(values)} epochs {stdev(values):.3f})" if len(values) > 1 else ""
+        parts.append(f"of {' and '.join(pair.split())} {values[0]:+.2f} in the first epoch, {values[-1]:+.2f} in the "
+                     f"last, {fmean(values):+.3f} on average{spread}")
     return (f"Here (\"{row['words']}\", one run) the cosine between the tasks' gradients on the shared encoder was "
-            f"{'; '.join(parts)}: on average {verdict}.")
+            f"{'; '.join(parts)}.")
 
 
 def differences(found: Mapping) -> list[str]:
     """The table of differences; claim() says each of them in words."""
     if not found["differences"]:
         return ["There is nothing to compare with."]
-    out = ["| | | less | difference | p | can be claimed | photographs needed |", "|---|---|---|---|---|---|---|"]
+    out = ["| task | row | minus | difference | p | claim | otherwise |", "|---|---|---|---|---|---|---|"]
     for d in found["differences"]:
         row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
         known = d["difference"] is not None and None not in d["corrected_interval"]
         number = "{:+.3f} ({:+.3f} to {:+.3f})".format(d["difference"], *d["corrected_interval"]) if known else "-"
-        verdict = ("higher" if d["difference"] > 0 else "lower") if d["claimed"] else "no"
-        needed = f"{d['needed']} (here {d['photographs']})" if d["needed"] and not d["claimed"] else ""
-        out.append(f"| {d['task']} | {row} | {other} | {number} | {d['p_adjusted']:.3f} | {verdict} | {needed} |")
+        verdict = ("higher" if d["difference"] > 0 else "lower") if d["claimed"] else "none"
+        out.append(f"| {d['task']} | {row} | {other} | {number} | {d['p_adjusted']:.3f} | {verdict} | "
+                   f"{'' if d['claimed'] or not known else wanted(d)} |")
     return out
 
 
@@ -166,6 +172,12 @@ def rows_of_weights(found: Mapping) -> str:
     return f"the tables above have {', '.join(names)}" if names else "rows with other weights were not run (`--all`)"
 
 
+def pictured(found: Mapping) -> list[str]:
+    """The rows whose first runs are drawn, at most eight: the first in all pictures, the others in the curves."""
+    runs = [name for name, row in found["rows"].items() if "run" in row]
+    return sorted(runs, key=lambda name: name != "learned")[:8]
+
+
 TEMPLATE = """\
 # Does sharing help, does routing help, and what does each cost?
 
@@ -180,9 +192,13 @@ each with {threads}.{drawn}
 
 A hand-written EfficientNet-{variant} encoder, so that published weights load (here: {start}); a U-Net decoder for
 masks; between them, on the deepest map, a layer of {experts} experts of which each position of the map uses {chosen},
-chosen for each task by a router of its own, with noise in training and a loss that keeps all experts in use; small
-heads. Tokens are positions, not photographs: a batch makes {decisions} routing decisions for each task. The experts
-start at zero: at first the network is the shared one without them.
+chosen for each task by a router of its own, with noise in training and a loss against leaving experts unused; small
+heads. Tokens are positions, not photographs: a photograph makes {decisions} routing decisions for each task. The
+experts start at zero: at first the network is the shared one without them.
+
+A *dense adapter* is one expert through which every position goes, as wide as the experts that a position meets (equal
+cost) or as all of them (equal parameters). Hard sharing against the network for one task tells what sharing does;
+learned routers against the dense adapter of equal cost, what routing does; any other pair differs in both.
 
 ## Data
 
@@ -194,10 +210,10 @@ split, and training photographs of eyes in the test part are left out; the test 
 
 AdamW, learning rate up to {lr:g}, batches of {batch}, at most {epochs} epochs; flips, turns, shifts, colours, blur. All
 rows see the same photographs in the same order, changed in the same ways{unchanged}; a network for one task is given
-those of each batch that carry its label. In all rows the checkpoint with the best mean of the metrics that count is
+those of each batch that carry its label, so that its norms take their statistics from fewer. In all rows
+the checkpoint with the best mean of the metrics that count is
 taken, on the validation photographs, which is optimistic; more so for networks for one task, whose only metric it is.
-Intervals are 95 % over draws of eyes and seeds; differences are
-paired, eye by eye, and corrected for their number.
+Intervals are 95 % over draws of eyes and seeds; differences are paired, eye by eye, and corrected for their number.
 {failed}
 ## Scores
 
@@ -207,21 +223,23 @@ Mean ± standard deviation over seeds (95 % interval).
 
 {comparison}## Differences
 
-In brackets the 95 % interval, corrected for their number ({number}); p adjusted (Holm); photographs that a difference
-as large as the one seen would need to be claimed with a chance of 80 %.
+In brackets the 95 % interval, corrected for their number ({number}); p adjusted (Holm). Where none can be shown: what
+it would take to claim one as large with a chance of 80 %. With fewer than {fewest} seeds a claim is about these
+networks.
 
 {differences}
 
 ## Costs
 
-Training times with {threads} a run, answers with {threads_here}; memory is the most that a process held while it
-trained.{unlike}
+Training times with {threads} a run, answers with {threads_here}; runs may have shared the machine, so that times are
+less certain than counts. Memory is the most that a process held until it was trained.{unlike}
 
 {costs}
 
 ## Generalization
 
-What training photographs score better than validation ones, and what fixed changes of the validation photographs add.
+By how much training photographs score better than validation ones (less than for photographs that chose no checkpoint),
+and by how much fixed changes of the validation photographs change the score.
 
 {generalization}
 
@@ -239,20 +257,21 @@ each has weights of its own that are tied to those of the others, or draws on co
 
 **Why it can help.** Each task is evidence about which features are worth having. Masks tell the encoder where lesions
 are, pixel by pixel; a grade, which says only that there are some, would need many photographs to tell as much. And a
-network that must serve both has fewer ways to fit either by accident. {help}
+network that must serve both has fewer ways to fit either by accident (Generalization: training minus validation).
+{help}
 
 **Why it can harm.** One step serves all tasks. Where the gradient of one task points against that of another, what
 helps one costs the other ("negative transfer"); a cosine below zero says so (Yu et al. 2020, arXiv 2001.06782).
 {cosines}
 
-**Balance.** Losses differ in size and in pace, and the sum follows the largest. Weights by hand, or learned from each
-task's uncertainty (Kendall et al. 2018, arXiv 1705.07115), shift the compromise; {weights_rows}.
+**Balance.** Losses differ in size and in pace (the curves), and the sum follows the largest gradient. Weights by hand,
+or learned from each task's uncertainty (Kendall et al. 2018, arXiv 1705.07115), shift the compromise; {weights_rows}.
 
 **Conditional computation.** Tasks that disagree may use different weights for different inputs: a router sends each
 position of the deepest map to {chosen} of {experts} small networks, the experts (Shazeer et al. 2017, arXiv
 1701.06538), and each task has a router of its own (Ma et al. 2018, KDD). Parameters grow with the number of experts,
-computation does not. Whether that is more than the extra layer alone would do, only controls can tell: an adapter of
-equal cost or of equal parameters, frozen random routers, all experts averaged. {routing}
+computation hardly does (Costs). Whether that is more than the extra layer alone would do, only controls can tell: an
+adapter of equal cost or of equal parameters, frozen random routers, all experts averaged. {routing}
 
 ## Limits
 
@@ -265,10 +284,10 @@ equal cost or of equal parameters, frozen random routers, all experts averaged. 
 
 CAPTIONS = {
     "comparison": "The metrics that count: mean over seeds, single seeds, 95 % of draws of eyes and seeds.",
-    "overlays": "Validation photographs with masks, of one run: best, median and worst by lesion Dice.",
-    "confusion": "Which classes that run takes for which.",
-    "routing": "Which experts its tokens are sent to.",
-    "curves": "Losses and metrics over epochs, one run of each row."}
+    "overlays": "The first run of \"{first}\": best, median and worst validation photograph by lesion Dice.",
+    "confusion": "Which classes the first run of \"{first}\" takes for which.",
+    "routing": "Which experts the tokens of the first run of \"{first}\" are sent to.",
+    "curves": "Losses and metrics over epochs, the first runs of: {drawn}."}
 CREDIT = "*Photographs: IDRiD, (c) P. Porwal, S. Pachade, M. Kokare, CC BY 4.0; cropped, reduced, drawn upon.*\n\n"
 
 
@@ -294,28 +313,32 @@ def threads_words(numbers: Sequence[int]) -> str:
 def text(found: Mapping, pictures: Mapping[str, str]) -> str:
     """The whole report; `pictures`: name -> path, relative to where it will lie."""
     o = found["options"]
+    drawn = [found["rows"][name]["words"] for name in pictured(found)]
     seeds = max((len(row["seeds"]) for row in found["rows"].values() if "costs" in row), default=0)
 
     def show(*names: str) -> str:
-        return "".join(f"![{name}]({pictures[name]})\n\n*{CAPTIONS[name]}*\n\n" for name in names if name in pictures)
+        return "".join(f"![{name}]({pictures[name]})\n\n*{CAPTIONS[name]}*\n\n".format(
+            first=drawn[0], drawn=", ".join(drawn)) for name in names if name in pictures)
 
     failed = "".join(f"\n* failed: {job}: {why}" for job, why in found["failed"].items())
     return filled(TEMPLATE.format(
         **{k: o[k] for k in ("experts", "chosen", "size", "lr", "batch", "epochs")},
         start="random weights" if o["weights"] == "none" else f"weights {o['weights']}",
-        short="\n".join(f"* {line}" for line in in_short(found)), what=found["what"], machine=found["machine"],
-        minutes=found["seconds"] / 60, variant=o["variant"].upper(),
+        short="\n".join(f"* {line}" for line in in_short(found)), what=found["what"],
+        machine="; ".join(found["machine"]), minutes=found["seconds"] / 60, variant=o["variant"].upper(),
         drawn=" **These are drawings: nothing here is a result on IDRiD.**" if found["data"] is None else "",
         name="Drawn photographs" if found["data"] is None else
         "{} (the first photograph has {}x{} pixels)".format(found["data"], *found["pixels"]),
         threads=threads_words(found["threads"]), threads_here=threads_words([found["threads_here"]]),
-        unlike=" Runs had different numbers of threads: their times cannot be compared." * (len(found["threads"]) > 1),
-        tasks=" ".join(found["tasks"]), decisions=(o["size"] // 32) ** 2 * o["batch"],
+        unlike=" Runs had different machines or numbers of threads: their times cannot be compared." * (
+            len(found["threads"]) + len(found["machine"]) > 2), fewest=FEWEST_RUNS,
+        tasks=" ".join(found["tasks"]), decisions=(o["size"] // 32) ** 2,
         folds="the part that the data set names itself"
         if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training part",
         leaky=" The row without leak protection is split as if each file showed another eye, so that it is scored on "
         "other photographs and compared with none." * ("leaky" in found["rows"]),
-        unchanged=" (but for the row without augmentation)" * ("plain" in found["rows"]),
+        unchanged=" (but for the rows without augmentation and without leak protection)" * (
+            "plain" in found["rows"] or "leaky" in found["rows"]),
         failed=failed + "\n" * bool(failed), results="\n".join(results(found)), comparison=show("comparison"),
         differences="\n".join(differences(found)), number=len(found["differences"]),
         costs="\n".join(costs(found)), generalization="\n".join(generalization(found)),

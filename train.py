@@ -191,7 +191,8 @@ class Trainer:
         (Yu et al. 2020, arXiv 2001.06782, definition 1).
         """
         shared = list(self.net.encoder.parameters())
-        flat = {t: torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
+        flat = {t: torch.cat([g.flatten() for g in torch.autograd.grad(
+            loss, shared, retain_graph=True, allow_unused=True, materialize_grads=True)])
                 for t, loss in losses.items() if t != "balance"}
         return {f"{one} {other}": float(nn.functional.cosine_similarity(flat[one], flat[other], dim=0))
                 for one, other in itertools.combinations(flat, 2)}

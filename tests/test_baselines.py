@@ -211,27 +211,61 @@ def test_a_planted_difference_is_claimed_with_its_size():
 
 
 def test_correction_for_the_number_of_differences():
-    found = comparison.corrected([{"difference": 0.1, "standard_error": 0.04, "p": 0.02, "photographs": 50}
-                                  for _ in range(10)])
+    one = {"difference": 0.1, "standard_error": 0.04, "standard_error_of_seeds": 0.0, "p": 0.02, "photographs": 50,
+           "eyes": 50}
+    found = comparison.corrected([dict(one) for _ in range(10)])
     assert [d["p_adjusted"] for d in found] == pytest.approx([0.2] * 10) and not any(d["claimed"] for d in found)
     assert found[0]["corrected_interval"] == pytest.approx([0.1 - 2.807 * 0.04, 0.1 + 2.807 * 0.04], abs=1e-4)
     assert found[0]["needed"] == math.ceil(50 * ((2.80703 + 0.84162) * 0.4) ** 2)
-    (alone,) = comparison.corrected([{"difference": 0.1, "standard_error": 0.04, "p": 0.02, "photographs": 50}])
-    assert alone["claimed"]
+    (alone,) = comparison.corrected([dict(one)])
+    assert alone["claimed"] and alone["wants"] is None
+    (few,) = comparison.corrected([{**one, "eyes": 5}])
+    assert few["wants"] == "eyes" and comparison.wanted(few) == "5 eyes are too few to show any"
+    # seeds alone make an error that no number of photographs takes away
+    (noisy,) = comparison.corrected([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
+    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in comparison.wanted(noisy)
+    # p forbids what the interval would allow: nothing is said of photographs
+    (odd,) = comparison.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
+    assert not odd["claimed"] and odd["needed"] is None and comparison.wanted(odd) == ""
+
+
+def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
+    """500 comparisons of ten normal variables of mean 0: at most one in twenty claims any; uncorrected, every third."""
+    rng = torch.Generator().manual_seed(0)
+    claimed = uncorrected = 0
+    for drawn in torch.randn(500, 10, generator=rng).tolist():
+        found = [{"difference": x, "standard_error": 1.0, "standard_error_of_seeds": 0.0, "photographs": 90, "eyes": 90,
+                  "p": math.erfc(abs(x) / math.sqrt(2))} for x in drawn]
+        uncorrected += any(d["p"] < 0.05 for d in found)
+        claimed += any(d["claimed"] for d in comparison.corrected(found))
+    assert claimed / 500 <= 0.07 and uncorrected / 500 > 0.3
+
+
+def test_seeds_count_as_new_seeds_would():
+    """Two seeds a side with known values: the variance of a mean is s^2 / k for each side, whatever the draws say."""
+    rows = [[row_of("", right(share, 400, k)).scores[0] for k, share in enumerate(shares)]
+            for shares in ((0.4, 0.6), (0.5, 0.5))]
+    values = [[s.metrics()["cls"]["accuracy"] for s in side] for side in rows]
+    variances = [(a - b) ** 2 / 2 for a, b in values]  # sd^2 of two
+    of_eyes, of_seeds = comparison.sources(0.2, rows, Accurate())
+    assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 2))
+    assert of_eyes == pytest.approx(math.sqrt(0.2 ** 2 - sum(variances) / 4))
+    assert comparison.sources(0.2, [side[:1] for side in rows], Accurate()) == (0.2, 0.0)
 
 
 def test_so_many_photographs_as_are_said_to_be_needed_find_it():
     """80 % of samples of that size, of one of five differences, would be claimed."""
     rng = torch.Generator().manual_seed(0)
     shift, n = 0.2, 60
-    one = {"difference": shift, "standard_error": 1 / math.sqrt(n), "p": 0.5, "photographs": n}
+    one = {"difference": shift, "standard_error": 1 / math.sqrt(n), "standard_error_of_seeds": 0.0, "p": 0.5,
+           "photographs": n, "eyes": n}
     needed = comparison.corrected([dict(one) for _ in range(5)])[0]["needed"]
     claimed = 0
     for sample in torch.randn(600, needed, generator=rng) + shift:
         found = {"difference": float(sample.mean()), "standard_error": float(sample.std()) / math.sqrt(needed)}
         p = math.erfc(abs(found["difference"] / found["standard_error"]) / math.sqrt(2))
-        claimed += comparison.corrected([{**found, "p": p, "photographs": needed}, *(dict(one) for _ in range(4))])[0][
-            "claimed"]
+        family = [{**one, **found, "p": p, "photographs": needed}, *(dict(one) for _ in range(4))]
+        claimed += comparison.corrected(family)[0]["claimed"]
     assert claimed / 600 == pytest.approx(0.8, abs=0.06)
 
 
@@ -241,12 +275,14 @@ def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     rows = {"cls_alone": row_of("cls_alone", first)} | {f"row{k}": row_of(f"row{k}", first | right(0.7, 120, k + 2))
                                                        for k in range(60)}
     assert all(d["claimed"] for d in comparison.differences(rows, [Accurate()]))
-    nothing = {"difference": math.nan, "standard_error": math.nan, "p": math.nan, "photographs": 6}
+    nothing = {"difference": math.nan, "standard_error": math.nan, "standard_error_of_seeds": math.nan, "p": math.nan,
+               "photographs": 6, "eyes": 6}
     (bad,) = comparison.corrected([nothing])
     assert bad["needed"] is None and not bad["claimed"] and json.dumps(evaluate.plain(bad), allow_nan=False)
     said = {"rows": {n: {"words": n} for n in "ab"}}
     d = evaluate.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
     assert "not defined on these photographs" in comparison.claim(said, d)
+    assert report.differences({**said, "differences": [d]})[-1] == "| seg | a | b | - | 1.000 | none |  |"
 
 
 def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
@@ -254,6 +290,8 @@ def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
     rows = {"cls_alone": row_of("cls_alone", x), "hard": row_of("hard", y), "leaky": row_of("leaky", x[:30])}
     assert [d["row"] for d in comparison.differences(rows, [Accurate()])] == ["hard"]
     rows["hard"].seeds = [1]
+    assert comparison.differences(rows, [Accurate()]) == []
+    rows["leaky"] = row_of("leaky", y)  # the same names: still, what it has learned from is another split
     assert comparison.differences(rows, [Accurate()]) == []
 
 
@@ -309,9 +347,12 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
     assert str(records.HERE) not in text + json.dumps(found) and found["threads"] == [torch.get_num_threads()]
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / link).exists()
-    assert "These are drawings" in text and "What multi-task learning is" in text and "{" not in text
+    assert "**These are drawings: nothing here is a result on IDRiD.**" in " ".join(text.split())
+    assert "What multi-task learning is" in text and "{" not in text
+    assert all(len(line) <= 120 or line[0] == "|" for line in text.splitlines())
+    table_ = text[text.index("## Scores"):text.index("## Differences")]
     for row in found["rows"].values():  # each score stands in the row's line
-        line = next(x for x in text.split("\n") if x.startswith(f"| {row['words']} |"))
+        line = next(x for x in table_.split("\n") if x.startswith(f"| {row['words']} |"))
         for of in row["tasks"].values():
             assert f"{of['metrics'][of['primary']]['mean']:.3f}" in line
     before = list(here)
@@ -337,7 +378,10 @@ def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, cap
     found = json.loads((records.HERE / "runs" / "failed" / "comparison.json").read_text())
     said = "dense, seed 0, fold 1/5: out of memory after step 3"
     assert ended.value.code == 1 and list(found["rows"]) == ["hard"] and said in capsys.readouterr().out
-    assert said in (records.HERE / "runs" / "failed" / "REPORT.md").read_text()
+    text = (records.HERE / "runs" / "failed" / "REPORT.md").read_text()
+    assert said in text and "| dense adapter of equal cost | no seed came to its end | no seed came" in text
+    with pytest.raises(RunError, match="none of the 1 runs came to its end; first: dense, seed 0, fold 1/5: out of"):
+        baselines.main(["--name", "all_failed", "--only", "constant", "dense", "--seeds", "1", "--epochs", "1"])
 
 
 def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
@@ -409,6 +453,7 @@ def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
 
 @pytest.mark.parametrize("flags,message", [
     (["--only", "best"], "--only best: no such row; there are constant, cls_alone"),
+    (["--only", "constant"], "--only constant: nothing to train"),
     (["--folds", "6/5"], "--fold 6/5: expected I/N"), (["--folds", "5"], "--fold 5: expected I/N"),
     (["--seeds", "0"], "--seeds 0: expected at least 1"), (["--name", "a/b"], "--name a/b: expected a name"),
     (["--tasks", "cls", "reading"], "--tasks reading: no such task"),
@@ -442,14 +487,15 @@ def test_the_report_claims_only_what_can_be_claimed():
              "differences": comparison.differences(rows, [Accurate()])}
     (d,) = found["differences"]
     said = comparison.claim(found, d)
-    assert f"{d['difference']:+.3f}" in said and "higher, with 1 seed; 5 would tell" in said
+    assert f"{d['difference']:+.3f}" in said and "higher (these networks: a claim about" in said
     assert "| higher |  |" in report.differences(found)[-1]
-    d["claimed"], d["needed"] = False, 1234
+    d["claimed"], d["needed"], d["wants"] = False, 1234, None
     said = comparison.claim(found, d)
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
-    assert "| no | 1234 (here 300) |" in report.differences(found)[-1]
-    assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard less cls_alone")
+    assert report.differences(found)[-1].endswith("| none | one as large as this would take 1234 photographs to show "
+                                                  "(here 300) |")
+    assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard minus cls_alone")
 
 
 def test_intervals_of_a_row_are_those_of_evaluate():
