@@ -75,7 +75,7 @@ def rows_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none") -
              Row("random", "frozen random routers", {"router": "random", "balance": 0.0}),
              Row("uniform", "all experts, averaged", {"router": "uniform", "balance": 0.0,
                                                       "chosen": Options.experts}),
-             Row("learned", "learned routers: the default", {}, True),
+             Row("learned", "learned routers", {}, True),
              Row("unbalanced", "learned routers without balance loss", {"balance": 0.0}),
              Row("plain", "default without augmentation", {"augment": False})]
     rows += [Row(f"cls_{w:g}", f"default, loss of cls times {w:g}", {"loss_weights": (f"cls={w:g}",)})

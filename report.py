@@ -70,7 +70,7 @@ def generalization(found: Mapping) -> list[str]:
     """The table of gaps and shifts."""
     names = [k for row in found["rows"].values() for of in row["tasks"].values() for k in of.get("shifts") or {}]
     names = list(dict.fromkeys(names))
-    out = ["| | task | training less validation | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    out = ["| row | task | training minus validation | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for row in found["rows"].values():
         for t in found["tasks"]:
             of = row["tasks"].get(t)
@@ -197,7 +197,7 @@ heads. Tokens are positions, not photographs: a photograph makes {decisions} rou
 experts start at zero: at first the network is the shared one without them.
 
 A *dense adapter* is one expert through which every position goes, as wide as the experts that a position meets (equal
-cost) or as all of them (equal parameters). Hard sharing against the network for one task tells what sharing does;
+cost) or as all of them (equal parameters); learned routers are the default model. Hard sharing against the network for one task tells what sharing does;
 learned routers against the dense adapter of equal cost, what routing does; any other pair differs in both.
 
 ## Data
