@@ -35,7 +35,8 @@ def results(found: Mapping) -> list[str]:
                 cells.append("")
                 continue
             v = row["tasks"][t]["metrics"][row["tasks"][t]["primary"]]
-            other = f", of {row['tasks'][t]['photographs']} photographs of another split" * (name == "leaky")
+            other = f", of {row['tasks'][t]['photographs']} photographs of another split" * (
+                name == "leaky" and not found["own_validation"])
             cells.append(with_sd(v) + (" ({:.2f} to {:.2f})".format(*v["interval"]) if v["interval"] else "") + other)
         seeds = f", {len(row['seeds'])} of {most} seeds" * (len(row["seeds"]) < most and "costs" in row)
         out.append(f"| {words}{seeds} | {' | '.join(cells)} |")
@@ -70,7 +71,7 @@ def generalization(found: Mapping) -> list[str]:
     """The table of gaps and shifts."""
     names = [k for row in found["rows"].values() for of in row["tasks"].values() for k in of.get("shifts") or {}]
     names = list(dict.fromkeys(names))
-    out = ["| row | task | training minus validation | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    out = [f"| {' | '.join(['row', 'task', 'training minus validation', *names])} |", "|---" * (3 + len(names)) + "|"]
     for row in found["rows"].values():
         for t in found["tasks"]:
             of = row["tasks"].get(t)
@@ -197,8 +198,9 @@ heads. Tokens are positions, not photographs: a photograph makes {decisions} rou
 experts start at zero: at first the network is the shared one without them.
 
 A *dense adapter* is one expert through which every position goes, as wide as the experts that a position meets (equal
-cost) or as all of them (equal parameters); learned routers are the default model. Hard sharing against the network for one task tells what sharing does;
-learned routers against the dense adapter of equal cost, what routing does; any other pair differs in both.
+cost) or as all of them (equal parameters); learned routers are the default model. Hard sharing against the network for
+one task tells what sharing does; learned routers against the dense adapter of equal cost, what routing does; any other
+pair differs in both.
 
 ## Data
 
@@ -335,8 +337,8 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         tasks=" ".join(found["tasks"]), decisions=(o["size"] // 32) ** 2,
         folds="the part that the data set names itself"
         if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training part",
-        leaky=" The row without leak protection is split as if each file showed another eye, so that it is scored on "
-        "other photographs and compared with none." * ("leaky" in found["rows"]),
+        leaky=" The row without leak protection is split as if each file showed another eye, and compared with none."
+        * ("leaky" in found["rows"]),
         unchanged=" (but for the rows without augmentation and without leak protection)" * (
             "plain" in found["rows"] or "leaky" in found["rows"]),
         failed=failed + "\n" * bool(failed), results="\n".join(results(found)), comparison=show("comparison"),

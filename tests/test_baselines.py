@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from PIL import Image
 
 import baselines
 import comparison
@@ -21,6 +22,7 @@ import measured
 import records
 import report
 import scores
+import synthetic
 import train
 from baselines import Job, Row
 from conftest import official_tree
@@ -405,6 +407,25 @@ def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
     text = (folder / "REPORT.md").read_text()
     assert "failed: loc_alone, seed 1, fold 2/5: out of memory" in text and "| loc alone, 1 of 2 seeds | " in text
     assert set(found["rows"]["hard"]["cosines"][0]) == {"cls dme", "cls loc", "dme loc"}
+
+
+def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "SHIFTS", {})
+    for i in range(24):
+        Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
+        f"{i}.png,{synthetic.plan(3, i).grade},{'val' if i > 16 else ''}\n" for i in range(24)))
+    baselines.main(["--name", "table", "--data", str(tmp_path / "t.csv"), *"--tasks cls --only constant cls_alone "
+                    "dense leaky --seeds 1 --epochs 1 --size 64 --weights none".split()])
+    folder = records.HERE / "runs" / "table"
+    found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
+    assert [(d["row"], d["against"]) for d in found["differences"]] == [("dense", "cls_alone")]
+    for said in ("t.csv (the first photograph has 64x64 pixels)", "Validation: the part that the data set names itself",
+                 "The row without leak protection is split", "There is but one task here."):
+        assert said in " ".join(text.split())
+    assert "another split" not in text and "CC BY" not in text
+    with pytest.raises(InputError, match="--folds 2/5: .*t.csv names its own validation part; leave --folds out"):
+        baselines.main(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--folds", "2/5", "--weights", "none"])
 
 
 def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
