@@ -23,10 +23,13 @@ IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+STAGES = model.STAGES
+
+
 @pytest.fixture
 def shallow(monkeypatch):
     """One block in each stage of the encoder, for tests that do not depend on how deep it is."""
-    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
+    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in STAGES])
 
 
 def pytest_addoption(parser):

@@ -25,7 +25,7 @@ import scores
 import synthetic
 import train
 from baselines import Job, Row
-from conftest import official_tree
+from conftest import ROOT, official_tree
 from files import InputError, RunError
 from scores import Scores
 from tasks import TASKS
@@ -517,6 +517,14 @@ def test_the_report_claims_only_what_can_be_claimed():
     assert report.differences(found)[-1].endswith("| none | one as large as this would take 1234 photographs to show "
                                                   "(here 300) |")
     assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard minus cls_alone")
+
+
+def test_the_report_of_this_repository_says_what_was_measured():
+    """If report.py has changed, write REPORT.md anew: text(comparison.json, pictures), as here."""
+    found = json.loads((ROOT / "tests" / "comparison.json").read_text())
+    pictures = {p.stem: f"{comparison.PICTURES}/{p.name}" for p in (ROOT / comparison.PICTURES).iterdir()}
+    assert set(pictures) == {"comparison", *baselines.REPORTED}
+    assert (ROOT / "REPORT.md").read_text() == report.text(found, pictures)
 
 
 def test_intervals_of_a_row_are_those_of_evaluate():

@@ -29,7 +29,7 @@ import scores
 import synthetic
 import tasks
 import train
-from conftest import ROOT
+from conftest import ROOT, STAGES
 from files import InputError, RunError
 from tasks import TASKS
 from train import LossWeights, Options, Trainer
@@ -336,7 +336,8 @@ def test_uncertainty_finds_the_loss_as_its_variance():
 
 # ---- weights ----
 
-def test_weights_from_a_file(tmp_path):
+def test_weights_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "STAGES", STAGES)
     torch.manual_seed(0)
     oracle = torchvision.models.efficientnet_b0(weights=None)
     torch.save(oracle.state_dict(), tmp_path / "b0.pth")
