@@ -31,7 +31,7 @@ import synthetic  # noqa: E402
 from files import command  # noqa: E402
 from tasks import make_tasks  # noqa: E402
 
-SIDE, GRADED, MASKED, JUDGED = 128, 24, 400, 240
+SIDE, GRADED, MASKED, JUDGED = 64, 24, 400, 240
 
 
 def write_table(folder: Path, shuffled: bool) -> Path:
@@ -66,8 +66,8 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 
 def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Run these rows; -> jobs, and what each row measured."""
-    options, _ = flags.settle(flags.parse(["--tasks", "cls", "seg", "--data", str(table), "--size", "128", "--weights",
-                                           "none", "--epochs", str(epochs), "--lr", "2.5e-3"]))
+    options, _ = flags.settle(flags.parse(["--tasks", "cls", "seg", "--data", str(table), "--size", str(SIDE),
+                                           "--weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"]))
     every = {row.name: row for row in baselines.rows_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all
