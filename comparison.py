@@ -261,7 +261,7 @@ def wanted(d: Mapping) -> str:
     if d["wants"] == "eyes":
         return f"{d['eyes']} eyes are too few to show any"
     if d["wants"] == "seeds":
-        return "one as large as this would take more seeds, whatever the number of photographs"
+        return "one as large as this would take more seeds"
     return f"one as large as this would take {d['needed']} photographs to show (here {d['photographs']})" \
         if d["needed"] else ""
 

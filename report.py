@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-from comparison import ALONE, claim, wanted
+from comparison import ALONE, claim
 from intervals import FEWEST_RUNS
 from scores import shown
 
@@ -91,9 +91,11 @@ def in_short(found: Mapping) -> list[str]:
             f"{with_sd(x['metrics'][primary])} ({words})" for words, x in of.items()) + ".")
     claimed = [d for d in found["differences"] if d["claimed"]]
     if found["differences"]:
+        said = "; ".join("{} {}, {} minus {} {:+.3f} ({:+.3f} to {:+.3f})".format(
+            d["task"], d["metric"].replace("_", " "), *(found["rows"][d[k]]["words"] for k in ("row", "against")),
+            d["difference"], *d["corrected_interval"]) for d in claimed)
         out.append(f"{len(claimed) or 'None'} of the {len(found['differences'])} differences between rows can be "
-                   f"claimed{':' if claimed else '.'} " + "; ".join(claim(found, d) for d in claimed) +
-                   "." * bool(claimed))
+                   f"claimed{': ' * bool(claimed)}{said}.")
     return out
 
 
@@ -148,14 +150,16 @@ def differences(found: Mapping) -> list[str]:
     """The table of differences; claim() says each of them in words."""
     if not found["differences"]:
         return ["There is nothing to compare with."]
-    out = ["| task | row | minus | difference | p | claim | otherwise |", "|---|---|---|---|---|---|---|"]
+    out = ["| task | row | minus | difference | p | claim | it would take |", "|---|---|---|---|---|---|---|"]
     for d in found["differences"]:
         row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
         known = d["difference"] is not None and None not in d["corrected_interval"]
         number = "{:+.3f} ({:+.3f} to {:+.3f})".format(d["difference"], *d["corrected_interval"]) if known else "-"
         verdict = ("higher" if d["difference"] > 0 else "lower") if d["claimed"] else "none"
+        takes = f"{d['needed']} photographs (here {d['photographs']})" if d["needed"] else {
+            "seeds": "more seeds", "eyes": f"more eyes than {d['eyes']}", None: ""}[d["wants"]]
         out.append(f"| {d['task']} | {row} | {other} | {number} | {d['p_adjusted']:.3f} | {verdict} | "
-                   f"{'' if d['claimed'] or not known else wanted(d)} |")
+                   f"{'' if d['claimed'] or not known else takes} |")
     return out
 
 
@@ -225,9 +229,9 @@ Mean ± standard deviation over seeds (95 % interval).
 
 {comparison}## Differences
 
-In brackets the 95 % interval, corrected for their number ({number}); p adjusted (Holm). Where none can be shown: what
-it would take to claim one as large with a chance of 80 %. With fewer than {fewest} seeds a claim is about these
-networks.
+In brackets the 95 % interval, corrected for their number ({number}); p adjusted (Holm). Where none can be claimed:
+what it would take to claim one as large with a chance of 80 %; "more seeds" where no number of photographs would do.
+With fewer than {fewest} seeds a claim is about these networks, not about the ways they were trained.
 
 {differences}
 
