@@ -7,8 +7,8 @@
     write                 files
 
 A difference is claimed where its interval, corrected for the number of differences (Bonferroni), leaves out zero and p,
-adjusted by Holm's method, is below 0.05. With fewer seeds than intervals.FEWEST_RUNS it is one between these networks.
-The networks of one seed on several folds count as one run.
+adjusted by Holm's method, is below 0.05. One seed a side tells nothing of how much seeds differ: then nothing is
+claimed. The networks of one seed on several folds count as one run.
 """
 
 import csv
@@ -146,27 +146,35 @@ def differences(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[dic
         sides = [[alone(rows[r].scores[rows[r].seeds.index(s)], task) for s in seeds] for r in (against, row)]
         scores.align([s for side in sides for s in side])
         values = scores.compare(*sides, draws=max(intervals.DRAWS, 40 * len(pairs)))[task.name][task.primary]
-        of_eyes, of_seeds = sources(values["standard_error"], sides, task)
+        error, of_seeds, degrees = sources(values["standard_error"], sides, task)
         found.append({"task": task.name, "metric": task.primary, "row": row, "against": against, "seeds": len(seeds),
                       "photographs": len(sides[0][0].names[task.name]),
                       "eyes": len(set(sides[0][0].eyes_of(task.name))), **values,
-                      "standard_error": math.hypot(of_eyes, of_seeds), "standard_error_of_seeds": of_seeds})
+                      "standard_error": error, "standard_error_of_seeds": of_seeds, "degrees_of_freedom": degrees})
     return corrected(found)
 
 
-def sources(error: float, sides: Sequence[Sequence[Scores]], task: Task) -> tuple[float, float]:
-    """Standard error of a difference of means over seeds, of draws of both: what eyes and what seeds contribute.
+def sources(error: float, sides: Sequence[Sequence[Scores]], task: Task) -> tuple[float, float, float]:
+    """From the standard error of a difference of means over seeds, of draws of eyes and seeds: that for new seeds,
 
-    Draws of k seeds vary (k - 1) / k times as much as k new seeds would (Davison & Hinkley 1997, section 2.2): that
-    much is taken out, and what new seeds would add comes in its place.
+    the share of seeds in it, and its degrees of freedom (1e5: it is 0). Draws of k seeds vary (k - 1) / k times as much
+    as k new ones would (Davison & Hinkley 1997, section 2.2): that is taken out, and what new seeds would add comes in
+    its place.
+    Variances v of d degrees each, of the seeds of either side and of eyes, together have (Satterthwaite 1946,
+    Biometrics Bulletin 2:110, eq. 17)
+
+        degrees = (sum of v)^2 / sum of v^2 / d
     """
-    drawn = new = 0.0
+    drawn, parts = 0.0, []  # variance, degrees of freedom
     for side in sides:
         k, values = len(side), [float(s.metrics()[task.name][task.primary]) for s in side]
         if k > 1:
-            new += float(np.var(values, ddof=1)) / k
+            parts.append((float(np.var(values, ddof=1)) / k, k - 1))
             drawn += float(np.var(values)) / k
-    return math.sqrt(max(0.0, error ** 2 - drawn)), math.sqrt(new)
+    of_seeds = sum(v for v, _ in parts)
+    parts.append((max(0.0, error ** 2 - drawn), len(set(sides[0][0].eyes_of(task.name))) - 1))
+    whole, below = sum(v for v, _ in parts), sum(v ** 2 / d for v, d in parts if d)
+    return math.sqrt(whole), math.sqrt(of_seeds), whole ** 2 / below if below else 1e5
 
 
 def alone(found: Scores, task: Task) -> Scores:
@@ -178,29 +186,30 @@ def alone(found: Scores, task: Task) -> Scores:
 def corrected(found: list[dict]) -> list[dict]:
     """The same with what follows from their number: adjusted p, wider intervals, what may be claimed.
 
-    The wider interval is difference -+ z standard errors, z the normal quantile of 1 - 0.05 / 2m: the percentiles that
-    it stands for lie beyond what a thousand resamples tell. `needed`: photographs, with these seeds, for which a
-    difference as large as the one seen would be claimed with a chance of 80 % (Cohen 1988, section 2.4, with the normal
-    distribution). Photographs make smaller what eyes contribute to the error and not what seeds do:
+    The wider interval is difference -+ t standard errors, t the quantile of 1 - 0.05 / 2m: the percentiles that it
+    stands for lie beyond what a thousand resamples tell. `needed`: photographs, with these seeds, for which a
+    difference as large as the one seen would be claimed with a chance of 80 % (Cohen 1988, section 2.4). Photographs
+    make smaller what eyes contribute to the error and not what seeds do:
 
-        needed = n SE_eyes^2 / ((difference / (z + 0.84))^2 - SE_seeds^2)
+        needed = n SE_eyes^2 / ((difference / (t + 0.84))^2 - SE_seeds^2)
 
     None where it is not defined, and where it is no more than there are: then p forbids the claim, not the interval.
     `wants`: "eyes" where a permutation test of so few cannot come to a p that is small enough, "seeds" where no number
-    of photographs would do.
+    of photographs would do, or there is but one seed a side.
     """
-    normal = NormalDist()
-    z, power = normal.inv_cdf(1 - LEVEL / 2 / max(1, len(found))), normal.inv_cdf(0.8)
+    power = NormalDist().inv_cdf(0.8)
     adjusted = intervals.holm([1.0 if math.isnan(d["p"]) else d["p"] for d in found])
     for d, p in zip(found, adjusted):
         gap, error, of_seeds = d["difference"], d["standard_error"], d["standard_error_of_seeds"]
         known = math.isfinite(gap) and math.isfinite(error) and gap != 0 and error > 0
-        d["p_adjusted"], d["corrected_interval"] = p, [gap - z * error, gap + z * error]
-        d["claimed"] = known and p < LEVEL and not gap - z * error <= 0 <= gap + z * error
-        room = (gap / (z + power)) ** 2 - of_seeds ** 2 if known else math.nan
+        t = intervals.t_quantile(1 - LEVEL / 2 / len(found), d["degrees_of_freedom"]) if known else math.nan
+        d["p_adjusted"], d["corrected_interval"] = p, [gap - t * error, gap + t * error]
+        d["claimed"] = known and d["seeds"] > 1 and p < LEVEL and not gap - t * error <= 0 <= gap + t * error
+        room = (gap / (t + power)) ** 2 - of_seeds ** 2 if known else math.nan
         needed = math.ceil(d["photographs"] * (error ** 2 - of_seeds ** 2) / room) if room > 0 else 0
         d["needed"] = needed if needed > d["photographs"] else None
-        d["wants"] = "eyes" if 2 * len(found) / 2 ** d["eyes"] >= LEVEL else "seeds" if room <= 0 else None
+        few_seeds = d["seeds"] < 2 or room <= 0
+        d["wants"] = "eyes" if 2 * len(found) / 2 ** d["eyes"] >= LEVEL else "seeds" if few_seeds else None
     return found
 
 

@@ -11,6 +11,7 @@ Bootstrap: Efron & Tibshirani 1993, "An introduction to the bootstrap", section 
 Davison & Hinkley 1997, section 3.8
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -118,6 +119,18 @@ def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     one, other = int((first & ~second).sum()), int((second & ~first).sum())
     n = one + other
     return one, other, min(1.0, 2 * sum(math.comb(n, k) for k in range(min(one, other) + 1)) / 2 ** n)
+
+
+@functools.cache
+def t_quantile(p: float, degrees: float) -> float:
+    """Of Student's t distribution, p > 0.5, one degree of freedom or more: x = sqrt(degrees) tan(angle) turns its
+
+    density into cos(angle)^(degrees - 1).
+    """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angles) ** (min(degrees, 1e5) - 1)
+    area = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(min(degrees, 1e5)) * math.tan(np.interp(2 * p - 1, area / area[-1], angles))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

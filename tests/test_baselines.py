@@ -186,6 +186,9 @@ def test_shifts_change_pictures_and_nothing_else():
 
 # ---- differences ----
 
+KNOWN = {"standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "seeds": 2}  # seeds do not differ
+
+
 def test_equal_rows_with_different_names_differ_by_nothing():
     """The same answers; and answers of one quality, of which an uncorrected interval leaves out zero now and then."""
     same = right(0.6, 100, 0)
@@ -213,7 +216,7 @@ def test_a_planted_difference_is_claimed_with_its_size():
 
 
 def test_correction_for_the_number_of_differences():
-    one = {"difference": 0.1, "standard_error": 0.04, "standard_error_of_seeds": 0.0, "p": 0.02, "photographs": 50,
+    one = {"difference": 0.1, "standard_error": 0.04, **KNOWN, "p": 0.02, "photographs": 50,
            "eyes": 50}
     found = comparison.corrected([dict(one) for _ in range(10)])
     assert [d["p_adjusted"] for d in found] == pytest.approx([0.2] * 10) and not any(d["claimed"] for d in found)
@@ -236,7 +239,7 @@ def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
     rng = torch.Generator().manual_seed(0)
     claimed = uncorrected = 0
     for drawn in torch.randn(500, 10, generator=rng).tolist():
-        found = [{"difference": x, "standard_error": 1.0, "standard_error_of_seeds": 0.0, "photographs": 90, "eyes": 90,
+        found = [{"difference": x, "standard_error": 1.0, **KNOWN, "photographs": 90, "eyes": 90,
                   "p": math.erfc(abs(x) / math.sqrt(2))} for x in drawn]
         uncorrected += any(d["p"] < 0.05 for d in found)
         claimed += any(d["claimed"] for d in comparison.corrected(found))
@@ -249,17 +252,28 @@ def test_seeds_count_as_new_seeds_would():
             for shares in ((0.4, 0.6), (0.5, 0.5))]
     values = [[s.metrics()["cls"]["accuracy"] for s in side] for side in rows]
     variances = [(a - b) ** 2 / 2 for a, b in values]  # sd^2 of two
-    of_eyes, of_seeds = comparison.sources(0.2, rows, Accurate())
+    error, of_seeds, degrees = comparison.sources(0.2, rows, Accurate())
     assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 2))
-    assert of_eyes == pytest.approx(math.sqrt(0.2 ** 2 - sum(variances) / 4))
-    assert comparison.sources(0.2, [side[:1] for side in rows], Accurate()) == (0.2, 0.0)
+    assert error == pytest.approx(math.sqrt(0.2 ** 2 + sum(variances) / 4))
+    of_eyes = 0.2 ** 2 - sum(variances) / 4
+    assert degrees == pytest.approx(error ** 4 / (sum((v / 2) ** 2 for v in variances) + of_eyes ** 2 / 399))
+    assert comparison.sources(0.2, [side[:1] for side in rows], Accurate()) == pytest.approx((0.2, 0.0, 399))
+
+
+def test_one_seed_a_side_claims_nothing():
+    """How much seeds differ is not known; the same two, twice, do not differ."""
+    first, second = right(0.3, 300, 1), right(0.8, 300, 2)
+    for seeds, claimed in ((1, False), (2, True)):
+        rows = {"cls_alone": row_of("", *[first] * seeds), "hard": row_of("", *[second] * seeds)}
+        (d,) = comparison.differences(rows, [Accurate()])
+        assert d["claimed"] == claimed and d["wants"] == (None if claimed else "seeds") and d["p_adjusted"] < 0.01
 
 
 def test_so_many_photographs_as_are_said_to_be_needed_find_it():
     """80 % of samples of that size, of one of five differences, would be claimed."""
     rng = torch.Generator().manual_seed(0)
     shift, n = 0.2, 60
-    one = {"difference": shift, "standard_error": 1 / math.sqrt(n), "standard_error_of_seeds": 0.0, "p": 0.5,
+    one = {"difference": shift, "standard_error": 1 / math.sqrt(n), **KNOWN, "p": 0.5,
            "photographs": n, "eyes": n}
     needed = comparison.corrected([dict(one) for _ in range(5)])[0]["needed"]
     claimed = 0
@@ -273,11 +287,11 @@ def test_so_many_photographs_as_are_said_to_be_needed_find_it():
 
 def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     """p of a thousand draws, times as many differences, would never be small enough."""
-    first = right(0.2, 120, 1)
-    rows = {"cls_alone": row_of("cls_alone", first)} | {f"row{k}": row_of(f"row{k}", first | right(0.7, 120, k + 2))
-                                                       for k in range(60)}
+    first = right(0.2, 60, 1)
+    rows = {"cls_alone": row_of("cls_alone", first, first)} | {
+        f"row{k}": row_of(f"row{k}", *[first | right(0.7, 60, k + 2)] * 2) for k in range(60)}
     assert all(d["claimed"] for d in comparison.differences(rows, [Accurate()]))
-    nothing = {"difference": math.nan, "standard_error": math.nan, "standard_error_of_seeds": math.nan, "p": math.nan,
+    nothing = {"difference": math.nan, "standard_error": math.nan, **KNOWN, "p": math.nan,
                "photographs": 6, "eyes": 6}
     (bad,) = comparison.corrected([nothing])
     assert bad["needed"] is None and not bad["claimed"] and json.dumps(evaluate.plain(bad), allow_nan=False)
@@ -503,7 +517,8 @@ def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch)
 
 def test_the_report_claims_only_what_can_be_claimed():
     first = right(0.5, 300, 1)
-    rows = {"cls_alone": row_of("cls_alone", first), "hard": row_of("hard", first | right(0.4, 300, 2))}
+    rows = {"cls_alone": row_of("cls_alone", first, first),
+            "hard": row_of("hard", *[first | right(0.4, 300, 2)] * 2)}
     found = {"rows": {name: comparison.row_numbers(row) for name, row in rows.items()},
              "differences": comparison.differences(rows, [Accurate()])}
     (d,) = found["differences"]

@@ -128,6 +128,14 @@ def test_mcnemar_by_hand():
     assert intervals.mcnemar(first, first) == (0, 0, 1.0)
 
 
+@pytest.mark.parametrize("p,degrees,quantile", [
+    (0.975, 1, 12.706), (0.95, 2, 2.920), (0.9975, 3, 7.453), (0.975, 5, 2.571), (0.995, 10, 3.169),
+    (0.975, 120, 1.980), (0.975, 1e5, 1.960)])
+def test_quantiles_of_students_distribution(p, degrees, quantile):
+    """Values of the printed tables."""
+    assert intervals.t_quantile(p, degrees) == pytest.approx(quantile, abs=2e-3)
+
+
 def test_holm_by_hand():
     assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert intervals.holm([0.9, 0.8]) == [1.0, 1.0] and intervals.holm([0.02]) == [0.02]

@@ -188,7 +188,7 @@ def step(self, batch):
     return whole(self, batch)
 train.Trainer.step = step
 files.command""")
-FLAGS = "--size 32 --epochs 2 --batch 8 --save-every 4".split()
+FLAGS = "--size 64 --epochs 2 --batch 8 --save-every 4".split()
 
 
 def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, shallow):
