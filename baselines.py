@@ -293,7 +293,8 @@ def described(base: Options) -> dict:
     """Of the data: name (None: drawn), size of the first photograph, whether there is a validation part of its own."""
     if base.data is None:
         return {"data": None, "pixels": None, "own_validation": False}
-    root, found = Path(base.data), records.read_data(Path(base.data)).records
+    root = Path(base.data)
+    found = records.read_data(root).records
     return {"data": "IDRiD" if records.is_idrid(root) else root.name, "pixels": records.image_size(found[0].image),
             "own_validation": any(r.part == "val" for r in found)}
 

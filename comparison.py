@@ -157,14 +157,16 @@ def differences(rows: Mapping[str, Measured], tasks: Sequence[Task]) -> list[dic
 def sources(error: float, sides: Sequence[Sequence[Scores]], task: Task) -> tuple[float, float, float]:
     """From the standard error of a difference of means over seeds, of draws of eyes and seeds: that for new seeds,
 
-    the share of seeds in it, and its degrees of freedom (1e5: it is 0). Draws of k seeds vary (k - 1) / k times as much
-    as k new ones would (Davison & Hinkley 1997, section 2.2): that is taken out, and what new seeds would add comes in
-    its place.
+    the share of seeds in it, and its degrees of freedom (1e5: it is 0); nan where it is not defined. Draws of k seeds
+    vary (k - 1) / k times as much as k new ones would (Davison & Hinkley 1997, section 2.2): that is taken out, and
+    what new seeds would add comes in its place.
     Variances v of d degrees each, of the seeds of either side and of eyes, together have (Satterthwaite 1946,
     Biometrics Bulletin 2:110, eq. 17)
 
         degrees = (sum of v)^2 / sum of v^2 / d
     """
+    if not math.isfinite(error):
+        return math.nan, math.nan, math.nan
     drawn, parts = 0.0, []  # variance, degrees of freedom
     for side in sides:
         k, values = len(side), [float(s.metrics()[task.name][task.primary]) for s in side]
@@ -202,7 +204,7 @@ def corrected(found: list[dict]) -> list[dict]:
     for d, p in zip(found, adjusted):
         gap, error, of_seeds = d["difference"], d["standard_error"], d["standard_error_of_seeds"]
         known = math.isfinite(gap) and math.isfinite(error) and gap != 0 and error > 0
-        t = intervals.t_quantile(1 - LEVEL / 2 / len(found), d["degrees_of_freedom"]) if known else math.nan
+        t = math.nan if math.isnan(error) else intervals.t_quantile(1 - LEVEL / 2 / len(found), d["degrees_of_freedom"])
         d["p_adjusted"], d["corrected_interval"] = p, [gap - t * error, gap + t * error]
         d["claimed"] = known and d["seeds"] > 1 and p < LEVEL and not gap - t * error <= 0 <= gap + t * error
         room = (gap / (t + power)) ** 2 - of_seeds ** 2 if known else math.nan

@@ -438,6 +438,6 @@ def read_data(root: Path | None) -> DataSet:
     return read_idrid(root) if is_idrid(root) else read_folders(root)
 
 
-def is_idrid(root: Path | None) -> bool:
+def is_idrid(root: Path) -> bool:
     """Whether it is a folder to be read as IDRiD's."""
-    return root is not None and root.is_dir() and not (root / "train").is_dir()
+    return root.is_dir() and not (root / "train").is_dir()

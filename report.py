@@ -156,8 +156,8 @@ def differences(found: Mapping) -> list[str]:
         known = d["difference"] is not None and None not in d["corrected_interval"]
         number = "{:+.3f} ({:+.3f} to {:+.3f})".format(d["difference"], *d["corrected_interval"]) if known else "-"
         verdict = ("higher" if d["difference"] > 0 else "lower") if d["claimed"] else "none"
-        takes = f"{d['needed']} photographs (here {d['photographs']})" if d["needed"] else {
-            "seeds": "more seeds", "eyes": f"more eyes than {d['eyes']}", None: ""}[d["wants"]]
+        takes = {"seeds": "more seeds", "eyes": f"more eyes than {d['eyes']}"}.get(d["wants"]) or (
+            f"{d['needed']} photographs (here {d['photographs']})" if d["needed"] else "")
         out.append(f"| {d['task']} | {row} | {other} | {number} | {d['p_adjusted']:.3f} | {verdict} | "
                    f"{'' if d['claimed'] or not known else takes} |")
     return out

@@ -195,6 +195,7 @@ def test_equal_rows_with_different_names_differ_by_nothing():
     rows = {"cls_alone": row_of("cls_alone", same), "hard": row_of("hard", same)}
     (d,) = comparison.differences(rows, [Accurate()])
     assert d["difference"] == 0 and not d["claimed"] and d["needed"] is None and d["p_adjusted"] == 1
+    assert d["corrected_interval"] == [0, 0]  # defined, and nothing
     wrong = 0
     for k in range(10):
         rows = {name: row_of(name, right(0.6, 100, 100 * k + i)) for i, name in enumerate(
@@ -232,6 +233,14 @@ def test_correction_for_the_number_of_differences():
     # p forbids what the interval would allow: nothing is said of photographs
     (odd,) = comparison.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
     assert not odd["claimed"] and odd["needed"] is None and comparison.wanted(odd) == ""
+    # table and sentence give the same reason: one seed, though photographs would do for the interval
+    (single,) = comparison.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
+    assert single["needed"] and "more seeds" in comparison.wanted(single)
+    said = {"rows": {n: {"words": n} for n in "ab"},
+            "differences": [{**single, "row": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
+    assert report.differences(said)[-1].endswith("| none | more seeds |")
+    # an error that draws of eyes leave undefined is not replaced by that of seeds
+    assert all(math.isnan(v) for v in comparison.sources(math.nan, [[], []], CLS))
 
 
 def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
