@@ -5,45 +5,41 @@
     python baselines.py --list                      # the rows
 
     rows_for        what is compared: names, and what each changes of the default options
-    Job             one row with one seed on one fold, in a folder of its own; what is finished is not repeated
-    run_all         jobs in processes of their own, until all are done; one that fails does not stop the rest
+    finish          one row with one seed on one fold: trained, then measured
+    summarised      all numbers of what is finished
 
-What a run leaves for the comparison stands in measured.py, what its numbers are worth in comparison.py.
+How runs are started, what their numbers are worth and how they are told: retina/comparison.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import comparison
+import data
 import evaluate
-import eyes
-import files
 import flags
-import measured
-import records
-import report
-import speed
 import train
 import visualize
-from comparison import PICTURES
-from files import InputError, RunError
+from data import Photographs
 from flags import Options, plain
-from parallel import ALONE
-from tasks import make_tasks
+from retina import files
+from retina.comparison import analysis, measurements, report
+from retina.comparison.analysis import PICTURES
+from retina.comparison.jobs import Job, run_all
+from retina.comparison.measurements import Shifted, hardware, multiply_adds, peak_bytes
+from retina.datasets import readers, records, splits
+from retina.evaluation import scoring
+from retina.evaluation.scoring import Scores
+from retina.files import InputError, RunError, command
+from retina.training import checkpoint, interrupt, precision
+from retina.training.distributed import ALONE
+from tasks import Task, make_tasks
 
 
 # ---- rows ----
@@ -86,38 +82,6 @@ def rows_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none") -
     return rows
 
 
-# ---- jobs ----
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One row with one seed on one fold."""
-    row: Row
-    options: Options
-    folder: Path
-    photographs: list[str]  # fingerprints of those that it learns from and is scored on
-
-    @property
-    def words(self) -> str:
-        """For messages."""
-        return f"{self.row.name}, seed {self.options.seed}, fold {self.options.fold}"
-
-    def measured(self) -> dict | None:
-        """What measured.finish left, if it has come to its end. InputError: of other options or photographs."""
-        try:
-            found = files.load_tensors(self.folder / "measured.pt")
-        except FileNotFoundError:
-            return None
-        if found["photographs"] != self.photographs:
-            raise InputError(f"{self.folder}: a run on other photographs or labels; expected the comparison that is "
-                             "asked for; choose another --name")
-        return found
-
-    def epochs(self) -> int:
-        """How many are done."""
-        log = self.folder / "metrics.jsonl"
-        return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
-
-
 def jobs_for(rows: Sequence[Row], base: Options, seeds: int, folds: Sequence[str], folder: Path) -> list[Job]:
     """All of them; a seed of every row before the next seed, so that what is done early can be compared.
 
@@ -131,7 +95,7 @@ def jobs_for(rows: Sequence[Row], base: Options, seeds: int, folds: Sequence[str
                 options = replace(base, **row.changes, seed=seed, fold=fold)
                 key = options.tasks, options.streams, options.fold, options.ignore_eyes
                 if key not in seen:
-                    seen[key] = measured.photographs_of(options, make_tasks(options.tasks, options.classes))
+                    seen[key] = photographs_of(options, make_tasks(options.tasks, options.classes))
                 path = folder / row.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
                 refuse_other(path, options)
                 jobs.append(Job(row, options, path, seen[key]))
@@ -147,109 +111,63 @@ def refuse_other(folder: Path, options: Options) -> None:
                              "expected the comparison that is asked for; choose another --name, or remove that folder")
 
 
-def work(job: Job, threads: int, told: multiprocessing.connection.Connection) -> None:
-    """A job in a process of its own; what goes wrong is told in one line through a pipe."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # the terminal's Ctrl-C reaches the main process alone, which hands it on, once
-    files.follow_parent()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    torch.set_num_threads(threads)
-    speed.keep_memory()
-    try:
-        measured.finish(job.options, job.folder, job.photographs)
-    except (InputError, RunError, OSError) as error:
-        told.send(str(error))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+# ---- one run ----
+
+def kept(found: Scores) -> dict:
+    """Scores as plain types and tensors; float32 holds counts of pixels exactly up to 16 million."""
+    return {"names": found.names, "tallies": {t: x.float() for t, x in found.tallies.items()}, "losses": found.losses,
+            "eyes": found.eyes}
 
 
-@dataclass
-class Running:
-    """A job in its process."""
-    job: Job
-    process: BaseProcess
-    told: multiprocessing.connection.Connection
-    epochs: int  # done when it was last looked at
-
-    def failure(self) -> str:
-        """Why it ended before its end, or ""."""
-        code = self.process.exitcode
-        if code == 0:
-            return ""
-        if self.told.poll():
-            with contextlib.suppress(EOFError):
-                return self.told.recv()
-        return f"killed by {signal.Signals(-code).name}, perhaps for want of memory" if code < 0 else \
-            f"ended with status {code}"
+def primaries(found: Scores) -> dict[str, float]:
+    """{task: the metric that counts}."""
+    return {task.name: float(task.metrics(found.tallies[task.name])[task.primary]) for task in found.tasks
+            if task.name in found.tallies}
 
 
-def start(job: Job, threads: int) -> Running:
-    """Begin or go on with a job."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(job, threads, send))
-    process.start()
-    send.close()
-    return Running(job, process, receive, job.epochs())
+def measure(folder: Path, device: torch.device) -> dict:
+    """Of the chosen checkpoint: scores of validation, what counts of training and shifted photographs, costs."""
+    run, log = evaluate.load_run(folder, device), checkpoint.read_log(folder)
+    net, root = precision.folded(run.net), run.options["data"]
+    root = None if root is None else Path(root)
+    here, learned = (Photographs(evaluate.split_records(run, root, part), run.options["size"])
+                     for part in ("val", "train"))
+
+    def score(photographs):
+        return scoring.score(net, data.in_order(photographs, run.tasks, run.options["batch"], device), run.tasks)
+
+    found = score(here)
+    steps = log[-1]["step"]
+    return {"scores": kept(found), "epoch": run.epoch, "training": primaries(score(learned)),
+            "shifts": {shift: primaries(score(Shifted(here, shift))) for shift in measurements.SHIFTS},
+            "plain": primaries(found), "threads": torch.get_num_threads(),
+            "machine": hardware(device),
+            "costs": {"parameters": sum(p.numel() for p in run.net.parameters()),
+                      "multiply_adds": multiply_adds(net, run.options["size"], device),
+                      # of a photograph of the batch, whether or not this network is given it: the same for all rows
+                      "training_seconds": sum(line["seconds"] for line in log) / steps / run.options["batch"],
+                      "seconds": sum(line["seconds"] for line in log)}}
 
 
-class Watch:
-    """How far all jobs are, and how long they may still take."""
-
-    def __init__(self, jobs: Sequence[Job]):
-        self.left, self.trained = sum(max(0, job.options.epochs - job.epochs()) for job in jobs), 0  # epochs
-        self.begun = time.monotonic()
-        self.bar = tqdm(total=self.left, unit="epoch", leave=False, desc=f"{len(jobs)} runs", disable=None)
-
-    def look(self, r: Running) -> None:
-        """Count the epochs that a job has done since it was looked at last."""
-        new = r.job.epochs() - r.epochs
-        r.epochs, self.trained, self.left = r.epochs + new, self.trained + new, self.left - new
-        self.bar.update(new)
-
-    def ended(self, r: Running, done: int, number: int) -> None:
-        """Say that a job has ended, and how much is left."""
-        self.left -= max(0, r.job.options.epochs - r.epochs)  # stopped early, or failed
-        minutes = (time.monotonic() - self.begun) / max(1, self.trained) * self.left / 60
-        self.bar.write(f"{done} of {number} runs: {r.job.words} after {r.epochs} epochs" +
-                       f"; about {minutes:.0f} minutes left" * (self.left > 0))
+def result_of(options: Options) -> dict:
+    """The options on which a result hangs; see flags.MACHINE."""
+    return {k: v for k, v in plain(options).items() if k not in flags.MACHINE}
 
 
-def run_all(jobs: Sequence[Job], number: int) -> dict[str, str]:
-    """Run what is not finished, `number` jobs at a time; -> {words of a job: why it failed}.
+def photographs_of(options: Options, tasks: list[Task]) -> list[str]:
+    """Fingerprints of the photographs that a run with these options learns from and is scored on."""
+    return [part.fingerprint() for part in data.load_photographs(options, tasks)[:2]]
 
-    KeyboardInterrupt: running jobs have saved what they learned.
-    """
-    waiting, running, failed = [job for job in jobs if job.measured() is None], [], {}
-    done, threads, watch = len(jobs) - len(waiting), max(1, torch.get_num_threads() // number), Watch(waiting)
-    if done:
-        print(f"{done} of {len(jobs)} runs are finished already")
-    try:
-        while waiting or running:
-            while waiting and len(running) < number:
-                running.append(start(waiting.pop(0), threads))
-            time.sleep(0.5)
-            for r in list(running):
-                alive = r.process.is_alive()
-                watch.look(r)
-                if alive:
-                    continue
-                running.remove(r)
-                done += 1
-                if reason := r.failure():
-                    failed[r.job.words] = reason
-                    watch.bar.write(f"failed: {r.job.words}: {reason}")
-                watch.ended(r, done, len(jobs))
-    except KeyboardInterrupt:
-        for r in running:
-            r.process.terminate()  # SIGTERM, which a job takes for Ctrl-C
-        for r in running:
-            r.process.join()
-        raise
-    finally:
-        watch.bar.close()
-    return failed
+
+def finish(job: Job) -> None:
+    """Train, from wherever its run stands, and leave what was measured in measured.pt."""
+    device = precision.pick_device(job.options.device)
+    train.fit(job.options, job.folder, quiet=True, resume=(job.folder / "config.json").exists())
+    peak = peak_bytes(device)  # before scoring
+    found = measure(job.folder, device)
+    found["costs"]["peak_bytes"] = peak
+    checkpoint.save(job.folder / "measured.pt", {"options": result_of(job.options), "photographs": job.photographs,
+                                                 **found})
 
 
 # ---- the comparison ----
@@ -260,29 +178,31 @@ def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, st
 
     RunError: nothing is finished.
     """
-    tasks, device, of_row = make_tasks(base.tasks, base.classes), evaluate.pick_device(base.device), {}
+    tasks, device, of_row = make_tasks(base.tasks, base.classes), precision.pick_device(base.device), {}
     for job in jobs:
         of_row.setdefault(job.row.name, {}).setdefault(job.options.seed, []).append((job, job.measured()))
     found, firsts, words = {}, {}, {row.name: row.words for row in rows}
     if "constant" in words:
-        loaded = (train.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
-        found["constant"] = comparison.constant(loaded, tasks)
+        loaded = (data.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
+        found["constant"] = analysis.constant(loaded, tasks)
     for name, of_seed in of_row.items():
         whole = {seed: [left for _, left in runs] for seed, runs in of_seed.items() if all(left for _, left in runs)}
         if whole:
-            found[name] = comparison.gather(words[name], whole, tasks)
+            found[name] = analysis.gather(words[name], whole, tasks)
             firsts[name] = of_seed[next(iter(whole))][0][0]
     if not firsts:
         raise RunError(f"none of the {len(jobs)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
     of_data = described(base)
-    numbers = comparison.compared(found, tasks, {
-        "what": what_words(base, folds, len(rows), of_data), "options": measured.result_of(base), "folds": list(folds),
+    numbers = analysis.compared(found, tasks, {
+        "what": what_words(base, folds, len(rows), of_data), "options": result_of(base), "folds": list(folds),
         "asked": words, "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
         **{k: sorted({left[k] for runs in of_row.values() for run in runs.values() for _, left in run if left})
            for k in ("machine", "threads")}, "threads_here": torch.get_num_threads(), **of_data})
-    for name, value in measured.latencies({name: job.folder for name, job in firsts.items()}, device).items():
-        log = visualize.read_log(firsts[name].folder)
+    runs = {name: evaluate.load_run(job.folder, device) for name, job in firsts.items()}
+    nets = {name: (precision.folded(run.net), run.options["size"]) for name, run in runs.items()}
+    for name, value in measurements.latencies(nets, device).items():
+        log = checkpoint.read_log(firsts[name].folder)
         numbers["rows"][name]["costs"]["latency"] = value
         numbers["rows"][name] |= {"run": "/".join(firsts[name].folder.parts[-2:]),
                                   "cosines": [line.get("gradient_cosines", {}) for line in log]}
@@ -294,8 +214,8 @@ def described(base: Options) -> dict:
     if base.data is None:
         return {"data": None, "pixels": None, "own_validation": False}
     root = Path(base.data)
-    found = records.read_data(root).records
-    return {"data": "IDRiD" if records.is_idrid(root) else root.name, "pixels": records.image_size(found[0].image),
+    found = readers.read_data(root).records
+    return {"data": "IDRiD" if readers.is_idrid(root) else root.name, "pixels": files.image_size(found[0].image),
             "own_validation": any(r.part == "val" for r in found)}
 
 
@@ -327,7 +247,7 @@ def base_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
 
     Without data: few epochs of small drawings, so that two seeds of the usual rows are done in a quarter of an hour.
     """
-    drawn, typed = records.find_data(args.data) is None, ["--tasks", *args.tasks]
+    drawn, typed = readers.find_data(args.data) is None, ["--tasks", *args.tasks]
     for flag, value in (("data", args.data), ("size", 64 if drawn and args.size is None else args.size),
                         ("epochs", 2 if drawn and args.epochs is None else args.epochs), ("weights", args.weights),
                         ("device", args.device)):
@@ -371,7 +291,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_folds(text: str, base: Options) -> list[str]:
     """"3/5" -> ["1/5", "2/5", "3/5"]. InputError: another form; folds of a data set with a validation part."""
-    count, number = eyes.read_fold(text)
+    count, number = splits.read_fold(text)
     if count > 1 and described(base)["own_validation"]:
         raise InputError(f"--folds {text}: {base.data} names its own validation part; leave --folds out")
     return [f"{k + 1}/{number}" for k in range(count)]
@@ -392,7 +312,7 @@ def choose_rows(args: argparse.Namespace, base: Options) -> list[Row]:
 
 def jobs_at_once(base: Options) -> int:
     """How many, if --jobs does not say."""
-    cpu = evaluate.pick_device(base.device).type == "cpu"
+    cpu = precision.pick_device(base.device).type == "cpu"
     return 2 if cpu and base.data is None and torch.get_num_threads() > 1 else 1
 
 
@@ -405,9 +325,9 @@ def settled_folder(args: argparse.Namespace, base: Options) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the comparison."""
     args = parse(argv)
-    speed.keep_memory()
+    precision.keep_memory()
     if args.list:
-        rows = rows_for(args.tasks, records.find_data(args.data) is None, args.weights or "imagenet")
+        rows = rows_for(args.tasks, readers.find_data(args.data) is None, args.weights or "imagenet")
         print("\n".join([*(f"{row.name:16}{row.words}{' *' * row.usual}" for row in rows), "* also without --all"]))
         return
     base, notes = base_options(args)
@@ -418,15 +338,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = jobs_for(rows, base, args.seeds or (2 if base.data is None else 3), folds, folder)
     print("\n".join([*notes, f"{len(jobs)} runs in {folder}"]), flush=True)
     try:
-        with train.stopped_by_sigterm(ALONE):
-            failed = run_all(jobs, args.jobs or jobs_at_once(base))
+        with interrupt.stopped_by_sigterm(ALONE):
+            failed = run_all(jobs, finish, args.jobs or jobs_at_once(base))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     with held:
         found = summarised(jobs, rows, failed, base, folds)
-        print(comparison.lines(found))
-        written = comparison.write(found, folder)
+        print(analysis.lines(found))
+        written = analysis.write(found, folder)
         files.write_text(folder / "REPORT.md", report.text(found, report_pictures(found, folder, base)))
     print(f"wrote {', '.join([*written, 'REPORT.md'])} to {folder}")
     if failed:
@@ -434,4 +354,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.command(main)
+    command(main)

@@ -2,37 +2,40 @@
 
     load_run(folder) -> Run         a network as it was chosen, with what it was trained for
     split_records                   the photographs that it is scored on
-    routing_report                  what its experts do (routes.py)
     main                            python evaluate.py RUN [RUN ...] [--split test], or RUN --images PATH --out FOLDER
 
-Scores and what they are worth: scores.py. Answers for new photographs: predict.py.
+Scores and what they are worth: retina/evaluation. Answers for new photographs: retina/inference.
 """
 
 import argparse
-import csv
 import datetime
 import hashlib
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-import data
-import eyes
-import intervals
-import predict
-import routes
-import speed
-from files import InputError, command, load_tensors
-from model import Net, NetConfig, differences
-from records import Record, read_data
-from scores import Scores, align, claims, compare, in_order, loader, rerouted, score, score_at_full_size, summary, \
-    table, table_of_changes, table_of_differences
-from tasks import TASKS, Task, make_tasks
+from data import Photographs, in_order
+from model import Net, NetConfig
+from retina.datasets import leaks, splits
+from retina.datasets.readers import read_data
+from retina.datasets.records import Record
+from retina.evaluation import routing, statistics
+from retina.evaluation.compare import chosen_line, show_comparison, sides_of
+from retina.evaluation.interventions import rerouted
+from retina.evaluation.routing import labels_of
+from retina.evaluation.scoring import Scores, align, score, summary, write_predictions
+from retina.evaluation.tables import table, table_of_changes
+from retina.files import InputError, command, load_tensors, plain
+from retina.inference.full_size import score_at_full_size
+from retina.inference.predictor import NOTE, Predictor, find_photographs, folders, predict_all
+from retina.training import precision
+from retina.training.precision import check_precision, pick_device
+from retina.training.pretrained import differences
+from tasks import TASKS, Task, build_net, make_tasks
 
 
 # ---- runs ----
@@ -48,13 +51,6 @@ class Run:
     validation: list[str]  # names of the photographs that it was chosen on
     chosen: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
     learned_from: str | None  # fingerprint of the training photographs, see data.py
-
-
-def build_net(options: Mapping) -> tuple[Net, list[Task]]:
-    """The network that `options` (of a command line or a checkpoint) describe, with fresh weights."""
-    tasks = make_tasks(options["tasks"], options["classes"])
-    config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
-    return speed.fast(Net(config, tasks)), tasks
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
@@ -98,11 +94,11 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
                          f"{there}; expected the same")
-    records, _ = data.find_eyes(found.records, run.options["size"], run.options.get("ignore_eyes", False))
+    records, _ = leaks.find_eyes(found.records, run.options["size"], run.options.get("ignore_eyes", False))
     if part == "test":
-        records = eyes.split(records).test
+        records = splits.split(records).test
     elif part == "train":
-        records = [r for r in eyes.split(records, run.options["fold"], run.options["keep_leaks"]).training
+        records = [r for r in splits.split(records, run.options["fold"], run.options["keep_leaks"]).training
                    if r.name not in run.validation]
     else:
         known = {r.name: r for r in records}
@@ -121,57 +117,12 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
 
 # ---- what the experts do ----
 
-def routing_report(run: Run, photographs: data.Photographs, device: torch.device, batch: int) -> dict:
-    """Where the tokens of all photographs go, for every task; see routes.describe."""
-    batches = loader(photographs, in_order(photographs, batch), [TASKS["seg"]], device)
-    uses, records = routes.collect(run.net, batches), photographs.records
-    return routes.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
+def routing_report(run: Run, photographs: Photographs, device: torch.device, batch: int) -> dict:
+    """Where the tokens of all photographs go, for every task; see routing.describe."""
+    uses = routing.collect(run.net, in_order(photographs, [TASKS["seg"]], batch, device))
+    records = photographs.records
+    return routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                            "class" if run.options["classes"] else "grade")
-
-
-def labels_of(run: Run, records: Sequence[Record]) -> list[str | None]:
-    """The grade, or the class, of each photograph in words; None where it is not known."""
-    if run.options["classes"]:
-        return [None if r.category is None else run.options["classes"][r.category] for r in records]
-    return [None if r.grade is None else f"grade {r.grade}" for r in records]
-
-
-# ---- files ----
-
-def write_predictions(path: Path, scores: Scores) -> None:
-    """One row per photograph with every task's answer beside the truth."""
-    rows: dict[str, dict] = {}
-    for task in (t for t in scores.tasks if t.name in scores.tallies):
-        for name, tally in zip(scores.names[task.name], scores.tallies[task.name]):
-            rows.setdefault(name, {"photograph": name}).update(
-                {f"{task.name}_{k}": v for k, v in task.row(tally).items()})
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows.values())
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU where there is one. InputError: a GPU was asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """InputError: the device cannot compute in this precision."""
-    if precision == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16: expected a GPU; on a CPU use fp32, or bf16")
-
-
-def plain(value):
-    """For JSON, which has no nan and no infinity: the same with None in their place."""
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def announce_opening(run: Run, root: Path | str | None) -> None:
@@ -212,7 +163,7 @@ def parse() -> argparse.Namespace:
                              "+ 2 passes more)")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
     parser.add_argument("--batch", type=int, help="photographs, or tiles, at a time (default: as in training)")
-    parser.add_argument("--precision", choices=speed.HALVES, default="fp32",
+    parser.add_argument("--precision", choices=precision.HALVES, default="fp32",
                         help="of the network: bf16 (or fp16, on a GPU) is faster where the device has units for it, "
                              "and answers differ in the third digit (default: fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -254,35 +205,8 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
                              "task in common")
 
 
-def sides_of(runs: Sequence[Run]) -> list[list[int]]:
-    """Which runs count as one: those whose options differ in their seed alone. Two runs are two sides.
-
-    InputError: more than two sides, or two that do not have as many runs.
-    """
-    if len(runs) == 2:
-        return [[0], [1]]
-    sides: dict[str, list[int]] = {}
-    machine = ("seed", "workers", "device")
-    for i, run in enumerate(runs):
-        key = json.dumps({k: v for k, v in run.options.items() if k not in machine}, sort_keys=True)
-        sides.setdefault(key, []).append(i)
-    found = [sorted(side, key=lambda i: runs[i].options["seed"]) for side in sides.values()]
-    for i, j in ((i, j) for side in found for i, j in zip(side, side[1:])):
-        if runs[i].options["seed"] == runs[j].options["seed"]:
-            raise InputError(f"{runs[i].folder} and {runs[j].folder} have the same options and the same seed; expected "
-                             "different seeds; leave one out")
-    if len(found) > 2:
-        one, *others = (runs[side[0]].options for side in found)
-        differ = [k for k in one if any(o.get(k) != one[k] for o in others) and k not in machine]
-        raise InputError(f"{len(runs)} runs of {len(found)} kinds, which differ in {', '.join(differ)}; expected two "
-                         "runs, or runs of at most two kinds that differ in nothing but their seed")
-    if len({len(side) for side in found}) > 1:
-        raise InputError(f"{len(found[0])} runs against {len(found[1])}; expected as many on both sides")
-    return found
-
-
 def score_run(run: Run, args: argparse.Namespace,
-              device: torch.device) -> tuple[data.Photographs, Scores, Scores | None]:
+              device: torch.device) -> tuple[Photographs, Scores, Scores | None]:
     """Score one run at the size it was trained with and, where there are masks of files, at theirs; on what, first."""
     root = args.data or run.options["data"]
     root = None if root is None else Path(root)
@@ -291,9 +215,9 @@ def score_run(run: Run, args: argparse.Namespace,
     records = split_records(run, root, args.split)
     if args.split == "test":
         announce_opening(run, root)
-    photographs = data.Photographs(records, run.options["size"])
-    scores = score(run.net, photographs, run.tasks, device, args.batch or run.options["batch"],
-                   f"scoring {args.split}")
+    photographs = Photographs(records, run.options["size"])
+    batches = in_order(photographs, run.tasks, args.batch or run.options["batch"], device)
+    scores = score(run.net, batches, run.tasks, f"scoring {args.split}")
     return photographs, scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device,
                                                    args.batch or run.options["batch"])
 
@@ -322,59 +246,32 @@ def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores 
     if args.split == "val":
         print("the checkpoint, temperatures and thresholds (_chosen, _at_temperature, referable_) were chosen on these "
               "photographs: optimistic")
-    print(f"(in brackets: 95 % of {intervals.DRAWS} draws of eyes)")
+    print(f"(in brackets: 95 % of {statistics.DRAWS} draws of eyes)")
     return found
 
 
-def show_routes(run: Run, photographs: data.Photographs, args: argparse.Namespace, device: torch.device,
+def show_routes(run: Run, photographs: Photographs, args: argparse.Namespace, device: torch.device,
                 write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch = args.batch or run.options["batch"]
     found = routing_report(run, photographs, device, batch)
-    print(routes.table(found, details=args.routing))
+    print(routing.table(found, details=args.routing))
     write("routing", found)
     if args.routing:
-        changes = rerouted(run.net, photographs, run.tasks, device, batch)
+        changes = rerouted(run.net, in_order(photographs, run.tasks, batch, device), run.tasks)
         print(table_of_changes(changes, run.tasks))
         write("rerouted", changes)
 
 
-def show_comparison(runs: Sequence[Sequence[Run]], scores: Sequence[Sequence[Scores]],
-                    full: Sequence[Sequence[Scores | None]]) -> dict:
-    """Print how two sides differ and what may be claimed; -> the same for JSON."""
-    compared = compare(*scores)
-    at = "training"
-    if all(f for side in full for f in side):
-        compared |= compare(*full)
-        at = "the original files"
-    elif len({run.options["size"] for side in runs for run in side}) > 1 and "seg" in compared:
-        del compared["seg"]
-        at = "different sizes: not compared"
-    print("\nsecond less first, on the same photographs; temperature 1, masks at a threshold of 0.5, in pixels of "
-          f"{at}:")
-    print(table_of_differences(compared))
-    sentences = claims(compared, scores[0][0], len(runs[0]))
-    print("\n".join([f"p of these {len(sentences)} adjusted for their number (Holm):", *sentences]))
-    return {"first": [str(r.folder) for r in runs[0]], "second": [str(r.folder) for r in runs[1]],
-            "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
-
-
-def chosen_line(run: Run) -> str:
-    """Temperatures and thresholds in words."""
-    found = (f"{task} " + " ".join(f"{k} {v:.3g}" for k, v in values.items())
-             for task, values in run.chosen.items() if values)
-    return f"temperatures and thresholds, chosen on validation: {'; '.join(found)}"
-
-
 def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> None:
     """--images: predict, and say what happened; exit status 1 if a file could not be read."""
-    paths, notes = predict.find_photographs(args.images)
+    paths, notes = find_photographs(args.images)
     retinas = not run.options["classes"]
-    predictor = predict.Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles,
+    predictor = Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles,
                                   args.batch or run.options["batch"], device, args.out, retinas)
     print("\n".join([*notes, chosen_line(run)]))
     try:
-        rows = predict.predict_all(predictor, paths)
+        rows = predict_all(predictor, paths)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.out / 'predictions.csv'} has the photographs that were done", file=sys.stderr)
         sys.exit(130)
@@ -382,9 +279,9 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     for row in rows:
         if row["status"] != "answered":
             print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
-    written = ", ".join(["predictions.csv", *(predict.folders(run.tasks) if number["answered"] else [])])
+    written = ", ".join(["predictions.csv", *(folders(run.tasks) if number["answered"] else [])])
     print(f"{number['answered']} of {len(rows)} photographs answered for, {number['refused']} refused, "
-          f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{predict.NOTE}")
+          f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{NOTE}")
     if number["unreadable"]:
         sys.exit(1)
 
@@ -393,13 +290,13 @@ def main() -> None:
     """Score runs on validation or test; or answer for new photographs, see --images."""
     args = parse()
     device = pick_device(args.device)
-    speed.keep_memory()
+    precision.keep_memory()
     check_precision(args.precision, device)
     runs = [load_run(folder, device) for folder in args.runs]
     check(args, runs)
     for run in runs:
-        run.net = speed.folded(run.net)
-    with speed.autocast(device, args.precision):
+        run.net = precision.folded(run.net)
+    with precision.autocast(device, args.precision):
         if args.images is not None:
             return answer_for_new(runs[0], args, device)
         score_and_write(runs, args, device)

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import checkpoints
-import evaluate
-import eyes
-import records
-import speed
-from files import InputError
 from model import LEARNED, PLACES, ROUTERS, VARIANTS, make_routers
+from retina.datasets import readers, splits
+from retina.datasets.records import DataSet
+from retina.files import InputError
+from retina.training import precision, pretrained
+from retina.training.precision import check_precision, pick, pick_device
 from tasks import TASKS
 
 
@@ -151,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("machine")
     add(group, "--seed", "of the weights and everything random", Options.seed, type=int)
     add(group, "--precision", "of the passes through the network (default: bf16 where the device has units for it, "
-                              "fp16 on older GPUs, else fp32)", choices=speed.HALVES)
+                              "fp16 on older GPUs, else fp32)", choices=precision.HALVES)
     add(group, "--workers", "processes that load photographs (default: 0 on CPU, else up to 8)", type=int)
     add(group, "--device", "auto: the GPU if there is one", Options.device, choices=("auto", "cpu", "cuda"))
     group.add_argument("--deterministic", action="store_true",
@@ -214,11 +213,11 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
     read_loss_weights(args.loss_weights, args.tasks)
     experts, chosen, balance = settle_experts(args)
     fold = Options.fold if args.fold is None else args.fold
-    eyes.read_fold(fold)
-    root = records.find_data(args.data)
+    splits.read_fold(fold)
+    root = readers.find_data(args.data)
     drawn, weights = root is None, args.weights or "none"
     # a wrong folder is told before anything is downloaded; drawings are never wrong
-    found = records.DataSet([]) if drawn else records.read_data(root)
+    found = DataSet([]) if drawn else readers.read_data(root)
     if args.fold is not None and any(r.part == "val" for r in found.records):
         raise InputError(f"--fold {args.fold}: {root} names its own validation part; leave --fold out")
     notes = list(found.notes)
@@ -227,16 +226,16 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
                      "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
     if drawn:
         notes.append("training on DRAWN photographs (synthetic.py): results are no IDRiD results. For IDRiD, unzip it "
-                     f"from {records.SOURCE} and pass --data FOLDER")
+                     f"from {readers.SOURCE} and pass --data FOLDER")
     elif args.weights is None:
         try:
-            checkpoints.read_weights("imagenet", args.variant)
+            pretrained.read_weights("imagenet", args.variant)
             weights = "imagenet"
         except InputError as error:
             notes.append(f"warning: starting from random weights; {error}")
-    device = evaluate.pick_device(args.device)
-    precision = args.precision or speed.pick(device)
-    evaluate.check_precision(precision, device)
+    device = pick_device(args.device)
+    precision = args.precision or pick(device)
+    check_precision(precision, device)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count())
     return Options(
         tasks=tuple(dict.fromkeys(args.tasks)), data=None if drawn else str(root.resolve()),
@@ -268,7 +267,7 @@ def resumed(args: argparse.Namespace, begun: Mapping) -> Options:
     if "tasks" in typed:
         typed["tasks"] = tuple(dict.fromkeys(typed["tasks"]))
     if "data" in typed:
-        typed["data"] = str(records.find_data(typed["data"]).resolve())
+        typed["data"] = str(readers.find_data(typed["data"]).resolve())
     return replace(options, **typed)
 
 

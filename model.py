@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 # B batch (n_t of them with a label for task t), C channels, H W image, h w token grid
 # N tokens, E experts, K chosen, D hidden units of an expert
 
@@ -216,7 +217,6 @@ class FixedRouter(nn.Module):
 ROUTERS = {"learned": "one noisy top-k gate for each task", "shared": "one gate for all tasks",
            "random": "a frozen random gate for each task", "uniform": "all experts, averaged",
            "private": "each task its own experts, averaged"}
-
 LEARNED = ("learned", "shared")  # those of them that learn
 
 
@@ -307,7 +307,7 @@ class ExpertLayer(nn.Module):
 
 
 def alone(x: Tensor) -> Tensor:
-    """The sum of x over all processes where there is but one; see parallel.py."""
+    """The sum of x over all processes where there is but one; see retina/training/distributed.py."""
     return x
 
 
@@ -371,7 +371,6 @@ class MapSpec(NamedTuple):
     encoder: Encoder
     channels: tuple[int, ...]
     routed: int  # which of them comes from the task's experts: 4, the deepest, or 1, the decoder's map at stride 4
-    # a head that does not need all five says which in a slice, `reads`; the others are None then
 
 
 class PooledHead(nn.Module):
@@ -381,12 +380,13 @@ class PooledHead(nn.Module):
     each: a lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps
     alive.
     """
+    pretrained = "conv"  # what published weights have of a head, torchvision's features.8
 
     def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
         self.reads = slice(1, 5)
         encoder, between = spec.encoder, spec.channels[1:-1]
-        self.conv = ConvNormAct(spec.channels[-1], encoder.pooled, 1, norm=encoder.norm)  # torchvision's features.8
+        self.conv = ConvNormAct(spec.channels[-1], encoder.pooled, 1, norm=encoder.norm)
         self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
         self.dropout = nn.Dropout(encoder.dropout)
         self.linear = nn.Linear(encoder.pooled + sum(between), outputs)
@@ -514,28 +514,3 @@ class Net(nn.Module):
             for t in wanted:
                 mine[t][self.routed] = mixed[t]
         return mine, routing
-
-
-def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the weights `have` from fitting into a module whose own are `want`: keys and shapes, in words."""
-    return [*(f"{k} is missing" for k in want if k not in have),
-            *(f"{k} is not part of this network" for k in have if k not in want),
-            *(f"{k} is {tuple(have[k].shape)}, expected {tuple(want[k].shape)}"
-              for k in want if k in have and have[k].shape != want[k].shape)]
-
-
-def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
-    """Load a torchvision EfficientNet state dict: all of it but the final linear layer (`classifier.1`).
-
-    `features.0` ... `features.7` go to the encoder, `features.8` to every classification head.
-    ValueError: keys or shapes do not fit; the first few are named.
-    """
-    encoder = {k: v for k, v in state.items() if not k.startswith(("features.8.", "classifier."))}
-    pooled = {k: v for k, v in state.items() if k.startswith("features.8.")}
-    heads = [h.conv for h in net.heads.values() if isinstance(h, PooledHead)]
-    parts = [(net.encoder, "", encoder), *((conv, "features.8.", pooled) for conv in heads)]
-    for module, prefix, have in parts:
-        if wrong := differences({prefix + k: v for k, v in module.state_dict().items()}, have):
-            more = f", and {len(wrong) - 3} more differences" * (len(wrong) > 3)
-            raise ValueError(f"not the weights of this EfficientNet: {'; '.join(wrong[:3])}{more}")
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})

@@ -1,42 +1,39 @@
 """What a task is, and the tasks. A task names its label, head, loss, decoding and metrics in one class.
 
 Read Task first, then Grading, Lesions and Landmarks as its three examples. To add a task, write one more class and list
-it in TASKS; `train.py --tasks` then knows its name. Measures (metrics.py) are functions of per-photograph tallies
-collected over a whole split, never means of batches.
+it in TASKS; `train.py --tasks` then knows its name. How its answers are scored comes from retina/evaluation, one class
+for each kind of answer.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import fields
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import metrics
 import model
+from model import MapSpec, MaskHead, Net, NetConfig, PointHead, PooledHead
+from retina.datasets.records import UNKNOWN
+from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, MaskMetrics, PointMetrics, TaskMetrics
+from retina.training import precision
 
-# n photographs with the label, D weightings of them, L lesion classes, G grades, P points, K levels of a pixel's score,
-# S side of the photograph in pixels
-
-UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known (as in data.py)
+# n photographs with the label, L lesion classes, G grades, P points, S side of the photograph in pixels
 
 
-class Task:
+class Task(TaskMetrics):
     """One question about a photograph. All outputs and targets have one row per labelled photograph."""
     name: str  # the word for --tasks
     label: str  # the field of a record or sample that must not be None for the photograph to count as labelled
-    primary: str  # the metric that selects checkpoints, at most 1, higher is better
     weight: float = 1.0  # of its loss in the sum
 
     def labelled(self, record) -> bool:
         """Whether a record or sample carries this task's label."""
         return getattr(record, self.label) is not None
 
-    def head(self, spec: model.MapSpec) -> nn.Module:
+    def head(self, spec: MapSpec) -> nn.Module:
         """The layer that turns five maps, which `spec` describes, into this task's raw output."""
         raise NotImplementedError
 
@@ -55,52 +52,14 @@ class Task:
         """Raw output -> answer in human units (n, ...): probabilities, masks, points."""
         raise NotImplementedError
 
-    def pool(self) -> metrics.Ranking | None:
-        """A collector of what the tallies of single photographs cannot tell; None: there is nothing of the kind."""
-        return None
-
-    def tally(self, answer: Tensor, target: Tensor, pool: metrics.Ranking | None = None) -> Tensor:
-        """What the measures need to remember of each photograph: (n, ...), small. `pool` takes in the rest."""
-        raise NotImplementedError
-
-    def choose(self, tally: Tensor) -> dict[str, float]:
-        """What is fitted on validation and stored in the run: a temperature, thresholds."""
-        return {}
-
-    def measures(self, tally: Tensor, weights: Tensor, chosen: Mapping[str, float]) -> dict[str, Tensor]:
-        """{measure: (D,)} of D splits at once, in which photographs count as `weights` (D, n) say; see metrics.py."""
-        raise NotImplementedError
-
-    def metrics(self, tally: Tensor, chosen: Mapping[str, float] = MappingProxyType({}),
-                pool: metrics.Ranking | None = None) -> dict[str, float | int | list]:
-        """Measures of a whole split from all its tallies."""
-        values = self.measures(tally, torch.ones(1, len(tally), dtype=torch.float64), chosen)
-        return {name: float(value) for name, value in values.items()}
-
-    def row(self, tally: Tensor) -> dict[str, float]:
-        """Columns of predictions.csv from one photograph's tally."""
-        raise NotImplementedError
-
-    def caption(self, columns: Mapping[str, float | str]) -> list[str]:
-        """What `columns`, made by `answers`, say in words: lines for a picture."""
-        return []
-
-    def answers(self, answer: Tensor, sample, chosen: Mapping[str, float]) -> dict[str, float | str]:
-        """Columns for one new photograph, which `sample` shows, from its decoded answer (one row)."""
-        return {}
-
 
 # ---- classes ----
 
-class Classification(Task):
+class Classification(ClassMetrics, Task):
     """A label 0..classes-1 from the whole photograph."""
-    classes: int
-    prefix = "p"  # of the columns of probabilities
-    title = "class"  # in words
-    ordered = True  # neighbouring classes are alike, so that quadratic kappa means something
 
     def head(self, spec):
-        return model.PooledHead(spec, self.classes)
+        return PooledHead(spec, self.classes)
 
     def target(self, sample):
         return torch.tensor(getattr(sample, self.label))
@@ -112,91 +71,10 @@ class Classification(Task):
     def decode(self, output):
         return output.softmax(1)  # (n, G)
 
-    def tally(self, answer, target, pool=None):
-        return torch.cat([answer, target[:, None]], 1)  # (n, G + 1): probabilities, truth
 
-    def right(self, tally: Tensor) -> Tensor:
-        """Which photographs have the right class: (n,) bool."""
-        return tally[:, :-1].argmax(1) == tally[:, -1]
-
-    def choose(self, tally):
-        return {"temperature": metrics.best_temperature(tally[:, :-1], tally[:, -1].long())}
-
-    def measures(self, tally, weights, chosen):
-        p, truth = tally[:, :-1].double(), tally[:, -1].long()
-        predicted = p.argmax(1)
-        labels = truth, predicted, self.classes, weights
-        values = {"accuracy": metrics.accuracy(truth, predicted, weights),
-                  "balanced_accuracy": metrics.balanced_accuracy(*labels)}
-        if self.ordered:
-            values["kappa"] = metrics.quadratic_kappa(*labels)
-        values |= {"macro_f1": metrics.macro_f1(*labels), "auc": metrics.one_vs_rest_area(p, truth, weights),
-                   "calibration_error": metrics.calibration_error(p, truth, weights)}
-        if "temperature" in chosen:
-            p = metrics.at_temperature(p, chosen["temperature"])
-            values["calibration_error_at_temperature"] = metrics.calibration_error(p, truth, weights)
-        return values
-
-    def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
-        confusion = metrics.confusion_matrix(tally[:, -1].long(), tally[:, :-1].argmax(1), self.classes)
-        return super().metrics(tally, chosen) | {"confusion": confusion.tolist()}
-
-    def word(self, number: int) -> int | str:
-        """What stands for a class in tables."""
-        return number
-
-    def row(self, tally):
-        *probabilities, truth = tally.tolist()
-        return {"truth": self.word(int(truth)), "predicted": self.word(int(tally[:-1].argmax())),
-                **{f"{self.prefix}{self.word(i)}": round(p, 4) for i, p in enumerate(probabilities)}}
-
-    def answers(self, answer, sample, chosen):
-        p = metrics.at_temperature(answer[None], chosen["temperature"])[0]
-        return {self.label: self.word(int(p.argmax())),
-                **{f"{self.label}_{self.prefix}{self.word(i)}": round(v, 4) for i, v in enumerate(p.tolist())}}
-
-
-    def caption(self, columns):
-        word = columns[self.label]
-        return [f"{self.title} {word} (p {columns[f'{self.label}_{self.prefix}{word}']:.2f})"]
-
-
-class Grading(Classification):
+class Grading(GradeMetrics, Classification):
     """Diabetic retinopathy, grade 0 (none) to 4 (proliferative); referable: to be seen by a doctor, grade 2 and up."""
     name, label, primary, classes, title = "cls", "grade", "kappa", 5, "retinopathy grade"
-
-    def referable(self, p: Tensor, temperature: float) -> Tensor:
-        """Probability (n,) of grade 2 and up at a temperature, from those of the grades at 1 (n, G)."""
-        return metrics.at_temperature(p, temperature)[:, 2:].sum(1)
-
-    def choose(self, tally):
-        chosen = super().choose(tally)
-        p = self.referable(tally[:, :-1], chosen["temperature"])
-        return chosen | {"referable": metrics.best_threshold(p, tally[:, -1] >= 2)}
-
-    def measures(self, tally, weights, chosen):
-        """Beside those of all classes: of referable or not, the area under the ROC curve (at temperature 1),
-
-        sensitivity and specificity at the temperature and threshold that were chosen.
-        """
-        values = super().measures(tally, weights, chosen)
-        p, ill = tally[:, :-1], tally[:, -1] >= 2
-        values["referable_auc"] = metrics.roc_area(p[:, 2:].sum(1), ill, weights)
-        if "referable" in chosen:
-            found = self.referable(p, chosen["temperature"]) >= chosen["referable"]
-            values |= {"referable_sensitivity": metrics.sensitivity(found, ill, weights),
-                       "referable_specificity": metrics.sensitivity(~found, ~ill, weights)}
-        return values
-
-    def answers(self, answer, sample, chosen):
-        p, threshold = float(self.referable(answer[None], chosen["temperature"])), chosen["referable"]
-        return super().answers(answer, sample, chosen) | {
-            "referable": "yes" if p >= threshold else "no", "referable_p": round(p, 4),
-            "referable_threshold": round(threshold, 4)}
-
-    def caption(self, columns):
-        word, p, threshold = (columns[f"referable{end}"] for end in ("", "_p", "_threshold"))
-        return [*super().caption(columns), f"referable: {word} (p {p:.2f}, threshold {threshold:.2f})"]
 
 
 class Edema(Classification):
@@ -211,31 +89,16 @@ class Categories(Classification):
     def __init__(self, names: Sequence[str]):
         self.names, self.classes = tuple(names), len(names)
 
-    def word(self, number):
-        return self.names[number]
-
-
-class Joint(Task):
-    """Whether the answers of `cls` and `dme` are both right, as IDRiD's challenge counted; nothing to train."""
-    name, primary = "joint", "accuracy"
-
-    def measures(self, tally, weights, chosen):
-        """From (n,) 1 where both are right, else 0."""
-        return {"accuracy": metrics.mean(tally, weights)}
-
-    def right(self, tally):
-        return tally > 0.5
-
 
 # ---- masks ----
 
-class Lesions(Task):
+class Lesions(MaskMetrics, Task):
     """Masks of four lesion kinds and the optic disc, each pixel an independent yes/no for each kind."""
     name, label, primary = "seg", "masks", "dice"
     classes = ("MA", "HE", "EX", "SE", "OD")  # the order of the channels of a sample's masks
 
     def head(self, spec):
-        return model.MaskHead(spec, len(self.classes))
+        return MaskHead(spec, len(self.classes))
 
     def target(self, sample):
         return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
@@ -255,109 +118,6 @@ class Lesions(Task):
 
     def decode(self, output):
         return output.sigmoid()
-
-    def pool(self):
-        return metrics.Ranking(len(self.classes))
-
-    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray | None, pool: metrics.Ranking) -> Tensor:
-        """One kind on one photograph, probabilities and truth of any one shape: (2 K + 1,)
-
-        Other pixels by level of score, true ones, and the area under this photograph's own precision-recall curve; nan
-        where the truth is not known (None).
-        """
-        if truth is None:
-            return torch.full((2 * metrics.LEVELS + 1,), math.nan, dtype=torch.float64)
-        area, counts = pool.add(kind, answer, truth)
-        return torch.from_numpy(np.append(counts.astype(np.float64), area))
-
-    def tally(self, answer, target, pool=None):
-        """(n, L, 2 K + 1), see `count`; nan for kinds that are not known."""
-        answer, target, pool = answer.float().cpu().numpy(), target.cpu().numpy(), pool or self.pool()
-        return torch.stack([torch.stack([
-            self.count(kind, probability, None if (mask == UNKNOWN).any() else mask == 1, pool)
-            for kind, (probability, mask) in enumerate(zip(*photograph))]) for photograph in zip(answer, target)])
-
-    def at(self, tally: Tensor, thresholds: Sequence[float]) -> Tensor:
-        """Counts (n, L, 3) of both, predicted, true pixels at a threshold for each kind, from tallies."""
-        level = torch.tensor([metrics.level_of(t) for t in thresholds])
-        return metrics.masks_at(tally[..., :-1].unflatten(2, (2, metrics.LEVELS)), level)
-
-    def choose(self, tally):
-        """For each kind the threshold of the highest pooled Dice; 0.5 for those without a true pixel."""
-        others, true = tally[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS)).flip(2).unbind(1)  # (L, K) falling
-        both = true.cumsum(1)
-        scores = metrics.dice(torch.stack([both, both + others.cumsum(1), both[:, -1:].expand_as(both)], 2))
-        best = metrics.LEVELS - 1 - scores.argmax(1)
-        return {kind: metrics.threshold_at(int(best[i])) if both[i, -1] > 0 else 0.5
-                for i, kind in enumerate(self.classes)}
-
-    def measures(self, tally, weights, chosen):
-        """Dice, IoU and area under the precision-recall curve (aupr), each of pooled pixels and, averaged, per image.
-
-        The means are over the lesions that occur in the split, never the disc; where nothing but the disc is known,
-        the disc counts. Masks at a threshold of 0.5, and `dice_chosen` at those that were chosen. Pooled first, because
-        a mean of per-image Dice rewards a model that finds nothing: an image without a lesion then scores 1. A pooled
-        value of a kind without a true pixel in the split, and the area of an image without one, are not defined.
-
-        five_masks_dice is what older work reports as Dice: all five masks of an image in one, then the mean over
-        images; five_masks_dice_of_disc_alone is what the true optic disc alone would score.
-        """
-        half = self.at(tally, [0.5] * len(self.classes))  # (n, L, 3)
-        known = ~half[..., 0].isnan().all(0)
-        occurs = (weights @ half[..., 2].nan_to_num()) > 0  # (D, L)
-        counted = occurs.clone()
-        if known[:-1].any():
-            counted[:, -1] = False
-
-        def pooled(counts):
-            return (weights @ counts.nan_to_num().flatten(1)).unflatten(1, counts.shape[1:])
-
-        levels = pooled(tally[..., :-1].unflatten(2, (2, metrics.LEVELS)))  # (D, L, 2, K)
-        of_pixels = {"dice": metrics.dice(pooled(half)), "iou": metrics.iou(pooled(half)),
-                     "aupr": metrics.average_precision(*levels.unbind(2))}  # (D, L) each
-        if chosen:
-            of_pixels["dice_chosen"] = metrics.dice(pooled(self.at(tally, [chosen[kind] for kind in self.classes])))
-        of_pixels = {name: v.masked_fill(~occurs, math.nan) for name, v in of_pixels.items()}
-        of_images = {name: metrics.mean(v, weights) for name, v in
-                     (("dice", metrics.dice(half)), ("iou", metrics.iou(half)), ("aupr", tally[..., -1]))}
-        values = {}
-        for mark, found in (("", of_pixels), ("_per_image", of_images)):
-            for name, value in found.items():
-                values[name + mark] = value.masked_fill(~counted, math.nan).nanmean(1)
-                values |= {f"{name}_{kind}{mark}": value[:, i] for i, kind in enumerate(self.classes) if known[i]}
-        every, disc = half.sum(1), half[:, -1, 2]  # (n, 3), nan where a kind is not known; (n,)
-        if not every.isnan().all():
-            alone = torch.stack([disc, disc, every[:, 2]], 1)
-            values |= {"five_masks_dice": metrics.mean(metrics.dice(every), weights),
-                       "five_masks_dice_of_disc_alone": metrics.mean(metrics.dice(alone), weights)}
-        return values
-
-    def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
-        """With `pool`, the areas over all pixels are exact; without, they rest on the levels of the tallies.
-
-        `lesions` counts the kinds that the means are taken over. Where there is none, `dice` is 0: a checkpoint has to
-        have a score.
-        """
-        values = super().metrics(tally, chosen)
-        kinds = [kind for kind in self.classes[:-1] if f"dice_{kind}" in values] or list(self.classes[-1:])
-        kinds = [kind for kind in kinds if not math.isnan(values[f"dice_{kind}"])]
-        if pool:
-            areas = {f"aupr_{kind}": pool.area(i) for i, kind in enumerate(self.classes) if f"aupr_{kind}" in values}
-            mean = sum(areas[f"aupr_{kind}"] for kind in kinds) / len(kinds) if kinds else math.nan
-            values |= areas | {"aupr": mean}
-        if not kinds:
-            values["dice"] = 0.0
-        return {"lesions": len(kinds), **values}
-
-    def row(self, tally):
-        columns = {}
-        for kind, counts, levels in zip(self.classes, self.at(tally[None], [0.5] * len(self.classes))[0], tally):
-            values = [""] * 4 if counts.isnan().any() else [
-                round(float(metrics.dice(counts)), 4), "" if levels[-1].isnan() else round(float(levels[-1]), 4),
-                *map(int, counts[1:])]
-            columns |= dict(zip((f"dice_{kind}", f"aupr_{kind}", f"predicted_pixels_{kind}", f"true_pixels_{kind}"),
-                                values))
-        return columns
 
 
 # ---- points ----
@@ -395,13 +155,13 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     return 0.5 * kl(p) + 0.5 * kl(q)
 
 
-class Landmarks(Task):
+class Landmarks(PointMetrics, Task):
     """Centres of the optic disc and of the fovea."""
     name, label, primary = "loc", "points", "within_radius"
     classes = ("disc", "fovea")  # the order of a sample's points
 
     def head(self, spec):
-        return model.PointHead(spec, len(self.classes))
+        return PointHead(spec, len(self.classes))
 
     def target(self, sample):
         """(P + 4, 2): the points as shares of the side, nan where not known; then what turns shares into other units.
@@ -433,41 +193,6 @@ class Landmarks(Task):
     def decode(self, output):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
 
-    def tally(self, answer, target, pool=None):
-        """(n, P, 6): distance in pixels of the original, in disc diameters; answer and truth in pixels of the file."""
-        truth, (begin, pixels, original, diameters) = target[:, :-4], target[:, -4:].unbind(1)
-        gaps = [((answer - truth) * unit[:, None]).norm(dim=2) for unit in (original, diameters)]  # (n, P)
-        return torch.cat([torch.stack(gaps, 2), *(begin[:, None] + p * pixels[:, None] for p in (answer, truth))], 2)
-
-    def measures(self, tally, weights, chosen):
-        """`within_radius`, the share of points closer than one disc radius, and distances.
-
-        These are in disc diameters and in pixels of a photograph 4288 pixels wide (px4288), whatever the width of the
-        file, so that data sets compare.
-        """
-        values = {}
-        for i, point in enumerate(self.classes):
-            pixels, diameters = tally[:, i, :2].unbind(1)
-            if not pixels.isnan().all():
-                near = (diameters < 0.5).double().masked_fill(diameters.isnan(), math.nan)
-                values |= {f"within_radius_{point}": metrics.mean(near, weights),
-                           f"px4288_{point}": metrics.mean(pixels, weights),
-                           f"median_px4288_{point}": metrics.median(pixels, weights),
-                           f"diameters_{point}": metrics.mean(diameters, weights)}
-        share = [v for k, v in values.items() if k.startswith("within_radius")]
-        both = torch.stack(share).nanmean(0) if share else torch.zeros(len(weights), dtype=torch.float64)
-        return {"within_radius": both, **values}
-
-    def row(self, tally):
-        columns = ("px4288", "diameters", "predicted_x", "predicted_y", "true_x", "true_y")
-        return {f"{column}_{point}": "" if math.isnan(v) else round(v, 4)
-                for point, values in zip(self.classes, tally.tolist()) for column, v in zip(columns, values)}
-
-    def answers(self, answer, sample, chosen):
-        places = sample.geometry.to_file(answer.double().numpy() * sample.image.shape[-1])
-        return {f"{point}_{axis}": round(v, 1) for point, place in zip(self.classes, places.tolist())
-                for axis, v in zip("xy", place)}
-
 
 TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions(), Landmarks())}
 
@@ -475,3 +200,10 @@ TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesio
 def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
     """The tasks with these names; `cls` tells the `classes` of the data set apart where it has any of its own."""
     return [Categories(classes) if name == Categories.name and classes else TASKS[name] for name in names]
+
+
+def build_net(options: Mapping) -> tuple[Net, list[Task]]:
+    """The network that `options` (of a command line or a checkpoint) describe, with fresh weights."""
+    tasks = make_tasks(options["tasks"], options["classes"])
+    config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
+    return precision.fast(Net(config, tasks)), tasks

@@ -11,15 +11,10 @@ runs/NAME: config.json, metrics.jsonl (a line per epoch), best.pt (chosen on val
 Loss weights by uncertainty: Kendall et al. 2018, arXiv 1705.07115, eq. 10.
 """
 
-import contextlib
 import copy
 import itertools
 import json
 import math
-import os
-import platform
-import random
-import signal
 import sys
 import time
 from collections import deque
@@ -34,22 +29,22 @@ import torch.utils.deterministic
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoints
 import data
-import evaluate
-import eyes
-import files
 import flags
-import parallel
-import records
-import routes
-import scores
-import speed
-from files import InputError, RunError
+from data import Batch, Photographs, Steps, load_photographs
 from flags import Options, plain
 from model import Net, balance_loss
-from parallel import ALONE, Group
-from tasks import TASKS, Task, make_tasks
+from retina import files
+from retina.datasets import records
+from retina.datasets.splits import announcement
+from retina.evaluation import routing, scoring, tables
+from retina.files import InputError, RunError, command
+from retina.training import checkpoint, distributed, precision, pretrained
+from retina.training.checkpoint import machine, make_repeatable
+from retina.training.diagnostics import epoch_line, shown
+from retina.training.distributed import ALONE, Group
+from retina.training.interrupt import Interrupt, in_words, stopped_by_sigterm
+from tasks import Task, build_net, make_tasks
 
 
 # ---- losses of several tasks -> one ----
@@ -89,7 +84,7 @@ class Trainer:
     def __init__(self, net: Net, tasks: Sequence[Task], options: Options, steps: int, device: torch.device,
                  group: Group = ALONE, blanks: Mapping[str, Tensor] = MappingProxyType({})):
         self.net, self.tasks, self.options, self.device, self.group = net, tasks, options, device, group
-        self.called = parallel.spread(net, group, device)
+        self.called = distributed.spread(net, group, device)
         self.blanks = {t: (torch.zeros(0, dtype=torch.int64, device=device), x.to(device)) for t, x in blanks.items()}
         self.weigh = LossWeights(tasks, options.loss_weights).to(device)
         # weight decay on matrices and kernels only: on norms and biases it merely fights the data
@@ -122,7 +117,7 @@ class Trainer:
         After its first one DistributedDataParallel groups the gradients anew, and three or more processes then add them
         in another order: a run that is resumed would not end as the one that is not.
         """
-        net, generators = copy.deepcopy(self.net.state_dict()), checkpoints.generators()
+        net, generators = copy.deepcopy(self.net.state_dict()), checkpoint.generators()
         self.net.train()
         images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
         outputs, _ = self.called(images, {t.name: torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -130,9 +125,9 @@ class Trainer:
         sum(0 * x.sum() for x in outputs.values()).backward()
         self.net.zero_grad(set_to_none=True)
         self.net.load_state_dict(net)
-        checkpoints.set_generators(generators)
+        checkpoint.set_generators(generators)
 
-    def step(self, batch: data.Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:
         """Learn from one batch; -> its losses or, with a lag, those of the step before. RunError: see `check`."""
         losses = self.losses(batch)
         self.cosines, self.looked = {}, 0.0
@@ -151,7 +146,7 @@ class Trainer:
         parameters = [p for p in self.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         values = torch.stack([*(v.detach() for v in losses.values()), norm])
-        self.unread.append((self.number + 1, list(losses), speed.fetch(values)))
+        self.unread.append((self.number + 1, list(losses), precision.fetch(values)))
         found = self.read(self.lag)
         nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         self.scaler.step(self.optimizer)
@@ -170,13 +165,13 @@ class Trainer:
         self.check(number, losses, norm)
         return losses
 
-    def losses(self, batch: data.Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of each task, and of balance, over the whole batch."""
         rows, targets, kind = batch.rows, batch.targets, next(self.net.parameters()).dtype
         for t, (no_rows, no_target) in self.blanks.items():
             if t not in rows:  # in another process it is; norms and sums over all processes need everyone
                 rows, targets = {**rows, t: no_rows}, {**targets, t: no_target}
-        with speed.autocast(self.device, self.options.precision):
+        with precision.autocast(self.device, self.options.precision):
             outputs, routing = self.called(batch.images, rows)
         total = self.group.total
         losses = {t.name: t.loss(outputs[t.name].to(kind), targets[t.name], total)
@@ -233,39 +228,6 @@ class Trainer:
         self.number, (self.skipped, self.skipped_in_a_row) = state["number"], state["skipped"]
 
 
-# ---- the run ----
-
-class Interrupt:
-    """Ctrl-C (or SIGTERM) once ends after the step, or the scoring, that is under way; twice at once.
-
-    Several processes hear it at different moments, so they end only where they agree on it. For them twice is once,
-    since torchrun repeats what the terminal sends; and SIGTERM, by which it ends those that have lost another, ends at
-    once.
-    """
-
-    def __init__(self, group: Group = ALONE):
-        self.heard, self.agreed, self.group = False, False, group
-
-    def __enter__(self):
-        names = [signal.SIGINT] + [signal.SIGTERM] * (self.group.size == 1)
-        self.before = {name: signal.signal(name, self.hear) for name in names}
-        return self
-
-    def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-    def hear(self, *_):
-        if self.heard and self.group.size == 1:
-            raise KeyboardInterrupt
-        self.heard = True
-
-    def agree(self, device: torch.device) -> bool:
-        """Whether any process has heard it, the same in all; every process must ask."""
-        self.agreed = self.agreed or self.group.any(self.heard, device)
-        return self.agreed
-
-
 @dataclass
 class Progress:
     """How far a run has come, beside what Trainer knows; plain types, kept in last.pt."""
@@ -281,8 +243,8 @@ class Progress:
 class Course:
     """One run: what it learns from and is scored on, its trainer, how far it has come, its folder."""
 
-    def __init__(self, options: Options, folder: Path, tasks: Sequence[Task], trainer: Trainer, steps: data.Steps,
-                 training: data.Photographs, validation: data.Photographs, quiet: bool):
+    def __init__(self, options: Options, folder: Path, tasks: Sequence[Task], trainer: Trainer, steps: Steps,
+                 training: Photographs, validation: Photographs, quiet: bool):
         self.options, self.folder, self.tasks, self.trainer, self.steps = options, folder, tasks, trainer, steps
         self.training, self.validation, self.quiet, self.group = training, validation, quiet, trainer.group
         self.progress, self.lines, self.last = Progress(), [], steps.per_epoch * options.epochs
@@ -317,12 +279,12 @@ class Course:
     def run(self, generators: Sequence[Mapping] | None) -> None:
         """Train to the end, from wherever it stands; `generators` of all processes as they were there, if stored."""
         steps = self.steps.range(self.trainer.number, self.last, self.group.rank, self.group.size)
-        batches = scores.loader(self.training, steps, self.tasks, self.trainer.device, self.options.workers)
+        batches = data.loader(self.training, steps, self.tasks, self.trainer.device, self.options.workers)
         if generators is not None:  # after the loader, which draws from torch's
-            checkpoints.set_generators(generators[self.group.rank])
+            checkpoint.set_generators(generators[self.group.rank])
         if self.group.rank == 0:
             self.held = files.hold(self.folder)
-            self.lines = checkpoints.tidy(self.folder, self.progress.epoch)
+            self.lines = checkpoint.tidy(self.folder, self.progress.epoch)
         if generators is None:
             self.save()
         elif self.ended() and not self.quiet:
@@ -346,7 +308,7 @@ class Course:
         waited = self.progress.epoch - self.progress.best["epoch"]
         return self.progress.epoch >= self.options.epochs or waited >= self.options.patience
 
-    def train_epoch(self, batches: Iterator[data.Batch], interrupt: Interrupt) -> None:
+    def train_epoch(self, batches: Iterator[Batch], interrupt: Interrupt) -> None:
         """The steps that are left of the epoch. Ends early when interrupted. `save` reads what was not read yet."""
         trainer, progress, every = self.trainer, self.progress, self.options.save_every
         trainer.net.train()
@@ -373,7 +335,7 @@ class Course:
         for name, value in losses.items():
             self.progress.losses.setdefault(name, []).append(value)
 
-    def next(self, batches: Iterator[data.Batch]) -> data.Batch:
+    def next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch. If a file or a loader's process keeps it from coming, all that was learned is saved first.
 
         Not so in a group: the others do not know of it.
@@ -388,16 +350,17 @@ class Course:
     def score_epoch(self) -> None:
         """Score the validation split, keep the network if it is the best, write down what was found."""
         net, progress, trainer = self.trainer.net, self.progress, self.trainer
-        found = scores.score(net, self.validation, self.tasks, trainer.device, self.options.batch, group=self.group)
+        batches = data.in_order(self.validation, self.tasks, self.options.batch, trainer.device, self.group)
+        found = scoring.score(net, batches, self.tasks, group=self.group)
         metrics, usage = self.group.share(found and (found.metrics(), found.usage))
         losses = {t: float(np.mean(v)) for t, v in progress.losses.items()}
-        score, seconds = scores.primary_score(metrics, self.tasks), progress.seconds
+        score, seconds = scoring.primary_score(metrics, self.tasks), progress.seconds
         progress.epoch += 1
         if better := score > progress.best["score"]:
             progress.best = {"epoch": progress.epoch, "score": score, "metrics": metrics, "usage": usage,
-                             "weights": checkpoints.weights_hash(net)}
+                             "weights": checkpoint.weights_hash(net)}
             if self.group.rank == 0:
-                checkpoints.save(self.folder / "best.pt", {**self.stored, "net": net.state_dict(),
+                checkpoint.save(self.folder / "best.pt", {**self.stored, "net": net.state_dict(),
                                                            "epoch": progress.epoch, "chosen": found.choose()})
         line = {"epoch": progress.epoch, "step": trainer.number, "train": losses, "val": metrics, "score": score,
                 "expert_usage": usage, "lr": trainer.optimizer.param_groups[0]["lr"],
@@ -408,8 +371,8 @@ class Course:
             line["gradient_cosines"] = {pair: float(np.mean(v)) for pair, v in progress.cosines.items()}
         progress.losses, progress.seconds, progress.waited, progress.cosines = {}, 0.0, 0.0, {}
         if self.group.rank == 0:
-            self.lines.append(json.dumps(evaluate.plain(line)))
-            checkpoints.write_log(self.folder, self.lines)
+            self.lines.append(json.dumps(files.plain(line)))
+            checkpoint.write_log(self.folder, self.lines)
         self.save()
         if not self.quiet:
             print(epoch_line(progress.epoch, self.options, losses, metrics, self.tasks, score, better, seconds))
@@ -417,20 +380,20 @@ class Course:
     def save(self) -> None:
         """Write last.pt: all that the rest of the run depends on. Nothing, if a step that was not read yet failed."""
         self.note(self.trainer.read())
-        found = self.group.gather(checkpoints.generators())
+        found = self.group.gather(checkpoint.generators())
         if self.group.rank == 0:
-            checkpoints.save(self.folder / "last.pt", {
+            checkpoint.save(self.folder / "last.pt", {
                 **self.stored, "net": self.trainer.net.state_dict(), "trainer": self.trainer.state_dict(),
                 "progress": asdict(self.progress), "generators": found})
 
     def finish(self) -> dict:
         """Write result.json; -> what is in it."""
         best = self.progress.best
-        weights = {"best.pt": best["weights"], "last.pt": checkpoints.weights_hash(self.trainer.net)}
+        weights = {"best.pt": best["weights"], "last.pt": checkpoint.weights_hash(self.trainer.net)}
         result = {**best, "weights": weights, "epochs": self.progress.epoch, "steps": self.trainer.number,
                   "skipped_steps": self.trainer.skipped, "machine": self.stored["machine"]}
         if self.group.rank == 0:
-            files.write_text(self.folder / "result.json", json.dumps(evaluate.plain(result), indent=1))
+            files.write_text(self.folder / "result.json", json.dumps(files.plain(result), indent=1))
         return result
 
 
@@ -449,21 +412,21 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
     if options.log_gradients and group.size > 1:
         raise InputError("--log-gradients: in several processes the gradients of single tasks are not summed; expected "
                          "one process; leave it out")
-    device = group.device(evaluate.pick_device(options.device))
+    device = group.device(precision.pick_device(options.device))
     make_repeatable(options.seed, device.type == "cpu" or options.deterministic)
     state = None
     if resume:
-        begun, state = checkpoints.read_last(folder)
+        begun, state = checkpoint.read_last(folder)
         flags.check_same(folder, begun, options)
-    net, tasks = evaluate.build_net(asdict(options))
+    net, tasks = build_net(asdict(options))
     if state is None and group.rank == 0:  # the others take over its weights
-        checkpoints.start_from(net, options.weights, options.variant)
+        pretrained.start_from(net, options.weights, options.variant)
     with group.in_turn():
         training, validation, findings = load_photographs(options, tasks)
     if not quiet:
         print(announcement(training, validation, findings, tasks, options))
     streams = make_tasks(options.streams, options.classes) or tasks
-    steps = data.Steps(training.records, streams, options.batch, options.seed, options.augment, tasks)
+    steps = Steps(training.records, streams, options.batch, options.seed, options.augment, tasks)
     with in_words(folder, options, group) as where:
         trainer = Trainer(net.to(device), tasks, options, options.epochs * steps.per_epoch, device, group,
                           data.blanks(training, tasks) if group.size > 1 else {})
@@ -474,139 +437,12 @@ def fit(options: Options, folder: Path, notes: Sequence[str] = (), quiet: bool =
         if state is not None:
             course.restore(state)
         elif group.rank == 0 and not resume:
-            checkpoints.begin(folder, {"options": plain(options), "notes": list(notes), **findings}, overwrite)
+            checkpoint.begin(folder, {"options": plain(options), "notes": list(notes), **findings}, overwrite)
         where["begun"] = True
         course.run(None if state is None else state["generators"])
         if course.progress.epoch < options.epochs and not quiet:
             print(f"no better validation score for {options.patience} epochs: stopped early")
         return course.finish()
-
-
-@contextlib.contextmanager
-def in_words(folder: Path, options: Options, group: Group) -> Iterator[dict]:
-    """Say in one line what has gone wrong with a file, with memory or with a loader, and how to go on.
-
-    KeyboardInterrupt: with the command that goes on with the run, if it has begun.
-    """
-    where = {"trainer": None, "begun": False}
-    command = f"{'python' if group.size == 1 else f'torchrun --nproc_per_node={group.size}'} train.py --resume {folder}"
-    try:
-        yield where
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(command if where["begun"] else "") from None
-    except InputError as error:
-        raise InputError(f"{error}; then go on with: {command}" if where["begun"] else str(error)) from None
-    except (RuntimeError, MemoryError) as error:
-        first, step = (str(error).splitlines() or [""])[0], where["trainer"].number if where["trainer"] else 0
-        if "is killed by signal" in first or "exited unexpectedly" in first:
-            raise RunError(f"a process that loads photographs was killed after step {step}, perhaps for want of "
-                           f"memory; try fewer --workers (now {options.workers}); go on with: {command} "
-                           f"({first[:160]})") from error
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in first or \
-                "can't allocate memory" in first:
-            raise RunError(f"out of memory after step {step} with --batch {options.batch} --size {options.size}; try "
-                           f"--batch {max(2, options.batch // 2)} or a smaller --size; {folder} keeps what was saved "
-                           f"before ({first[:100]})") from error
-        raise
-
-
-def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, tasks: Sequence[Task], score: float,
-               better: bool, seconds: float) -> str:
-    """One line for one epoch."""
-    parts = [f"epoch {epoch:3}/{options.epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
-    for task in tasks:
-        values = metrics[task.name]
-        shown = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
-        parts.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in shown))
-    return " | ".join(parts) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"
-
-
-# ---- what a run needs before its first step ----
-
-def make_repeatable(seed: int, deterministic: bool) -> None:
-    """Seed every generator; where operations are deterministic too, the same command gives the same weights."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    if deterministic:  # read by cuBLAS when it starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    # which would by default also fill memory that is written over next: a tenth of a step
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.deterministic = deterministic
-
-
-def machine(device: torch.device, group: Group) -> dict:
-    """What the last digits of a result depend on, beside the options."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "processes": group.size, "name": name, "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-def shown(values: Mapping) -> str:
-    """{"a": 1} -> "a 1"."""
-    return ", ".join(f"{k} {v}" for k, v in values.items())
-
-
-def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[data.Photographs, data.Photographs, dict]:
-    """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
-
-    InputError: a task of which nothing is labelled on either side.
-    """
-    root = None if options.data is None else Path(options.data)
-    found = records.read_data(root).records
-    everything = make_tasks(TASKS, options.classes)
-    check_labels({"training": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
-    joined, conflicts = data.find_eyes(found, options.size, options.ignore_eyes)
-    split = eyes.split(joined, options.fold, options.keep_leaks)
-    check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
-                 f" (of {sum(r.part != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
-                 "test part)")
-    sampled = [*tasks, *make_tasks(options.streams, options.classes)]
-    training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in wanted)] for part, wanted in (
-        (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
-    validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
-    findings = {"leaks": {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
-                          **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "left_out_for_validation": validated, "conflicts": [c.plain(options.classes) for c in conflicts]}
-    return data.Photographs(training, options.size), data.Photographs(validation, options.size), findings
-
-
-def check_labels(parts: Mapping[str, Sequence[records.Record]], tasks: Sequence[Task], everything: Sequence[Task],
-                 root: Path | None, why: str = "") -> None:
-    """InputError: one of the `parts` has no label for one of the tasks; says which of `everything` would work."""
-    def labels(task):
-        return {name: sum(task.labelled(r) for r in part) for name, part in parts.items()}
-
-    for task in tasks:
-        if not all(labels(task).values()):
-            counts = ", ".join(f"{n} for {name}" for name, n in labels(task).items())
-            possible = " ".join(t.name for t in everything if all(labels(t).values()))
-            raise InputError(f"--tasks {task.name}: photographs with its label in {root}: {counts}{why}; expected at "
-                             f"least one each; " + (f"--tasks {possible} would work" if possible else
-                                                    "no task would work with this data"))
-
-
-def describe(photographs: data.Photographs, tasks: Sequence[Task]) -> str:
-    """How many photographs there are, and how many have a label for each task."""
-    labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
-    return f"{len(photographs)} photographs ({', '.join(labelled)})"
-
-
-def announcement(training: data.Photographs, validation: data.Photographs, findings: Mapping, tasks: Sequence[Task],
-                 options: Options) -> str:
-    """What a run is about to learn from, what it left out, and what it had to decide."""
-    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {options.fold}"
-    lines = [f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"]
-    if leaks := findings["leaks"]["photographs"]:
-        lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
-            "kept (--keep-leaks), so test scores say little about new eyes" if options.keep_leaks else "left out"))
-    if validated := len(findings["left_out_for_validation"]):
-        lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
-    if conflicts := len(findings["conflicts"]):
-        lines.append(f"{conflicts} times copies of one photograph carry different labels; config.json lists them and "
-                     "what training goes by")
-    return "\n".join(lines)
 
 
 # ---- command line ----
@@ -625,7 +461,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
     """Read the command line, and look at the data and at the run that it names. InputError: see flags.py."""
     args = flags.parse(argv)
     if args.resume is not None:
-        begun, state = checkpoints.read_last(args.resume)
+        begun, state = checkpoint.read_last(args.resume)
         options = flags.resumed(args, begun)
         if options.data is not None and not Path(options.data).exists():
             raise InputError(f"--resume {args.resume}: {options.data}: its data set is not there; if it has moved, "
@@ -641,7 +477,7 @@ def plan(argv: Sequence[str] | None) -> Plan:
         raise InputError(f"--name {args.name}: expected a name, not a path; runs are kept in {runs}")
     folder = runs / args.name if args.name else flags.next_folder(runs, options.tasks)
     if folder.exists() and not args.overwrite:
-        raise checkpoints.taken(folder)
+        raise checkpoint.taken(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise InputError(f"--overwrite: {folder} holds something else than a run; choose another --name")
     return Plan(options, folder, notes, False, args.overwrite)
@@ -665,29 +501,19 @@ def train(argv: Sequence[str] | None, group: Group) -> None:
         sys.exit(130)
     what = "DRAWN photographs, not IDRiD" if options.data is None else options.data
     tell(f"\nchosen: epoch {best['epoch']} of {folder}, validation split of {what}")
-    tell(scores.table(best["metrics"], make_tasks(options.tasks, options.classes)))
-    if best["usage"] and (idle := routes.idle(u["tokens"] for u in best["usage"].values())):
-        tell(routes.warning(idle))
+    tell(tables.table(best["metrics"], make_tasks(options.tasks, options.classes)))
+    if best["usage"] and (idle := routing.idle(u["tokens"] for u in best["usage"].values())):
+        tell(routing.warning(idle))
     tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in best["weights"].items()))
     tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
 
 
-@contextlib.contextmanager
-def stopped_by_sigterm(group: Group) -> Iterator[None]:
-    """SIGTERM, by which clusters end a job, is Ctrl-C; but not under torchrun, which ends the others by it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler if group.size == 1 else signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
-    speed.keep_memory()
-    with parallel.join() as group, stopped_by_sigterm(group):
+    precision.keep_memory()
+    with distributed.join() as group, stopped_by_sigterm(group):
         train(argv, group)
 
 
 if __name__ == "__main__":
-    files.command(main)
+    command(main)

@@ -34,17 +34,17 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import augment  # noqa: E402
 import data  # noqa: E402
-import predict  # noqa: E402
-import records  # noqa: E402
-import scores  # noqa: E402
-import speed  # noqa: E402
-import synthetic  # noqa: E402
-from conftest import save_palette_mask  # noqa: E402
-from files import RunError, command  # noqa: E402
 from model import ExpertLayer, Net, NetConfig, balance_loss  # noqa: E402
+from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
+from retina.datasets.cache import build_cache  # noqa: E402
+from retina.evaluation import scoring  # noqa: E402
+from retina.files import RunError, command  # noqa: E402
+from retina.inference import full_size  # noqa: E402
+from retina.training import precision  # noqa: E402
+from retina.training.precision import autocast  # noqa: E402
 from tasks import TASKS, make_tasks  # noqa: E402
+from conftest import save_palette_mask  # noqa: E402
 
 CPU, SEG = torch.device("cpu"), TASKS["seg"]
 LIBRARY = "segmentation_models_pytorch"
@@ -55,7 +55,7 @@ def machine() -> str:
     """What was measured on."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    half = ", bf16" * (speed.pick(CPU) == "bf16")
+    half = ", bf16" * (precision.pick(CPU) == "bf16")
     return (f"{names[0] if names else platform.processor()}{half}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, Python {platform.python_version()}")
 
@@ -117,19 +117,19 @@ def made(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts
     tasks = make_tasks(names)
     net = Net(NetConfig(experts=experts), tasks)
     if MEMORY in measures:
-        speed.keep_memory()
+        precision.keep_memory()
     if LAYOUT in measures:
-        net = speed.fast(net)
+        net = precision.fast(net)
     if DEPTHWISE not in measures:
-        speed.DepthwiseConv.forward = nn.Conv2d.forward
-    return speed.folded(net) if FOLDED in measures else net, tasks
+        precision.DepthwiseConv.forward = nn.Conv2d.forward
+    return precision.folded(net) if FOLDED in measures else net, tasks
 
 
 def taught(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: str, batch: data.Batch) -> None:
     """One training step."""
     net.train()
     optimizer.zero_grad()
-    with speed.autocast(CPU, precision):
+    with autocast(CPU, precision):
         outputs, routing = net(batch.images, batch.rows)
     losses = [t.loss(outputs[t.name].float(), batch.targets[t.name]) for t in tasks if t.name in outputs]
     (sum(losses) + (0.01 * balance_loss(routing) if routing else 0)).backward()
@@ -154,7 +154,7 @@ def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Se
         taught(net, tasks, optimizer, precision, batch)
 
     def forward():
-        with torch.inference_mode(), speed.autocast(CPU, precision):
+        with torch.inference_mode(), autocast(CPU, precision):
             net.eval()(images[:1])
     return step, forward
 
@@ -163,9 +163,9 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
     """A batch as most code makes it: each file decoded whole, resized, and augmented on its own."""
     change = v2.Compose([
         v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        v2.RandomAffine(augment.TURN, (augment.SHIFT,) * 2, augment.SCALE, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(augment.JITTER, augment.JITTER, augment.JITTER, augment.HUE),
-        v2.RandomApply([v2.GaussianBlur(augment.KERNEL, augment.SIGMA)], augment.BLURRED)])
+        v2.RandomAffine(data.TURN, (data.SHIFT,) * 2, data.SCALE, interpolation=v2.InterpolationMode.BILINEAR),
+        v2.ColorJitter(data.JITTER, data.JITTER, data.JITTER, data.HUE),
+        v2.RandomApply([v2.GaussianBlur(data.KERNEL, data.SIGMA)], data.BLURRED)])
     samples = []
     for r in paths:
         with Image.open(r.image) as file:
@@ -177,16 +177,17 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
                 if path is not None:
                     with Image.open(path) as file:
                         small = file.convert("L").resize((size, size), Image.NEAREST)
-                    masks[data.LESIONS.index(kind)] = torch.from_numpy(np.array(small) > 0)
+                    masks[synthetic.LESIONS.index(kind)] = torch.from_numpy(np.array(small) > 0)
             parts["masks"] = tv_tensors.Mask(masks)
         parts = {k: x.as_subclass(Tensor) for k, x in change(parts).items()}
-        samples.append(data.Sample(r.name, parts["image"], r.grade or 0, None, None, parts.get("masks"), None, None))
+        samples.append(preprocess.Sample(r.name, parts["image"], r.grade or 0, None, None, parts.get("masks"), None, None,
+                                         r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
 
 
 def trained(folder: str, size: int, measures: Sequence[str], batch: int = 8) -> tuple[Callable, Callable]:
     """Steps over real files -> step with loading, loading alone; each photograph comes once, masks where there are."""
-    found = [r for r in records.read_data(Path(folder)).records if r.part == "train"]
+    found = [r for r in readers.read_data(Path(folder)).records if r.part == "train"]
     order = np.random.default_rng(0).permutation(len(found))
     net, tasks = made(measures)
     optimizer, precision = torch.optim.AdamW(net.parameters(), 1e-4), "bf16" if HALF in measures else "fp32"
@@ -212,14 +213,14 @@ def reading(number: int) -> tuple[Callable]:
             Image.fromarray(synthetic.draw(synthetic.plan(3, i), 128)[0]).save(place / f"{i}.jpg")
         else:
             os.link(place / f"{i % 20}.jpg", place / f"{i}.jpg")
-    data.CACHE = place / "cache"
+    cache.CACHE = place / "cache"
     atexit.register(shutil.rmtree, place)
     photographs = data.Photographs([records.Record(str(i), place / f"{i}.jpg") for i in range(number)], 128)
     turn = iter(range(10 ** 9))
 
     def read():
         for _ in range(200):
-            photographs[next(turn) * 7 % number, None]
+            photographs[next(turn) * 7 % number]
     return read,
 
 
@@ -278,7 +279,7 @@ def shared(title: str, how: Mapping, repetitions: int) -> None:
          [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
 
 
-BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if speed.pick(CPU) == "bf16" else ()))  # what train.py does here
+BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if precision.pick(CPU) == "bf16" else ()))  # what train.py does here
 
 
 def step() -> None:
@@ -335,10 +336,10 @@ def scaling() -> None:
 
 def loading(folder: Path, size: int) -> None:
     """An epoch over the photographs of a folder, from nothing and once they are cached."""
-    found = [r for r in records.read_data(folder).records if r.part == "train"]
+    found = [r for r in readers.read_data(folder).records if r.part == "train"]
     with tempfile.TemporaryDirectory() as cache:
         begun = time.perf_counter()
-        data.build_cache(found, size, Path(cache))
+        build_cache(found, size, Path(cache))
         build = time.perf_counter() - begun
     ways = {"plain": {"measures": [PLAIN]}, "ours": {"measures": BEST}}
     ways = {f"{name}{', loading alone' * part}": {"kind": "trained", "folder": str(folder), "size": size, "part": part}
@@ -475,8 +476,8 @@ def evaluation() -> None:
     """What scoring adds to the forward passes, at the size of training and in the pixels of original files."""
     device, tasks = CPU, make_tasks(["cls", "seg"])
     net = Net(NetConfig(), tasks).to(memory_format=torch.channels_last).eval()
-    photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "train"][:240], 128)
-    batches = list(scores.loader(photographs, scores.in_order(photographs, 8), tasks, device))
+    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "train"][:240], 128)
+    batches = list(data.in_order(photographs, tasks, 8))
 
     @torch.inference_mode()
     def forward():
@@ -484,10 +485,10 @@ def evaluation() -> None:
             net(batch.images, batch.rows)
 
     def scored():
-        scores.score(net, photographs, tasks, device, 8).metrics()
+        scoring.score(net, data.in_order(photographs, tasks, 8, device), tasks).metrics()
 
-    found = scores.score(net, photographs, tasks, device, 8)
-    times = medians({"forward": forward, "scored": scored, "intervals": lambda: scores.summary([found], [{}])}, 5)
+    found = scoring.score(net, data.in_order(photographs, tasks, 8, device), tasks)
+    times = medians({"forward": forward, "scored": scored, "intervals": lambda: scoring.summary([found], [{}])}, 5)
     FOUND["evaluation"] = [{"": name, "s": seconds} for name, seconds in times.items()]
     print(f"{len(photographs)} drawn photographs at 128 pixels, {' '.join(t.name for t in tasks)}: forward passes "
           f"{times['forward']:.2f} s, scoring with decoding and metrics {times['scored']:.2f} s "
@@ -496,11 +497,11 @@ def evaluation() -> None:
         large = originals(Path(folder), 4)
 
         def full():
-            predict.tally_at_full_size(net, SEG, large, 256, None, device, 8, SEG.pool())
+            full_size.tally_at_full_size(net, SEG, large, 256, None, device, 8, SEG.pool())
 
         def network():
             for _ in large:
-                predict.answer(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
+                full_size.answer(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
 
         times = medians({"full": full, "network": network}, 3)
         print(f"masks of {len(large)} photographs of 4288x2848, network at 256 pixels: {times['full'] / 4:.2f} s a "

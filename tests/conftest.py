@@ -13,11 +13,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 import model  # noqa: E402
-import records  # noqa: E402
-import synthetic  # noqa: E402
 import train  # noqa: E402
+from retina.datasets import cache, readers, records, synthetic  # noqa: E402
 
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -57,23 +55,23 @@ def save_palette_mask(path: Path, mask: np.ndarray) -> None:
 def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bool = True) -> Path:
     """Write photographs 144x96 and labels below `root`; the numbers are those of the training part."""
     series = 7
-    for part, (folder, word) in records.PARTS.items():
+    for part, (folder, word) in readers.PARTS.items():
         if part == "test" and not test:
             continue
-        a, b, c = (root / subset for subset in records.SUBSETS)
+        a, b, c = (root / subset for subset in readers.SUBSETS)
         images = a / "1. Original Images" / folder
         images.mkdir(parents=True)
         masks = a / "2. All Segmentation Groundtruths" / folder
-        for kind in records.MASK_FOLDERS.values():
+        for kind in readers.MASK_FOLDERS.values():
             (masks / kind).mkdir(parents=True)
         for i in range(segmentation):
             name = f"IDRiD_{i + 1 + (54 if part == 'test' else 0):02d}"
             eye = ill_eye(series, 100 * i + (10000 if part == "test" else 0))
             picture, truth = synthetic.draw(eye, 96)
             widen(picture).save(images / f"{name}.jpg", quality=92)
-            for kind, mask in zip(data.LESIONS, truth):
+            for kind, mask in zip(synthetic.LESIONS, truth):
                 if mask.any():
-                    file = masks / records.MASK_FOLDERS[kind] / f"{name}_{kind}.tif"
+                    file = masks / readers.MASK_FOLDERS[kind] / f"{name}_{kind}.tif"
                     save_palette_mask(file, np.asarray(widen(mask)))
         images = b / "1. Original Images" / folder
         images.mkdir(parents=True)
@@ -147,7 +145,7 @@ def own_cache_and_runs(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache, runs, or data/IDRiD."""
     home = tmp_path_factory.getbasetemp() / "home"
     monkeypatch.setattr(records, "HERE", home)
-    monkeypatch.setattr(data, "CACHE", home / "cache")
+    monkeypatch.setattr(cache, "CACHE", home / "cache")
 
 
 @pytest.fixture(autouse=True)

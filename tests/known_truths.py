@@ -23,12 +23,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
-import comparison  # noqa: E402
-import data  # noqa: E402
 import flags  # noqa: E402
-import records  # noqa: E402
-import synthetic  # noqa: E402
-from files import command  # noqa: E402
+from retina.comparison import analysis  # noqa: E402
+from retina.comparison.jobs import run_all  # noqa: E402
+from retina.datasets import cache, records, synthetic  # noqa: E402
+from retina.files import command  # noqa: E402
 from tasks import make_tasks  # noqa: E402
 
 SIDE, GRADED, MASKED, JUDGED = 64, 24, 400, 240
@@ -75,19 +74,19 @@ def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: in
         **every["hard"].changes, "loss_weights": ("seg=0",)})
     rows = [every[name] for name in names]
     jobs = baselines.jobs_for(rows, replace(options, stochastic_depth=0.05, log_gradients=True), seeds, ["1/5"], folder)
-    failed = baselines.run_all(jobs, min(2, torch.get_num_threads()))
+    failed = run_all(jobs, baselines.finish, min(2, torch.get_num_threads()))
     assert not failed, failed
     tasks, found = make_tasks(options.tasks), {}
     for row in rows:
         runs = {job.options.seed: [job.measured()] for job in jobs if job.row is row}
-        found[row.name] = comparison.gather(row.words, runs, tasks)
+        found[row.name] = analysis.gather(row.words, runs, tasks)
     return tasks, found
 
 
 def told(tasks: list, found: dict) -> None:
     """Print scores and what may be claimed of grades."""
-    numbers = comparison.compared(found, tasks[:1], {"what": "", "tasks": ["cls"], "failed": {}})
-    print(comparison.lines(numbers))
+    numbers = analysis.compared(found, tasks[:1], {"what": "", "tasks": ["cls"], "failed": {}})
+    print(analysis.lines(numbers))
 
 
 def main() -> None:
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp())
-    records.HERE, data.CACHE = home, home / "cache"
+    records.HERE, cache.CACHE = home, home / "cache"
     if "few" in args.which:
         print(f"few: {GRADED} grades, {MASKED} masks; sharing must help to grade")
         told(*compared(write_table(home / "few", False), home / "runs" / "few", ["cls_alone", "hard"], args.seeds,

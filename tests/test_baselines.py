@@ -14,21 +14,21 @@ import torch
 from PIL import Image
 
 import baselines
-import comparison
 import data
 import evaluate
-import intervals
-import measured
-import records
-import report
-import scores
-import synthetic
+import flags
+import tasks
 import train
-from baselines import Job, Row
+from baselines import Row
+from retina import files
+from retina.comparison import analysis, jobs, measurements, report
+from retina.comparison.jobs import Job, run_all
+from retina.datasets import readers, records, synthetic
+from retina.evaluation import scoring, statistics
+from retina.evaluation.scoring import Scores
+from retina.files import InputError, RunError
+from tasks import TASKS, build_net
 from conftest import ROOT, official_tree
-from files import InputError, RunError
-from scores import Scores
-from tasks import TASKS
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
 CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
@@ -40,9 +40,9 @@ SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
 
 def test_every_row_is_a_network_and_differs_from_the_others():
     rows = baselines.rows_for(("cls", "seg"))
-    options = {row.name: replace(train.Options(), **row.changes) for row in rows if row.name != "constant"}
+    options = {row.name: replace(flags.Options(), **row.changes) for row in rows if row.name != "constant"}
     assert len(set(map(repr, options.values()))) == len(options) and len({row.name for row in rows}) == len(rows)
-    nets = {name: evaluate.build_net(asdict(o))[0] for name, o in options.items()}
+    nets = {name: tasks.build_net(asdict(o))[0] for name, o in options.items()}
 
     def layer(name):  # parameters and multiply-adds per token of the experts that a token meets
         w1 = nets[name].experts.experts.w1
@@ -65,7 +65,7 @@ def test_without_leak_protection_copies_lie_on_both_sides(tmp_path):
         shutil.copy(images / f"IDRiD_{i:03d}.jpg", images / f"IDRiD_{i + 7:03d}.jpg")
     for ignore in (False, True):
         options = replace(SMALL, tasks=("cls",), data=str(root), ignore_eyes=ignore)
-        training, validation, _ = train.load_photographs(options, [CLS])
+        training, validation, _ = data.load_photographs(options, [CLS])
         both = [{int(r.name[-3:]) % 7 for r in x.records if int(r.name[-3:]) < 15} for x in (training, validation)]
         assert bool(both[0] & both[1]) == ignore
     train.fit(options, tmp_path / "run", quiet=True)
@@ -81,7 +81,7 @@ def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_wa
         row = next(r for r in baselines.rows_for(("cls", "seg")) if r.name == name)
         options = replace(SMALL, data=str(root), batch=7, **row.changes)
         tasks = [TASKS[t] for t in options.tasks]
-        training, _, _ = train.load_photographs(options, tasks)
+        training, _, _ = data.load_photographs(options, tasks)
         steps = data.Steps(training.records, [TASKS[t] for t in options.streams or options.tasks], 7, 3, True, tasks)
         seen[name] = [[(training.records[i], draw) for i, draw in step] for step in steps.range(0, 3 * steps.per_epoch)]
         assert {len(step) for step in seen[name]} == {steps.photographs}
@@ -92,10 +92,10 @@ def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_wa
 
 def test_gradients_are_compared_as_two_backward_passes_would(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net, tasks = evaluate.build_net(asdict(SMALL))
+    net, tasks = build_net(asdict(SMALL))
     trainer = train.Trainer(net, tasks, SMALL, 10, CPU)
-    photographs, _, _ = train.load_photographs(SMALL, tasks)
-    batch = data.collate([photographs[i, None] for i in range(6)], tasks)
+    photographs, _, _ = data.load_photographs(SMALL, tasks)
+    batch = data.collate([photographs[i] for i in range(6)], tasks)
     losses = trainer.losses(batch)
     found = trainer.compare_gradients(losses)
     flat = {}
@@ -122,12 +122,12 @@ def tallies(right: torch.Tensor) -> torch.Tensor:
                                   torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
 
 
-def row_of(name: str, *seeds: torch.Tensor) -> comparison.Measured:
+def row_of(name: str, *seeds: torch.Tensor) -> analysis.Measured:
     """A row with these answers right, one tensor for each seed."""
     names = [f"p{i}" for i in range(len(seeds[0]))]
     found = [Scores([Accurate()], {"cls": names}, {"cls": tallies(right)}, eyes={n: n for n in names})
              for right in seeds]
-    return comparison.Measured(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
+    return analysis.Measured(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
 
 
 class Accurate(type(CLS)):
@@ -140,14 +140,14 @@ def right(share: float, n: int, seed: int) -> torch.Tensor:
 
 
 def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkeypatch):
-    parts, net = [], evaluate.build_net(asdict(SMALL))
+    parts, net = [], tasks.build_net(asdict(SMALL))
     for k in (1, 2, 3):
-        _, validation, _ = train.load_photographs(replace(SMALL, fold=f"{k}/3"), net[1])
-        parts.append(measured.kept(scores.score(net[0], validation, net[1], CPU, 6)))
-    found = comparison.put_together(parts, net[1])
-    everything = data.Photographs([r for r in records.read_drawn().records if r.part == "train"], 64)
-    whole = scores.score(net[0], everything, net[1], CPU, 6)
-    scores.align([whole, found])
+        _, validation, _ = data.load_photographs(replace(SMALL, fold=f"{k}/3"), net[1])
+        parts.append(baselines.kept(scoring.score(net[0], data.in_order(validation, net[1], 6), net[1])))
+    found = analysis.put_together(parts, net[1])
+    everything = data.Photographs([r for r in readers.read_drawn().records if r.part == "train"], 64)
+    whole = scoring.score(net[0], data.in_order(everything, net[1], 6), net[1])
+    scoring.align([whole, found])
     for t in ("cls", "seg"):
         torch.testing.assert_close(found.tallies[t], whole.tallies[t], rtol=1e-4, atol=1e-4,
                                    equal_nan=True, check_dtype=False)
@@ -158,28 +158,28 @@ def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkey
 def test_a_constant_guess_scores_what_it_must(tmp_path):
     options = replace(SMALL, tasks=("cls", "seg", "loc"))
     tasks = [TASKS[t] for t in options.tasks]
-    training, validation, _ = train.load_photographs(options, tasks)
-    found = comparison.constant([(training, validation)], tasks).scores[0].metrics()
+    training, validation, _ = data.load_photographs(options, tasks)
+    found = analysis.constant([(training, validation)], tasks).scores[0].metrics()
     grades = [r.grade for r in training.records]
     most = max(range(5), key=grades.count)
     assert found["cls"]["accuracy"] == pytest.approx(sum(r.grade == most for r in validation.records) / len(validation))
     assert found["cls"]["kappa"] == 0 and found["seg"]["dice"] == 0
-    place = torch.stack([training[i, None].points for i in range(len(training))]).mean(0)
-    gaps = [(validation[i, None].points - place).norm(dim=1) / 64 / 0.154 for i in range(len(validation))]
+    place = torch.stack([training[i].points for i in range(len(training))]).mean(0)
+    gaps = [(validation[i].points - place).norm(dim=1) / 64 / 0.154 for i in range(len(validation))]
     assert found["loc"]["diameters_disc"] == pytest.approx(float(torch.stack(gaps)[:, 0].mean()), rel=1e-4)
 
 
 def test_shifts_change_pictures_and_nothing_else():
-    photographs = data.Photographs(records.read_drawn().records[:3], 64)
-    for shift in measured.SHIFTS:
-        changed = measured.Shifted(photographs, shift)
-        assert len(changed) == 3 and changed.records == photographs.records
-        one, again, before = changed[1, None], changed[1, None], photographs[1, None]
+    photographs = data.Photographs(readers.read_drawn().records[:3], 64)
+    for shift in measurements.SHIFTS:
+        changed = measurements.Shifted(photographs, shift)
+        assert len(changed) == 3 and changed[2].name == photographs[2].name
+        one, again, before = changed[1], changed[1], photographs[1]
         assert torch.equal(one.image, again.image) and one.image.dtype == torch.uint8
         assert one.image.shape == before.image.shape and not torch.equal(one.image, before.image)
         assert (one.image.float() - before.image.float()).abs().mean() < 60
         assert torch.equal(one.masks, before.masks) and torch.equal(one.points, before.points)
-    dark, cold = (measured.Shifted(photographs, s)[1, None].image.float().mean((1, 2)) / before.image.float().mean(
+    dark, cold = (measurements.Shifted(photographs, s)[1].image.float().mean((1, 2)) / before.image.float().mean(
         (1, 2)) for s in ("darker", "colder light"))
     assert dark.max() < 0.65 and cold[0] < 0.9 < 1.1 < cold[2]
 
@@ -193,14 +193,14 @@ def test_equal_rows_with_different_names_differ_by_nothing():
     """The same answers; and answers of one quality, of which an uncorrected interval leaves out zero now and then."""
     same = right(0.6, 100, 0)
     rows = {"cls_alone": row_of("cls_alone", same), "hard": row_of("hard", same)}
-    (d,) = comparison.differences(rows, [Accurate()])
+    (d,) = analysis.differences(rows, [Accurate()])
     assert d["difference"] == 0 and not d["claimed"] and d["needed"] is None and d["p_adjusted"] == 1
     assert d["corrected_interval"] == [0, 0]  # defined, and nothing
     wrong = 0
     for k in range(10):
         rows = {name: row_of(name, right(0.6, 100, 100 * k + i)) for i, name in enumerate(
             ("cls_alone", "hard", "dense", "learned"))}
-        wrong += any(d["claimed"] for d in comparison.differences(rows, [Accurate()]))
+        wrong += any(d["claimed"] for d in analysis.differences(rows, [Accurate()]))
     assert wrong <= 2
 
 
@@ -208,7 +208,7 @@ def test_a_planted_difference_is_claimed_with_its_size():
     first = right(0.5, 300, 1)
     second = first | right(0.4, 300, 2)
     rows = {"cls_alone": row_of("cls_alone", first, first), "hard": row_of("hard", second, second)}
-    (d,) = comparison.differences(rows, [Accurate()])
+    (d,) = analysis.differences(rows, [Accurate()])
     gap = float((second.double() - first.double()).mean())
     error = float((second.double() - first.double()).std()) / math.sqrt(300)
     assert d["difference"] == pytest.approx(gap) and d["standard_error"] == pytest.approx(error, rel=0.1)
@@ -219,28 +219,28 @@ def test_a_planted_difference_is_claimed_with_its_size():
 def test_correction_for_the_number_of_differences():
     one = {"difference": 0.1, "standard_error": 0.04, **KNOWN, "p": 0.02, "photographs": 50,
            "eyes": 50}
-    found = comparison.corrected([dict(one) for _ in range(10)])
+    found = analysis.corrected([dict(one) for _ in range(10)])
     assert [d["p_adjusted"] for d in found] == pytest.approx([0.2] * 10) and not any(d["claimed"] for d in found)
     assert found[0]["corrected_interval"] == pytest.approx([0.1 - 2.807 * 0.04, 0.1 + 2.807 * 0.04], abs=1e-4)
     assert found[0]["needed"] == math.ceil(50 * ((2.80703 + 0.84162) * 0.4) ** 2)
-    (alone,) = comparison.corrected([dict(one)])
+    (alone,) = analysis.corrected([dict(one)])
     assert alone["claimed"] and alone["wants"] is None
-    (few,) = comparison.corrected([{**one, "eyes": 5}])
-    assert few["wants"] == "eyes" and comparison.wanted(few) == "5 eyes are too few to show any"
+    (few,) = analysis.corrected([{**one, "eyes": 5}])
+    assert few["wants"] == "eyes" and analysis.wanted(few) == "5 eyes are too few to show any"
     # seeds alone make an error that no number of photographs takes away
-    (noisy,) = comparison.corrected([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
-    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in comparison.wanted(noisy)
+    (noisy,) = analysis.corrected([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
+    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in analysis.wanted(noisy)
     # p forbids what the interval would allow: nothing is said of photographs
-    (odd,) = comparison.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
-    assert not odd["claimed"] and odd["needed"] is None and comparison.wanted(odd) == ""
+    (odd,) = analysis.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
+    assert not odd["claimed"] and odd["needed"] is None and analysis.wanted(odd) == ""
     # table and sentence give the same reason: one seed, though photographs would do for the interval
-    (single,) = comparison.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
-    assert single["needed"] and "more seeds" in comparison.wanted(single)
+    (single,) = analysis.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
+    assert single["needed"] and "more seeds" in analysis.wanted(single)
     said = {"rows": {n: {"words": n} for n in "ab"},
             "differences": [{**single, "row": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
     assert report.differences(said)[-1].endswith("| none | more seeds |")
     # an error that draws of eyes leave undefined is not replaced by that of seeds
-    assert all(math.isnan(v) for v in comparison.sources(math.nan, [[], []], CLS))
+    assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], CLS))
 
 
 def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
@@ -251,7 +251,7 @@ def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
         found = [{"difference": x, "standard_error": 1.0, **KNOWN, "photographs": 90, "eyes": 90,
                   "p": math.erfc(abs(x) / math.sqrt(2))} for x in drawn]
         uncorrected += any(d["p"] < 0.05 for d in found)
-        claimed += any(d["claimed"] for d in comparison.corrected(found))
+        claimed += any(d["claimed"] for d in analysis.corrected(found))
     assert claimed / 500 <= 0.07 and uncorrected / 500 > 0.3
 
 
@@ -261,12 +261,12 @@ def test_seeds_count_as_new_seeds_would():
             for shares in ((0.4, 0.6), (0.5, 0.5))]
     values = [[s.metrics()["cls"]["accuracy"] for s in side] for side in rows]
     variances = [(a - b) ** 2 / 2 for a, b in values]  # sd^2 of two
-    error, of_seeds, degrees = comparison.sources(0.2, rows, Accurate())
+    error, of_seeds, degrees = analysis.sources(0.2, rows, Accurate())
     assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 2))
     assert error == pytest.approx(math.sqrt(0.2 ** 2 + sum(variances) / 4))
     of_eyes = 0.2 ** 2 - sum(variances) / 4
     assert degrees == pytest.approx(error ** 4 / (sum((v / 2) ** 2 for v in variances) + of_eyes ** 2 / 399))
-    assert comparison.sources(0.2, [side[:1] for side in rows], Accurate()) == pytest.approx((0.2, 0.0, 399))
+    assert analysis.sources(0.2, [side[:1] for side in rows], Accurate()) == pytest.approx((0.2, 0.0, 399))
 
 
 def test_one_seed_a_side_claims_nothing():
@@ -274,7 +274,7 @@ def test_one_seed_a_side_claims_nothing():
     first, second = right(0.3, 300, 1), right(0.8, 300, 2)
     for seeds, claimed in ((1, False), (2, True)):
         rows = {"cls_alone": row_of("", *[first] * seeds), "hard": row_of("", *[second] * seeds)}
-        (d,) = comparison.differences(rows, [Accurate()])
+        (d,) = analysis.differences(rows, [Accurate()])
         assert d["claimed"] == claimed and d["wants"] == (None if claimed else "seeds") and d["p_adjusted"] < 0.01
 
 
@@ -284,13 +284,13 @@ def test_so_many_photographs_as_are_said_to_be_needed_find_it():
     shift, n = 0.2, 60
     one = {"difference": shift, "standard_error": 1 / math.sqrt(n), **KNOWN, "p": 0.5,
            "photographs": n, "eyes": n}
-    needed = comparison.corrected([dict(one) for _ in range(5)])[0]["needed"]
+    needed = analysis.corrected([dict(one) for _ in range(5)])[0]["needed"]
     claimed = 0
     for sample in torch.randn(600, needed, generator=rng) + shift:
         found = {"difference": float(sample.mean()), "standard_error": float(sample.std()) / math.sqrt(needed)}
         p = math.erfc(abs(found["difference"] / found["standard_error"]) / math.sqrt(2))
         family = [{**one, **found, "p": p, "photographs": needed}, *(dict(one) for _ in range(4))]
-        claimed += comparison.corrected(family)[0]["claimed"]
+        claimed += analysis.corrected(family)[0]["claimed"]
     assert claimed / 600 == pytest.approx(0.8, abs=0.06)
 
 
@@ -299,25 +299,25 @@ def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     first = right(0.2, 60, 1)
     rows = {"cls_alone": row_of("cls_alone", first, first)} | {
         f"row{k}": row_of(f"row{k}", *[first | right(0.7, 60, k + 2)] * 2) for k in range(60)}
-    assert all(d["claimed"] for d in comparison.differences(rows, [Accurate()]))
+    assert all(d["claimed"] for d in analysis.differences(rows, [Accurate()]))
     nothing = {"difference": math.nan, "standard_error": math.nan, **KNOWN, "p": math.nan,
                "photographs": 6, "eyes": 6}
-    (bad,) = comparison.corrected([nothing])
-    assert bad["needed"] is None and not bad["claimed"] and json.dumps(evaluate.plain(bad), allow_nan=False)
+    (bad,) = analysis.corrected([nothing])
+    assert bad["needed"] is None and not bad["claimed"] and json.dumps(files.plain(bad), allow_nan=False)
     said = {"rows": {n: {"words": n} for n in "ab"}}
-    d = evaluate.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
-    assert "not defined on these photographs" in comparison.claim(said, d)
+    d = files.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
+    assert "not defined on these photographs" in analysis.claim(said, d)
     assert report.differences({**said, "differences": [d]})[-1] == "| seg | a | b | - | 1.000 | none |  |"
 
 
 def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
     x, y = right(0.5, 40, 1), right(0.5, 40, 2)
     rows = {"cls_alone": row_of("cls_alone", x), "hard": row_of("hard", y), "leaky": row_of("leaky", x[:30])}
-    assert [d["row"] for d in comparison.differences(rows, [Accurate()])] == ["hard"]
+    assert [d["row"] for d in analysis.differences(rows, [Accurate()])] == ["hard"]
     rows["hard"].seeds = [1]
-    assert comparison.differences(rows, [Accurate()]) == []
+    assert analysis.differences(rows, [Accurate()]) == []
     rows["leaky"] = row_of("leaky", y)  # the same names: still, what it has learned from is another split
-    assert comparison.differences(rows, [Accurate()]) == []
+    assert analysis.differences(rows, [Accurate()]) == []
 
 
 # ---- all of it ----
@@ -325,10 +325,10 @@ def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
 class InProcess:
     """In place of a process: the same work, here."""
 
-    def __init__(self, job):
+    def __init__(self, job, finish):
         self.job, self.process, self.epochs, self.error = job, self, job.epochs(), ""
         try:
-            measured.finish(job.options, job.folder, job.photographs)
+            finish(job)
         except (InputError, RunError) as error:
             self.error = str(error)
 
@@ -343,13 +343,13 @@ class InProcess:
 def here(monkeypatch):
     """Jobs run in this process, one after the other; -> the words of those that were started."""
     started = []
-    monkeypatch.setattr(baselines, "start", lambda job, threads: started.append(job.words) or InProcess(job))
+    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: started.append(job.words) or InProcess(job, finish))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return started
 
 
 def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
-    monkeypatch.setattr(measured, "SHIFTS", dict(list(measured.SHIFTS.items())[:2]))
+    monkeypatch.setattr(measurements, "SHIFTS", dict(list(measurements.SHIFTS.items())[:2]))
     flags = "--name whole --only constant cls_alone learned --seeds 2 --epochs 1".split()
     baselines.main(flags)
     folder = records.HERE / "runs" / "whole"
@@ -390,14 +390,14 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
-    whole = measured.finish
+    whole = baselines.finish
 
-    def finish(options, folder, photographs):
-        if options.experts == 1:
+    def finish(job):
+        if job.options.experts == 1:
             raise RunError("out of memory after step 3")
-        whole(options, folder, photographs)
-    monkeypatch.setattr(measured, "finish", finish)
-    monkeypatch.setattr(measured, "SHIFTS", {})
+        whole(job)
+    monkeypatch.setattr(baselines, "finish", finish)
+    monkeypatch.setattr(measurements, "SHIFTS", {})
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "failed", "--only", "hard", "dense", "--seeds", "1", "--epochs", "1"])
     found = json.loads((records.HERE / "runs" / "failed" / "comparison.json").read_text())
@@ -411,14 +411,14 @@ def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, cap
 
 def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
     """Three tasks, two folds; one fold of one seed fails: the other seed stands for the row, on both folds."""
-    whole = measured.finish
+    whole = baselines.finish
 
-    def finish(options, folder, photographs):
-        if (options.tasks, options.seed, options.fold) == (("loc",), 1, "2/5"):
+    def finish(job):
+        if (job.options.tasks, job.options.seed, job.options.fold) == (("loc",), 1, "2/5"):
             raise RunError("out of memory after step 3")
-        whole(options, folder, photographs)
-    monkeypatch.setattr(measured, "finish", finish)
-    monkeypatch.setattr(measured, "SHIFTS", {})
+        whole(job)
+    monkeypatch.setattr(baselines, "finish", finish)
+    monkeypatch.setattr(measurements, "SHIFTS", {})
     with pytest.raises(SystemExit):
         baselines.main("--name folds --tasks cls dme loc --only loc_alone hard --folds 2/5 --epochs 1".split())
     folder = records.HERE / "runs" / "folds"
@@ -433,7 +433,7 @@ def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
 
 
 def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "SHIFTS", {})
+    monkeypatch.setattr(measurements, "SHIFTS", {})
     for i in range(24):
         Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
@@ -453,10 +453,10 @@ def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkey
 
 def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
     job = Job(Row("hard", ""), replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
-    running = baselines.start(job, 1)
+    running = jobs.start(job, baselines.finish, 1)
     running.process.join()
     assert "nowhere: no such file or folder" in running.failure() and running.process.exitcode == 1
-    running = baselines.start(job, 1)
+    running = jobs.start(job, baselines.finish, 1)
     running.process.kill()
     running.process.join()
     assert "killed by SIGKILL" in running.failure()
@@ -478,7 +478,7 @@ def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
 
     def interrupted(seconds):
         raise KeyboardInterrupt
-    monkeypatch.setattr(baselines, "start", lambda job, threads: baselines.Running(job, Process(), None, 0))
+    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: jobs.Running(job, Process(), None, 0))
     monkeypatch.setattr(time, "sleep", interrupted)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "stopped", "--only", "hard", "dense", "--seeds", "1", "--jobs", "2"])
@@ -487,10 +487,10 @@ def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
 
 
 def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
-    monkeypatch.setattr(measured, "SHIFTS", {})
+    monkeypatch.setattr(measurements, "SHIFTS", {})
     flags = ["--name", "other", "--only", "hard", "--seeds", "1", "--epochs", "1"]
     baselines.main(flags)
-    monkeypatch.setattr(records, "DRAWN", {"train": (0, 25), "test": (1, 10)})
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 25), "test": (1, 10)})
     with pytest.raises(InputError, match="a run on other photographs or labels; expected the comparison"):
         baselines.main(flags)
 
@@ -515,7 +515,7 @@ def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch)
     for name, number in (("both", 2), ("one", 1)):
         jobs = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
-        assert baselines.run_all(jobs, number) == {}
+        assert run_all(jobs, baselines.finish, number) == {}
         left[name] = [job.measured() for job in jobs]
     for one, other in zip(*left.values()):
         assert one["threads"] == other["threads"] == 1
@@ -528,14 +528,14 @@ def test_the_report_claims_only_what_can_be_claimed():
     first = right(0.5, 300, 1)
     rows = {"cls_alone": row_of("cls_alone", first, first),
             "hard": row_of("hard", *[first | right(0.4, 300, 2)] * 2)}
-    found = {"rows": {name: comparison.row_numbers(row) for name, row in rows.items()},
-             "differences": comparison.differences(rows, [Accurate()])}
+    found = {"rows": {name: analysis.row_numbers(row) for name, row in rows.items()},
+             "differences": analysis.differences(rows, [Accurate()])}
     (d,) = found["differences"]
-    said = comparison.claim(found, d)
+    said = analysis.claim(found, d)
     assert f"{d['difference']:+.3f}" in said and "higher (these networks: a claim about" in said
     assert "| higher |  |" in report.differences(found)[-1]
     d["claimed"], d["needed"], d["wants"] = False, 1234, None
-    said = comparison.claim(found, d)
+    said = analysis.claim(found, d)
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
     assert report.differences(found)[-1].endswith("| none | 1234 photographs (here 300) |")
@@ -545,17 +545,17 @@ def test_the_report_claims_only_what_can_be_claimed():
 def test_the_report_of_this_repository_says_what_was_measured():
     """If report.py has changed, write REPORT.md anew: text(comparison.json, pictures), as here."""
     found = json.loads((ROOT / "tests" / "comparison.json").read_text())
-    pictures = {p.stem: f"{comparison.PICTURES}/{p.name}" for p in (ROOT / comparison.PICTURES).iterdir()}
+    pictures = {p.stem: f"docs/{analysis.PICTURES}/{p.name}" for p in (ROOT / "docs" / analysis.PICTURES).iterdir()}
     assert set(pictures) == {"comparison", *baselines.REPORTED}
     assert (ROOT / "REPORT.md").read_text() == report.text(found, pictures)
 
 
 def test_intervals_of_a_row_are_those_of_evaluate():
     rows = [right(0.6, 80, k) for k in (1, 2)]
-    numbers = comparison.row_numbers(row_of("hard", *rows))["tasks"]["cls"]["metrics"]["accuracy"]
+    numbers = analysis.row_numbers(row_of("hard", *rows))["tasks"]["cls"]["metrics"]["accuracy"]
     means = [float(r.double().mean()) for r in rows]
     assert numbers["mean"] == pytest.approx(sum(means) / 2) and numbers["values"] == pytest.approx(means)
     assert numbers["sd"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
     low, high = numbers["interval"]
     assert low < numbers["mean"] < high and high - low == pytest.approx(
-        2 * 1.96 * math.sqrt(0.24 / 80), rel=0.5) and intervals.DRAWS == 1000
+        2 * 1.96 * math.sqrt(0.24 / 80), rel=0.5) and statistics.DRAWS == 1000

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import charts
-from charts import Axis, Chart
+from retina import drawing
+from retina.figures import charts
+from retina.figures.charts import Axis, Chart
 
 
-def ink(picture: Image.Image, paper=charts.PAPER) -> int:
+def ink(picture: Image.Image, paper=drawing.PAPER) -> int:
     """How many pixels are not paper."""
     return int((np.asarray(picture) != paper).any(2).sum())
 
@@ -19,23 +20,23 @@ def ink(picture: Image.Image, paper=charts.PAPER) -> int:
 # ---- words ----
 
 @pytest.mark.parametrize("words", ["gjpqy|", "WWW", "Ag\nyj_", "a", "f", "(p 0.71), 100 %"])
-@pytest.mark.parametrize("size", [charts.SMALL, charts.BODY, charts.TITLE])
+@pytest.mark.parametrize("size", [drawing.SMALL, drawing.BODY, drawing.TITLE])
 def test_text_is_never_cut_off(words, size):
     """As much ink as on a sheet with room to spare."""
     lines = words.split("\n")
-    sheet = Image.new("RGB", (1000, 200), charts.PAPER)
+    sheet = Image.new("RGB", (1000, 200), drawing.PAPER)
     for k, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((300, 50 + k * round(1.35 * size)), line, charts.INK, charts.font(size))
-    assert ink(charts.text(words, size)) == ink(sheet) > 0
+        ImageDraw.Draw(sheet).text((300, 50 + k * round(1.35 * size)), line, drawing.INK, drawing.font(size))
+    assert ink(drawing.text(words, size)) == ink(sheet) > 0
 
 
 def test_lines_are_broken_at_spaces_and_long_words_within():
     words = "one two three " + 60 * "m" + " four"
-    lines = list(charts.wrapped(words, 120, 15))
+    lines = list(drawing.wrapped(words, 120, 15))
     assert "".join(lines).replace(" ", "") == words.replace(" ", "") and len(lines) > 3 and lines[0] == "one two three"
-    assert max(charts.font(15).getlength(line) for line in lines) <= 120
-    assert list(charts.wrapped("", 10, 15)) == [""] and "".join(charts.wrapped("mmm", 1, 15)) == "mmm"
-    assert charts.text(words, 15, width=120).width <= 123
+    assert max(drawing.font(15).getlength(line) for line in lines) <= 120
+    assert list(drawing.wrapped("", 10, 15)) == [""] and "".join(drawing.wrapped("mmm", 1, 15)) == "mmm"
+    assert drawing.text(words, 15, width=120).width <= 123
 
 
 @pytest.mark.parametrize("words", ["Größe é", "病変", "健康", "plain, 0.5 %"])
@@ -45,16 +46,16 @@ def test_letters_that_the_font_lacks_are_told_apart(words, monkeypatch):
     whole = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, at, text, *rest: drawn.append(text) or whole(
         pen, at, text, *rest))
-    charts.text(words)
-    box = bytes(charts.font(15).getmask("\uffff"))
-    assert not any(bytes(charts.font(15).getmask(c)) == box for c in drawn[0] if c != " ")
+    drawing.text(words)
+    box = bytes(drawing.font(15).getmask("\uffff"))
+    assert not any(bytes(drawing.font(15).getmask(c)) == box for c in drawn[0] if c != " ")
     assert len(set(drawn[0])) >= len(set(words)) - 1 and drawn[0].isascii()
 
 
 def test_lines_in_the_middle():
-    left, middle = (np.asarray(charts.text("mmmmmm\nm", place=place)) for place in (0.0, 0.5))
+    left, middle = (np.asarray(drawing.text("mmmmmm\nm", place=place)) for place in (0.0, 0.5))
     first = [np.flatnonzero((x[20:] != 255).any((0, 2)))[0] for x in (left, middle)]
-    assert first[1] - first[0] == pytest.approx(charts.font(15).getlength("mmmmm") / 2, abs=2)
+    assert first[1] - first[0] == pytest.approx(drawing.font(15).getlength("mmmmm") / 2, abs=2)
 
 
 # ---- pictures beside each other ----
@@ -64,24 +65,24 @@ def test_rows_and_columns_hold_all_of_their_pictures():
                                                                     ((20, 20), "blue"))]
     area = sum(p.width * p.height for p in pictures)
     for place in (0.0, 0.5, 1.0):
-        row, column = charts.row(pictures, 7, place), charts.column(pictures, 3, place)
+        row, column = drawing.row(pictures, 7, place), drawing.column(pictures, 3, place)
         assert row.size == (55 + 14, 40) and column.size == (30, 70 + 6) and ink(row) == ink(column) == area
-    assert charts.row(pictures, 7, 1.0).getpixel((0, 39)) == (255, 0, 0)
-    assert charts.row(pictures, 7, 0.0).getpixel((0, 0)) == (255, 0, 0)
-    assert charts.padded(pictures[0], 1, 2, 3, 4).size == (34, 16)
+    assert drawing.row(pictures, 7, 1.0).getpixel((0, 39)) == (255, 0, 0)
+    assert drawing.row(pictures, 7, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    assert drawing.padded(pictures[0], 1, 2, 3, 4).size == (34, 16)
 
 
 def test_a_legend_breaks_its_lines():
-    entries = [(f"entry {k}", charts.COLOURS[k], how) for k, how in enumerate(
+    entries = [(f"entry {k}", drawing.COLOURS[k], how) for k, how in enumerate(
         ("square", "line", "dashed", "dot", "ring"))]
-    wide, narrow = charts.legend(entries), charts.legend(entries, 200)
+    wide, narrow = drawing.legend(entries), drawing.legend(entries, 200)
     assert narrow.width <= 200 < wide.width and narrow.height > wide.height and ink(narrow) == ink(wide)
 
 
 # ---- charts ----
 
 def test_dashes_touch_six_of_ten_pixels():
-    pieces = charts.dashes([(0, 0), (30, 40), (30, 90)])  # 100 long, with a corner
+    pieces = drawing.dashes([(0, 0), (30, 40), (30, 90)])  # 100 long, with a corner
     length = sum(math.hypot(b[0] - a[0], b[1] - a[1]) for a, b in pieces)
     assert length == pytest.approx(60, abs=0.1) and len(pieces) == 10  # the corner, at 50, lies between two
     assert pieces[0][0] == (0, 0) and pieces[-1][0] == pytest.approx((30, 80), abs=0.1)
@@ -133,16 +134,16 @@ def test_a_heatmap_has_its_shades_where_they_belong():
     size = np.array(picture.size)
     for i, k in itertools.product(range(3), range(2)):
         corner = size - (70 * (2 - k), 50 * (3 - i)) + 3  # counted from the lower right
-        assert picture.getpixel(tuple(corner.tolist())) == tuple(charts.shades(values[i, k]).tolist())
-    assert picture.getpixel((picture.width - 68, picture.height - 98)) == charts.GRID  # nan
+        assert picture.getpixel(tuple(corner.tolist())) == tuple(drawing.shades(values[i, k]).tolist())
+    assert picture.getpixel((picture.width - 68, picture.height - 98)) == drawing.GRID  # nan
 
 
 # ---- colours ----
 
 def test_amounts_get_brighter():
-    bright = [charts.brightness(c) for c in charts.shades(np.linspace(0, 1, 30))]
+    bright = [drawing.brightness(c) for c in drawing.shades(np.linspace(0, 1, 30))]
     assert np.diff(bright).min() > 0 and bright[-1] - bright[0] > 150
-    assert charts.shades(np.array([-1, 0, 1, 9])).tolist() == [[68, 1, 84]] * 2 + [[253, 231, 37]] * 2
+    assert drawing.shades(np.array([-1, 0, 1, 9])).tolist() == [[68, 1, 84]] * 2 + [[253, 231, 37]] * 2
 
 
 # what red, green and blue light look like without one kind of cone (Machado et al. 2009, IEEE TVCG 15:1291, severity 1)
@@ -165,8 +166,8 @@ def test_colours_differ_for_everyone(eye):
         f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
         return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
-    grades = charts.shades(np.linspace(0, 0.97, 5)).tolist()
+    grades = drawing.shades(np.linspace(0, 0.97, 5)).tolist()
     ours, greys, grades, others = (min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab(colours), 2))
-                                   for colours in (charts.COLOURS, (*charts.COLOURS, charts.OTHERS, charts.PALE,
-                                                                    charts.PAPER), grades, TAB10))
+                                   for colours in (drawing.COLOURS, (*drawing.COLOURS, drawing.OTHERS, drawing.PALE,
+                                                                    drawing.PAPER), grades, TAB10))
     assert min(ours, greys, grades) > 15 and (others > 15) == np.array_equal(eye, np.eye(3))

@@ -17,14 +17,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
 
-import augment
 import data
-import records
-import synthetic
-from conftest import real_idrid, save_palette_mask
-from files import InputError
-from records import Record, read_idrid
+from retina.datasets import cache, preprocess, readers, report, synthetic
+from retina.datasets.readers import read_idrid
+from retina.datasets.records import Record
+from retina.files import InputError
 from tasks import TASKS
+from conftest import real_idrid, save_palette_mask
 from test_eyes import fake_records, photograph
 
 SEG, CLS = TASKS["seg"], TASKS["cls"]
@@ -35,7 +34,7 @@ def training_part(root: Path) -> list[Record]:
 
 
 def drawn(number: int) -> list[Record]:
-    return [r for r in records.read_drawn().records if r.part == "test"][:number]
+    return [r for r in readers.read_drawn().records if r.part == "test"][:number]
 
 
 # ---- masks ----
@@ -43,12 +42,12 @@ def drawn(number: int) -> list[Record]:
 def test_no_mask_file_means_no_lesion(shared_tree):
     found = [r for r in training_part(shared_tree) if r.masks is not None]
     photographs = data.Photographs(found, 64)
-    lacking = [(i, k) for i, r in enumerate(found) for k in data.LESIONS if not r.masks[k]]
+    lacking = [(i, k) for i, r in enumerate(found) for k in synthetic.LESIONS if not r.masks[k]]
     assert lacking
     for i, kind in lacking:
-        assert not photographs[i, None].masks[data.LESIONS.index(kind)].any()
+        assert not photographs[i].masks[synthetic.LESIONS.index(kind)].any()
     for i, r in enumerate(found):
-        assert photographs[i, None].masks[data.LESIONS.index("HE")].any()
+        assert photographs[i].masks[synthetic.LESIONS.index("HE")].any()
 
 
 @pytest.mark.parametrize("encode", [
@@ -68,28 +67,28 @@ def test_no_mask_file_means_no_lesion(shared_tree):
 def test_every_encoding_of_a_mask_reads_the_same(tmp_path, encode):
     mask = np.random.default_rng(0).random((40, 60)) > 0.7
     encode(mask).save(tmp_path / "mask.tif")
-    assert np.array_equal(np.asarray(data.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
+    assert np.array_equal(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
 
 
 def test_palette_mask_reads_its_indices(tmp_path):
     mask = np.random.default_rng(0).random((40, 60)) > 0.7
     save_palette_mask(tmp_path / "mask.tif", mask)
     assert np.unique(np.asarray(Image.open(tmp_path / "mask.tif").convert("L"))).tolist() == [0, 76]
-    assert np.array_equal(np.asarray(data.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
+    assert np.array_equal(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA"])
 def test_masks_of_one_value(tmp_path, mode):
     for colour, expected in (("black", 0), ("white", 255)):
         Image.new(mode, (60, 40), colour).save(tmp_path / "mask.tif")
-        assert np.unique(np.asarray(data.read_mask(tmp_path / "mask.tif", (60, 40))[0])).tolist() == [expected]
+        assert np.unique(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0])).tolist() == [expected]
 
 
 def test_a_smooth_outline_is_allowed(tmp_path):
     y, x = np.mgrid[:40, :60]
     mask = Image.fromarray((np.hypot(x - 30, y - 20) < 4).astype(np.uint8) * 255)
     mask.filter(ImageFilter.GaussianBlur(0.7)).save(tmp_path / "mask.png")
-    found = np.asarray(data.read_mask(tmp_path / "mask.png", (60, 40))[0]) > 0
+    found = np.asarray(preprocess.read_mask(tmp_path / "mask.png", (60, 40))[0]) > 0
     assert (found != (np.asarray(mask) > 0)).mean() < 0.01
 
 
@@ -101,12 +100,12 @@ def test_a_smooth_outline_is_allowed(tmp_path):
 def test_what_is_no_mask_is_one_line(tmp_path, values):
     Image.fromarray(values(np.random.default_rng(0))).save(tmp_path / "mask.tif")
     with pytest.raises(InputError, match="mask.tif: .* values from .*; expected a mask of two, such as 0 and 255"):
-        data.read_mask(tmp_path / "mask.tif", (60, 40))
+        preprocess.read_mask(tmp_path / "mask.tif", (60, 40))
 
 
 def test_an_empty_mask_file_is_an_empty_mask(tmp_path):
     save_palette_mask(tmp_path / "mask.tif", np.zeros((40, 60), bool))
-    assert not np.asarray(data.read_mask(tmp_path / "mask.tif", (60, 40))[0]).any()
+    assert not np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]).any()
 
 
 # ---- geometry ----
@@ -121,7 +120,7 @@ def disc_photograph(width=600, height=400, centre=(330, 190), radius=150) -> tup
 
 def test_field_of_view_is_the_circle():
     image, box = disc_photograph()
-    assert np.abs(np.array(data.field_of_view(image)) - box).max() < 600 / 256 * 2
+    assert np.abs(np.array(preprocess.field_of_view(image)) - box).max() < 600 / 256 * 2
 
 
 @pytest.mark.parametrize("shape", ["whole", "spot", "frame", "bar"])
@@ -131,11 +130,11 @@ def test_pictures_without_a_field_of_view_are_taken_whole(shape):
     x, y = abs(x - 150), abs(y - 100)
     inside = {"whole": y >= 0, "spot": np.hypot(x, y) < 30, "frame": (x < 90) & (y < 80), "bar": (x < 20) & (y < 80)}
     pixels[inside[shape]] = 180
-    assert data.field_of_view(Image.fromarray(pixels)) is None
+    assert preprocess.field_of_view(Image.fromarray(pixels)) is None
 
 
 def test_field_of_view_of_a_black_image():
-    assert data.field_of_view(Image.new("RGB", (300, 200), (2, 2, 2))) is None
+    assert preprocess.field_of_view(Image.new("RGB", (300, 200), (2, 2, 2))) is None
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -149,9 +148,9 @@ def test_points_and_masks_follow_the_image(tmp_path, suffix):
     Image.fromarray(pixels).save(tmp_path / f"photo.{suffix}", quality=95)
     save_palette_mask(tmp_path / "m.tif", mask)
     record = Record("x", tmp_path / f"photo.{suffix}", masks={"EX": tmp_path / "m.tif"})
-    sample = data.Photographs([record], 128)[0, None]
+    sample = data.Photographs([record], 128)[0]
     assert sample.image.shape == (3, 128, 128) and (sample.geometry.width, sample.geometry.height) == (2000, 1400)
-    for found in (sample.image[2] > 150, sample.masks[data.LESIONS.index("EX")] == 1):
+    for found in (sample.image[2] > 150, sample.masks[synthetic.LESIONS.index("EX")] == 1):
         y, x = (v.float().mean().item() + 0.5 for v in found.nonzero(as_tuple=True))
         assert math.dist((x, y), sample.geometry.to_sample(np.array(dot))) < 0.6
         assert math.dist(dot, sample.geometry.to_file(np.array((x, y)))) < 0.6 * 1000 / 128
@@ -166,7 +165,7 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
     at = size - 8 * size // 100
     pixels[at - size // 50:at + size // 50, at - size // 50:at + size // 50] = 255
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
-    sample = data.Photographs([Record("x", tmp_path / "a.jpg", points={"disc": (at, at)})], 256)[0, None]
+    sample = data.Photographs([Record("x", tmp_path / "a.jpg", points={"disc": (at, at)})], 256)[0]
     light = sample.image.float().mean(0)
     x = float((light * (torch.arange(256) + 0.5)).sum() / light.sum())
     assert abs(x - float(sample.points[0, 0])) < 0.05
@@ -175,7 +174,7 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
 def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
     disc_photograph()[0].save(tmp_path / "a.png")
     points = {"disc": (1, 1), "fovea": (330, 190)}
-    sample = data.Photographs([Record("x", tmp_path / "a.png", points=points)], 64)[0, None]
+    sample = data.Photographs([Record("x", tmp_path / "a.png", points=points)], 64)[0]
     assert sample.points.isnan().any(1).tolist() == [True, False]
 
 
@@ -184,7 +183,7 @@ def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
     image, _ = disc_photograph(width, height, (width // 2, height // 2), max(width, height) // 2)
     image.save(tmp_path / "photo.jpg", quality=95)
     save_palette_mask(tmp_path / "m.tif", np.ones((height, width), bool))
-    sample = data.Photographs([Record("x", tmp_path / "photo.jpg", masks={"OD": tmp_path / "m.tif"})], 64)[0, None]
+    sample = data.Photographs([Record("x", tmp_path / "photo.jpg", masks={"OD": tmp_path / "m.tif"})], 64)[0]
     corners = sample.geometry.to_sample(np.array([(0, 0), (width, height)]))
     inside = sample.masks[-1].nonzero()
     assert np.abs(corners[0] - inside.min(0).values.flip(0).numpy()).max() < 0.6
@@ -194,13 +193,14 @@ def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
 def test_size_does_not_move_the_split(tmp_path):
     record = photograph(tmp_path / "a.jpg", 0)
     for key in ("thumbnail", "vessels"):
-        assert np.array_equal(*(data.prepare(record, size)[key] for size in (64, 512)))
+        assert np.array_equal(*(preprocess.prepare(record, size)[key] for size in (64, 512)))
 
 
 def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
     drawn = Image.fromarray(synthetic.draw(synthetic.plan(0, 3), 1024)[0])
     drawn.save(tmp_path / "a.jpg", quality=92), Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
-    fast, full = (data.prepare(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float) for s in ("jpg", "png"))
+    fast, full = (preprocess.prepare(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float)
+                  for s in ("jpg", "png"))
     assert 10 * math.log10(255 ** 2 / ((fast - full) ** 2).mean()) > 38  # dB
 
 
@@ -210,16 +210,16 @@ def test_cache_is_used_and_follows_the_file(tree, monkeypatch):
     found = training_part(tree)
     first = data.Photographs(found, 64)
     calls = []
-    monkeypatch.setattr(data, "fill_cache", lambda record, path, size: calls.append(record))
-    monkeypatch.setattr(data, "ProcessPoolExecutor", InProcess)
+    monkeypatch.setattr(cache, "fill_cache", lambda record, path, size: calls.append(record))
+    monkeypatch.setattr(cache, "ProcessPoolExecutor", InProcess)
     data.Photographs(found, 64)
     assert not calls
-    assert first[0, None].image.shape == (3, 64, 64)
+    assert first[0].image.shape == (3, 64, 64)
     path = found[0].image
     Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
-    data.build_cache(found, 64, data.CACHE)
+    cache.build_cache(found, 64, cache.CACHE)
     assert [r.name for r in calls] == [found[0].name]
-    assert data.cache_path(found[1], 64, data.CACHE) != data.cache_path(found[1], 96, data.CACHE)
+    assert cache.cache_path(found[1], 64, cache.CACHE) != cache.cache_path(found[1], 96, cache.CACHE)
 
 
 class InProcess:
@@ -242,7 +242,7 @@ def test_masks_survive_the_cache_bit_for_bit():
     photographs = data.Photographs(found, 64)
     for i, record in enumerate(found):
         image, masks = synthetic.draw(synthetic.plan(*record.drawing), 64)
-        sample = photographs[i, None]
+        sample = photographs[i]
         assert torch.equal(sample.masks, torch.from_numpy(masks).to(torch.uint8))
         assert torch.equal(sample.image, torch.from_numpy(image).permute(2, 0, 1))
         assert (sample.grade, sample.edema) == (record.grade, record.edema)
@@ -261,14 +261,15 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
 import re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import data, records
-data.CACHE = Path(sys.argv[2]) / "cache"
+import data
+from retina.datasets import cache, records
+cache.CACHE = Path(sys.argv[2]) / "cache"
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 found = [records.Record(str(i), Path(sys.argv[2]) / f"{i}.jpg") for i in range(10000)]
 photographs, seen = data.Photographs(found, 64), []
 for i in range(10000):
-    photographs[i, None]
+    photographs[i]
     if i + 1 in (1000, 10000):
         seen.append(resident())
 print(*seen, sum(p.stat().st_size for p in photographs.paths) // 1024)
@@ -282,11 +283,11 @@ print(*seen, sum(p.stat().st_size for p in photographs.paths) // 1024)
 
 # ---- augmentation ----
 
-def changed(sample: data.Sample, draw: int) -> data.Sample:
+def changed(sample: preprocess.Sample, draw: int) -> preprocess.Sample:
     return data.augmented(sample.image[None], [replace(sample, draw=draw)])[1][0]
 
 
-def one_by_one(sample: data.Sample, change: augment.Change) -> tuple[Tensor, Tensor]:
+def one_by_one(sample: preprocess.Sample, change: data.Change) -> tuple[Tensor, Tensor]:
     """The same change by torchvision's functions, of colours from 0 to 1, since of bytes they cut off a part each."""
     f, size = v2.functional, sample.image.shape[-1]
     recolour = (f.adjust_brightness, f.adjust_contrast, f.adjust_saturation, f.adjust_hue)
@@ -303,10 +304,10 @@ def one_by_one(sample: data.Sample, change: augment.Change) -> tuple[Tensor, Ten
 
 def test_a_batch_is_changed_as_torchvision_changes_one_after_the_other():
     photographs, blurred = data.Photographs(drawn(4), 96), 0
-    samples = [replace(photographs[i % 4, None], draw=i) for i in range(24)]
+    samples = [replace(photographs[i % 4], draw=i) for i in range(24)]
     images, found = data.augmented(torch.stack([s.image for s in samples]), samples)
     for sample, image, new in zip(samples, images, found):
-        change = augment.draw(sample.draw, 96)
+        change = data.draw(sample.draw, 96)
         expected, masks = one_by_one(sample, change)
         blurred += change.sigma > 0
         assert (image - 255 * expected).abs().max() < 0.51  # grey levels
@@ -330,7 +331,7 @@ def test_changes_are_drawn_as_torchvision_draws_them():
         values = [a["angle"], a["scale"], *a["translate"], *(float(j[k]) for k in (
             "brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")), *(
             float((j["fn_idx"] == k).nonzero()) for k in range(4))]
-        c = augment.draw(seed, size)
+        c = data.draw(seed, size)
         mine = [math.degrees(c.angle), c.scale, *(size * s for s in c.shift), *c.amounts, *map(c.order.index, range(4))]
         for k, (x, y) in enumerate(zip(values, mine)):
             theirs[k].append(x), ours[k].append(y)
@@ -346,8 +347,8 @@ def test_changes_are_drawn_as_torchvision_draws_them():
 def test_augmentation_moves_image_and_masks_together():
     """Paint the masked pixels white, augment: the white has moved where the mask has."""
     record = next(r for r in drawn(300) if r.grade == 0)
-    sample = data.Photographs([record], 128)[0, None]
-    disc = data.LESIONS.index("OD")
+    sample = data.Photographs([record], 128)[0]
+    disc = synthetic.LESIONS.index("OD")
     sample.image = torch.where(sample.masks[disc] == 1, 255, 0).to(torch.uint8).expand(3, -1, -1).clone()
     moved = set()
     for draw in range(20):
@@ -361,7 +362,7 @@ def test_augmentation_moves_image_and_masks_together():
 
 def test_augmentation_moves_points_with_the_image():
     """A white dot on black: found where the point is said to be, whatever the draw; gone where it has left."""
-    sample = data.Photographs(drawn(1), 128)[0, None]
+    sample = data.Photographs(drawn(1), 128)[0]
     gone = 0
     for draw in range(60):
         x, y = np.random.default_rng(draw).integers(4, 124, 2)
@@ -385,8 +386,8 @@ def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
     Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
     masks = {"EX": tmp_path / "m.png", "HE": None}
-    sample = changed(data.Photographs([Record("x", tmp_path / "a.png", masks=masks)], 64)[0, None], 3)
-    values = {kind: set(m.unique().tolist()) for kind, m in zip(data.LESIONS, sample.masks)}
+    sample = changed(data.Photographs([Record("x", tmp_path / "a.png", masks=masks)], 64)[0], 3)
+    values = {kind: set(m.unique().tolist()) for kind, m in zip(synthetic.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}
 
 
@@ -445,12 +446,12 @@ def test_collate_points_targets_at_their_photographs(shared_tree):
     found = training_part(shared_tree)
     photographs = data.Photographs(found, 64)
     order = [0, 10, 3, 12, 7]
-    batch = data.collate([photographs[i, None] for i in order], [CLS, SEG])
+    batch = data.collate([photographs[i] for i in order], [CLS, SEG])
     assert batch.rows["cls"].tolist() == [1, 3, 4] and batch.rows["seg"].tolist() == [0, 2]
     assert batch.targets["cls"].tolist() == [found[i].grade for i in (10, 12, 7)]
-    assert torch.equal(batch.targets["seg"][1], photographs[3, None].masks)
-    assert torch.equal(batch.images[3], photographs[12, None].image) and batch.names[4] == found[7].name
-    only = data.collate([photographs[10, None]], [CLS, SEG])
+    assert torch.equal(batch.targets["seg"][1], photographs[3].masks)
+    assert torch.equal(batch.images[3], photographs[12].image) and batch.names[4] == found[7].name
+    only = data.collate([photographs[10]], [CLS, SEG])
     assert "seg" not in only.rows and "seg" not in only.targets
 
 
@@ -510,7 +511,7 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}
     sheets = {p.stem: Image.open(p).size for p in (tmp_path / "sheets" / "new").iterdir()}
     assert {"labels", "copies", "conflicts", "leaks", "odd_masks"} <= set(sheets)
-    assert sheets["copies"] == (3 * (2 * data.TILE + 6) + 6, data.TILE + data.CAPTION + 4 + 12 + 22)
+    assert sheets["copies"] == (3 * (2 * report.TILE + 6) + 6, report.TILE + report.CAPTION + 4 + 12 + 22)
 
 
 def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):
@@ -529,7 +530,7 @@ def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):
 
 
 def test_examination_of_drawn_photographs(capsys, monkeypatch):
-    monkeypatch.setattr(records, "DRAWN", {"train": (0, 20), "test": (1, 5)})
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 20), "test": (1, 5)})
     assert "train: 20 photographs (drawn 20)" in examined(capsys)
 
 
@@ -558,19 +559,19 @@ def test_real_photographs_crop_to_the_retina_and_masks_fit(name):
     found += [r for r in training_part(root) if r.masks is None][:6]
     photographs = data.Photographs(found, 256)
     for i, record in enumerate(found):
-        sample = photographs[i, None]
+        sample = photographs[i]
         lit = sample.image.amax(0) > 30
         assert 0.6 < lit.float().mean() < 0.9  # a circle that fills its square, cut at top and bottom
         assert lit.any(0).float().mean() > 0.95
         assert abs(sample.geometry.scale_x / sample.geometry.scale_y - 1) < 0.01
         if record.masks is None:
             continue
-        disc = sample.masks[data.LESIONS.index("OD")] == 1
+        disc = sample.masks[synthetic.LESIONS.index("OD")] == 1
         assert 0.01 < disc.float().mean() < 0.05
         green = sample.image[1].float()
         assert green[disc].mean() > 1.2 * green[lit].mean()  # the disc is bright where its mask says
         for path in filter(None, record.masks.values()):
-            original = np.asarray(data.read_mask(path, Image.open(record.image).size)[0]) > 0
+            original = np.asarray(preprocess.read_mask(path, Image.open(record.image).size)[0]) > 0
             assert original.any()
 
 
@@ -579,5 +580,5 @@ def test_real_originals_and_reductions_give_the_same_sample():
     originals = {r.name: r for r in training_part(real_idrid("idrid-original"))}
     reduced = {r.name: r for r in training_part(real_idrid("idrid"))}
     for name in list(originals)[:8]:
-        a, b = (data.prepare(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
+        a, b = (preprocess.prepare(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
         assert 10 * math.log10(255 ** 2 / ((a - b) ** 2).mean()) > 30  # dB

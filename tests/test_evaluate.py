@@ -13,12 +13,13 @@ import torch
 
 import data
 import evaluate
-import records
-import scores
 import train
-from conftest import official_tree
-from files import InputError
+from retina.datasets import cache, readers, records
+from retina.evaluation import compare, scoring
+from retina.files import InputError
+from retina.training import precision
 from tasks import TASKS
+from conftest import official_tree
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
 
@@ -35,8 +36,9 @@ def run(tmp_path):
 
 def test_metrics_do_not_depend_on_the_batch(run):
     loaded = evaluate.load_run(run, torch.device("cpu"))
-    photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "test"], 32)
-    results = [scores.score(loaded.net, photographs, loaded.tasks, torch.device("cpu"), b).metrics() for b in (3, 10)]
+    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "test"], 32)
+    results = [scoring.score(loaded.net, data.in_order(photographs, loaded.tasks, b), loaded.tasks).metrics()
+               for b in (3, 10)]
     for task in results[0]:
         assert results[0][task].keys() == results[1][task].keys()
         for key, value in results[0][task].items():
@@ -78,7 +80,7 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     shutil.rmtree(tree / "A. Segmentation")
     images = tree / "B. Disease Grading" / "1. Original Images"
-    shutil.copytree(images / records.PARTS["train"][0], images / records.PARTS["test"][0])
+    shutil.copytree(images / readers.PARTS["train"][0], images / readers.PARTS["test"][0])
     for table in list(tree.rglob("*Training*.csv")):
         copy = table.name.replace("a. ", "b. ").replace("Training", "Testing")
         shutil.copy(table, table.with_name(copy))
@@ -88,8 +90,8 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
 
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
-    test = [r for r in records.read_drawn().records if r.part == "test"]
-    found = scores.score(stored.net, data.Photographs(test, 32), stored.tasks, torch.device("cpu"))
+    test = [r for r in readers.read_drawn().records if r.part == "test"]
+    found = scoring.score(stored.net, data.in_order(data.Photographs(test, 32), stored.tasks, 16), stored.tasks)
     confusion = found.metrics()["cls"]["confusion"]
     assert [sum(row) for row in confusion] == [sum(r.grade == g for r in test) for g in range(5)]
 
@@ -139,7 +141,7 @@ def test_asking_for_a_gpu_that_is_not_there():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(InputError, match="--device cuda: torch finds no CUDA GPU"):
-        evaluate.pick_device("cuda")
+        precision.pick_device("cuda")
 
 
 # ---- several tasks, files, seeds ----
@@ -153,7 +155,7 @@ def runs(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
-    patch.setattr(data, "CACHE", home / "cache")
+    patch.setattr(cache, "CACHE", home / "cache")
     tree = official_tree(home / "IDRiD", segmentation=6, grading=20)
     for experts in (4, 0):
         for seed in range(3):
@@ -167,7 +169,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _cache_of_runs(request, monkeypatch):
     if "runs" in request.fixturenames:
-        monkeypatch.setattr(data, "CACHE", request.getfixturevalue("runs") / "cache")
+        monkeypatch.setattr(cache, "CACHE", request.getfixturevalue("runs") / "cache")
 
 
 def strict(path):
@@ -205,7 +207,7 @@ def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypa
 def test_the_chosen_checkpoint_carries_what_validation_chose(runs):
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     split = evaluate.split_records(run, Path(run.options["data"]), "val")
-    found = scores.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu"), 6)
+    found = scoring.score(run.net, data.in_order(data.Photographs(split, 32), run.tasks, 6), run.tasks)
     assert found.choose() == run.chosen and set(run.chosen["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
 
 
@@ -235,7 +237,7 @@ def test_two_runs_are_compared(runs, monkeypatch, capsys):
     for name in ("e4_s0", "e0_s0"):
         run = evaluate.load_run(runs / name, torch.device("cpu"))
         split = evaluate.split_records(run, Path(run.options["data"]), "val")
-        tallies.append(scores.score(run.net, data.Photographs(split, 32), run.tasks, torch.device("cpu")))
+        tallies.append(scoring.score(run.net, data.in_order(data.Photographs(split, 32), run.tasks, 16), run.tasks))
     first, second = (s.metrics()["cls"]["kappa"] for s in tallies)
     row = stored["compared"]["cls"]["kappa"]
     assert (row["first"], row["second"]) == pytest.approx((first, second), abs=1e-6)
@@ -342,7 +344,8 @@ def test_the_test_part_is_judged_by_what_validation_chose(runs, monkeypatch):
     stored = strict(runs / "e4_s0" / "metrics_test.json")["metrics"]["cls"]
     loaded = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     chosen, split = loaded.chosen["cls"], evaluate.split_records(loaded, Path(loaded.options["data"]), "test")
-    tally = scores.score(loaded.net, data.Photographs(split, 32), loaded.tasks, torch.device("cpu")).tallies["cls"]
+    batches = data.in_order(data.Photographs(split, 32), loaded.tasks, 16)
+    tally = scoring.score(loaded.net, batches, loaded.tasks).tallies["cls"]
     found, ill = [], [row[5] >= 2 for row in tally.tolist()]
     for row in tally.tolist():
         p = [v ** (1 / chosen["temperature"]) for v in row[:5]]
@@ -359,17 +362,17 @@ def two_sides():
     eyes = {name: f"eye {i // 2}" for i, name in enumerate(names)}
     tallies = [torch.cat([(torch.randn(80, 5) + 2 * torch.nn.functional.one_hot(truth, 5)).softmax(1), truth[:, None]],
                          1).double() for _ in range(2)]
-    first = scores.Scores([TASKS["cls"]], {"cls": names}, {"cls": tallies[0]}, {}, {}, {}, eyes)
+    first = scoring.Scores([TASKS["cls"]], {"cls": names}, {"cls": tallies[0]}, {}, {}, {}, eyes)
     order = torch.randperm(80)
-    second = scores.Scores([TASKS["cls"]], {"cls": [names[i] for i in order]}, {"cls": tallies[1][order]}, {}, {}, {},
+    second = scoring.Scores([TASKS["cls"]], {"cls": [names[i] for i in order]}, {"cls": tallies[1][order]}, {}, {}, {},
                            eyes)
     return first, second, tallies, truth
 
 
 def test_a_comparison_equals_loops_over_eyes():
     first, second, tallies, truth = two_sides()
-    scores.align([first, second])
-    row = scores.compare([first], [second])["cls"]["accuracy"]
+    scoring.align([first, second])
+    row = compare.compare([first], [second])["cls"]["accuracy"]
     right = [t[:, :5].argmax(1) == truth for t in tallies]
     assert row["difference"] == pytest.approx(float(right[1].double().mean() - right[0].double().mean()))
     assert row["mcnemar"]["only_first_right"] == sum(bool(a and not b) for a, b in zip(*right))
@@ -386,9 +389,9 @@ def test_intervals_of_the_calibration_error_hold_its_value():
     p = (2 * torch.randn(100, 3)).softmax(1).double()
     truth = torch.multinomial(p, 1)  # calibrated: the error is chance alone
     names = [str(i) for i in range(100)]
-    one = scores.Scores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth], 1)}, {}, {}, {},
+    one = scoring.Scores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth], 1)}, {}, {}, {},
                         dict(zip(names, names)))
-    values, limits = scores.summary([one], [{}])
+    values, limits = scoring.summary([one], [{}])
     low, high = limits["dme"]["calibration_error"]
     assert 0 <= low <= values["dme"]["calibration_error"] <= high and low < 0.03
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-import data
-import eyes
-import synthetic
+from retina.datasets import leaks, preprocess, splits, synthetic, vessels
+from retina.datasets.leaks import find_eyes
+from retina.datasets.readers import read_idrid
+from retina.datasets.records import Record
+from retina.files import InputError
 from conftest import real_idrid
-from files import InputError
-from records import Record, read_idrid
 
 
 def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
@@ -35,20 +35,20 @@ def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, b
 
 
 def prepared(records, key):
-    return np.stack([data.prepare(r, 64)[key] for r in records])
+    return np.stack([preprocess.prepare(r, 64)[key] for r in records])
 
 
 def scores(records) -> dict[tuple[int, int], float]:
-    pairs, values = eyes.same_eye_scores(prepared(records, "vessels"))
+    pairs, values = vessels.same_eye_scores(prepared(records, "vessels"))
     return {(int(i), int(j)): float(v) for (i, j), v in zip(pairs, values)}
 
 
 def brute_score(a: np.ndarray, b: np.ndarray, turn: float, zoom: float) -> float:
     """Definition of the score, shift by shift: mean product over the overlap, which counts as 40 % at least."""
-    v = eyes.standardise(torch.from_numpy(np.stack([a, b])).float())
-    a, b = v[0].numpy(), eyes.seen_at(v[1:], turn, zoom)[0].numpy()
+    v = vessels.standardise(torch.from_numpy(np.stack([a, b])).float())
+    a, b = v[0].numpy(), vessels.seen_at(v[1:], turn, zoom)[0].numpy()
     side, field = len(a), (a != 0)
-    reach, best = round(eyes.REACH * side), -1.0
+    reach, best = round(vessels.REACH * side), -1.0
     for dy, dx in itertools.product(range(-reach, reach + 1, 1), repeat=2):
         here = (slice(max(0, -dy), side - max(0, dy)), slice(max(0, -dx), side - max(0, dx)))
         there = (slice(max(0, dy), side - max(0, -dy)), slice(max(0, dx), side - max(0, -dx)))
@@ -63,9 +63,9 @@ def test_correlation_equals_brute_force_over_shifts(tmp_path):
     """Two maps of one field; the transform's answer against a loop over all shifts."""
     maps = prepared([photograph(tmp_path / "a.png", 0), photograph(tmp_path / "b.png", 0, (7, -9), turn=3)], "vessels")
     maps = np.where((maps > 0).all(0), maps, 0)  # the same pixels are inside, so that field and mask agree
-    v = eyes.standardise(torch.from_numpy(maps).float())
-    correlation = eyes.Correlation((v[0] != 0).float())
-    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(eyes.seen_at(v[1:], -3, 1.04)))
+    v = vessels.standardise(torch.from_numpy(maps).float())
+    correlation = vessels.Correlation((v[0] != 0).float())
+    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(vessels.seen_at(v[1:], -3, 1.04)))
     assert float(fast) == pytest.approx(brute_score(*maps, -3, 1.04), abs=1e-4)
 
 
@@ -78,7 +78,7 @@ def test_one_eye_is_known_again_by_its_vessels(tmp_path):
     same = {(i, i + 8) for i in range(7)}
     found = scores(records)
     for pair in itertools.combinations(range(len(records)), 2):
-        assert (found.get(pair, 0) >= eyes.SAME_EYE) == (pair in same)
+        assert (found.get(pair, 0) >= leaks.SAME_EYE) == (pair in same)
 
 
 @pytest.mark.parametrize("sharp", [False, True])
@@ -96,7 +96,7 @@ def test_dust_and_the_border_of_the_camera_are_no_vessels(tmp_path, sharp, seed)
     dust = np.asarray(dust)[..., None] / 255
     for record in records:
         Image.fromarray((np.asarray(Image.open(record.image)) * dust).astype(np.uint8)).save(record.image, quality=95)
-    assert scores(records).get((0, 1), 0) < eyes.SAME_EYE
+    assert scores(records).get((0, 1), 0) < leaks.SAME_EYE
 
 
 def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
@@ -114,7 +114,7 @@ def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
 def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
     records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
     records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
-    assert eyes.copies(prepared(records, "thumbnail")) == [(2, 6)]
+    assert leaks.copies(prepared(records, "thumbnail")) == [(2, 6)]
 
 
 def test_copies_equal_brute_force():
@@ -123,18 +123,18 @@ def test_copies_equal_brute_force():
     for i in range(20, 40):  # from hardly changed to clearly changed
         thumbnails[i] = np.clip(thumbnails[i - 20] + rng.normal(0, (i - 20) / 4, (6, 9, 3)), 0, 255)
     close = [(i, j) for i, j in itertools.combinations(range(40), 2)
-             if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= eyes.COPY_RMSE]
-    assert eyes.copies(thumbnails) == close and 5 < len(close) < 15
+             if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= leaks.COPY_RMSE]
+    assert leaks.copies(thumbnails) == close and 5 < len(close) < 15
 
 
 def test_dark_pictures_are_no_copies_of_each_other():
     rng = np.random.default_rng(0)
     dark = rng.integers(0, 3, (4, 89, 134, 3)).astype(np.uint8)
-    assert eyes.copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
+    assert leaks.copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
 
 
 def joined(records, pairs, sizes=None):
-    return eyes.join_copies(records, pairs, sizes or [(100, 50)] * len(records))
+    return splits.join_copies(records, pairs, sizes or [(100, 50)] * len(records))
 
 
 def test_copies_share_their_labels_and_one_of_them_stays():
@@ -196,13 +196,13 @@ def test_masks_of_copies_are_put_together_kind_by_kind():
 
 
 def test_connected():
-    assert eyes.connected([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
-    assert eyes.connected([], 2) == [0, 1]
+    assert splits.connected([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
+    assert splits.connected([], 2) == [0, 1]
 
 
 def test_eyes_are_connected_by_vessels_and_by_the_groups_of_the_data_set():
     records = [Record(n, Path(n), eye=group) for n, group in (("a", ""), ("b", "p"), ("c", ""), ("d", "p"), ("e", "q"))]
-    assert [r.eye for r in eyes.name_eyes(records, [(2, 3)])] == ["a", "b", "b", "b", "e"]
+    assert [r.eye for r in splits.name_eyes(records, [(2, 3)])] == ["a", "b", "b", "b", "e"]
 
 
 # ---- split ----
@@ -220,7 +220,7 @@ def test_folds_keep_eyes_whole_and_strata_even(seed):
     records = fake_records(seed)
     validated = Counter()
     for k in range(1, 6):
-        split = eyes.split(records, f"{k}/5")
+        split = splits.split(records, f"{k}/5")
         assert sorted(r.name for r in split.training + split.validation) == sorted(r.name for r in records)
         assert {r.eye for r in split.training}.isdisjoint(r.eye for r in split.validation)
         validated.update(r.name for r in split.validation)
@@ -233,19 +233,19 @@ def test_folds_keep_eyes_whole_and_strata_even(seed):
 
 def test_split_does_not_depend_on_the_order():
     records = fake_records(0)
-    names = {r.name for r in eyes.split(records).validation}
-    assert names == {r.name for r in eyes.split(list(reversed(records))).validation}
+    names = {r.name for r in splits.split(records).validation}
+    assert names == {r.name for r in splits.split(list(reversed(records))).validation}
 
 
 def test_training_photographs_of_a_test_eye_are_left_out_unless_kept():
     records = fake_records(0)
     tested = [Record(f"test{i}", Path("t"), "test", grade=0, eye=f"eye{i}") for i in range(30)]
-    split = eyes.split(records + tested)
+    split = splits.split(records + tested)
     seen = {r.eye for r in tested}
     assert seen.isdisjoint(r.eye for r in split.training + split.validation)
     assert {r.name for r in split.leaks} == {r.name for r in records if r.eye in seen} and len(split.leaks) > 20
     assert split.test == tested and len(split.training + split.validation + split.leaks) == len(records)
-    kept = eyes.split(records + tested, keep_leaks=True)
+    kept = splits.split(records + tested, keep_leaks=True)
     assert len(kept.training + kept.validation) == len(records) and kept.leaks == split.leaks
 
 
@@ -253,10 +253,10 @@ def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
     records = fake_records(0)
     given = [Record(f"val{i}", Path("v"), "val", grade=0, eye=f"eye{i}") for i in range(20)]
     tested = [Record(f"test{i}", Path("t"), "test", grade=0, eye=f"eye{i}") for i in range(5)]
-    split = eyes.split(records + given + tested)
+    split = splits.split(records + given + tested)
     assert [r.name for r in split.validation] == [f"val{i}" for i in range(5, 20)]
     assert {r.eye for r in split.training}.isdisjoint(r.eye for r in given + tested)
-    kept = eyes.split(records + given + tested, keep_leaks=True)  # test eyes may be learned, validated ones never
+    kept = splits.split(records + given + tested, keep_leaks=True)  # test eyes may be learned, validated ones never
     assert [r.name for r in kept.validation] == [f"val{i}" for i in range(20)]
     assert {r.eye for r in kept.training}.isdisjoint(r.eye for r in given) and kept.leaks == split.leaks
 
@@ -266,14 +266,14 @@ def test_folds_are_even_for_what_ungraded_photographs_carry(label):
     records = [Record(f"r{i}", Path("x"), edema=i % 10 // 9, points={"disc": (1, 1)} if i % 10 else None, eye=f"e{i}")
                for i in range(100)]
     for k in range(1, 6):
-        validation = eyes.split(records, f"{k}/5").validation
+        validation = splits.split(records, f"{k}/5").validation
         assert sum(r.edema == 1 for r in validation) == sum(r.points is None for r in validation) == 2
 
 
 @pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "-1/5", "", "1/2000", "1/\u0665"])
 def test_bad_folds_are_one_line(text):
     with pytest.raises(InputError, match=f"--fold {text}: expected I/N, fold I of N, such as 1/5"):
-        eyes.split(fake_records(0), text)
+        splits.split(fake_records(0), text)
 
 
 @pytest.fixture(scope="module")
@@ -295,19 +295,19 @@ def eye_of(record: Record) -> str:
 
 
 def test_no_eye_lies_on_both_sides_of_any_split(album, monkeypatch):
-    found, _ = data.find_eyes(album, 64)
+    found, _ = find_eyes(album, 64)
     assert len(found) == len(album) - 3  # three copies have been joined; the copy in the test part stays
     for number in range(2, 8):
         for k in range(1, number + 1):
-            split = eyes.split(found, f"{k}/{number}")
+            split = splits.split(found, f"{k}/{number}")
             training, validation, test, leaks = ({eye_of(r) for r in part} for part in (
                 split.training, split.validation, split.test, split.leaks))
             assert training and validation and len(test) == 6 and leaks == {"0", "4", "5", "13"}
             assert not (training & validation or training & test or validation & test)
-    everything = eyes.split(found, keep_leaks=True)
+    everything = splits.split(found, keep_leaks=True)
     assert {"0", "4", "5", "13"} <= {eye_of(r) for r in everything.training + everything.validation}
-    monkeypatch.setattr(eyes, "same_eye_scores", None)  # the second time it is read from the cache
-    assert data.find_eyes(album, 64)[0] == found
+    monkeypatch.setattr(vessels, "same_eye_scores", None)  # the second time it is read from the cache
+    assert find_eyes(album, 64)[0] == found
 
 
 # ---- the real photographs, where they are at hand ----
@@ -325,19 +325,19 @@ def test_real_copies_and_eyes():
     records = read_idrid(real_idrid("idrid")).records
     number = {r.name.replace("segmentation/IDRiD_", "seg ").replace("grading/IDRiD_", ""): i
               for i, r in enumerate(records)}
-    found = data.compare(records, 256)
+    found = leaks.compare(records, 256)
     pairs = set(map(tuple, found.copies.tolist()))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
-    leaders = eyes.connected(found.same_eye(), len(records))
+    leaders = splits.connected(found.same_eye(), len(records))
     for a, b in CONFIRMED + FOUND_HERE + COPIES:
         assert leaders[number[a]] == leaders[number[b]]
     for a, b in FALSE_ALARMS:
         assert leaders[number[a]] != leaders[number[b]]
     assert len(set(leaders)) == 467 - 42 - 5 - len(CONFIRMED + FOUND_HERE)
-    same = found.scores >= eyes.SAME_EYE  # and the threshold lies in a wide gap
+    same = found.scores >= leaks.SAME_EYE  # and the threshold lies in a wide gap
     assert found.scores[same].min() > 0.55 and found.scores[~same].max() < 0.38
-    joined, conflicts = data.find_eyes(records, 256)
+    joined, conflicts = leaks.find_eyes(records, 256)
     assert len(joined) == 467 - 42 - 5 and len({r.eye for r in joined}) == 409
     assert [(c.label, *(n[-3:] for n in c.names), *c.values) for c in conflicts] == [
         ("grade", "021", "391", 1, 2), ("grade", "028", "327", 4, 3), ("edema", "045", "333", 0, 1)]

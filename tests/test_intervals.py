@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import intervals
-import metrics
+from retina.evaluation import metrics, statistics
 
 
 def mean_of(values):
@@ -18,7 +17,7 @@ def mean_of(values):
 
 def test_resamples_draw_whole_eyes():
     eyes = ["a", "b", "a", "c", "b", "a"]
-    weights = intervals.resamples(eyes, 500)
+    weights = statistics.resamples(eyes, 500)
     assert weights.shape == (500, 6)
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 1] == weights[:, 4]).all()
     assert (weights[:, 0] + weights[:, 1] + weights[:, 3] == 3).all()  # as many eyes as there are
@@ -33,7 +32,7 @@ def test_intervals_over_eyes_cover_and_those_over_photographs_do_not():
     for k in range(len(covered)):
         values = torch.from_numpy(np.repeat(rng.normal(0, 1, 40), 5))
         for j, names in enumerate((np.repeat(np.arange(40), 5), np.arange(200))):
-            low, high = intervals.limits(intervals.bootstrap([mean_of(values)], list(map(str, names)))["mean"][1:])
+            low, high = statistics.limits(statistics.bootstrap([mean_of(values)], list(map(str, names)))["mean"][1:])
             covered[k, j] = low < 0 < high
     by_eye, by_photograph = covered.mean(0)
     assert 0.87 <= by_eye <= 1 and by_photograph < 0.75
@@ -42,29 +41,29 @@ def test_intervals_over_eyes_cover_and_those_over_photographs_do_not():
 def test_bootstrap_starts_with_the_measure_itself_and_spreads_over_runs():
     values = torch.rand(30).double()
     eyes = list(map(str, range(30)))
-    one = intervals.bootstrap([mean_of(values)], eyes)["mean"]
-    assert one.shape == (1 + intervals.DRAWS,) and float(one[0]) == pytest.approx(float(values.mean()))
-    same = intervals.bootstrap([mean_of(values)] * 3, eyes)["mean"]
+    one = statistics.bootstrap([mean_of(values)], eyes)["mean"]
+    assert one.shape == (1 + statistics.DRAWS,) and float(one[0]) == pytest.approx(float(values.mean()))
+    same = statistics.bootstrap([mean_of(values)] * 3, eyes)["mean"]
     assert torch.allclose(one, same)
-    apart = intervals.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes)["mean"]
+    apart = statistics.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes)["mean"]
     assert float(apart[0]) == pytest.approx(float(values.mean()))
     # the mean of three runs drawn from -1, 0, 1 has the standard deviation sqrt(2/3 / 3)
     assert float(apart[1:].std()) == pytest.approx(math.hypot(math.sqrt(2 / 9), float(one[1:].std())), rel=0.1)
     # the other side sees the same eyes, but other draws of runs
-    other = intervals.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes, 1)["mean"]
+    other = statistics.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes, 1)["mean"]
     assert float((other - apart)[1:].std()) == pytest.approx(math.sqrt(4 / 9), rel=0.1)
 
 
 def test_undefined_draws():
     drawn = torch.cat([torch.full((400,), math.nan), torch.arange(600.0)])
-    assert intervals.limits(drawn) == pytest.approx([0.025 * 599, 0.975 * 599])
-    assert intervals.limits(torch.cat([drawn, torch.full((300,), math.nan)])) is None
-    assert intervals.limits(torch.ones(1000)) is None  # all right, or one eye alone: no width is no certainty
+    assert statistics.limits(drawn) == pytest.approx([0.025 * 599, 0.975 * 599])
+    assert statistics.limits(torch.cat([drawn, torch.full((300,), math.nan)])) is None
+    assert statistics.limits(torch.ones(1000)) is None  # all right, or one eye alone: no width is no certainty
 
 
 def test_in_parts_is_the_same():
     values, weights = torch.rand(7), torch.rand(300, 7).double()
-    assert torch.equal(intervals.in_parts(mean_of(values), weights, 41)["mean"], mean_of(values)(weights)["mean"])
+    assert torch.equal(statistics.in_parts(mean_of(values), weights, 41)["mean"], mean_of(values)(weights)["mean"])
 
 
 # ---- two sides ----
@@ -83,7 +82,7 @@ def test_p_values_equal_brute_force_over_all_swaps():
     rng = np.random.default_rng(3)
     first, second = torch.from_numpy(rng.random(8)), torch.from_numpy(rng.random(8) + 0.2)
     eyes = ["a", "a", "b", "c", "d", "d", "e", "f"]
-    found = intervals.p_values([both(first, second)], eyes)
+    found = statistics.p_values([both(first, second)], eyes)
     hits = {"mean": 0, "spread": 0}
     names = sorted(set(eyes))
     measure = {"mean": lambda x: x.mean(), "spread": lambda x: x.std(correction=0)}
@@ -97,7 +96,7 @@ def test_p_values_equal_brute_force_over_all_swaps():
 
 def test_for_a_mean_it_is_the_sign_flip_test():
     difference = torch.tensor([0.3, 0.1, 0.4, -0.1, 0.5])
-    found = intervals.p_values([both(torch.zeros(5), difference)], list("abcde"))["mean"]
+    found = statistics.p_values([both(torch.zeros(5), difference)], list("abcde"))["mean"]
     signs = torch.tensor(list(itertools.product((-1, 1), repeat=5)))
     flipped = (signs * difference).mean(1).abs()
     assert found == float((flipped >= difference.mean().abs() - 1e-9).double().mean())
@@ -106,26 +105,26 @@ def test_for_a_mean_it_is_the_sign_flip_test():
 def test_p_values_are_uniform_where_there_is_no_difference():
     """Of 200 comparisons of exchangeable sides about 5 % fall below 0.05; draws, since 2^30 swaps are too many."""
     rng, eyes = np.random.default_rng(0), list(map(str, range(30)))
-    found = [intervals.p_values([both(*torch.from_numpy(rng.normal(size=(2, 30))))], eyes)["mean"]
+    found = [statistics.p_values([both(*torch.from_numpy(rng.normal(size=(2, 30))))], eyes)["mean"]
              for _ in range(200)]
     assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.1 and 0.4 < np.mean(found) < 0.6
 
 
 def test_a_clear_difference_has_the_smallest_p_that_draws_can_show():
     x = torch.rand(30)
-    found = intervals.p_values([both(x, x + 1)], list(map(str, range(30))))["mean"]
-    assert found == 1 / (1 + intervals.DRAWS)
-    assert intervals.p_values([both(x, x)], list(map(str, range(30))))["mean"] == 1
-    assert math.isnan(intervals.p_values([lambda w: {"m": w.sum(1) * math.nan}], ["a", "b"])["m"])
+    found = statistics.p_values([both(x, x + 1)], list(map(str, range(30))))["mean"]
+    assert found == 1 / (1 + statistics.DRAWS)
+    assert statistics.p_values([both(x, x)], list(map(str, range(30))))["mean"] == 1
+    assert math.isnan(statistics.p_values([lambda w: {"m": w.sum(1) * math.nan}], ["a", "b"])["m"])
 
 
 def test_mcnemar_by_hand():
     first, second = torch.zeros(40, dtype=torch.bool), torch.zeros(40, dtype=torch.bool)
     first[:2], second[2:11] = True, True
     first[20:30] = second[20:30] = True  # agreement says nothing
-    one, other, p = intervals.mcnemar(first, second)
+    one, other, p = statistics.mcnemar(first, second)
     assert (one, other) == (2, 9) and p == pytest.approx(2 * (1 + 11 + 55) / 2 ** 11)
-    assert intervals.mcnemar(first, first) == (0, 0, 1.0)
+    assert statistics.mcnemar(first, first) == (0, 0, 1.0)
 
 
 @pytest.mark.parametrize("p,degrees,quantile", [
@@ -133,12 +132,12 @@ def test_mcnemar_by_hand():
     (0.975, 120, 1.980), (0.975, 1e5, 1.960)])
 def test_quantiles_of_students_distribution(p, degrees, quantile):
     """Values of the printed tables."""
-    assert intervals.t_quantile(p, degrees) == pytest.approx(quantile, abs=2e-3)
+    assert statistics.t_quantile(p, degrees) == pytest.approx(quantile, abs=2e-3)
 
 
 def test_holm_by_hand():
-    assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert intervals.holm([0.9, 0.8]) == [1.0, 1.0] and intervals.holm([0.02]) == [0.02]
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([0.02]) == [0.02]
 
 
 @pytest.mark.parametrize("difference,interval,p,words", [
@@ -149,9 +148,9 @@ def test_holm_by_hand():
     (-0.10, (-0.2, -0.05), 0.01, "the first scores higher"),
     (0.1, None, 0.01, "nothing can be claimed"), (math.nan, (0, 1), math.nan, "nothing can be claimed")])
 def test_what_may_be_claimed(difference, interval, p, words):
-    said = intervals.claim("cls kappa", difference, interval, p, 103, 1)
+    said = statistics.claim("cls kappa", difference, interval, p, 103, 1)
     assert words in said and said.startswith("cls kappa: ") and "\n" not in said
-    about = [intervals.claim("cls kappa", 0.1, (0.05, 0.2), 0.01, 9, runs).partition("a claim about ")[2]
+    about = [statistics.claim("cls kappa", 0.1, (0.05, 0.2), 0.01, 9, runs).partition("a claim about ")[2]
              for runs in (3, 5)]
     assert about[0].startswith("these 6 networks, not the ways they were trained") and about[1] == \
         "these ways of training"
@@ -162,7 +161,7 @@ def test_measures_of_tasks_can_be_compared():
     truth = torch.tensor([0, 1, 2, 2])
     first, second = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
     both_truth, answers = truth.repeat(2), torch.cat([first, second])
-    found = intervals.p_values([lambda w: {"kappa": metrics.quadratic_kappa(both_truth, answers, 3, w)}],
+    found = statistics.p_values([lambda w: {"kappa": metrics.quadratic_kappa(both_truth, answers, 3, w)}],
                                ["a", "a", "b", "b"])
     kappa = partial(metrics.quadratic_kappa, truth, classes=3, weights=torch.ones(1, 4).double())
     swapped = [kappa(torch.cat([x[:2], y[2:]])) for x, y in ((first, second), (second, first))]

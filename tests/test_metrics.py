@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
-from metrics import dice, iou
+from retina.evaluation import metrics
+from retina.evaluation.metrics import dice, iou
 
 
 def ones(n):

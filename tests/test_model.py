@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 import model
 from model import Encoder, MaskHead, Net, NetConfig, PointHead, PooledHead, balance_loss
+from retina.training import pretrained
 from tasks import TASKS
 
 
@@ -32,7 +33,7 @@ def test_encoder_equals_torchvision(variant, training):
                 m.running_mean.normal_(std=0.1), m.running_var.uniform_(0.5, 1.5)
                 m.weight.uniform_(0.5, 1.5), m.bias.normal_(std=0.1)
     net = Net(NetConfig(variant=variant, experts=0, stochastic_depth=0.0), [TASKS["cls"]])
-    model.load_pretrained(net, oracle.state_dict())
+    pretrained.load_pretrained(net, oracle.state_dict())
     for m in oracle.modules():
         if isinstance(m, torchvision.ops.StochasticDepth):
             m.p = 0.0
@@ -73,7 +74,7 @@ def test_stochastic_depth_is_a_fair_coin_per_photograph():
 def test_pretrained_of_another_variant_names_the_first_difference():
     oracle = torchvision.models.efficientnet_b2(weights=None).state_dict()
     with pytest.raises(ValueError, match=r"not the weights of this EfficientNet: features\.\d.*more differences"):
-        model.load_pretrained(small_net(), oracle)
+        pretrained.load_pretrained(small_net(), oracle)
 
 
 # ---- net ----
@@ -95,7 +96,7 @@ def test_photographs_are_normalised_as_torchvision_does():
     torch.manual_seed(0)
     oracle = torchvision.models.efficientnet_b0(weights=None).eval()
     net = Net(NetConfig(experts=0), [TASKS["cls"]]).eval()
-    model.load_pretrained(net, oracle.state_dict())
+    pretrained.load_pretrained(net, oracle.state_dict())
     kept = {}
     net.encoder.register_forward_hook(lambda module, inputs, maps: kept.update(deepest=maps[-1]))
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)

@@ -14,14 +14,14 @@ import torch
 
 import data
 import evaluate
-import metrics
-import records
 import train
-from conftest import ROOT
-from files import InputError
 from flags import Options
-from parallel import ALONE, Group
+from retina.datasets import readers
+from retina.evaluation import metrics
+from retina.files import InputError
+from retina.training.distributed import ALONE, Group
 from tasks import TASKS
+from conftest import ROOT
 from test_resume import ended_alike
 from test_train import PROGRAM, few_drawings  # noqa: F401
 
@@ -33,12 +33,16 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
-import data, evaluate, model, parallel, records, scores, train
+import data, model, tasks, train
 from flags import Options
+from retina.datasets import cache, readers
+from retina.evaluation import scoring
+from retina.files import plain
+from retina.training import distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
-data.CACHE = Path(sys.argv[2])
-found = records.read_drawn().records[:8]
+cache.CACHE = Path(sys.argv[2])
+found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, two kinds of grade: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
     found[i] = replace(found[i], masks=masks, points=found[i].points if i % 2 else None,
@@ -46,7 +50,7 @@ for i in range(8):  # masks here, points there, two kinds of grade: each share o
 
 def learn(group, options):
     torch.manual_seed(0)
-    net, tasks = evaluate.build_net(asdict(options))
+    net, chosen = tasks.build_net(asdict(options))
     net.double()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -56,23 +60,23 @@ def learn(group, options):
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
     photographs = data.Photographs(found, options.size)
-    blanks = data.blanks(photographs, tasks) if group.size > 1 else {}
-    trainer = train.Trainer(net, tasks, options, 10, torch.device("cpu"), group, blanks)
+    blanks = data.blanks(photographs, chosen) if group.size > 1 else {}
+    trainer = train.Trainer(net, chosen, options, 10, torch.device("cpu"), group, blanks)
     net.train()
-    mine = [photographs[i, None] for i in range(8)][group.rank::group.size]
-    losses = [trainer.step(data.collate(mine, tasks)) for _ in range(2)]
+    mine = [photographs[i] for i in range(8)][group.rank::group.size]
+    losses = [trainer.step(data.collate(mine, chosen)) for _ in range(2)]
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
             "others": {**dict(net.named_buffers()), **trainer.weigh.state_dict()}}
 
 def scored(group):
     torch.manual_seed(0)
-    net, tasks = evaluate.build_net(asdict(Options(tasks=("cls", "dme", "seg", "loc"))))
-    photographs = data.Photographs(records.read_drawn().records[:22], 64)
-    found = scores.score(net, photographs, tasks, torch.device("cpu"), 4, group=group)
-    return found and {"metrics": evaluate.plain(found.metrics()), "names": found.names, "usage": found.usage,
+    net, chosen = tasks.build_net(asdict(Options(tasks=("cls", "dme", "seg", "loc"))))
+    photographs = data.Photographs(readers.read_drawn().records[:22], 64)
+    found = scoring.score(net, data.in_order(photographs, chosen, 4, group=group), chosen, group=group)
+    return found and {"metrics": plain(found.metrics()), "names": found.names, "usage": found.usage,
                       "chosen": found.choose()}
 
-with parallel.join() as group:
+with distributed.join() as group:
     learned = [learn(group, Options(**changed)) for changed in eval(sys.argv[4])]
     torch.save({"learned": learned, "scores": scored(group)}, f"{sys.argv[3]}_{group.rank}.pt")
 """
@@ -141,7 +145,7 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
 
 @pytest.mark.parametrize("batch,size", [(8, 2), (7, 3), (4, 4)])
 def test_every_photograph_of_a_step_falls_to_one_process(batch, size):
-    found = records.read_drawn().records
+    found = readers.read_drawn().records
     found = [replace(r, masks=r.masks if i % 4 == 0 else None) for i, r in enumerate(found)]
     steps = data.Steps(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
     shares = [list(steps.range(3, 9, rank, size)) for rank in range(size)]

@@ -19,15 +19,15 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 import data
 import evaluate
-import metrics
-import predict
-import records
-import scores
-import synthetic
 import train
-from conftest import official_tree, real_idrid, widen
-from files import InputError
+from retina import drawing, files
+from retina.datasets import cache, preprocess, readers, records, synthetic
+from retina.evaluation import metrics, scoring
+from retina.files import InputError
+from retina.inference import full_size, predictor, quality
+from retina.inference.predictor import NOTE, Predictor, predict_all, write_rows
 from tasks import TASKS
+from conftest import official_tree, real_idrid, widen
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ class Fake(torch.nn.Module):
 
 def test_in_file_pixels_equals_interpolation_by_hand():
     """A sample of a crop, scaled unlike in x and y: every pixel of the file by bilinear interpolation, 0 outside."""
-    g, rng = data.Geometry(23, 17, 0.5, 0.8, -1.5, 2.0), np.random.default_rng(0)
+    g, rng = preprocess.Geometry(23, 17, 0.5, 0.8, -1.5, 2.0), np.random.default_rng(0)
     map_ = rng.random((16, 16)).astype(np.float32)
     expected = np.zeros((17, 23))
     for y in range(17):
@@ -61,29 +61,29 @@ def test_in_file_pixels_equals_interpolation_by_hand():
                 corners = [(math.floor(v - 0.5) + i, math.floor(u - 0.5) + j) for i in (0, 1) for j in (0, 1)]
                 expected[y, x] = sum(map_[min(max(a, 0), 15), min(max(b, 0), 15)] * (1 - abs(v - 0.5 - a)) *
                                      (1 - abs(u - 0.5 - b)) for a, b in corners)
-    found = predict.in_file_pixels(map_, g)
+    found = full_size.in_file_pixels(map_, g)
     assert found.shape == (17, 23) and np.abs(found - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("geometry", [
-    data.Geometry(301, 203, 0.2, 0.31, -3.7, 1.2), data.Geometry(23, 17, 2.5, 3.1, 0.0, -4.0),
-    data.Geometry(40, 64, 1.0, 1.0, 12.0, 0.0), data.Geometry(30, 30, 0.1, 0.1, 60.9, 70.0)])
+    preprocess.Geometry(301, 203, 0.2, 0.31, -3.7, 1.2), preprocess.Geometry(23, 17, 2.5, 3.1, 0.0, -4.0),
+    preprocess.Geometry(40, 64, 1.0, 1.0, 12.0, 0.0), preprocess.Geometry(30, 30, 0.1, 0.1, 60.9, 70.0)])
 def test_in_file_pixels_equals_pillow(geometry):
     """Enlarged, reduced, shifted by whole pixels, and all but outside; one bit for processors that fuse + and *."""
     g, map_ = geometry, np.random.default_rng(0).random((64, 64)).astype(np.float32)
     affine = (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y)
     expected = np.asarray(Image.fromarray(map_).transform((g.width, g.height), Image.AFFINE, affine, Image.BILINEAR))
-    found = predict.in_file_pixels(map_, g)
+    found = full_size.in_file_pixels(map_, g)
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_array_max_ulp(found, expected, 1)
 
 
 def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     """File -> sample -> file: all but the outline."""
-    record = next(r for r in records.read_idrid(tree).records if r.masks)
-    sample = data.to_sample(record, data.prepare(record, 96))
-    back = predict.in_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
-    truth = np.asarray(data.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
+    record = next(r for r in readers.read_idrid(tree).records if r.masks)
+    sample = preprocess.to_sample(record, preprocess.prepare(record, 96))
+    back = full_size.in_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
+    truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
 
 
@@ -93,7 +93,7 @@ def test_tiles_of_a_local_network_change_nothing():
     """Where an answer depends on its pixel alone, cutting, weighing and blending must give it back."""
     image = torch.randint(256, (3, 150, 150), dtype=torch.uint8)
     whole = (image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).expand(5, -1, -1)
-    found = predict.in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
+    found = full_size.in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
     assert found.shape == whole.shape and torch.allclose(found, whole, atol=1e-5)
 
 
@@ -101,8 +101,8 @@ def test_one_tile_is_the_whole(run):
     loaded = evaluate.load_run(run, CPU)
     loaded.net.eval()
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    tile = predict.in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
-    assert torch.allclose(tile, predict.answer(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
+    tile = full_size.in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
+    assert torch.allclose(tile, full_size.answer(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
 
 
 def test_tiles_overlap_by_half_at_least():
@@ -115,7 +115,7 @@ def test_tiles_overlap_by_half_at_least():
             return super().forward(images, rows)
     at = torch.arange(100, dtype=torch.uint8)
     image = torch.stack([at.expand(100, 100), at[:, None].expand(100, 100), at.expand(100, 100)])
-    predict.in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
+    full_size.in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
     assert seen.min() >= 1 and seen[16:-16, 16:-16].min() >= 4
 
 
@@ -123,20 +123,20 @@ def test_tiles_overlap_by_half_at_least():
 
 def test_full_size_tallies_equal_counting_pixels_of_files(tree):
     """Three photographs of 144x96: masks of the files against maps brought to their size, kind by kind."""
-    chosen = [r for r in records.read_idrid(tree).records if r.masks]
+    chosen = [r for r in readers.read_idrid(tree).records if r.masks]
     photographs, task = data.Photographs(chosen, 64), TASKS["seg"]
     pool = task.pool()
-    names, tally = predict.tally_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, pool)
+    names, tally = full_size.tally_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, pool)
     assert names == [r.name for r in chosen]
     found = task.at(tally, [0.3] * 5)
     pixels = {kind: ([], []) for kind in task.classes}
     for i, record in enumerate(chosen):
-        sample = photographs[i, None]
+        sample = photographs[i]
         for c, kind in enumerate(task.classes):
             path, size = record.masks[kind], (sample.geometry.width, sample.geometry.height)
-            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(data.read_mask(path, size)[0]) > 0
+            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(preprocess.read_mask(path, size)[0]) > 0
             map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
-            score = predict.in_file_pixels(map_, sample.geometry)
+            score = full_size.in_file_pixels(map_, sample.geometry)
             mask = score >= metrics.threshold_at(metrics.level_of(0.3))
             near = 3  # pixels whose score rounds to the other side
             assert found[i, c].tolist() == pytest.approx([(mask & truth).sum(), mask.sum(), truth.sum()], abs=near)
@@ -150,16 +150,16 @@ def test_full_size_tallies_equal_counting_pixels_of_files(tree):
 
 
 def test_kinds_that_are_not_known_are_not_counted(tree):
-    record = next(r for r in records.read_idrid(tree).records if r.masks)
+    record = next(r for r in readers.read_idrid(tree).records if r.masks)
     record = replace(record, masks={"EX": record.masks["EX"]})
-    _, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].pool())
+    _, tally = full_size.tally_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].pool())
     assert tally[0, [0, 1, 3, 4]].isnan().all() and not tally[0, 2, :-1].isnan().any()
 
 
 # ---- what is refused ----
 
 def test_drawn_photographs_are_not_refused():
-    assert [reason for i in range(40) if (reason := predict.refusal(picture(i)))] == []
+    assert [reason for i in range(40) if (reason := quality.refusal(picture(i)))] == []
 
 
 SPOILED = [("too blurred", lambda p: p.filter(ImageFilter.GaussianBlur(0.03 * p.height))),
@@ -177,17 +177,17 @@ SPOILED = [("too blurred", lambda p: p.filter(ImageFilter.GaussianBlur(0.03 * p.
 @pytest.mark.parametrize("reason,spoil", SPOILED)
 def test_what_shows_no_retina_is_refused(reason, spoil):
     for i in range(5):
-        assert predict.refusal(spoil(picture(i))).startswith(reason)
+        assert quality.refusal(spoil(picture(i))).startswith(reason)
 
 
 def test_real_photographs_are_not_refused_unless_spoiled():
     """All 467, and of every 20th the same blurred and darkened."""
     root = real_idrid("idrid")
-    found = [data.read_image(r.image, 512).image for r in records.read_idrid(root).records]
-    assert len(found) == 467 and [reason for image in found if (reason := predict.refusal(image))] == []
+    found = [preprocess.read_image(r.image, 512).image for r in readers.read_idrid(root).records]
+    assert len(found) == 467 and [reason for image in found if (reason := quality.refusal(image))] == []
     for image in found[::20]:
         for _, spoil in SPOILED[:4]:  # a dark photograph made darker may not even show its field
-            assert predict.refusal(spoil(image))
+            assert quality.refusal(spoil(image))
 
 
 # ---- new photographs ----
@@ -198,7 +198,7 @@ def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
-    patch.setattr(data, "CACHE", home / "cache")
+    patch.setattr(cache, "CACHE", home / "cache")
     tree = official_tree(home / "IDRiD", segmentation=6, grading=8, test=False)
     options = replace(TINY, tasks=("cls", "dme", "seg", "loc"), data=str(tree), epochs=1)
     train.fit(options, home / "run", quiet=True)
@@ -245,7 +245,7 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
         assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
         assert "no medical device" in row["note"]
         assert Image.open(out / "overlays" / f"{row['name']}.png").size == size
-        lit = float(data.lit_pixels(Image.open(pictures / f"{row['name']}.png")).mean())
+        lit = float(preprocess.lit_pixels(Image.open(pictures / f"{row['name']}.png")).mean())
         for kind in TASKS["seg"].classes:
             mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{kind}.png"))
             assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
@@ -265,7 +265,7 @@ def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
     """The same file, once as a photograph of the validation split, once as a new one."""
     loaded = evaluate.load_run(run, CPU)
     split = evaluate.split_records(loaded, Path(loaded.options["data"]), "val")
-    found = scores.score(loaded.net, data.Photographs(split, 32), loaded.tasks, CPU)
+    found = scoring.score(loaded.net, data.in_order(data.Photographs(split, 32), loaded.tasks, 16), loaded.tasks)
     assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
     temperature = loaded.chosen["cls"]["temperature"]
     rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}
@@ -307,7 +307,7 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
         yield {"status": "refused", "a": 4}
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        predict.write_rows(tmp_path / "t.csv", rows())
+        predictor.write_rows(tmp_path / "t.csv", rows())
     assert (tmp_path / "t.csv").read_text().splitlines()[3:] == ["refused,4,"]
 
 
@@ -315,20 +315,21 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
 
 def answered_plainly(predictor, path: Path, name: str) -> dict:
     """One photograph after the other, each step on its own and from the file."""
-    p, note = predictor, predict.NOTE
+    p, note = predictor, NOTE
     row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": note}
     try:
-        row |= dict(zip(("width", "height"), data.read_image(path, 512).size))
-        if reason := predict.refusal(data.read_image(path, 512).image):
+        row |= dict(zip(("width", "height"), preprocess.read_image(path, 512).size))
+        if reason := quality.refusal(preprocess.read_image(path, 512).image):
             return row | {"status": "refused", "reason": reason}
     except InputError as error:
         return row | {"status": "unreadable", "reason": str(error)[len(f"{path}: "):].split("; replace the file")[0]}
     record = records.Record(name, path)
-    sample, masks, lines = predict.sample_of(record, p.size), {}, []
-    answers, lit = predict.answer(p.net, p.tasks, sample.image, CPU), data.lit_pixels(data.read_image(path, 512).image)
+    sample, masks, lines = full_size.sample_of(record, p.size), {}, []
+    answers = full_size.answer(p.net, p.tasks, sample.image, CPU)
+    lit = preprocess.lit_pixels(preprocess.read_image(path, 512).image)
     for task in p.tasks:
         if task.name == "seg":
-            maps, g = predict.masks_of(p.net, task, record, p.size, p.tiles, CPU, p.batch)
+            maps, g = full_size.masks_of(p.net, task, record, p.size, p.tiles, CPU, p.batch)
             for kind, map_ in zip(task.classes, maps):
                 wide = Image.fromarray(map_).transform(
                     (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y),
@@ -340,7 +341,7 @@ def answered_plainly(predictor, path: Path, name: str) -> dict:
             columns = task.answers(answers[task.name], sample, p.chosen[task.name])
             row, lines = row | columns, lines + task.caption(columns)
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
-    predict.overlay(data.read_image(path, 1 << 30).image, masks, points, [*lines, note]).save(
+    drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, note]).save(
         p.out / f"overlays/{name}.png", compress_level=1)
     return row
 
@@ -362,18 +363,18 @@ def all_kinds(tmp_path) -> Path:
 @pytest.mark.parametrize("tiles", [None, 4.5])
 def test_no_byte_depends_on_what_is_done_at_once(run, all_kinds, tmp_path, tiles):
     loaded, paths = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir())
-    sample = predict.sample_of(records.Record("x", paths[-1]), 64)
-    maps = predict.answer(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
+    sample = full_size.sample_of(records.Record("x", paths[-1]), 64)
+    maps = full_size.answer(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for kind, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
         loaded.chosen["seg"][kind] = float(map_.quantile(0.9))
-    predictor = predict.Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU, tmp_path / "out", True)
-    found = predict.predict_all(predictor, paths)
+    predictor = Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU, tmp_path / "out", True)
+    found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
     assert all(0 < row[f"area_{kind}"] for row in found for kind in TASKS["seg"].classes if row["status"] == "answered")
     plain = replace(predictor, out=tmp_path / "plain")
     for folder in ("overlays", "masks"):
         (plain.out / folder).mkdir(parents=True)
-    predict.write_rows(plain.out / "predictions.csv", (answered_plainly(plain, p, p.stem) for p in paths))
+    write_rows(plain.out / "predictions.csv", (answered_plainly(plain, p, p.stem) for p in paths))
     files, expected = ({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")}
                        for out in (predictor.out, plain.out))
     assert len(expected) == 1 + 3 * 6 and files == expected
@@ -382,14 +383,14 @@ def test_no_byte_depends_on_what_is_done_at_once(run, all_kinds, tmp_path, tiles
 @pytest.mark.parametrize("tiles,most", [(None, 2), (4.5, 3)])
 def test_a_file_is_decoded_once_at_each_scale(run, all_kinds, tmp_path, monkeypatch, tiles, most):
     """A JPEG for 512 pixels, for tiles and at full size; what cannot be reduced as it is decoded, once."""
-    loaded, paths, opened, really = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir()), [], data.open_image
+    loaded, paths, opened, really = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir()), [], files.open_image
 
     def counted(path):
         opened.append(path.name)
         return really(path)
-    monkeypatch.setattr(data, "open_image", counted)
-    predict.predict_all(predict.Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU, tmp_path / "out",
-                                          True), paths)
+    monkeypatch.setattr(preprocess, "open_image", counted)
+    predictor.predict_all(predictor.Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU,
+                                              tmp_path / "out", True), paths)
     assert Counter(opened) == {"large0.jpg": most, "large1.jpg": most, "small.png": 1, "black.png": 1,
                                "broken.jpg": 1}
 
@@ -430,24 +431,24 @@ def test_the_next_is_read_and_the_last_is_written_meanwhile():
     def write(number):
         assert number == 5 or steps.begun("ask", number + 1).wait(60)
     steps = Steps(ask=ask, write=write)
-    assert [row["number"] for row in predict.overlapped(steps, numbers(6))] == [*range(6)]
+    assert [row["number"] for row in predictor.overlapped(steps, numbers(6))] == [*range(6)]
 
 
 def test_rows_come_in_order_though_a_later_photograph_is_written_first():
     """Of two writers one is busy with photograph 0 until the other is through with 1 and at 2."""
     steps = Steps(write=lambda number: number != 0 or steps.begun("write", 2).wait(60))
-    assert [row["number"] for row in predict.overlapped(steps, numbers(4))] == [*range(4)]
+    assert [row["number"] for row in predictor.overlapped(steps, numbers(4))] == [*range(4)]
 
 
 def test_few_photographs_are_held_at_once():
     """However slow the writing, or whoever takes the rows: of 30, those begun and not yet handed on."""
     begun, most, taken = [], [], 0
     steps = Steps(read=begun.append, write=lambda number: most.append(len(begun) - taken))
-    for row in predict.overlapped(steps, numbers(30)):
+    for row in predictor.overlapped(steps, numbers(30)):
         time.sleep(0.002)  # time to begin more than is allowed
         most.append(len(begun) - taken)
         taken += 1
-    assert taken == 30 and max(most) <= predict.AHEAD + 1 + predict.BEHIND
+    assert taken == 30 and max(most) <= predictor.AHEAD + 1 + predictor.BEHIND
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -463,7 +464,7 @@ def test_what_is_being_written_has_its_row_when_the_network_is_stopped(error):
     steps = Steps(read=lambda number: number != 4 or rows_taken.wait(60), ask=ask,
                   write=lambda number: number == 0 or stopped.wait(60))
     with pytest.raises(error):
-        for row in predict.overlapped(steps, numbers(9)):
+        for row in predictor.overlapped(steps, numbers(9)):
             taken.append(row["number"])
             if row["number"] == 2:
                 rows_taken.set()
@@ -483,7 +484,7 @@ def test_ctrl_c_while_waiting_for_a_file_to_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Future, "result", result)
     steps = Steps(write=lambda number: interrupted.wait(60))
     with pytest.raises(KeyboardInterrupt):
-        predict.write_rows(tmp_path / "t.csv", predict.overlapped(steps, numbers(2)))
+        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(steps, numbers(2)))
     assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,1"]
 
 
@@ -495,7 +496,7 @@ def test_an_error_of_writing_is_raised_and_what_else_is_being_written_has_its_ro
         assert steps.begun("write", 2).wait(60)
     steps = Steps(write=write)
     with pytest.raises(OSError, match="No space left on device: '1.png'"):
-        predict.write_rows(tmp_path / "t.csv", predict.overlapped(steps, numbers(9)))
+        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(steps, numbers(9)))
     assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,2"]
     assert ("ask", 3) not in steps.told
 
@@ -537,15 +538,15 @@ def test_a_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkey
 
 def test_overlays_show_the_masks():
     """Colours inside, on and outside the outline of a mask, also where it touches the border of the picture."""
-    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {k: np.zeros((300, 400), bool) for k in data.KINDS}
+    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {k: np.zeros((300, 400), bool) for k in records.KINDS}
     masks["EX"][100:140, 360:400] = True
     masks["OD"][200:240, 200:240] = True
-    drawn = np.asarray(predict.overlay(image, masks, None, []))
-    tint = (0.7 * np.array((100, 50, 20)) + 0.3 * np.array(data.COLOURS["EX"])).astype(int)
-    assert tuple(drawn[120, 380]) == tuple(tint) and tuple(drawn[100, 380]) == data.COLOURS["EX"]
-    assert tuple(drawn[120, 399]) == data.COLOURS["EX"] and tuple(drawn[98, 380]) == (100, 50, 20)
-    assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == data.COLOURS["OD"]
-    marked = np.asarray(predict.overlay(image, {}, [(300, 50), (50, 250)], []))
+    drawn = np.asarray(drawing.overlay(image, masks, None, []))
+    tint = (0.7 * np.array((100, 50, 20)) + 0.3 * np.array(records.COLOURS["EX"])).astype(int)
+    assert tuple(drawn[120, 380]) == tuple(tint) and tuple(drawn[100, 380]) == records.COLOURS["EX"]
+    assert tuple(drawn[120, 399]) == records.COLOURS["EX"] and tuple(drawn[98, 380]) == (100, 50, 20)
+    assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == records.COLOURS["OD"]
+    marked = np.asarray(drawing.overlay(image, {}, [(300, 50), (50, 250)], []))
     assert tuple(marked[50, 300]) == (255, 255, 255) == tuple(marked[250, 50])
 
 
@@ -610,17 +611,19 @@ def test_real_originals_at_full_size_within_two_gib(tmp_path):
 import re, sys
 sys.path.insert(0, {str(Path(data.__file__).parent)!r})
 from pathlib import Path
-import torch, data, predict, records
+import torch
+from retina.datasets import cache, readers
+from retina.inference import full_size
 from tasks import TASKS
-data.CACHE = Path({str(tmp_path)!r})
+cache.CACHE = Path({str(tmp_path)!r})
 torch.set_num_threads(2)
 class Fake(torch.nn.Module):
     heads = dict.fromkeys(("seg",))
     def forward(self, images, rows):
         return {{"seg": (images[:, :1].float() / 16 - 12).expand(-1, 5, -1, -1)}}, {{}}
-found = [r for r in records.read_idrid(Path({str(root)!r})).records if r.masks] * 6
+found = [r for r in readers.read_idrid(Path({str(root)!r})).records if r.masks] * 6
 pool = TASKS["seg"].pool()
-names, tally = predict.tally_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
+names, tally = full_size.tally_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
 assert len(names) == 27 and float(tally[..., :-1].sum()) == 27 * 5 * 4288 * 2848
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """

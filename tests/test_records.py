@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 import data
-import files
-import records
-import synthetic
+from retina import files
+from retina.datasets import leaks, readers, records, synthetic
+from retina.datasets.readers import read_data, read_idrid
+from retina.files import InputError
 from conftest import ROOT, real_idrid
-from files import InputError
-from records import read_data, read_idrid
 from test_eyes import photograph
 
 
@@ -45,7 +44,7 @@ def images(root: Path, subset: str = "B. Disease Grading") -> Path:
 
 def first_mask(root: Path, kind: str) -> Path:
     folder = root / "A. Segmentation" / "2. All Segmentation Groundtruths" / "a. Training Set"
-    return sorted((folder / records.MASK_FOLDERS[kind]).iterdir())[0]
+    return sorted((folder / readers.MASK_FOLDERS[kind]).iterdir())[0]
 
 
 # ---- IDRiD ----
@@ -80,7 +79,7 @@ def test_a_subset_may_be_missing(tree, subset, label):
     assert found.records and all(getattr(r, label) is None for r in found.records)
     for other in {"masks", "grade", "points"} - {label}:
         assert any(getattr(r, other) is not None for r in found.records)
-    assert found.notes == (f"{tree} has no '{subset}': nothing to learn {records.SUBSETS[subset]} from",)
+    assert found.notes == (f"{tree} has no '{subset}': nothing to learn {readers.SUBSETS[subset]} from",)
 
 
 def test_localization_uses_its_own_images_where_it_has_them(tree):
@@ -88,7 +87,7 @@ def test_localization_uses_its_own_images_where_it_has_them(tree):
     found = {r.name: r for r in part_of(tree)}
     assert found["localization/IDRiD_001"].points and found["localization/IDRiD_001"].grade is None
     assert found["grading/IDRiD_001"].points is None
-    joined, _ = data.find_eyes(list(found.values()), 64)  # copies by content
+    joined, _ = leaks.find_eyes(list(found.values()), 64)  # copies by content
     assert len(joined) == 8 and sum(r.grade is not None and r.points is not None for r in joined) == 5
 
 
@@ -99,11 +98,11 @@ def test_points_without_any_image_are_one_line(tree):
 
 
 def test_drawn_points_are_where_the_drawing_has_them(monkeypatch):
-    monkeypatch.setattr(records, "DRAWN", {"test": (1, 6)})
-    found = records.read_drawn().records
+    monkeypatch.setattr(readers, "DRAWN", {"test": (1, 6)})
+    found = readers.read_drawn().records
     photographs = data.Photographs(found, 96)
     for i, record in enumerate(found):
-        eye, sample = synthetic.plan(*record.drawing), photographs[i, None]
+        eye, sample = synthetic.plan(*record.drawing), photographs[i]
         assert np.allclose(sample.points, 96 * np.array([eye.disc, eye.fovea]), atol=1e-3)
         y, x = (v.float().mean().item() + 0.5 for v in (sample.masks[-1] == 1).nonzero(as_tuple=True))
         assert np.hypot(*(sample.points[0].numpy() - (x, y))) < 1
@@ -124,7 +123,7 @@ def truncate(path: Path) -> None:
 
 
 def damage_nothing_there(root):
-    for subset in records.SUBSETS:
+    for subset in readers.SUBSETS:
         shutil.rmtree(root / subset)
     (root / "images").mkdir()
 
@@ -206,7 +205,7 @@ def test_a_table_of_all_columns(table):
     assert (b.grade, b.edema, b.part, b.points, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
     assert (c.grade, c.edema, c.part, c.points) == (4, None, "test", None)
     assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
-    sample = data.Photographs([a], 64)[0, None]
+    sample = data.Photographs([a], 64)[0]
     values = [sorted(m.unique().tolist()) for m in sample.masks]  # MA known, EX known to be absent, others not known
     assert values == [[0, 1], [255], [0], [255], [255]]
 
@@ -295,9 +294,9 @@ def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
     (tmp_path / "t.csv").write_text("image,od_x,od_y\nupright.jpg,290,100\nturned.jpg,290,100\n")
     a, b = read_data(tmp_path / "t.csv").records
-    found, _ = data.find_eyes([a, b], 64)
+    found, _ = leaks.find_eyes([a, b], 64)
     assert len(found) == 1 and found[0].points == {"disc": (290, 100)}
-    x, y = (data.Photographs([r], 64)[0, None] for r in (a, b))
+    x, y = (data.Photographs([r], 64)[0] for r in (a, b))
     assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
     assert (x.image.float() - y.image.float()).abs().mean() < 3
 
@@ -358,7 +357,7 @@ def test_folders_of_classes(folders):
     assert Counter((r.part, r.category) for r in found.records) == {(p, c): n for p, n in (("train", 5), ("test", 2))
                                                                    for c in range(4)}
     assert all(r.grade is None and r.name.split("/")[1] == found.classes[r.category] for r in found.records)
-    sample = data.Photographs(found.records, 64)[0, None]
+    sample = data.Photographs(found.records, 64)[0]
     assert sample.geometry.scale_x == 64 / 45 and sample.category == 1  # the whole picture: no field of view in it
 
 

@@ -18,14 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
 import data
 import evaluate
-import files
-import records
 import train
+from retina import files
+from retina.datasets import cache, preprocess, readers, records
+from retina.evaluation import scoring
+from retina.files import InputError, RunError
+from retina.training import checkpoint, pretrained
 from conftest import ROOT
-from files import InputError, RunError
 from test_train import PROGRAM, TINY, few_drawings, trainer_and_batch  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -126,7 +127,7 @@ def test_the_learned_weights_of_tasks_are_kept(tmp_path, monkeypatch):
 
 def test_early_stopping_is_remembered(tmp_path, monkeypatch, whole):
     """A score that never gets better ends a run after `patience` epochs, stopped in between or not."""
-    monkeypatch.setattr(train.scores, "primary_score", lambda *_: 0.5)
+    monkeypatch.setattr(scoring, "primary_score", lambda *_: 0.5)
     options = replace(SHORT, epochs=9, patience=2)
     train.fit(options, tmp_path / "whole", quiet=True)
     with pytest.raises(Killed):
@@ -146,7 +147,7 @@ def test_a_finished_run_that_is_resumed_says_what_it_found(tmp_path, whole, caps
 
 def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.scores, "score", lambda *_, **__: die())
+        patch.setattr(scoring, "score", lambda *_, **__: die())
         train.fit(SHORT, tmp_path / "run", quiet=True)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["number"] == 4
     train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
@@ -314,11 +315,11 @@ def test_nothing_in_a_file_is_executed(tmp_path, whole, monkeypatch):
     evil = Code(tmp_path / "witness")
     torch.save({**torch.load(run / "best.pt", weights_only=True), "epoch": evil}, run / "best.pt")
     torch.save(evil, run / "last.pt"), torch.save(evil, tmp_path / "weights.pt")
-    np.savez(tmp_path / "cache.npz", version=np.array(data.PREPROCESSING), image=np.array([evil], object))
+    np.savez(tmp_path / "cache.npz", version=np.array(cache.PREPROCESSING), image=np.array([evil], object))
     for read in (lambda: evaluate.load_run(run, torch.device("cpu")),
                  lambda: train.fit(SHORT, run, quiet=True, resume=True),
-                 lambda: checkpoints.read_weights(str(tmp_path / "weights.pt"), "b0"),
-                 lambda: data.read_arrays(tmp_path / "cache.npz", "image")):
+                 lambda: pretrained.read_weights(str(tmp_path / "weights.pt"), "b0"),
+                 lambda: cache.read_arrays(tmp_path / "cache.npz", "image")):
         with pytest.raises(ValueError, match="damaged"):
             read()
     assert not (tmp_path / "witness").exists()
@@ -334,7 +335,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import multiprocessing, time
 from multiprocessing import connection, resource_sharer
-import files
+from retina import files
 
 def helper(pipe):
     files.as_helper(1)
@@ -364,11 +365,13 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import json, os, random, shutil, signal, time
 from pathlib import Path
-import data, files, model, records, train
+import data, model, train
+from retina import files
+from retina.datasets import cache, readers, records
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 home, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
-records.HERE, data.CACHE = home, home / "cache"
-records.DRAWN = {"train": (0, 60), "test": (1, 5)}
+records.HERE, cache.CACHE = home, home / "cache"
+readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
 run, flags = home / "runs" / "killed", "--size 64 --epochs 3 --save-every 2 --batch 12 --workers 1".split()
 
 def start():
@@ -394,7 +397,7 @@ found, sessions = {"at random": 0, "checkpoint": 0, "cache": 0, "half written": 
 while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
     kind = ("cache", "at random", "checkpoint")[len(sessions) % 3]
     if kind == "cache":
-        shutil.rmtree(data.CACHE, ignore_errors=True)
+        shutil.rmtree(cache.CACHE, ignore_errors=True)
     pid, begun, wait = start(), time.monotonic(), chance.uniform(0.05, {"at random": 4, "cache": 1.5}.get(kind, 0.05))
     sessions.append(pid)
     while True:
@@ -455,11 +458,11 @@ def test_killed_at_least_20_times_a_run_ends_as_if_it_had_not_been(tmp_path):
 
 def test_the_hash_tells_weights_apart(whole):
     net = evaluate.load_run(whole(SHORT), torch.device("cpu")).net
-    first = checkpoints.weights_hash(net)
+    first = checkpoint.weights_hash(net)
     assert first == json.loads((whole(SHORT) / "result.json").read_text())["weights"]["best.pt"]
     with torch.no_grad():
         net.encoder.features[0][0].weight[0, 0, 0, 0] += 1e-6
-    assert checkpoints.weights_hash(net) != first
+    assert checkpoint.weights_hash(net) != first
 
 
 def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monkeypatch):
@@ -471,7 +474,7 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monk
 
     def found():
         return [(r.name, r.masks and list(r.masks), r.grade, r.category, r.part)
-                for root in (shared_tree, tmp_path / "a") for r in records.read_data(root).records]
+                for root in (shared_tree, tmp_path / "a") for r in readers.read_data(root).records]
     before, listed = found(), Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), key=lambda p: p.name[::-1],
                                                                   reverse=True)))
@@ -559,8 +562,8 @@ def version(path: Path) -> None:
     (Path.unlink, "No such file", True)], ids=["truncated", "bits flipped", "another version", "removed"])
 def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoil, said, running):
     expected = whole(SHORT)
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    data.Photographs(records.read_drawn().records, SHORT.size)
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+    data.Photographs(readers.read_drawn().records, SHORT.size)
 
     def spoil_all():
         for path in sorted((tmp_path / "cache").rglob("*.npz"))[::3]:
@@ -577,27 +580,28 @@ def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoi
 
 
 def test_two_processes_build_one_cache(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import data, records; from pathlib import Path; data.CACHE = "
-            "Path(sys.argv[2]); print(len(data.Photographs(records.read_drawn().records[:120], 64)))")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import data; from pathlib import Path; from "
+            "retina.datasets import cache, readers; cache.CACHE = Path(sys.argv[2]); "
+            "print(len(data.Photographs(readers.read_drawn().records[:120], 64)))")
     both = [subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "cache"], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate(timeout=120)[0].strip() for p in both] == ["120", "120"]
     made = list((tmp_path / "cache").rglob("*"))
     assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".part"]
-    assert all(data.read_arrays(p, "image")[0].shape == (3, 64, 64) for p in made if p.suffix == ".npz")
+    assert all(cache.read_arrays(p, "image")[0].shape == (3, 64, 64) for p in made if p.suffix == ".npz")
 
 
 def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(data, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache, "CACHE", tmp_path)
+    monkeypatch.setattr(cache, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match="a process that was reading photographs was killed, perhaps for want of memory"):
-        data.Photographs(records.read_drawn().records, 32)
+        data.Photographs(readers.read_drawn().records, 32)
 
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path, whole):
     """Another process holds it, as long as it lives."""
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import files, time; from pathlib import Path; " \
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import time; from pathlib import Path; from retina import files; " \
            f"held = files.hold(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
@@ -632,7 +636,7 @@ def test_a_run_that_exists_is_refused_or_replaced(tmp_path, monkeypatch, whole):
 def test_no_permission_to_write_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "HERE", tmp_path / "home")
     (tmp_path / "home" / "runs").mkdir(parents=True)
-    data.Photographs(records.read_drawn().records, 64)
+    data.Photographs(readers.read_drawn().records, 64)
     (tmp_path / "home" / "runs").chmod(0o555)
     root = os.geteuid() == 0
     if root:  # who may write anywhere

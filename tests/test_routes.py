@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import data
-import evaluate
-import records
-import routes
-import scores
 import train
 from model import ExpertLayer, Routing
-from files import InputError
-from tasks import TASKS, UNKNOWN
+from retina.datasets import readers
+from retina.datasets.records import UNKNOWN
+from retina.evaluation import interventions, routing, scoring
+from retina.files import InputError
+from tasks import TASKS, build_net
 from test_evaluate import run_main
 from test_experts import random_layer
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
@@ -28,15 +27,15 @@ GRID = (1, 1, 1)
 def busy_net(**controls):
     """A network whose tokens differ and whose experts matter, and the drawn test photographs."""
     torch.manual_seed(0)
-    net, tasks = evaluate.build_net(asdict(replace(TINY, **controls)))
-    photographs = data.Photographs([r for r in records.read_drawn().records if r.part == "test"], 64)
+    net, tasks = build_net(asdict(replace(TINY, **controls)))
+    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "test"], 64)
     with torch.no_grad():
         for p in net.experts.parameters():
             p.normal_(std=0.5)
         for m in net.modules():
             if isinstance(m, torch.nn.BatchNorm2d):
                 m.momentum = 1.0  # running statistics of these photographs; fresh ones would let all look alike
-        net.train()(torch.stack([photographs[i, None].image for i in range(len(photographs))]))
+        net.train()(torch.stack([photographs[i].image for i in range(len(photographs))]))
     return net.eval(), tasks, photographs
 
 
@@ -48,8 +47,8 @@ def test_kinds_below_a_token_by_loops():
     masks[2, 1] = UNKNOWN
     images = torch.randint(0, 256, (3, 3, 8, 12), dtype=torch.uint8)
     images[:, :, :4, :4] = 3
-    found = routes.kinds_below(images, masks, (2, 3))
-    assert found.shape == (3, 7, 6) and routes.KINDS == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
+    found = routing.kinds_below(images, masks, (2, 3))
+    assert found.shape == (3, 7, 6) and routing.KINDS == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
     for n in range(3):
         for y in range(2):
             for x in range(3):
@@ -66,14 +65,15 @@ def test_collect_counts_every_choice_of_every_photograph():
     photographs.records = [replace(r, masks=None) if i % 3 == 0 else r for i, r in enumerate(photographs.records)]
     uses = []
     for batch in (3, 10):
-        batches = scores.loader(photographs, scores.in_order(photographs, batch), [TASKS["seg"]], CPU)
-        uses.append(routes.collect(net, batches))
+        batches = data.in_order(photographs, [TASKS["seg"]], batch)
+        uses.append(routing.collect(net, batches))
     for task in ("cls", "seg"):
         for name in ("shares", "entropy", "below", "tokens"):
-            torch.testing.assert_close(getattr(uses[0][task], name), getattr(uses[1][task], name), rtol=1e-5, atol=1e-5)
+            # convolutions of 3 and of 10 photographs round differently, by 2e-5 of a weight on processors with AMX
+            torch.testing.assert_close(getattr(uses[0][task], name), getattr(uses[1][task], name), rtol=1e-4, atol=1e-4)
     shares, below, tokens = torch.zeros(10, 2, 4), torch.zeros(7, 2, 4), torch.zeros(7)
     for i in range(10):
-        sample = photographs[i, None]
+        sample = photographs[i]
         with torch.no_grad():
             r = net(sample.image[None])[1]["cls"]
         for position in range(4):  # 64 pixels at stride 32; none of these lies outside
@@ -91,14 +91,14 @@ def test_collect_counts_every_choice_of_every_photograph():
 
 def test_entropy_by_hand():
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
-    assert routes.entropy(p).tolist() == pytest.approx([2, 0, 1]) and "-" not in f"{routes.entropy(p[1]):.2f}"
+    assert routing.entropy(p).tolist() == pytest.approx([2, 0, 1]) and "-" not in f"{routing.entropy(p[1]):.2f}"
 
 
 def test_idle_experts_are_named():
     tokens = [[1, 0.009, 0.0, 0.991], [1, 0.009, 0.991, 0.0]]  # less than a hundredth of both tasks' go to expert 1
-    assert routes.idle(tokens) == [1]
-    assert routes.warning([1]) == "warning: expert 1 receives less than 1 % of the tokens"
-    assert routes.warning([1, 4]) == "warning: experts 1, 4 receive less than 1 % of the tokens"
+    assert routing.idle(tokens) == [1]
+    assert routing.warning([1]) == "warning: expert 1 receives less than 1 % of the tokens"
+    assert routing.warning([1, 4]) == "warning: experts 1, 4 receive less than 1 % of the tokens"
 
 
 # ---- information ----
@@ -109,8 +109,8 @@ def one_hot(labels, classes):
 
 def test_mutual_information_by_hand_and_from_the_joint_table():
     two = torch.tensor([0, 0, 1, 1])
-    assert routes.mutual_information(one_hot(two, 2), one_hot(two, 2)).item() == pytest.approx(1)  # one bit
-    assert routes.mutual_information(one_hot([0, 1, 0, 1], 2), one_hot(two, 2)).item() == pytest.approx(0)
+    assert routing.mutual_information(one_hot(two, 2), one_hot(two, 2)).item() == pytest.approx(1)  # one bit
+    assert routing.mutual_information(one_hot([0, 1, 0, 1], 2), one_hot(two, 2)).item() == pytest.approx(0)
     torch.manual_seed(0)
     shares, labels = torch.rand(30, 6, dtype=torch.float64), torch.randint(0, 4, (30,))
     shares /= shares.sum(1, keepdim=True)
@@ -119,7 +119,7 @@ def test_mutual_information_by_hand_and_from_the_joint_table():
         joint[label] += row / 30
     expected = sum(joint[g, e] * math.log2(joint[g, e] / (joint[g].sum() * joint[:, e].sum()))
                    for g in range(4) for e in range(6))
-    assert routes.mutual_information(shares, one_hot(labels, 4)).item() == pytest.approx(float(expected))
+    assert routing.mutual_information(shares, one_hot(labels, 4)).item() == pytest.approx(float(expected))
 
 
 def test_chance_takes_the_bias_out():
@@ -127,14 +127,14 @@ def test_chance_takes_the_bias_out():
     bits, chance, p = [], [], []
     for seed in range(40):
         torch.manual_seed(seed)
-        found = routes.information(one_hot(torch.randint(0, 8, (103,)), 8)[None], torch.randint(0, 5, (103,)).tolist(),
+        found = routing.information(one_hot(torch.randint(0, 8, (103,)), 8)[None], torch.randint(0, 5, (103,)).tolist(),
                                    draws=100)
         bits.append(found.bits), chance.append(found.by_chance), p.append(found.p)
     mean = [sum(x) / 40 for x in (bits, chance, p)]
     assert 0.17 < mean[0] < 0.24 and abs(mean[0] - mean[1]) < 0.02 and 0.3 < mean[2] < 0.7
     assert sum(x < 0.05 for x in p) <= 6
     labels = [i % 5 for i in range(103)]
-    found = routes.information(one_hot(labels, 8)[None], labels, draws=100)
+    found = routing.information(one_hot(labels, 8)[None], labels, draws=100)
     assert found.bits == pytest.approx(math.log2(5), abs=0.01) and found.p == pytest.approx(1 / 101)
 
 
@@ -143,19 +143,19 @@ def test_permutation_stays_within_blocks():
     torch.manual_seed(0)
     photographs = torch.rand(20, 4, dtype=torch.float64).softmax(1).repeat_interleave(2, 0)
     labels, blocks = [0, 1] * 20, [i // 2 for i in range(40)]
-    found = routes.information(photographs[None], labels, blocks, draws=50)
+    found = routing.information(photographs[None], labels, blocks, draws=50)
     assert found.bits == pytest.approx(0, abs=1e-12) and found.by_chance == pytest.approx(0, abs=1e-12) and found.p == 1
-    free = routes.information(photographs[None], labels, draws=50)
+    free = routing.information(photographs[None], labels, draws=50)
     assert free.by_chance > 1e-4
 
 
 # ---- description ----
 
-def some_use(photographs: int, experts: int) -> routes.Use:
+def some_use(photographs: int, experts: int) -> routing.Use:
     """Of two chosen experts."""
     shares = torch.rand(photographs, 2, experts, dtype=torch.float64)
     shares /= shares.sum(2, keepdim=True) / torch.tensor([2.0, 1.0])[:, None]
-    return routes.Use(shares, torch.full((photographs,), 1.5, dtype=torch.float64),
+    return routing.Use(shares, torch.full((photographs,), 1.5, dtype=torch.float64),
                       torch.ones(7, 2, experts, dtype=torch.float64),
                       torch.tensor([2, 0, 4, 4, 4, 4, 4], dtype=torch.float64))
 
@@ -164,7 +164,7 @@ def test_description_and_table():
     torch.manual_seed(0)
     labels = [None if i == 7 else f"grade {i % 3}" for i in range(30)]
     use = some_use(30, 4)
-    found = routes.describe({"cls": use, "seg": use}, labels, [f"eye {i}" for i in range(30)])
+    found = routing.describe({"cls": use, "seg": use}, labels, [f"eye {i}" for i in range(30)])
     assert json.loads(json.dumps(found)) == found
     cls = found["tasks"]["cls"]
     assert cls["tokens"] == pytest.approx(use.shares[:, 0].mean(0).tolist()) and cls["entropy_of_router"] == 1.5
@@ -176,7 +176,7 @@ def test_description_and_table():
     assert "HE" not in cls["below"]
     assert found["information"]["task"]["bits"] == pytest.approx(0, abs=1e-9)  # both tasks alike
     assert found["information"]["grade"]["units"] == 29 and found["information"]["task"]["units"] == 60
-    short, long = routes.table(found, False), routes.table(found, True)
+    short, long = routing.table(found, False), routing.table(found, True)
     assert "I(expert; grade | task) 0." in short and "grade 1 (9)" not in short and "warning" not in short
     assert "grade 1 (9)" in long and "EX below (4)" in long
     assert f"{100 * cls['tokens'][2]:3.0f}/{100 * cls['weight'][2]:.0f}" in short
@@ -186,15 +186,15 @@ def test_photographs_of_one_eye_are_one_witness():
     """Information from two equal photographs of each eye is that from one, with the same chance value."""
     torch.manual_seed(0)
     once = some_use(12, 4)
-    twice = routes.Use(once.shares.repeat(2, 1, 1), once.entropy.repeat(2), once.below, once.tokens)
+    twice = routing.Use(once.shares.repeat(2, 1, 1), once.entropy.repeat(2), once.below, once.tokens)
     labels, eyes = [f"grade {i % 3}" for i in range(12)], [f"eye {i:02}" for i in range(12)]
     other = some_use(12, 4)
-    doubled = routes.Use(other.shares.repeat(2, 1, 1), other.entropy.repeat(2), other.below, other.tokens)
-    one = routes.describe({"a": once, "b": other}, labels, eyes)["information"]
-    two = routes.describe({"a": twice, "b": doubled}, labels * 2, eyes * 2)["information"]
+    doubled = routing.Use(other.shares.repeat(2, 1, 1), other.entropy.repeat(2), other.below, other.tokens)
+    one = routing.describe({"a": once, "b": other}, labels, eyes)["information"]
+    two = routing.describe({"a": twice, "b": doubled}, labels * 2, eyes * 2)["information"]
     for label in ("task", "grade"):
         assert one[label] == pytest.approx(two[label])
-    three = routes.describe({"a": twice, "b": doubled}, labels * 2, [f"eye {i:02}" for i in range(24)])["information"]
+    three = routing.describe({"a": twice, "b": doubled}, labels * 2, [f"eye {i:02}" for i in range(24)])["information"]
     assert three["grade"]["bits"] == pytest.approx(one["grade"]["bits"])
     assert three["grade"]["by_chance"] < 0.8 * one["grade"]["by_chance"]
 
@@ -202,8 +202,8 @@ def test_photographs_of_one_eye_are_one_witness():
 def test_a_table_of_many_experts_shows_the_most_used():
     shares = torch.zeros(5, 2, 20, dtype=torch.float64)
     shares[:, :, 4:8] = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None]
-    use = routes.Use(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
-    text = routes.table(routes.describe({"cls": use}, [None] * 5, ["e"] * 5), True)
+    use = routing.Use(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
+    text = routing.table(routing.describe({"cls": use}, [None] * 5, ["e"] * 5), True)
     assert "the 12 most used of 20 experts" in text and all(f"   {e}   " in text for e in range(4, 8))
     assert "I(expert" not in text and "warning: experts 0, 1, 2, 3, 8, 9" in text
 
@@ -220,7 +220,7 @@ def test_knocking_out_is_routing_without_the_expert(chosen):
     with torch.no_grad():
         smaller.gate.copy_(router.gate[:, others])
         u = torch.randn(50, router.gate.shape[0])
-        changed, expected = routes.knock_out(router(u, GRID), 2), smaller(u, GRID)
+        changed, expected = interventions.knock_out(router(u, GRID), 2), smaller(u, GRID)
     assert torch.equal(changed.indices, torch.tensor(others)[expected.indices])
     torch.testing.assert_close(changed.weights, expected.weights)
 
@@ -228,10 +228,10 @@ def test_knocking_out_is_routing_without_the_expert(chosen):
 def test_knocking_out_where_nobody_else_is_left():
     """K = E: the place stays and weighs nothing. A private expert alone: nothing is added."""
     torch.manual_seed(0)
-    r = routes.knock_out(random_layer(3, 3).routers["a"].eval()(torch.randn(9, 24), GRID), 1)
+    r = interventions.knock_out(random_layer(3, 3).routers["a"].eval()(torch.randn(9, 24), GRID), 1)
     assert (r.weights[r.indices == 1] == 0).all() and torch.allclose(r.weights.sum(1), torch.ones(9))
     private = ExpertLayer(24, ("a", "b"), 2, 1, "private").routers["b"](torch.randn(9, 24), GRID)
-    assert (private.weights == 1).all() and (routes.knock_out(private, 1).weights == 0).all()
+    assert (private.weights == 1).all() and (interventions.knock_out(private, 1).weights == 0).all()
 
 
 def test_shuffled_routes_are_those_of_another_photograph():
@@ -239,7 +239,7 @@ def test_shuffled_routes_are_those_of_another_photograph():
     def photograph(*numbers):
         indices = torch.tensor(numbers).repeat_interleave(6)[:, None].expand(-1, 2)
         return Routing(indices, indices.float(), indices.float(), indices.float(), (len(numbers), 2, 3))
-    tape = routes.Tape()
+    tape = interventions.Tape()
     for batch in ((0, 1, 2), (3,), (4, 5, 6)):
         assert tape.record(photograph(*batch)).indices[0, 0] == batch[0]
     plays = []
@@ -257,7 +257,7 @@ def test_shuffled_routes_are_those_of_another_photograph():
 def test_the_layer_has_its_own_routers_back_afterwards():
     layer = random_layer()
     own = layer.routers
-    with pytest.raises(RuntimeError), routes.routed_by(layer, {"a": own["b"], "b": own["a"]}):
+    with pytest.raises(RuntimeError), interventions.routed_by(layer, {"a": own["b"], "b": own["a"]}):
         assert layer.routers["a"] is own["b"]
         raise RuntimeError
     assert layer.routers is own and list(layer.state_dict()) == list(random_layer().state_dict())
@@ -267,7 +267,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
     """Every row for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
     net, tasks, photographs = busy_net(tasks=("cls", "seg", "loc"))
     layer, own = net.experts, dict(net.experts.routers.items())
-    found = scores.rerouted(net, photographs, tasks, CPU, 4)
+    found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
     assert net.experts.routers["cls"] is own["cls"]
     assert list(found) == ["without the experts", *(f"without expert {e}" for e in range(4)),
                            "routes of another photograph", *(f"by the router of {t}" for t in ("cls", "seg", "loc"))]
@@ -275,14 +275,14 @@ def test_changes_are_those_of_networks_changed_by_hand():
     def losses(routers=own, experts=layer, of=photographs):
         layer.routers, net.experts = torch.nn.ModuleDict(routers), experts
         try:
-            return scores.score(net, of, tasks, CPU, 4).losses
+            return scoring.score(net, data.in_order(of, tasks, 4), tasks).losses
         finally:
             layer.routers, net.experts = torch.nn.ModuleDict(own), layer
     before, expected = losses(), {"without the experts": losses(experts=None)}
     for e in range(4):  # test_knocking_out_is_routing_without_the_expert tells what this does
         routers = {t: copy.deepcopy(router) for t, router in own.items()}
         for router in routers.values():
-            router.register_forward_hook(lambda module, inputs, r, e=e: routes.knock_out(r, e))
+            router.register_forward_hook(lambda module, inputs, r, e=e: interventions.knock_out(r, e))
         expected[f"without expert {e}"] = losses(routers)
     for shift in (1, 2):
         others = {t: list(own)[(i + shift) % 3] for i, t in enumerate(own)}
@@ -296,28 +296,29 @@ def test_changes_are_those_of_networks_changed_by_hand():
     assert any(row["loss"] != 0 for row in found["routes of another photograph"].values())
     with torch.no_grad():
         layer.experts.w2.zero_()
-    for row in scores.rerouted(net, photographs, tasks, CPU, 4).values():
+    for row in interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks).values():
         assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in row.values())
 
 
 def test_shuffled_routes_meet_the_right_task_and_photograph():
     """One photograph's routes for all: then every shuffle changes nothing; with others', it does."""
     net, tasks, photographs = busy_net()
-    changed = scores.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
+    changed = interventions.rerouted(net, data.in_order(photographs, tasks, 3), tasks)["routes of another photograph"]
     assert any(abs(row["loss"]) > 1e-6 for row in changed.values())
     photographs.paths = [photographs.paths[0]] * len(photographs)
-    same = scores.rerouted(net, photographs, tasks, CPU, 3)["routes of another photograph"]
+    same = interventions.rerouted(net, data.in_order(photographs, tasks, 3), tasks)["routes of another photograph"]
     assert all(abs(row["loss"]) < 1e-6 for row in same.values())
 
 
 def test_a_split_without_a_tasks_labels_still_has_its_router():
     net, tasks, photographs = busy_net()
     photographs.records = [replace(r, masks=None) for r in photographs.records]
-    found = scores.rerouted(net, photographs, tasks, CPU, 4)
+    found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
     assert all(set(row) == {"cls"} for row in found.values()) and "by the router of seg" in found
     assert "by the router of cls" not in found
     photographs.records, photographs.paths = photographs.records[:1], photographs.paths[:1]
-    assert "routes of another photograph" not in scores.rerouted(net, photographs, tasks, CPU, 4)
+    found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
+    assert "routes of another photograph" not in found
 
 
 def test_standard_error_of_a_change_by_hand():
@@ -327,9 +328,9 @@ def test_standard_error_of_a_change_by_hand():
     before = torch.cat([torch.nn.functional.one_hot(truth, 3).float(), truth[:, None]], 1)
     after = before.clone()
     after[:40, :3] = after[:40, :3].roll(1, 1)
-    value, error = scores.change(task, before, after, list(map(str, range(400))))
+    value, error = interventions.change(task, before, after, list(map(str, range(400))))
     assert value == pytest.approx(-0.1) and error == pytest.approx(math.sqrt(0.1 * 0.9 / 400), rel=0.2)
-    assert scores.change(task, before, before, list(map(str, range(400)))) == (0, 0)
+    assert interventions.change(task, before, before, list(map(str, range(400)))) == (0, 0)
 
 
 def test_main_reports_routes(tmp_path, monkeypatch, capsys):
@@ -363,6 +364,6 @@ def test_training_ends_with_a_warning_about_idle_experts(monkeypatch, capsys):
     flags = "--size 64 --epochs 1 --experts 8 --router private --chosen 4".split()
     train.main([*flags, "--name", "busy"])
     assert "receive less" not in capsys.readouterr().out
-    monkeypatch.setattr(routes, "IDLE", 0.6)
+    monkeypatch.setattr(routing, "IDLE", 0.6)
     train.main([*flags, "--name", "idle"])
     assert "warning: experts 0, 1, 2, 3, 4, 5, 6, 7 receive less than 60 % of the tokens" in capsys.readouterr().out

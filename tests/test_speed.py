@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import evaluate
 import flags
 import model
-import speed
+import tasks
 import train
-from files import InputError, RunError
 from model import Net, NetConfig
+from retina.files import InputError, RunError
+from retina.training import precision
 from tasks import make_tasks
 from test_resume import log
 from test_train import TINY, few_drawings, trainer_and_batch  # noqa: F401
@@ -52,8 +52,8 @@ def close(one: Tensor, other: Tensor, share: float) -> bool:
 @PLACES
 def test_answers_of_the_fast_and_of_the_folded_network_are_the_plain_ones(place):
     net = plain_net(place).eval()
-    quick = speed.fast(copy.deepcopy(net))
-    folded = speed.folded(quick)
+    quick = precision.fast(copy.deepcopy(net))
+    folded = precision.folded(quick)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_answers_of_the_fast_and_of_the_folded_network_are_the_plain_ones(place)
 def test_gradients_of_the_fast_network_are_the_plain_ones():
     """In float64, where rounding does not hide a mistake."""
     net = plain_net().double().train()
-    quick = speed.fast(copy.deepcopy(net))
+    quick = precision.fast(copy.deepcopy(net))
     rows = {"cls": torch.tensor([0, 2]), "seg": torch.tensor([1]), "loc": torch.tensor([0, 1, 2])}
     for n in (net, quick):
         torch.manual_seed(2)  # the router's noise and dropout
@@ -82,15 +82,15 @@ def test_gradients_of_the_fast_network_are_the_plain_ones():
 @pytest.mark.parametrize("piece", [1, 1 << 30])
 def test_depthwise_convolution_in_bf16(kernel, stride, piece, monkeypatch):
     """Against float64 on the same numbers: nothing is lost but what bf16 cannot hold."""
-    monkeypatch.setattr(speed.DepthwiseBackward, "PIECE", piece)
+    monkeypatch.setattr(precision.DepthwiseBackward, "PIECE", piece)
     torch.manual_seed(0)
     x = torch.randn(3, 8, 12, 12).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
-    conv = speed.DepthwiseConv(8, 8, kernel, stride, kernel // 2, groups=8, bias=False)
+    conv = precision.DepthwiseConv(8, 8, kernel, stride, kernel // 2, groups=8, bias=False)
     with torch.no_grad():
         conv.weight.copy_(conv.weight.bfloat16())
     wide, kernels = x.detach().double().requires_grad_(), conv.weight.detach().double().requires_grad_()
     expected = F.conv2d(wide, kernels, None, stride, kernel // 2, groups=8)
-    with speed.autocast(CPU, "bf16"):
+    with precision.autocast(CPU, "bf16"):
         y = conv(x)
     assert "DepthwiseBackward" in y.grad_fn.name() and y.dtype == torch.bfloat16
     gradient = torch.randn_like(y)
@@ -102,8 +102,8 @@ def test_depthwise_convolution_in_bf16(kernel, stride, piece, monkeypatch):
 
 
 def test_depthwise_convolution_in_float32_is_torchs_own():
-    conv = speed.fast(plain_net()).encoder.features[1][0].block[0][0]
-    assert isinstance(conv, speed.DepthwiseConv)
+    conv = precision.fast(plain_net()).encoder.features[1][0].block[0][0]
+    assert isinstance(conv, precision.DepthwiseConv)
     x = torch.randn(2, 32, 8, 8, requires_grad=True)
     assert "Depthwise" not in conv(x).grad_fn.name()
     assert torch.equal(conv(x), F.conv2d(x, conv.weight, None, 1, 1, groups=32))
@@ -127,9 +127,9 @@ def test_the_gradient_in_bf16_points_where_that_in_float32_does():
 def test_precision_is_picked_by_the_device(monkeypatch):
     for able in ("amx_bf16", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_f": True, able: True})
-        assert speed.pick(CPU) == "bf16"
+        assert precision.pick(CPU) == "bf16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
-    assert speed.pick(CPU) == "fp32"
+    assert precision.pick(CPU) == "fp32"
     assert flags.settle(flags.parse(["--device", "cpu"]))[0].precision == "fp32"
     assert flags.settle(flags.parse(["--device", "cpu", "--precision", "bf16"]))[0].precision == "bf16"
     with pytest.raises(InputError, match="--precision fp16: expected a GPU; on a CPU use fp32, or bf16"):
@@ -169,19 +169,19 @@ def test_heads_get_the_maps_that_they_read_and_no_others(place):
 
 # ---- nothing waits for a GPU ----
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_hangs_on_no_value(precision, monkeypatch):
+@pytest.mark.parametrize("how", ["fp32", "bf16"])
+def test_a_step_hangs_on_no_value(how, monkeypatch):
     """Where a host would have to wait for a GPU: under FakeTensorMode item(), nonzero() and `if x` are errors.
 
     But for one place, where experts learn how many tokens are theirs; it is left out here.
     """
-    options = replace(TINY, precision=precision)
+    options = replace(TINY, precision=how)
     _, batch = trainer_and_batch(options)
-    monkeypatch.setattr(speed, "fetch", lambda values: lambda: pytest.fail("read too early"))
+    monkeypatch.setattr(precision, "fetch", lambda values: lambda: pytest.fail("read too early"))
     monkeypatch.setattr(model.Experts, "forward", lambda self, u, indices, weights: u * self.w1.sum())
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # fake weights cannot be converted
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        net, chosen = evaluate.build_net(train.plain(options))
+        net, chosen = tasks.build_net(flags.plain(options))
         trainer = train.Trainer(net, chosen, options, 100, CPU)
         trainer.lag, trainer.optimizer = 1, torch.optim.AdamW(net.parameters(), fused=True)  # as on a GPU
         trainer.schedule = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-import synthetic
-from synthetic import CENTRE, DISC_DIAMETER, LESIONS, SEVERE_HAEMORRHAGES, Blob, Eye
+from retina.datasets import synthetic
+from retina.datasets.synthetic import Blob, CENTRE, DISC_DIAMETER, Eye, LESIONS, SEVERE_HAEMORRHAGES
 
 
 def eye(**findings) -> Eye:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import records
-import synthetic
 import tasks
-from metrics import dice
-from tasks import TASKS, UNKNOWN
+from retina.datasets import preprocess, readers, records, synthetic
+from retina.datasets.records import UNKNOWN
+from retina.evaluation import task_metrics
+from retina.evaluation.metrics import dice
+from tasks import TASKS
 
 
 def test_grading_metrics_from_tallies():
@@ -94,7 +94,7 @@ def test_measures_of_resamples_are_those_of_the_photographs_that_were_drawn():
     draws[0] = torch.tensor([4, 5, 6, 7, 8, 4, 5, 6, 7])  # no soft exudate
     weights = torch.stack([torch.bincount(d, minlength=n) for d in draws]).double()
     for name, tally in tallies.items():
-        task = TASKS.get(name, tasks.Joint())
+        task = TASKS.get(name, task_metrics.Joint())
         chosen = task.choose(tally)
         found = task.measures(tally, weights, chosen)
         for k, drawn in enumerate(draws):
@@ -171,8 +171,8 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
 
 
 def test_what_files_hold_is_what_tasks_expect():
-    assert tasks.Lesions.classes == synthetic.LESIONS == tuple(records.MASK_FOLDERS)
-    assert tasks.Landmarks.classes == records.POINTS and UNKNOWN == data.UNKNOWN
+    assert tasks.Lesions.classes == synthetic.LESIONS == tuple(readers.MASK_FOLDERS)
+    assert tasks.Landmarks.classes == records.POINTS and UNKNOWN == records.UNKNOWN
     assert (tasks.Grading.classes, tasks.Edema.classes) == (records.GRADES, records.EDEMA_RISKS)
 
 
@@ -277,11 +277,12 @@ def test_distances_by_hand():
 
 def test_distances_are_in_pixels_of_the_original():
     """A file half as wide as the originals, squeezed into a square: one of its pixels is two of theirs either way."""
-    geometry = data.Geometry(2144, 1072, 64 / 2144, 64 / 1072, 3.0, -2.0)
+    geometry = preprocess.Geometry(2144, 1072, 64 / 2144, 64 / 1072, 3.0, -2.0)
 
     def target(x, y):
         points = torch.from_numpy(geometry.to_sample(np.array([[x, y], [5.0, 5.0]]))).float()
-        return LOC.target(data.Sample("x", torch.zeros(3, 64, 64), None, None, None, None, points, geometry))[None]
+        sample = preprocess.Sample("x", torch.zeros(3, 64, 64), None, None, None, None, points, geometry, "x")
+        return LOC.target(sample)[None]
     a, b = target(700.0, 900.0), target(730.0, 940.0)
     assert float(LOC.tally(b[:, :2], a)[0, 0, 0]) == pytest.approx(100, rel=1e-4)  # 30 and 40 of the file's
     assert float(LOC.tally(b[:, :2], a)[0, 1, 0]) == 0

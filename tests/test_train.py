@@ -18,21 +18,21 @@ import torch
 import torchvision
 from PIL import Image
 
-import checkpoints
 import data
 import evaluate
-import model
-import files
 import flags
-import records
-import scores
-import synthetic
+import model
 import tasks
 import train
-from conftest import ROOT, STAGES
-from files import InputError, RunError
+from flags import Options
+from retina import files
+from retina.datasets import readers, records, splits, synthetic
+from retina.evaluation import scoring
+from retina.files import InputError, RunError
+from retina.training import pretrained
 from tasks import TASKS
-from train import LossWeights, Options, Trainer
+from train import LossWeights, Trainer
+from conftest import ROOT, STAGES
 
 pytestmark = pytest.mark.usefixtures("shallow")
 TINY = Options(size=32, epochs=2, batch=6, experts=4)
@@ -40,7 +40,7 @@ TINY = Options(size=32, epochs=2, batch=6, experts=4)
 
 @pytest.fixture(autouse=True)
 def few_drawings(monkeypatch):
-    monkeypatch.setattr(records, "DRAWN", {"train": (0, 30), "test": (1, 10)})
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 30), "test": (1, 10)})
 
 
 # train.py as a process of its own, with few drawings, a shallow encoder and another home:
@@ -49,10 +49,12 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import data, files, model, records, train
+import data, model, train
+from retina import files
+from retina.datasets import cache, readers, records
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
-records.HERE = Path(sys.argv[2]); data.CACHE = records.HERE / "cache"
-records.DRAWN = {"train": (0, 60), "test": (1, 5)}
+records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
+readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
 files.command(lambda: train.main(sys.argv[3:]))
 """
 
@@ -85,8 +87,8 @@ def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
     best = train.fit(TINY, tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     records = evaluate.split_records(run, None, "val")
-    again = scores.score(run.net, data.Photographs(records, 32), run.tasks, torch.device("cpu"), TINY.batch)
-    assert evaluate.plain(again.metrics()) == evaluate.plain(best["metrics"]) and run.epoch == best["epoch"]
+    again = scoring.score(run.net, data.in_order(data.Photographs(records, 32), run.tasks, TINY.batch), run.tasks)
+    assert files.plain(again.metrics()) == files.plain(best["metrics"]) and run.epoch == best["epoch"]
 
 
 def test_same_seed_same_weights_whatever_the_workers(tmp_path):
@@ -111,8 +113,8 @@ def test_every_control_trains_and_loads(tmp_path, control):
     best = train.fit(replace(TINY, epochs=1, **control), tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     validation = data.Photographs(evaluate.split_records(run, None, "val"), 32)
-    found = scores.score(run.net, validation, run.tasks, torch.device("cpu"), TINY.batch)
-    assert evaluate.plain(found.metrics()) == evaluate.plain(best["metrics"])
+    found = scoring.score(run.net, data.in_order(validation, run.tasks, TINY.batch), run.tasks)
+    assert files.plain(found.metrics()) == files.plain(best["metrics"])
 
 
 def test_a_new_task_is_one_class(tmp_path, monkeypatch):
@@ -125,7 +127,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
             return (columns > sample.masks.shape[2] / 2).long()
 
     monkeypatch.setitem(TASKS, "side", Side())
-    monkeypatch.setattr(records, "DRAWN", {"train": (0, 150), "test": (1, 40)})
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 150), "test": (1, 40)})
     options = flags.settle(flags.parse(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"]))[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
@@ -137,13 +139,13 @@ def test_partial_labels_train_together(tmp_path, shared_tree):
     assert set(best["metrics"]) == {"cls", "seg"}
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     test = data.Photographs(evaluate.split_records(run, shared_tree, "test"), 32)
-    found = scores.score(run.net, test, run.tasks, torch.device("cpu"))
+    found = scoring.score(run.net, data.in_order(test, run.tasks, 16), run.tasks)
     assert {t: len(n) for t, n in found.names.items()} == {"cls": 15, "seg": 6}
 
 
 def test_all_folds_together_validate_on_every_photograph_once(tmp_path):
     tasks_ = [TASKS["cls"]]
-    parts = [train.load_photographs(replace(TINY, fold=f"{k}/3"), tasks_)[1] for k in (1, 2, 3)]
+    parts = [data.load_photographs(replace(TINY, fold=f"{k}/3"), tasks_)[1] for k in (1, 2, 3)]
     assert sorted(r.name for p in parts for r in p.records) == [f"drawn/0_{i:04d}" for i in range(30)]
 
 
@@ -163,7 +165,7 @@ def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
     (tmp_path / "t.csv").write_text("image,cls,group,split\n0.png,1,a,\n1.png,1,b,\n2.png,1,b,test\n3.png,1,b,test\n")
     options = replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"))
     with pytest.raises(InputError, match="1 for training, 0 for validation|0 for training, 1 for validation") as error:
-        train.load_photographs(options, [TASKS["cls"]])
+        data.load_photographs(options, [TASKS["cls"]])
     assert "(of 2 photographs, 1 show an eye of the test part); expected at least one each; no task" in str(error.value)
 
 
@@ -182,7 +184,7 @@ def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_t
     leaks = json.loads((tmp_path / "run" / "config.json").read_text())["leaks"]
     assert leaks == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"], "cls": 2,
                      "seg": 0}
-    parts = train.load_photographs(options, [TASKS["cls"], TASKS["seg"]])[:2]
+    parts = data.load_photographs(options, [TASKS["cls"], TASKS["seg"]])[:2]
     assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for p in parts for r in p.records}) == 2 * keep
 
 
@@ -220,13 +222,13 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
         f"{i}.png,{i % 2},{'val' if i > 2 else ''}\n" for i in range(4)))
     options = flags.settle(flags.parse(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"]))[0]
-    training, validation, _ = train.load_photographs(options, [TASKS["cls"]])
+    training, validation, _ = data.load_photographs(options, [TASKS["cls"]])
     assert [r.name for r in validation.records] == ["3.png"] and len(training) == 3
     (tmp_path / "u.csv").write_text("image,cls,split,group\n0.png,1,,p\n1.png,1,,q\n2.png,0,,q\n3.png,1,val,p\n")
-    training, validation, findings = train.load_photographs(replace(options, data=str(tmp_path / "u.csv")),
+    training, validation, findings = data.load_photographs(replace(options, data=str(tmp_path / "u.csv")),
                                                             [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
-    said = train.announcement(training, validation, findings, [TASKS["cls"]], options)
+    said = splits.announcement(training, validation, findings, [TASKS["cls"]], options)
     assert "1 photographs of the training part show an eye of the validation part: left out" in said
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
         flags.settle(flags.parse(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"]))
@@ -250,23 +252,23 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     test = evaluate.split_records(run, tmp_path / "labels.csv", "test")
     assert [r.name for r in test] == ["21.png", "22.png", "23.png"]
-    training, validation, findings = train.load_photographs(options, run.tasks)
+    training, validation, findings = data.load_photographs(options, run.tasks)
     assert findings["leaks"]["names"] == ["20.png"]  # of the same patient as 21.png
     groups = [{int(r.name[:-4]) // 2 for r in p.records} for p in (training, validation)]
     assert not groups[0] & groups[1] and len(training) + len(validation) == 19  # 0.png has no label
-    found = scores.score(run.net, data.Photographs(test, 32), run.tasks, torch.device("cpu"))
+    found = scoring.score(run.net, data.in_order(data.Photographs(test, 32), run.tasks, 16), run.tasks)
     m = found.metrics()["seg"]
     assert {k for k in synthetic.LESIONS if f"dice_{k}" in m} == {"EX", "SE"}
-    evaluate.write_predictions(tmp_path / "predictions.csv", found)
+    scoring.write_predictions(tmp_path / "predictions.csv", found)
 
 
 # ---- a step ----
 
 def trainer_and_batch(options: Options = TINY):
     torch.manual_seed(0)
-    net, chosen = evaluate.build_net(asdict(options))
-    photographs = data.Photographs(records.read_drawn().records[:6], options.size)
-    batch = data.collate([photographs[i, None] for i in range(6)], chosen)
+    net, chosen = tasks.build_net(asdict(options))
+    photographs = data.Photographs(readers.read_drawn().records[:6], options.size)
+    batch = data.collate([photographs[i] for i in range(6)], chosen)
     return Trainer(net, chosen, options, 100, torch.device("cpu")), batch
 
 
@@ -341,8 +343,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     oracle = torchvision.models.efficientnet_b0(weights=None)
     torch.save(oracle.state_dict(), tmp_path / "b0.pth")
-    net = evaluate.build_net(asdict(TINY))[0]
-    model.load_pretrained(net, checkpoints.read_weights(str(tmp_path / "b0.pth"), "b0"))
+    net = tasks.build_net(asdict(TINY))[0]
+    pretrained.load_pretrained(net, pretrained.read_weights(str(tmp_path / "b0.pth"), "b0"))
     assert torch.equal(net.encoder.features[3][0].block[0][0].weight, oracle.features[3][0].block[0][0].weight)
     assert torch.equal(net.heads["cls"].conv[0].weight, oracle.features[8][0].weight)
 
@@ -360,7 +362,7 @@ def test_unusable_weights(tmp_path, content, message):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(InputError, match=f"--weights .*w.pth: {message}"):
-        checkpoints.read_weights(str(path), "b0")
+        pretrained.read_weights(str(path), "b0")
 
 
 def test_weights_of_another_variant_are_one_line(tmp_path):
@@ -378,7 +380,7 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
     options, notes = flags.settle(flags.parse(["--data", str(shared_tree)]))
     assert options.weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
     with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
-        checkpoints.read_weights("imagenet", "b0")
+        pretrained.read_weights("imagenet", "b0")
 
 
 # ---- the command line ----

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import tsne
+from retina.figures import tsne
 
 
 def test_affinities_by_loops():

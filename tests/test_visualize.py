@@ -14,19 +14,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import data
 import evaluate
-import figures
-import insides
-import metrics
-import records
-import synthetic
 import train
 import visualize
-from conftest import real_idrid
-from files import InputError
 from model import Routing
+from retina.datasets import readers, records, synthetic
+from retina.evaluation import metrics
+from retina.figures import answers, charts, internals, material, routing
+from retina.files import InputError
+from retina.training import checkpoint
 from tasks import TASKS
+from conftest import real_idrid
 from test_routes import busy_net
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
@@ -56,7 +54,7 @@ def words(monkeypatch):
     return drawn
 
 
-def material(folder: Path, *flags: str) -> figures.Material:
+def material_of(folder: Path, *flags: str) -> material.Material:
     return visualize.gather(visualize.parse([str(folder), *flags]))
 
 
@@ -83,14 +81,14 @@ def test_all_pictures_of_a_run_and_the_page(made, words, capsys):
     options = json.loads((run / "config.json").read_text())["options"]
     assert all(f"<span>{k}</span>" in page for k in options) and "<span>dice MA per image</span>" in page
     stored = evaluate.load_run(run, torch.device("cpu"))
-    log = visualize.read_log(run)
-    assert log[figures.chosen_of(log)]["epoch"] == stored.epoch
+    log = checkpoint.read_log(run)
+    assert log[material.chosen_of(log)]["epoch"] == stored.epoch
     assert f"run, epoch {stored.epoch}, 6 DRAWN validation" in " ".join(words)
 
 
 def test_pictures_do_not_change_from_one_time_to_the_next(made):
     for name in ("routing", "tsne", "filters"):
-        first, again = (visualize.encoded(visualize.FIGURES[name][0](material(made())), "png") for _ in range(2))
+        first, again = (visualize.encoded(visualize.FIGURES[name][0](material_of(made())), "png") for _ in range(2))
         assert first == again
 
 
@@ -189,17 +187,17 @@ def test_no_picture_of_that_name(made, capsys):
 # ---- what they show ----
 
 def test_best_median_and_worst():
-    assert figures.best_median_worst({"a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.5}) == {
+    assert material.best_median_worst({"a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.5}) == {
         "b": "best", "d": "median", "c": "worst"}
-    assert figures.best_median_worst({"a": 1, "b": 2}) == {"b": "best", "a": "worst"}
-    assert figures.best_median_worst({"a": 1}) == {"a": "best"}
+    assert material.best_median_worst({"a": 1, "b": 2}) == {"b": "best", "a": "worst"}
+    assert material.best_median_worst({"a": 1}) == {"a": "best"}
 
 
 def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
     """Against masks of the network's own, thresholded here."""
-    m = material(made())
+    m = material_of(made())
     m.run.chosen["seg"] = dict(zip(TASKS["seg"].classes, (0.02, 0.03, 0.01, 0.02, 0.5)))
-    values, _, _ = figures.judged(m)
+    values, _, _ = answers.judged(m)
     assert len(values) >= 3
     for name, value in values.items():
         found = m.answers(name)["seg"][:4] >= torch.tensor((0.02, 0.03, 0.01, 0.02)).view(4, 1, 1)
@@ -208,7 +206,7 @@ def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
 
 
 def test_the_most_frequent_confusions_are_named(made, words):
-    m = material(made(replace(ALL, tasks=("cls",))))
+    m = material_of(made(replace(ALL, tasks=("cls",))))
     scores_, _ = m.here
     m.run.chosen["cls"]["temperature"] = 1.0
     names = [f"p{k}" for k in range(9)]
@@ -219,7 +217,7 @@ def test_the_most_frequent_confusions_are_named(made, words):
     scores_.names["cls"], scores_.tallies["cls"] = names, torch.cat([p, torch.tensor(truth)[:, None]], 1).double()
     scores_.eyes |= {name: name for name in names}
     m.numbers = {name: k % len(m.photographs) for k, name in enumerate(names)}
-    figures.confusion(m)
+    answers.confusion(m)
     text = " ".join(words)
     for expected in ("true 0, taken for 2: 3 of 4", "p2, p 0.65", "true 1, taken for 0: 2 of 2", "p5, p 0.7",
                      "true 4, taken for 1: 1 of 2", "75%", "kappa"):
@@ -231,11 +229,11 @@ def test_grad_cam_adds_up_to_the_logit():
     """What all positions of all maps add, and the bias; and each position adds what it does: without it, it is gone."""
     torch.manual_seed(0)
     net, tasks, photographs = busy_net(tasks=("cls", "seg"))
-    image, head = photographs[0, None].image, net.heads["cls"]
+    image, head = photographs[0].image, net.heads["cls"]
     with torch.no_grad():
         logits = net(image[None])[0]["cls"][0]
         convolved = head.convolved(net.routed_maps(image[None])[0]["cls"])
-    for c, maps in zip((3, 0), insides.grad_cam(net, tasks[0], image, (3, 0))):
+    for c, maps in zip((3, 0), internals.grad_cam(net, tasks[0], image, (3, 0))):
         assert [m.shape for m in maps] == [a.shape[2:] for a in convolved]
         added = sum(float(m.sum()) for m in maps) + float(head.linear.bias[c].detach())
         assert added == pytest.approx(float(logits[c]), abs=1e-4)
@@ -249,21 +247,21 @@ def test_grad_cam_adds_up_to_the_logit():
 def test_shares_of_heat():
     even, where, within = torch.ones(8, 8), *torch.zeros(2, 8, 8, dtype=torch.bool)
     where[2:4, :4], within[:, :2] = True, True
-    assert insides.share_on(even, where, ~within | within) == pytest.approx(8 / 64)
-    assert insides.share_on(even, where, within) == pytest.approx(4 / 16)
-    assert insides.share_on(0 * even, where, within) == 0
-    heat = insides.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -1.0)], 8)  # 12 - 16 < 0
+    assert internals.share_on(even, where, ~within | within) == pytest.approx(8 / 64)
+    assert internals.share_on(even, where, within) == pytest.approx(4 / 16)
+    assert internals.share_on(0 * even, where, within) == 0
+    heat = internals.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -1.0)], 8)  # 12 - 16 < 0
     assert heat.eq(0).all()
-    heat = insides.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -0.5)], 8)
+    heat = internals.heat([torch.full((2, 2), 3.0), torch.full((4, 4), -0.5)], 8)
     assert float(heat.sum()) == pytest.approx(12 - 8)
-    heat = insides.heat([torch.tensor([[5.0, 0.0], [0.0, 0.0]])], 8)  # spread over a quarter, and softly beyond
+    heat = internals.heat([torch.tensor([[5.0, 0.0], [0.0, 0.0]])], 8)  # spread over a quarter, and softly beyond
     assert float(heat.sum()) == pytest.approx(5, rel=0.15) and heat.argmax() == 0 and not heat[6:, 6:].any()
 
 
 def test_principal_colours_are_those_of_a_singular_value_decomposition():
     torch.manual_seed(0)
     x = torch.randn(6, 9, 7) * torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]).view(6, 1, 1)
-    colours, share = insides.principal_colours(x)
+    colours, share = internals.principal_colours(x)
     flat = x.flatten(1).T.numpy().astype(float)
     u, s, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
     assert share == pytest.approx((s[:3] ** 2).sum() / (s ** 2).sum())
@@ -271,17 +269,17 @@ def test_principal_colours_are_those_of_a_singular_value_decomposition():
         middle = (colours[..., k] > 0) & (colours[..., k] < 255)  # percentiles cut the ends off
         fit = np.corrcoef(colours[..., k][middle], (u[:, k]).reshape(9, 7)[middle])[0, 1]
         assert abs(fit) > 0.9999
-    constant, _ = insides.principal_colours(torch.ones(4, 3, 3))
+    constant, _ = internals.principal_colours(torch.ones(4, 3, 3))
     assert len(np.unique(constant)) == 1
-    one, share = insides.principal_colours(torch.randn(1, 3, 3))
+    one, share = internals.principal_colours(torch.randn(1, 3, 3))
     assert one.shape == (3, 3, 3) and not one[..., 1:].any() and share == pytest.approx(1)
 
 
 @pytest.mark.parametrize("side,chosen,second", [(8, 2, True), (8, 1, False), (64, 2, False), (256, 2, False)])
 def test_token_grids_of_any_size(side, chosen, second):
     r = Routing(torch.arange(chosen).expand(side * side, -1), *[None] * 3, (1, side, side))
-    picture = insides.token_grid(torch.zeros(3, 32, 32, dtype=torch.uint8), r, [(255, 0, 0), (0, 255, 0)], 240)
-    assert insides.has_room(r) == second == bool((np.asarray(picture)[..., 1] > 200).any())
+    picture = routing.token_grid(torch.zeros(3, 32, 32, dtype=torch.uint8), r, [(255, 0, 0), (0, 255, 0)], 240)
+    assert routing.has_room(r) == second == bool((np.asarray(picture)[..., 1] > 200).any())
     assert (np.asarray(picture)[..., 0] > 100).mean() > 0.3
 
 
@@ -289,7 +287,7 @@ def test_tokens_lie_where_they_belong():
     indices = torch.tensor([[0, 1], [1, 0], [2, 0], [0, 2], [1, 2], [2, 1]])
     r = Routing(indices, *[None] * 3, (1, 2, 3))
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    picture = np.asarray(insides.token_grid(torch.zeros(3, 32, 32, dtype=torch.uint8), r, colours, 240)).astype(int)
+    picture = np.asarray(routing.token_grid(torch.zeros(3, 32, 32, dtype=torch.uint8), r, colours, 240)).astype(int)
     for i, (first, second) in enumerate(indices.tolist()):
         y, x = divmod(i, 3)
         assert picture[120 * y + 60, 80 * x + 40].tolist() == list(colours[second])
@@ -300,14 +298,14 @@ def test_tokens_lie_where_they_belong():
 def test_heatmaps_of_routes_show_what_routes_tell_and_lose_it_when_shuffled(made, monkeypatch):
     """Routes planted by grade and by task: the real ones show it, those of shuffled photographs do not."""
     seen = []
-    monkeypatch.setattr(insides, "two_heatmaps", lambda titles, rows, real, shuffled, experts: seen.append(
+    monkeypatch.setattr(routing, "two_heatmaps", lambda titles, rows, real, shuffled, experts: seen.append(
         (titles[0], rows, real, shuffled)) or Image.new("RGB", (1, 1)))
-    m = material(made())
+    m = material_of(made())
     m.photographs.records = 200 * [replace(r, grade=k % 4) for k, r in enumerate(m.photographs.records[:4])]
     one = torch.eye(4)
     shares = torch.stack([one.repeat(200, 1), *(one[k:k + 1].expand(800, 4) for k in range(3))])
-    insides.by_label(m, shares, range(4))
-    insides.by_task(m, shares[[1, 2, 3]], range(4))
+    routing.by_label(m, shares, range(4))
+    routing.by_task(m, shares[[1, 2, 3]], range(4))
     (title, rows, real, shuffled), _, _, _, (_, _, tasks, mixed) = seen
     assert title == "by retinopathy grade" and rows == [f"grade {k}" for k in range(4)]
     torch.testing.assert_close(real, torch.eye(4))
@@ -318,38 +316,38 @@ def test_heatmaps_of_routes_show_what_routes_tell_and_lose_it_when_shuffled(made
 
 
 def test_exchanged_photographs_keep_their_images_and_have_the_next_ones_masks(made):
-    photographs = material(made()).photographs
-    other, n = insides.Exchanged(photographs), len(photographs)
+    photographs = material_of(made()).photographs
+    other, n = routing.Exchanged(photographs), len(photographs)
     for i in range(n):
-        assert torch.equal(other[i, None].image, photographs[i, None].image)
-        assert torch.equal(other[i, None].masks, photographs[(i + 1) % n, None].masks)
-    assert not torch.equal(photographs[0, None].masks, photographs[1, None].masks)
+        assert torch.equal(other[i].image, photographs[i].image)
+        assert torch.equal(other[i].masks, photographs[(i + 1) % n].masks)
+    assert not torch.equal(photographs[0].masks, photographs[1].masks)
 
 
 def test_entropy_is_in_bits(made, monkeypatch):
     lines = []
-    monkeypatch.setattr(insides, "epochs_chart", lambda m, title, words, found, *rest: lines.extend(found) or
-                        figures.epochs_chart(m, title, words, found, *rest))
-    m = material(made())
+    monkeypatch.setattr(routing, "epochs_chart", lambda m, title, words, found, *rest: lines.extend(found) or
+                        material.epochs_chart(m, title, words, found, *rest))
+    m = material_of(made())
     usage = [[0.5, 0.5, 0.5, 0.5], [1, 1, 0, 0], [2, 0, 0, 0]]
     m.logs = {"run": [{"expert_usage": {"cls": {"tokens": u}}} for u in usage] + [{"expert_usage": {}}]}
-    insides.entropy_chart(m, 4)
+    routing.entropy_chart(m, 4)
     assert lines[0].values == [2.0, 1.0, 0.0, None] and lines[1].values == [None] * 4
 
 
 def test_neighbours_kept():
     y = torch.rand(40, 2, generator=torch.Generator().manual_seed(0))
-    assert insides.neighbours_kept(torch.cat([y, 0 * y], 1), y) == 1
+    assert internals.neighbours_kept(torch.cat([y, 0 * y], 1), y) == 1
     other = torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
-    assert 0.1 < insides.neighbours_kept(y, other) < 0.4  # 10 of 39 by chance
-    assert insides.neighbours_kept(y[:3], y[:3]) == 1
+    assert 0.1 < internals.neighbours_kept(y, other) < 0.4  # 10 of 39 by chance
+    assert internals.neighbours_kept(y[:3], y[:3]) == 1
 
 
 def test_features_are_the_deepest_map_averaged(made):
-    m = material(made())
+    m = material_of(made())
     _, pooled = m.passed(m.photographs)
     with torch.no_grad():
-        alone = torch.cat([m.run.net.encoder((m.photographs[i, None].image[None] - m.run.net.mean) / m.run.net.std)[-1]
+        alone = torch.cat([m.run.net.encoder((m.photographs[i].image[None] - m.run.net.mean) / m.run.net.std)[-1]
                            .mean((2, 3)) for i in range(len(m.photographs))])
     torch.testing.assert_close(pooled, alone, rtol=1e-4, atol=1e-5)
     assert not m.run.net.encoder._forward_hooks
@@ -357,20 +355,20 @@ def test_features_are_the_deepest_map_averaged(made):
 
 def test_training_photographs_are_those_that_the_run_learned_from(made, monkeypatch):
     run = made()
-    m = material(run)
+    m = material_of(run)
     names = {r.name for r in m.training.records}
     assert len(names) == 24 and not names & set(m.run.validation) and len(m.run.validation) == 6
-    monkeypatch.setattr(visualize, "MOST", 10)
-    fewer = material(run).training.records
+    monkeypatch.setattr(material, "MOST", 10)
+    fewer = material_of(run).training.records
     assert len(fewer) == 10 and {r.name for r in fewer} < names
 
 
 def test_a_training_part_that_has_changed_is_said(made, tmp_path, capsys, monkeypatch):
     run = copied(made(), tmp_path / "run")
-    material(run)
+    material_of(run)
     assert "warning" not in capsys.readouterr().out
-    monkeypatch.setattr(records, "DRAWN", {"train": (0, 33), "test": (1, 10)})
-    m = material(run)
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 33), "test": (1, 10)})
+    m = material_of(run)
     assert "the training part is not what it was" in capsys.readouterr().out
     assert not {r.name for r in m.training.records} & set(m.run.validation)
 
@@ -393,18 +391,18 @@ def test_bins_of_calibration_by_hand():
 def test_precision_and_recall_by_counting_pixels(made, monkeypatch):
     """The curve and the dot of each kind, against all pixels at a threshold."""
     lines, dots = {}, {}
-    monkeypatch.setattr(figures.Chart, "line", lambda chart, x, y, colour, *rest: lines.update({tuple(colour): (x, y)}))
-    monkeypatch.setattr(figures.Chart, "dots", lambda chart, x, y, colour, *rest: dots.update({tuple(colour): (x, y)}))
-    m = material(made())
+    monkeypatch.setattr(charts.Chart, "line", lambda chart, x, y, colour, *rest: lines.update({tuple(colour): (x, y)}))
+    monkeypatch.setattr(charts.Chart, "dots", lambda chart, x, y, colour, *rest: dots.update({tuple(colour): (x, y)}))
+    m = material_of(made())
     half = float(torch.cat([m.answers(name)["seg"].flatten() for name in m.numbers]).median())
     m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, half)
-    figures.precision_recall_chart(m, TASKS["seg"])
+    answers.precision_recall_chart(m, TASKS["seg"])
     names = m.here[0].names["seg"]
     p = torch.stack([m.answers(name)["seg"] for name in names])
     true = torch.stack([m.sample(name).masks for name in names]) == 1
     at = metrics.threshold_at(metrics.level_of(half))
     for i, kind in enumerate(TASKS["seg"].classes):
-        colour, found = data.COLOURS[kind], p[:, i] >= at
+        colour, found = records.COLOURS[kind], p[:, i] >= at
         both = float((found & true[:, i]).sum())
         expected = both / float(true[:, i].sum()), both / max(1.0, float(found.sum()))
         recall, precision = lines[colour]
@@ -434,13 +432,13 @@ def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words)
     cells = ["{i}_od.png,,2,train"] * 6 + ["{i}_od.png,,1,val", "{i}_od.png,none,2,val", "{i}_od.png,none,0,val"]
     table = table_of(tmp_path / "data", cells, "image,mask_od,mask_ma,cls,split")
     train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
-    m = material(tmp_path / "run")
-    assert [set(figures.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
+    m = material_of(tmp_path / "run")
+    assert [set(material.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
     m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, 1 - 1e-6) | {"MA": 1e-6}  # finds them everywhere
-    seen = {name: np.asarray(figures.shown(m, name)[2]) for name in m.numbers}
-    blue = [(picture == data.COLOURS["MA"]).all(2).sum() for picture in seen.values()]
+    seen = {name: np.asarray(answers.shown(m, name)[2]) for name in m.numbers}
+    blue = [(picture == records.COLOURS["MA"]).all(2).sum() for picture in seen.values()]
     assert blue[0] == 0 and min(blue[1:]) > 500
-    assert "masks of MA, HE, EX, SE not known" in figures.in_words(m, next(iter(m.numbers)))
+    assert "masks of MA, HE, EX, SE not known" in answers.in_words(m, next(iter(m.numbers)))
     visualize.main([str(tmp_path / "run")])
     text = " ".join(words)
     assert "lesions not all known" in text and "no lesions" not in text and "not one true pixel" in text

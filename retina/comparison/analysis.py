@@ -1,0 +1,348 @@
+"""From what the runs of baselines.py left to what may be said: comparison.json, comparison.csv, a chart.
+
+    Measured, gather      the scores of a row: one for each seed, its folds put together
+    constant              what a guess scores that looks at no photograph
+    differences           each row against the single task and against the dense adapter, corrected for their number
+    compared              all numbers of the comparison, as plain types; sentences are made of these alone (report.py)
+    write                 files
+
+A difference is claimed where its interval, corrected for the number of differences (Bonferroni), leaves out zero and p,
+adjusted by Holm's method, is below 0.05. One seed a side tells nothing of how much seeds differ: then nothing is
+claimed. The networks of one seed on several folds count as one run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from retina import drawing, files
+from retina.evaluation import compare, scoring, statistics
+from retina.evaluation.scoring import Scores
+from retina.evaluation.tables import shown
+from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, PointMetrics, TaskMetrics
+from retina.figures import charts
+from retina.figures.charts import Axis, Chart
+from retina.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from data import Photographs
+
+# n photographs, m comparisons
+LEVEL = 0.05
+ALONE = "_alone"  # how names of rows end that are for one task
+PICTURES = "pictures/comparison"  # where those of the report lie
+
+
+# ---- scores of a row ----
+
+@dataclass
+class Measured:
+    """A row: of each of its seeds the scores over all folds, and what else its runs left."""
+    words: str
+    seeds: list[int]
+    scores: list[Scores]  # of validation, one for each seed
+    # of each seed, {task: how much more it is}: the metric that counts, of training photographs, of each shift
+    gaps: list[Mapping[str, float]]
+    shifts: list[Mapping[str, Mapping[str, float]]]
+    costs: list[Mapping]
+    epochs: list[int]  # that were chosen
+
+
+def put_together(parts: Sequence[Mapping], tasks: Sequence[TaskMetrics]) -> Scores:
+    """Scores of several folds, in each of which other photographs are scored, as those of one split."""
+    found = Scores([t for t in tasks if any(t.name in part["tallies"] for part in parts)])
+    for part in parts:
+        found.eyes |= part["eyes"]
+    for t in dict.fromkeys(t for part in parts for t in part["tallies"]):
+        of = [part for part in parts if t in part["tallies"]]
+        found.names[t] = [name for part in of for name in part["names"][t]]
+        found.tallies[t] = torch.cat([part["tallies"][t].double() for part in of])
+        if all(t in part["losses"] for part in of):
+            found.losses[t] = sum(len(part["names"][t]) * part["losses"][t] for part in of) / len(found.names[t])
+    return found
+
+
+def gather(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[TaskMetrics]) -> Measured:
+    """`runs`: seed -> what the run of each fold left, see baselines.finish."""
+    def more(of_seed, get):  # mean over folds of what `get` takes out of a run, less the same of validation
+        return {t: fmean(get(run)[t] - run["plain"][t] for run in of_seed) for t in get(of_seed[0])
+                if all(t in of and not math.isnan(of[t]) for run in of_seed for of in (get(run), run["plain"]))}
+
+    every = [run for of_seed in runs.values() for run in of_seed]
+    return Measured(
+        words, list(runs), [put_together([run["scores"] for run in of_seed], tasks) for of_seed in runs.values()],
+        [more(of_seed, lambda run: run["training"]) for of_seed in runs.values()],
+        [{shift: more(of_seed, lambda run, shift=shift: run["shifts"][shift]) for shift in of_seed[0]["shifts"]}
+         for of_seed in runs.values()], [run["costs"] for run in every], [run["epoch"] for run in every])
+
+
+def guess(task: TaskMetrics, training: Photographs) -> Tensor | None:
+    """An answer (1, ...) that serves any photograph: the shares of the classes, no lesion, the mean place.
+
+    None for a kind of task that is not known here.
+    """
+    targets = [task.target(training[i]) for i, r in enumerate(training.records) if task.labelled(r)]
+    if isinstance(task, ClassMetrics):
+        return torch.bincount(torch.stack(targets), minlength=task.classes)[None] / len(targets)
+    if isinstance(task, MaskMetrics):
+        return torch.zeros(1, *targets[0].shape)
+    if isinstance(task, PointMetrics):
+        return torch.stack(targets)[:, :-4].nanmean(0, keepdim=True)
+    return None
+
+
+def constant(folds: Iterable[tuple[Photographs, Photographs]], tasks: Sequence[TaskMetrics]) -> Measured:
+    """Scores of a guess, from training and validation photographs of each fold."""
+    parts = []
+    for training, validation in folds:
+        part = {"names": {}, "tallies": {}, "losses": {}, "eyes": {r.name: r.eye or r.name for r in validation.records}}
+        for task in tasks:
+            answer, of = guess(task, training), [i for i, r in enumerate(validation.records) if task.labelled(r)]
+            if answer is None:
+                continue
+            part["names"][task.name] = [validation.records[i].name for i in of]
+            part["tallies"][task.name] = torch.cat([task.tally(answer, task.target(validation[i])[None])
+                                                    for i in of])
+        parts.append(part)
+    return Measured("constant guess", [0], [put_together(parts, tasks)], [], [], [], [])
+
+
+# ---- differences ----
+
+def pairs_of(rows: Mapping[str, Measured],
+             tasks: Sequence[TaskMetrics]) -> list[tuple[TaskMetrics, str, str, list[int]]]:
+    """(task, row, against which, seeds that both have) of each difference.
+
+    A row that was scored on other photographs is compared with none, nor is the one without leak protection.
+    """
+    def names(row, task):
+        return set(rows[row].scores[0].names.get(task.name, []))
+
+    found = []
+    for task in tasks:
+        for against in (f"{task.name}{ALONE}", "dense"):
+            for row in rows:
+                skipped = row in ("constant", "leaky", against, f"{task.name}{ALONE}") or against not in rows
+                if not skipped and names(row, task) == names(against, task) != set():
+                    seeds = [s for s in rows[against].seeds if s in rows[row].seeds]
+                    found += [(task, row, against, seeds)] * bool(seeds)
+    return found
+
+
+def differences(rows: Mapping[str, Measured], tasks: Sequence[TaskMetrics]) -> list[dict]:
+    """Of the metric that counts of each task, each row against the single task and against the dense adapter.
+
+    All of them are one family of comparisons; the more there are, the more draws tell how small p is.
+    """
+    pairs, found = pairs_of(rows, tasks), []
+    for task, row, against, seeds in pairs:
+        sides = [[alone(rows[r].scores[rows[r].seeds.index(s)], task) for s in seeds] for r in (against, row)]
+        scoring.align([s for side in sides for s in side])
+        values = compare.compare(*sides, draws=max(statistics.DRAWS, 40 * len(pairs)))[task.name][task.primary]
+        error, of_seeds, degrees = sources(values["standard_error"], sides, task)
+        found.append({"task": task.name, "metric": task.primary, "row": row, "against": against, "seeds": len(seeds),
+                      "photographs": len(sides[0][0].names[task.name]),
+                      "eyes": len(set(sides[0][0].eyes_of(task.name))), **values,
+                      "standard_error": error, "standard_error_of_seeds": of_seeds, "degrees_of_freedom": degrees})
+    return corrected(found)
+
+
+def sources(error: float, sides: Sequence[Sequence[Scores]], task: TaskMetrics) -> tuple[float, float, float]:
+    """From the standard error of a difference of means over seeds, of draws of eyes and seeds: that for new seeds,
+
+    the share of seeds in it, and its degrees of freedom (1e5: it is 0); nan where it is not defined. Draws of k seeds
+    vary (k - 1) / k times as much as k new ones would (Davison & Hinkley 1997, section 2.2): that is taken out, and
+    what new seeds would add comes in its place.
+    Variances v of d degrees each, of the seeds of either side and of eyes, together have (Satterthwaite 1946,
+    Biometrics Bulletin 2:110, eq. 17)
+
+        degrees = (sum of v)^2 / sum of v^2 / d
+    """
+    if not math.isfinite(error):
+        return math.nan, math.nan, math.nan
+    drawn, parts = 0.0, []  # variance, degrees of freedom
+    for side in sides:
+        k, values = len(side), [float(s.metrics()[task.name][task.primary]) for s in side]
+        if k > 1:
+            parts.append((float(np.var(values, ddof=1)) / k, k - 1))
+            drawn += float(np.var(values)) / k
+    of_seeds = sum(v for v, _ in parts)
+    parts.append((max(0.0, error ** 2 - drawn), len(set(sides[0][0].eyes_of(task.name))) - 1))
+    whole, below = sum(v for v, _ in parts), sum(v ** 2 / d for v, d in parts if d)
+    return math.sqrt(whole), math.sqrt(of_seeds), whole ** 2 / below if below else 1e5
+
+
+def alone(found: Scores, task: TaskMetrics) -> Scores:
+    """What of scores is of one task."""
+    t = task.name
+    return Scores([task], {t: list(found.names[t])}, {t: found.tallies[t]}, eyes=found.eyes)
+
+
+def corrected(found: list[dict]) -> list[dict]:
+    """The same with what follows from their number: adjusted p, wider intervals, what may be claimed.
+
+    The wider interval is difference -+ t standard errors, t the quantile of 1 - 0.05 / 2m: the percentiles that it
+    stands for lie beyond what a thousand resamples tell. `needed`: photographs, with these seeds, for which a
+    difference as large as the one seen would be claimed with a chance of 80 % (Cohen 1988, section 2.4). Photographs
+    make smaller what eyes contribute to the error and not what seeds do:
+
+        needed = n SE_eyes^2 / ((difference / (t + 0.84))^2 - SE_seeds^2)
+
+    None where it is not defined, and where it is no more than there are: then p forbids the claim, not the interval.
+    `wants`: "eyes" where a permutation test of so few cannot come to a p that is small enough, "seeds" where no number
+    of photographs would do, or there is but one seed a side.
+    """
+    power = NormalDist().inv_cdf(0.8)
+    adjusted = statistics.holm([1.0 if math.isnan(d["p"]) else d["p"] for d in found])
+    for d, p in zip(found, adjusted):
+        gap, error, of_seeds = d["difference"], d["standard_error"], d["standard_error_of_seeds"]
+        known = math.isfinite(gap) and math.isfinite(error) and gap != 0 and error > 0
+        t = math.nan if math.isnan(error) else \
+            statistics.t_quantile(1 - LEVEL / 2 / len(found), d["degrees_of_freedom"])
+        d["p_adjusted"], d["corrected_interval"] = p, [gap - t * error, gap + t * error]
+        d["claimed"] = known and d["seeds"] > 1 and p < LEVEL and not gap - t * error <= 0 <= gap + t * error
+        room = (gap / (t + power)) ** 2 - of_seeds ** 2 if known else math.nan
+        needed = math.ceil(d["photographs"] * (error ** 2 - of_seeds ** 2) / room) if room > 0 else 0
+        d["needed"] = needed if needed > d["photographs"] else None
+        few_seeds = d["seeds"] < 2 or room <= 0
+        d["wants"] = "eyes" if 2 * len(found) / 2 ** d["eyes"] >= LEVEL else "seeds" if few_seeds else None
+    return found
+
+
+# ---- all numbers ----
+
+def spread(values: Sequence[float]) -> dict:
+    """Mean, standard deviation over seeds (None for one), and the values."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": fmean(values), "sd": sd, "values": list(values)}
+
+
+def row_numbers(row: Measured) -> dict:
+    """Metrics with mean, sd and interval; what training photographs score better; what shifts change; costs."""
+    values = [s.metrics() for s in row.scores]
+    _, limits = scoring.summary(row.scores, [{}] * len(row.scores))
+    found = {"words": row.words, "seeds": row.seeds, "epochs": row.epochs, "tasks": {}}
+    for task in row.scores[0].scored():
+        t = task.name
+        numbers = {k: {**spread([v[t][k] for v in values]), "interval": limits[t].get(k)}
+                   for k, v in values[0][t].items() if isinstance(v, float)}
+        found["tasks"][t] = {
+            "photographs": values[0][t]["photographs"], "eyes": values[0][t]["eyes"], "primary": task.primary,
+            "metrics": numbers, "gap": spread([g[t] for g in row.gaps]) if row.gaps and t in row.gaps[0] else None,
+            "shifts": {shift: spread([s[shift][t] for s in row.shifts]) for shift, of in (row.shifts or [{}])[0].items()
+                       if t in of}}
+    if row.costs:
+        found["costs"] = {k: fmean(c[k] for c in row.costs) for k in row.costs[0]}
+    return found
+
+
+def compared(rows: Mapping[str, Measured], tasks: Sequence[TaskMetrics], settings: Mapping) -> dict:
+    """All numbers of the comparison, as plain types; of the tasks that any row has."""
+    known = [t for t in tasks if any(t.name in row.scores[0].tallies for row in rows.values())]
+    return files.plain({
+        **settings, "tasks": [t.name for t in known],
+        "seconds": sum(c["seconds"] for row in rows.values() for c in row.costs),
+        "rows": {name: row_numbers(row) for name, row in rows.items()}, "differences": differences(rows, known)})
+
+
+# ---- in words ----
+
+def claim(found: Mapping, d: Mapping) -> str:
+    """What may be said of one difference."""
+    row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
+    said = f"{d['task']} {d['metric'].replace('_', ' ')}, {row} minus {other}: "
+    if d["difference"] is None or None in d["corrected_interval"]:
+        return f"{said}not defined on these photographs"
+    said += "{:+.3f} ({:+.3f} to {:+.3f}, p = {:.3f})".format(d["difference"], *d["corrected_interval"],
+                                                             d["p_adjusted"])
+    if d["claimed"]:
+        few = f" (these networks: a claim about the ways they were trained needs {statistics.FEWEST_RUNS} seeds)"
+        return f"{said}: {'higher' if d['difference'] > 0 else 'lower'}" + few * (d["seeds"] < statistics.FEWEST_RUNS)
+    return f"{said}: no difference can be shown" + f"; {wanted(d)}" * bool(wanted(d))
+
+
+def wanted(d: Mapping) -> str:
+    """What it would take to show a difference as large as the one seen, or ""."""
+    if d["wants"] == "eyes":
+        return f"{d['eyes']} eyes are too few to show any"
+    if d["wants"] == "seeds":
+        return "one as large as this would take more seeds"
+    return f"one as large as this would take {d['needed']} photographs to show (here {d['photographs']})" \
+        if d["needed"] else ""
+
+
+def lines(found: Mapping) -> str:
+    """The comparison for the screen."""
+    out = [found["what"]]
+    for t in found["tasks"]:
+        out.append(f"{t:38}{'mean':>8}{'sd':>8}{'95 %':>18}{'gap':>8}")
+        for row in found["rows"].values():
+            if t in row["tasks"]:
+                of = row["tasks"][t]
+                v = of["metrics"][of["primary"]]
+                around = "-" if v["interval"] is None else "{:.3f}..{:.3f}".format(*v["interval"])
+                gap = of["gap"] and of["gap"]["mean"]
+                out.append(f"   {row['words']:35}{shown(v['mean']):>8}{shown(v['sd']):>8}{around:>18}{shown(gap):>8}")
+    out += [claim(found, d) for d in found["differences"]]
+    return "\n".join([*out, *(f"failed: {job}: {why}" for job, why in found["failed"].items())])
+
+
+# ---- files ----
+
+def table(found: Mapping) -> str:
+    """comparison.csv: a line for each row, task and metric."""
+    memory = io.StringIO()
+    writer = csv.writer(memory)
+    writer.writerow(["row", "task", "metric", "counts", "mean", "sd", "low", "high", "seeds", "photographs", "eyes"])
+    for name, row in found["rows"].items():
+        for t, of in row["tasks"].items():
+            for metric, v in of["metrics"].items():
+                writer.writerow([name, t, metric, int(metric == of["primary"]), v["mean"], v["sd"],
+                                 *(v["interval"] or ("", "")), len(row["seeds"]), of["photographs"], of["eyes"]])
+    return memory.getvalue()
+
+
+def chart(found: Mapping) -> Image.Image:
+    """Of each task the metric that counts: a line for each row, with interval, mean and single seeds."""
+    pictures = []
+    for t in found["tasks"]:
+        rows = {name: row["tasks"][t] for name, row in found["rows"].items() if t in row["tasks"]}
+        values = {name: of["metrics"][of["primary"]] for name, of in rows.items()}
+        ends = [v for x in values.values() for v in [x["mean"], *x["values"], *(x["interval"] or [])]]
+        steps = tuple((len(values) - k, found["rows"][name]["words"]) for k, name in enumerate(values))
+        primary = next(iter(rows.values()))["primary"].replace("_", " ")
+        plot = Chart(f"{t}: {primary}, {next(iter(rows.values()))['photographs']} photographs",
+                            charts.axis_of("", ends), Axis("", 0.5, len(values) + 0.5, steps),
+                            340, 26 * len(values))
+        for (y, _), v in zip(steps, values.values()):
+            if v["interval"]:
+                plot.line(v["interval"], [y, y], drawing.COLOURS[4], 3)
+            plot.dots(v["values"], [y] * len(v["values"]), drawing.PALE, 2.5)
+            plot.dots([v["mean"]], [y], drawing.COLOURS[0], 4.5)
+        pictures.append(plot.picture())
+    keys = drawing.legend([("95 % of draws of eyes and seeds", drawing.COLOURS[4], "line"),
+                          ("mean over seeds", drawing.COLOURS[0], "dot"), ("a seed", drawing.PALE, "dot")])
+    return drawing.titled("The comparison", drawing.column([keys, drawing.row(pictures, 24)], 12), found["what"])
+
+
+def write(found: Mapping, folder: Path) -> list[str]:
+    """comparison.json, comparison.csv and a picture; -> their names."""
+    write_text(folder / "comparison.json", json.dumps(found, indent=1))
+    write_text(folder / "comparison.csv", table(found))
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    with replacing(folder / PICTURES / "comparison.png", lasting=False) as file:
+        chart(found).save(file, "PNG", optimize=True)
+    return ["comparison.json", "comparison.csv", f"{PICTURES}/comparison.png"]

@@ -1,0 +1,256 @@
+"""From a photograph's files to the square sample that a network sees.
+
+    prepare     record -> arrays: decoded, cropped to the field of view, reduced
+    to_sample   record and arrays -> Sample, its labels in pixels of the sample
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from retina.datasets import synthetic
+from retina.datasets.readers import DRAWN_SIDE
+from retina.datasets.records import POINTS, Record, UNKNOWN
+from retina.datasets.synthetic import LESIONS
+from retina.datasets.vessels import VESSEL_SIDE, vessel_map
+from retina.files import InputError, SIDEWAYS, open_image, orientation
+
+
+# S side of the square sample in pixels, L lesion classes (LESIONS), P points (POINTS), V side of a vessel map
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a sample's pixels lie in its file: x_sample = x_file * scale_x + shift_x, the same for y.
+
+    Coordinates are continuous: pixel i covers i to i + 1. `width` and `height` are those of the file, in pixels.
+    """
+    width: int
+    height: int
+    scale_x: float
+    scale_y: float
+    shift_x: float
+    shift_y: float
+
+    def to_sample(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2) in pixels of the file -> in pixels of the sample."""
+        return points * (self.scale_x, self.scale_y) + np.array((self.shift_x, self.shift_y))
+
+    def to_file(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2) in pixels of the sample -> in pixels of the file."""
+        return (points - np.array((self.shift_x, self.shift_y))) / (self.scale_x, self.scale_y)
+
+
+@dataclass
+class Sample:
+    """One photograph as the network's input and with its labels; None where a label is not known."""
+    name: str
+    image: Tensor  # (3, S, S) uint8 RGB
+    grade: int | None
+    edema: int | None
+    category: int | None
+    masks: Tensor | None  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
+    points: Tensor | None  # (P, 2) float32, x and y in pixels of the sample; nan: not known, or out of the picture
+    geometry: Geometry
+    eye: str  # which eye it shows
+    draw: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
+
+    def pin_memory(self) -> "Sample":
+        """The same in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return replace(self, image=self.image.pin_memory(), masks=masks)
+
+
+# ---- photographs and masks ----
+
+def lit_pixels(image: Image.Image) -> np.ndarray:
+    """Where a photograph, reduced to at most 256 pixels, is brighter than a tenth of what is bright in it: (h, w)."""
+    small = image.copy()
+    small.thumbnail((256, 256), Image.BILINEAR)
+    brightest = np.asarray(small.convert("RGB")).max(2)
+    return brightest > max(12, 0.1 * np.percentile(brightest, 98))
+
+
+def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
+    """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
+
+    A row or column belongs to it when more than 2 % of its pixels are lit. It is a circle, perhaps cut off on two
+    sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
+    """
+    lit = lit_pixels(image)
+    columns, rows = (np.flatnonzero(lit.mean(axis) > 0.02) for axis in (0, 1))
+    if len(columns) == 0 or len(rows) == 0:
+        return None
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    inside = lit[top:bottom, left:right]
+    corners = inside[[0, 0, -1, -1], [0, -1, 0, -1]]
+    short, long = sorted(inside.shape)
+    if corners.any() or inside.mean() < 0.6 or short < 0.6 * long or long < 0.5 * min(lit.shape):
+        return None
+    zoom_x, zoom_y = image.width / lit.shape[1], image.height / lit.shape[0]
+    return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
+
+
+@dataclass
+class Decoded:
+    """A photograph, perhaps at a fraction of its size."""
+    image: Image.Image  # RGB
+    extent: tuple[float, float]  # what it shows, in its pixels: a reduced JPEG may end in a fraction of one
+    size: tuple[int, int]  # width and height of the file, as a viewer shows it
+
+
+def read_image(path: Path, enough: int, held: Decoded | None = None) -> Decoded:
+    """Open a photograph. InputError: not readable, or more than 8 bits a channel.
+
+    A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side keeps `enough` pixels: nine
+    tenths of the time saved, and nothing lost as long as the picture is reduced after that. `held` is the same file,
+    decoded before for less: it is handed back where it was not reduced.
+    """
+    if held is not None and held.extent == held.size:
+        return held
+    with open_image(path) as image:
+        if image.mode[0] in "IF":
+            raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
+        size, held = image.size, orientation(image)
+        zoom = enough / min(size)
+        drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
+        extent = drafted[1][2:] if drafted else size
+        image = (ImageOps.exif_transpose(image) if held > 1 else image).convert("RGB")
+        return Decoded(image, *(v[::-1] if held in SIDEWAYS else v for v in (extent, size)))
+
+
+def telling_channel(image: Image.Image) -> np.ndarray:
+    """The channel (height, width) of a mask's picture that tells lesion from background: the brightest that varies.
+
+    IDRiD's masks are palette files, black and a red that reads 76 once converted to grey; one is RGBA, opaque, with
+    its mask in the first channel. Where no colour varies, numbers of the palette or opacity may.
+    """
+    stored = np.atleast_3d(np.asarray(image) * 1)  # a picture of one bit comes as truth values
+    colours = np.asarray(image.convert("RGB")) if image.mode == "P" else stored[..., :3 if stored.shape[2] > 2 else 1]
+    channels = [*colours.transpose(2, 0, 1)]
+    others = [stored[..., -1]] if image.mode in ("P", "RGBA", "LA") else []
+    return max([c for c in channels if np.ptp(c)] or [c for c in others if np.ptp(c)] or
+               (others if image.mode == "P" else channels)[:1], key=np.max).astype(float)
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
+    """A lesion mask as an image of 0 and 255, of `size` (width, height), and how it was stored ("P 0 1").
+
+    Set is what exceeds half of the highest value. InputError: not readable, not the size of its photograph, not two
+    values (a smooth or compressed outline of a mask up to 255 may have more).
+    """
+    with open_image(path) as image:
+        image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
+    if image.size != size:
+        raise InputError(f"{path}: a mask of {image.width}x{image.height} for a photograph of {size[0]}x{size[1]}; "
+                         "both must have the same size")
+    pixels, mode, counts = np.asarray(image), image.mode, 1
+    if mode == "1":  # nothing to find out: 3 ms for the 60 of what follows
+        counts = image.histogram()
+        return image.convert("L"), " ".join(["1", *(v for v, n in (("0", counts[0]), ("1", counts[255])) if n)])
+    by_number = mode in ("P", "L")
+    if by_number:  # look at its few numbers in place of its many pixels: 16 ms instead of 300 for IDRiD's
+        counts = np.array(image.histogram())
+        found = np.flatnonzero(counts)
+        counts, image = counts[found], image.crop((0, 0, len(found), 1))
+        image.putdata(found.tolist())
+    else:
+        found = np.unique(pixels)
+    values = telling_channel(image)
+    highest = values.max()
+    between = (values > 0.1 * highest) & (values < 0.9 * highest)
+    mask = values > highest / 2
+    smooth = highest >= 128 and (counts * between).sum() <= (counts * mask).sum()
+    if not np.isfinite(highest) or (len(np.unique(values)) > 2 and not smooth):
+        raise InputError(f"{path}: {len(found)} values from {found[0]:g} to {found[-1]:g}; expected a mask of two, "
+                         "such as 0 and 255")
+    form = f"{mode} {' '.join(f'{v:g}' for v in found.astype(float))}" if len(found) < 4 else \
+        f"{mode} {len(found)} values"
+    if by_number:
+        table = np.zeros(256, bool)
+        table[found] = mask[0]
+        mask = table[pixels]
+    return Image.fromarray(mask.view(np.uint8) * 255), form
+
+
+# ---- a record ----
+
+def prepare(record: Record, size: int, alone: bool = False, small: Decoded | None = None) -> dict[str, np.ndarray]:
+    """Decode one record into the arrays of its cache file; `alone`: not to be compared, so without a vessel map.
+
+    `small` is its photograph, decoded for 512 pixels, where the caller has it.
+
+    image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and oddities:
+    a thumbnail (89, 134, 3), a vessel map (V, V), how each mask was stored. The field of view is cut out, padded to a
+    square with black, and reduced to `size` pixels with antialiasing; of a mask a pixel is set where at least half of
+    what it covers is. Pictures without a field of view are taken whole.
+    """
+    if record.drawing is not None:
+        image, masks = synthetic.draw(synthetic.plan(*record.drawing), size)
+        scale = size / DRAWN_SIDE
+        return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
+                "geometry": np.array([DRAWN_SIDE, DRAWN_SIDE, scale, scale, 0, 0], np.float64)}
+    # what tells copies, eyes and the field of view must not change with `size`, or the split would
+    small = small or read_image(record.image, 512)
+    picture, full = small if size <= 256 else read_image(record.image, 2 * size, small), small.size
+    field = field_of_view(small.image)
+    share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
+    box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
+
+    def place(size):  # of the box on a square canvas: left, top, width, height
+        scale = size / max(box[2] - box[0], box[3] - box[1])
+        width, height = (max(1, round(scale * (box[i + 2] - box[i]))) for i in (0, 1))
+        return (size - width) // 2, (size - height) // 2, width, height
+
+    def fit(image, extent, size, resample):  # cut out the box; the image may be a reduced one
+        left, top, width, height = place(size)
+        canvas = Image.new(image.mode, (size, size))
+        canvas.paste(image.resize((width, height), resample, tuple(share * (*extent, *extent))), (left, top))
+        return np.asarray(canvas)
+
+    left, top, width, height = place(size)
+    scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
+    geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
+    masks, stored = np.zeros(0, bool), {}
+    if record.masks is not None:
+        masks = np.zeros((len(LESIONS), size, size), bool)
+        for kind, path in record.masks.items():
+            if path is not None:
+                mask, stored[kind] = read_mask(path, full)
+                masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
+    side = VESSEL_SIDE
+    vessels = vessel_map(fit(small.image, small.extent, 2 * side, Image.LANCZOS)) if field and \
+        not alone else np.zeros((side, side), np.uint8)
+    return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
+            "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
+            "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
+            "stored": np.array([f"{kind} {how}" for kind, how in stored.items()], str)}
+
+
+def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
+    """The sample of a record from the arrays that prepare() makes of it."""
+    size = arrays["image"].shape[-1]
+    width, height, *affine = arrays["geometry"].tolist()
+    geometry = Geometry(int(width), int(height), *affine)
+    masks = points = None
+    if record.masks is not None:
+        bits = np.unpackbits(arrays["masks"], count=len(LESIONS) * size * size)
+        masks = torch.from_numpy(bits.reshape(len(LESIONS), size, size))
+        masks[[kind not in record.masks for kind in LESIONS]] = UNKNOWN
+    if record.points is not None:
+        there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
+        points = inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
+    image = torch.from_numpy(np.ascontiguousarray(arrays["image"]))
+    return Sample(record.name, image, record.grade, record.edema, record.category, masks, points, geometry,
+                  record.eye or record.name)
+
+
+def inside(points: Tensor, size: int) -> Tensor:
+    """Points (P, 2) with nan in place of those that lie outside of the picture."""
+    return points.masked_fill(((points < 0) | (points > size)).any(1, keepdim=True), math.nan)

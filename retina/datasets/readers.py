@@ -1,0 +1,390 @@
+"""A data set's files and tables -> records.
+
+    read_idrid, read_table, read_folders, read_drawn    one reader for each kind of data set
+    read_data                                           the reader that a path means
+
+Every mistake in files or tables is an InputError: one line that says what, where, what was expected, what to do.
+
+IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
+"""
+
+import csv
+import io
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from retina.datasets import records, synthetic
+from retina.datasets.records import DataSet, EDEMA_RISKS, GRADES, POINTS, Record
+from retina.datasets.synthetic import LESIONS
+from retina.files import InputError, image_size
+
+SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, beside names that start with a dot
+
+
+# ---- files ----
+
+def files_in(folder: Path) -> list[Path]:
+    """What lies in `folder`, sorted by name, but for the litter of file managers."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER)
+
+
+def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
+    """{name without suffix: path} of the photographs in `folder`, sorted by name.
+
+    InputError: no such folder, no photograph in it, two of one name, or, with `only`, anything else in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected photographs there")
+    images: dict[str, Path] = {}
+    for path in files_in(folder):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            if only:
+                raise InputError(f"{path}: expected nothing but photographs ({' '.join(IMAGE_SUFFIXES)}) in this "
+                                 "folder; remove it")
+            continue
+        if path.stem in images:
+            raise InputError(f"{path}: {images[path.stem].name} has the same name; expected one photograph of each "
+                             "name in a folder; rename one")
+        images[path.stem] = path
+    if not images:
+        raise InputError(f"{folder}: holds no photograph; expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+    return images
+
+
+# ---- cells of tables ----
+
+def read_rows(path: Path, exact: bool = False) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """A CSV file with a header -> its columns, and its rows as (where, {column: text}).
+
+    Spaces around cells, rows of empty cells and empty columns without a name are dropped. InputError: not UTF-8, two
+    columns of one name, a cell in no named column, a quote that is not closed, a cell of two lines, and, if `exact`,
+    more cells than columns.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a table of labels there") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
+    rows = []
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = [name.strip() for name in next(filter(any, lines), [])]
+        if twice := [c for c in columns if c and columns.count(c) > 1]:
+            raise InputError(f"{path}: two columns are named {twice[0]!r}; expected each name once")
+        for cells in lines:
+            where = f"{path} line {lines.line_num}"
+            row = dict.fromkeys(filter(None, columns), "")
+            if any("\n" in cell for cell in cells):
+                raise InputError(f"{where}: a cell of more than one line; expected one, look for a missing quote")
+            if exact and len(cells) > len(columns):
+                raise InputError(f"{where}: {len(cells)} cells, expected {len(columns)}, one for each column")
+            for k, cell in enumerate(cell.strip() for cell in cells):
+                if k < len(columns) and columns[k]:
+                    row[columns[k]] = cell
+                elif cell:
+                    raise InputError(f"{where}: the cell {cell!r} stands in no named column; expected {len(row)} cells")
+            if any(row.values()):
+                rows.append((where, row))
+    except csv.Error as error:
+        raise InputError(f"{path} line {lines.line_num}: not CSV ({error}); expected cells separated by "
+                         "commas") from None
+    return list(filter(None, columns)), rows
+
+
+def want_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    """InputError: one of the `wanted` columns is not there."""
+    if lacking := [name for name in wanted if name not in columns]:
+        raise InputError(f"{path}: no column {lacking[0]!r}; found {', '.join(columns) or 'no header'}; expected a "
+                         "header line, cells separated by commas")
+
+
+def whole_number(text: str, highest: int, what: str) -> int:
+    """A label 0..highest from a cell's text; "2.0", as spreadsheets write it, is 2."""
+    if text.removesuffix(".0") not in map(str, range(highest + 1)):
+        raise InputError(f"{what} is {text!r}, expected a whole number from 0 to {highest}")
+    return int(text.removesuffix(".0"))
+
+
+def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | None:
+    """A point from its two cells; None where both are empty. InputError: no number, only one, outside its image."""
+    if not x and not y:
+        return None
+    try:
+        point = float(x.replace("_", "x")), float(y.replace("_", "x"))  # Python would read 1_0 as 10
+    except ValueError:
+        point = math.nan, math.nan
+    if not all(map(math.isfinite, point)):
+        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
+    size = image_size(image)
+    if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
+        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {size[0]}x{size[1]} pixels; expected "
+                         "pixels of the image file")
+    return point
+
+
+# ---- IDRiD ----
+
+PARTS = {"train": ("a. Training Set", "Training"), "test": ("b. Testing Set", "Testing")}
+MASK_FOLDERS = {"MA": "1. Microaneurysms", "HE": "2. Haemorrhages", "EX": "3. Hard Exudates",
+                "SE": "4. Soft Exudates", "OD": "5. Optic Disc"}
+IMAGES, TABLES = "1. Original Images", "2. Groundtruths"
+SUBSETS = {"A. Segmentation": "seg", "B. Disease Grading": "cls, dme", "C. Localization": "loc"}
+
+
+def read_idrid(root: Path) -> DataSet:
+    """IDRiD below `root`, in the official layout and names: the training part, and the test part where it is there.
+
+    Any subset may be absent. The localization part has the images of the grading part: where its own are missing, its
+    points go to those. InputError: no subset at all, a label without its image, an image without its label, a label
+    that is no grade.
+    """
+    there = [subset for subset in SUBSETS if (root / subset).is_dir()]
+    grading, localization = root / "B. Disease Grading", root / "C. Localization"
+    if not there or there == ["C. Localization"] and not (localization / IMAGES).is_dir():
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
+        raise InputError(f"{root}: expected IDRiD's folders {', '.join(map(repr, SUBSETS))} or folders of classes "
+                         f"below 'train', found {found}")
+    records = []
+    for part, (folder, _) in PARTS.items():
+        def present(subset):  # the training part is a must, the test part may be missing
+            return (root / subset).is_dir() and (part == "train" or (root / subset / IMAGES / folder).is_dir())
+
+        if present("A. Segmentation"):
+            records += read_segmentation(root / "A. Segmentation", part)
+        graded = read_grading(grading, part) if present("B. Disease Grading") else []
+        if (localization / IMAGES / folder).is_dir():
+            graded += read_localization(localization, part)
+        elif graded and (localization / TABLES).is_dir():
+            points = read_points(localization, part, {r.image.stem: r.image for r in graded}, grading)
+            graded = [replace(r, points=points.get(r.image.stem)) for r in graded]
+        records += graded
+    missing = [f"{root} has no '{subset}': nothing to learn {tasks} from"
+               for subset, tasks in SUBSETS.items() if subset not in there]
+    return DataSet(records, notes=tuple(missing))
+
+
+def named(part: str, subset: str, name: str) -> str:
+    """The name of a record; IDRiD counts the photographs of each subset and part from 1."""
+    return f"{'test/' if part == 'test' else ''}{subset}/{name}"
+
+
+def read_segmentation(root: Path, part: str) -> list[Record]:
+    """Photographs with masks. A mask file that is not there means: no such lesion."""
+    images = list_images(root / IMAGES / PARTS[part][0])
+    masks: dict[str, dict[str, Path | None]] = {name: dict.fromkeys(LESIONS) for name in images}
+    for kind, folder in MASK_FOLDERS.items():
+        folder = root / "2. All Segmentation Groundtruths" / PARTS[part][0] / folder
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; the official layout keeps the {kind} masks there")
+        for path in files_in(folder):
+            name = path.stem.removesuffix(f"_{kind}")
+            if path.suffix.lower() not in (".tif", ".tiff", ".png"):
+                raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")
+            if name not in masks:
+                raise InputError(f"{path}: a mask without its photograph {name}.jpg in {root / IMAGES}")
+            masks[name][kind] = path
+    for name, found in masks.items():
+        if not any(found.values()):  # a photograph without any lesion still has an optic disc
+            raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
+    return [Record(named(part, "segmentation", name), images[name], part, masks=masks[name]) for name in images]
+
+
+def read_grading(root: Path, part: str) -> list[Record]:
+    """Graded photographs. Column names carry stray spaces and rows empty cells in the official files."""
+    letter = PARTS[part][0][0]
+    path = root / TABLES / f"{letter}. IDRiD_Disease Grading_{PARTS[part][1]} Labels.csv"
+    images = list_images(root / IMAGES / PARTS[part][0])
+    grades: dict[str, list[int]] = {}
+    columns, rows = read_rows(path)
+    wanted = ("Image name", "Retinopathy grade", "Risk of macular edema")
+    want_columns(path, columns, wanted)
+    for where, row in rows:
+        name, *labels = (row[column] for column in wanted)
+        if name not in images:
+            raise InputError(f"{where}: a grade for {name}, but no {name}.jpg in {root / IMAGES}")
+        if name in grades:
+            raise InputError(f"{where}: a second row for {name}; expected one")
+        grades[name] = [whole_number(text, highest, f"{where}: {column} of {name}")
+                        for text, highest, column in zip(labels, (GRADES - 1, EDEMA_RISKS - 1), wanted[1:])]
+    for name, image in images.items():
+        if name not in grades:
+            raise InputError(f"{image}: a photograph without its row in {path}")
+    return [Record(named(part, "grading", name), images[name], part, *grades[name]) for name in images]
+
+
+def read_localization(root: Path, part: str) -> list[Record]:
+    """Photographs with points, from the localization part's own image folder."""
+    images = list_images(root / IMAGES / PARTS[part][0])
+    points = read_points(root, part, images, root)
+    return [Record(named(part, "localization", name), images[name], part, points=points.get(name)) for name in images]
+
+
+def read_points(root: Path, part: str, images: dict[str, Path], pictures: Path) -> dict[str, dict]:
+    """{image name: {point: (x, y)}} from the two tables below `root`; `images` are those of `pictures`."""
+    letter, word = PARTS[part][0][0], PARTS[part][1]
+    tables = {"disc": f"1. Optic Disc Center Location/{letter}. IDRiD_OD_Center_{word} Set_Markups.csv",
+              "fovea": f"2. Fovea Center Location/IDRiD_Fovea_Center_{word} Set_Markups.csv"}
+    points: dict[str, dict] = defaultdict(dict)
+    for kind, table in tables.items():
+        path = root / TABLES / table
+        columns, rows = read_rows(path)
+        wanted = ("Image No", "X- Coordinate", "Y - Coordinate")
+        want_columns(path, columns, wanted)
+        for where, row in rows:
+            name, x, y = (row[column] for column in wanted)
+            if name not in images:
+                raise InputError(f"{where}: a point for {name}, but no {name}.jpg in {pictures / IMAGES}")
+            if kind in points[name]:
+                raise InputError(f"{where}: a second row for {name}; expected one")
+            if point := read_point(x, y, images[name], f"{where}: the {kind} of {name}"):
+                points[name][kind] = point
+    return points
+
+
+# ---- a table of one's own ----
+
+LABEL_COLUMNS = ("cls", "dme", "od_x", "od_y", "fovea_x", "fovea_y", *(f"mask_{kind.lower()}" for kind in LESIONS))
+TABLE_COLUMNS = ("image", *LABEL_COLUMNS, "split", "group")
+
+
+def read_table(path: Path) -> DataSet:
+    """A CSV file with a row per photograph; columns TABLE_COLUMNS, of which only `image` is a must.
+
+    Paths are relative to the file. An empty cell is a label that is not known. A mask cell may say "none": looked for
+    and not there. `split` is train, val or test, empty for train; photographs with the same `group` (an eye, a
+    patient) never lie on both sides of a split. InputError: an unknown column, a cell that is no such label, a file
+    that is not there, two rows for one image with different labels.
+    """
+    columns, rows = read_rows(path, exact=True)
+    want_columns(path, columns, ["image"])
+    if unknown := [c for c in columns if c not in TABLE_COLUMNS]:
+        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(TABLE_COLUMNS)}; rename or "
+                         "remove it")
+    records: dict[Path, Record] = {}
+    for where, cells in rows:
+        record = read_row(path.parent, where, dict.fromkeys(TABLE_COLUMNS, "") | cells)
+        before = records.setdefault(record.image.resolve(), record)
+        if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
+            raise InputError(f"{where}: {cells['image']} stands at {before.where} already, with other cells; expected "
+                             "one row for an image; remove one")
+    if not records:
+        raise InputError(f"{path}: no row; expected one for each photograph")
+    return DataSet(list(records.values()))
+
+
+def read_row(folder: Path, where: str, cells: dict[str, str]) -> Record:
+    """One row of a table; see read_table."""
+    def there(column):
+        within = Path(os.path.normpath(cells[column]))
+        file = folder / within
+        if within.is_absolute() or within.parts[:1] == ("..",):
+            raise InputError(f"{where}: {column} {cells[column]!r}: leads out of {folder}; expected a path below the "
+                             "folder of the table; move the table above its files")
+        if not file.is_file():
+            problem = "a folder" if file.is_dir() else "no such file"
+            raise InputError(f"{where}: {column} {cells[column]!r}: {problem}: {file}; expected a file, its path "
+                             "relative to the table")
+        return file
+
+    if not cells["image"]:
+        raise InputError(f"{where}: the cell of column 'image' is empty; expected the path of a photograph")
+    image = there("image")
+    if cells["split"] not in ("", "train", "val", "test"):
+        raise InputError(f"{where}: split is {cells['split']!r}, expected train, val or test")
+    grade, edema = (whole_number(cells[c], number - 1, f"{where}: {c} of {cells['image']}") if cells[c] else None
+                    for c, number in (("cls", GRADES), ("dme", EDEMA_RISKS)))
+    points = {kind: read_point(cells[f"{c}_x"], cells[f"{c}_y"], image, f"{where}: {c} of {cells['image']}")
+              for kind, c in zip(POINTS, ("od", "fovea"))}
+    masks = {kind: None if cells[column].lower() == "none" else there(column)
+             for kind in LESIONS if cells[column := f"mask_{kind.lower()}"]}
+    return Record(cells["image"], image, cells["split"] or "train", grade, edema, masks=masks or None,
+                  points={k: p for k, p in points.items() if p} or None,
+                  eye=f"group {cells['group']}" if cells["group"] else "", where=where)
+
+
+# ---- folders of classes ----
+
+def read_folders(root: Path) -> DataSet:
+    """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
+
+    Class names and their number are those of the folders below train. InputError: fewer than two classes, a class
+    elsewhere that train does not have, anything that is neither a class nor a photograph of one.
+    """
+    def folders(folder):
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    if unknown := [p for p in folders(root) if p.name not in ("train", "val", "test")]:
+        raise InputError(f"{unknown[0]}: expected no folders but train, val and test beside 'train'; rename or move it")
+    # numbered classes in the order of their numbers
+    classes = sorted((p.name for p in folders(root / "train")),
+                     key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+    if len(classes) < 2:
+        raise InputError(f"{root / 'train'}: found {len(classes)} folders; expected one for each class, at least two")
+    records = []
+    for part in (p.name for p in folders(root)):
+        if loose := [p for p in sorted((root / part).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]:
+            raise InputError(f"{loose[0]}: a photograph outside of a class; expected it in {root / part}/CLASS/")
+        if not folders(root / part):
+            raise InputError(f"{root / part}: holds no class; expected {', '.join(classes[:12])}; or remove it")
+        for folder in folders(root / part):
+            if folder.name not in classes:
+                raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}; "
+                                 "add it there or remove it here")
+            records += [Record(f"{part}/{folder.name}/{image.name}", image, part, category=classes.index(folder.name))
+                        for image in list_images(folder, only=True).values()]
+    return DataSet(records, tuple(classes))
+
+
+# ---- drawn photographs ----
+
+DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
+DRAWN_SIDE = 1024  # pixels of a drawing, were it a file: the unit of its points
+
+
+def read_drawn() -> DataSet:
+    """The drawn photographs; every label is known, and each shows an eye of its own."""
+    records = []
+    for part, (series, number) in DRAWN.items():
+        for i in range(number):
+            eye = synthetic.plan(series, i)
+            points = {kind: tuple(float(DRAWN_SIDE * v) for v in p)
+                      for kind, p in zip(POINTS, (eye.disc, eye.fovea))}
+            records.append(Record(f"drawn/{series}_{i:04d}", None, part, eye.grade, eye.edema,
+                                  masks=dict.fromkeys(LESIONS), points=points, drawing=(series, i)))
+    return DataSet(records)
+
+
+# ---- what a path means ----
+
+def find_data(path: str | None) -> Path | None:
+    """The data set that a command means: `path`, else data/IDRiD where it exists, else None for drawn photographs."""
+    if path is not None:
+        return Path(path)
+    return records.HERE / "data" / "IDRiD" if (records.HERE / "data" / "IDRiD").is_dir() else None
+
+
+def read_data(root: Path | None) -> DataSet:
+    """The data set at `root`: a table (.csv), folders of classes, or IDRiD; drawn photographs where it is None."""
+    if root is None:
+        return read_drawn()
+    if not root.exists():
+        raise InputError(f"{root}: no such file or folder; expected a table (.csv), a folder with train/CLASS/ in it, "
+                         f"or the folder into which IDRiD was unzipped ({SOURCE})")
+    if root.is_file():
+        if root.suffix.lower() != ".csv":
+            raise InputError(f"{root}: a file that is no table; expected one that ends in .csv, a folder with "
+                             "train/CLASS/ in it, or the folder into which IDRiD was unzipped")
+        return read_table(root)
+    return read_idrid(root) if is_idrid(root) else read_folders(root)
+
+
+def is_idrid(root: Path) -> bool:
+    """Whether it is a folder to be read as IDRiD's."""
+    return root.is_dir() and not (root / "train").is_dir()

@@ -1,0 +1,275 @@
+"""What a data set holds and what is wrong with it, before anyone trains on it.
+
+    examine         counts, files, copies, eyes, leaks, conflicts, the split
+    page            the same in words
+    contact_sheets  pictures of each kind of finding
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from retina.datasets import cache, leaks, splits
+from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
+from retina.datasets.leaks import Comparison, compare
+from retina.datasets.records import COLOURS, DataSet, KINDS, LABELS, Record
+from retina.datasets.synthetic import LESIONS
+from retina.drawing import mark
+from retina.files import InputError
+
+EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
+
+
+@dataclass
+class Examined:
+    """What `page` and `contact_sheets` need."""
+    report: dict  # plain types, for --json
+    records: list[Record]  # those that can be read, before copies are joined
+    found: Comparison
+    odd: list[tuple[Record, str]]  # masks that are stored unlike most
+
+
+def labelled(records: Sequence[Record]) -> dict[str, int]:
+    """How many records carry each label that occurs at all."""
+    return {label: n for label in LABELS if (n := sum(getattr(r, label) is not None for r in records))}
+
+
+def class_shares(records: Sequence[Record], classes: Sequence[str]) -> dict[str, dict]:
+    """For each label of the whole photograph: how often each value occurs, and what a constant guess scores."""
+    shares = {}
+    for label in ("grade", "edema", "category"):
+        counts = Counter(v for r in records if (v := getattr(r, label)) is not None)
+        if counts:
+            value, number = max(counts.items(), key=lambda item: (item[1], -item[0]))
+            names = {v: classes[v] if label == "category" else str(v) for v in sorted(counts)}
+            shares[label] = {"counts": {names[v]: counts[v] for v in names}, "constant_guess": names[value],
+                             "constant_accuracy": round(number / counts.total(), 4)}
+    return shares
+
+
+def overview(records: Sequence[Record], classes: Sequence[str]) -> dict:
+    """Photographs by subset, labels, classes and masks of some records."""
+    masks = {kind: {"masks": sum(bool((r.masks or {}).get(kind)) for r in records),
+                    "none": sum(kind in (r.masks or {}) and r.masks[kind] is None for r in records)}
+             for kind in LESIONS} if any(r.masks is not None and r.image for r in records) else {}
+    return {"photographs": len(records), "subsets": dict(Counter(r.name.removeprefix("test/").rpartition("/")[0]
+                                                                 for r in records)),
+            "labels": labelled(records), "classes": class_shares(records, classes), "masks": masks}
+
+
+def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record, str]], list[str]]:
+    """How masks are stored: counts, those stored unlike most; and the photographs without a field of view."""
+    if all(r.drawing is not None for r in records):
+        return Counter(), [], []
+    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE, "stored", "vessels")
+                            for r in records))
+    masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
+    forms = Counter(mask.partition(" ")[2] for _, mask in masks)
+    usual = max(forms, key=forms.get, default="")
+    return (forms, [(r, mask) for r, mask in masks if mask.partition(" ")[2] != usual],
+            [r.name for r, v in zip(records, vessels) if not v.any()])
+
+
+def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined:
+    """Look at a data set as training would: counts, files, copies, eyes, leaks, conflicts, the split.
+
+    InputError: nothing in it can be read.
+    """
+    problems = build_cache(data_set.records, EXAMINED_SIZE, cache.CACHE)
+    records = [r for r in data_set.records if r.name not in problems]
+    if not records:
+        raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
+                         f"{next(iter(problems.values()))}")
+    found = compare(records, EXAMINED_SIZE)
+    joined, conflicts = found.join(records)
+    split = splits.split(joined, fold)
+    forms, odd, without_field = stored_forms(records)
+    groups = defaultdict(list)
+    for r in joined:
+        groups[r.eye].append(r.name)
+    trained = {r.eye for r in joined if r.part == "train"}
+    pairs = [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
+             for k in np.argsort(-found.scores, kind="stable")]
+    same = int((found.scores >= leaks.SAME_EYE).sum())
+    parts = [part for part in ("train", "val", "test") if any(r.part == part for r in data_set.records)]
+    report = {
+        "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
+        "parts": {p: overview([r for r in data_set.records if r.part == p], data_set.classes) for p in parts},
+        "unreadable": problems,
+        "sizes": dict(Counter(f"{w}x{h}" for w, h in found.sizes.tolist()).most_common()),
+        "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
+        "without_field_of_view": without_field,
+        "copies": [[records[i].name, records[j].name] for i, j in found.copies],
+        "same_eye": {"threshold": leaks.SAME_EYE, "pairs": pairs[:same], "closest_below": pairs[same:same + 12],
+                     "photographs": len(joined), "eyes": len(groups),
+                     "groups": [names for names in groups.values() if len(names) > 1]},
+        "conflicts": [c.plain(data_set.classes) for c in conflicts],
+        "leaks": {"validated": [r.name for r in split.validated],
+                  "training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
+                  "test_labels": labelled([r for r in split.test if r.eye in trained])},
+        "split": {"fold": fold, "training": overview(split.training, data_set.classes),
+                  "validation": overview(split.validation, data_set.classes)}}
+    return Examined(report, records, found, odd)
+
+
+# ---- words ----
+
+def listing(title: str, items: Sequence[str], most: int = 12) -> list[str]:
+    """Lines of text: how many there are, and the first of them."""
+    rest = [f"    ... and {len(items) - most} more (--json lists all)"] if len(items) > most else []
+    return [f"{title}: {len(items)}", *(f"    {item}" for item in items[:most]), *rest]
+
+
+def by_task(labels: Mapping[str, int]) -> str:
+    """Counts of labels, each with the task that learns from it."""
+    return ", ".join(f"{LABELS[label]} ({label}) {n}" for label, n in labels.items()) or "none"
+
+
+def part_lines(title: str, part: Mapping) -> list[str]:
+    """Lines of text for one overview."""
+    subsets = ", ".join(f"{name} {n}" for name, n in list(part["subsets"].items())[:12])
+    lines = [f"{title}: {part['photographs']} photographs ({subsets}); labelled: {by_task(part['labels'])}"]
+    for label, shares in part["classes"].items():
+        total = sum(shares["counts"].values())
+        lines.append(f"    {label:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in shares["counts"].items()) +
+                     f"   always guessing {shares['constant_guess']} is right for {shares['constant_accuracy']:.1%}")
+    if part["masks"]:
+        lines.append("    masks    " + "  ".join(f"{kind}: {n['masks']}" + f" ({n['none']} have none)" * bool(n["none"])
+                                                 for kind, n in part["masks"].items()))
+    return lines
+
+
+def page(report: Mapping) -> str:
+    """A report as text for the screen."""
+    lines = [report["data"], *report["notes"], ""]
+    for part, counts in report["parts"].items():
+        lines += part_lines(part, counts)
+    lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
+    if report["mask_formats"]:
+        lines.append(f"masks ({', '.join(f'{k} {name}' for k, name in KINDS.items())}) are stored as " + ", ".join(
+            f"mode {form.replace(' ', ' with values ', 1)} ({n} files)" for form, n in report["mask_formats"].items()))
+    lines += listing("masks stored unlike the others", report["odd_masks"])
+    lines += listing("unreadable files", list(report["unreadable"].values()))
+    lines += listing("photographs without a round field of view (taken whole, not compared by vessels)",
+                     report["without_field_of_view"], 3)
+    same = report["same_eye"]
+    lines += ["", *listing("copies: pairs of files that show one photograph",
+                           [" = ".join(pair) for pair in report["copies"]], 4)]
+    lines += listing(f"other pairs that show one eye (score {same['threshold']} and up)",
+                     [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
+    lines += [f"    closest below: {p['score']:.2f}  {' / '.join(p['photographs'])}"
+              for p in same["closest_below"][:1]]
+    lines.append(f"after joining copies in the training part: {same['photographs']} photographs of {same['eyes']} eyes")
+    lines += listing("labels that contradict each other", [
+        f"{c['label']} {' or '.join(map(str, c['values']))} of {' = '.join(c['photographs'])}; training uses "
+        f"{c['used']}" for c in report["conflicts"]])
+    leaks = report["leaks"]
+    if "test" in report["parts"]:
+        lines += ["", f"leaks: training photographs of an eye in the test part: {len(leaks['training'])}; by task: "
+                  f"{by_task(leaks['training_labels'])}",
+                  f"    test photographs of an eye in the training part, by task: {by_task(leaks['test_labels'])}"]
+        lines += ["    train.py leaves those training photographs out, unless --keep-leaks"] * bool(leaks["training"])
+    else:
+        lines += ["", "leaks: there is no test part here to look for in the training part"]
+    if leaks["validated"]:
+        lines += listing("training photographs of an eye in the validation part (train.py leaves them out)",
+                         leaks["validated"])
+    how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
+    lines += ["", f"the split of train.py, {how}, copies joined:"]
+    lines += part_lines("  training", report["split"]["training"])
+    return "\n".join(lines + part_lines("  validation", report["split"]["validation"]))
+
+
+# ---- contact sheets ----
+
+TILE, CAPTION = 208, 30  # pixels: side of a picture, height of the text below
+
+
+def picture(record: Record) -> Image.Image:
+    """The cached sample of a record as a small picture."""
+    pixels, = cached(record, cache_path(record, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE, "image")
+    return Image.fromarray(pixels.transpose(1, 2, 0)).resize((TILE, TILE), Image.LANCZOS)
+
+
+def labelled_picture(record: Record) -> Image.Image:
+    """With its masks outlined and its points marked, as they lie in the sample."""
+    sample = cached_sample(record, cache_path(record, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE)
+    image = sample.image.clone()
+    if sample.masks is not None:
+        for mask, colour in zip((sample.masks == 1).float()[:, None], COLOURS.values()):
+            outline = torch.nn.functional.max_pool2d(mask, 5, 1, 2) > mask
+            image = torch.where(outline, torch.tensor(colour, dtype=torch.uint8)[:, None, None], image)
+    drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
+    if sample.points is not None:
+        mark(ImageDraw.Draw(drawn), sample.points.nan_to_num(-99).tolist(), 9)
+    return drawn.resize((TILE, TILE), Image.LANCZOS)
+
+
+def contact_sheet(path: Path, title: str, groups: Sequence[tuple[str, Sequence[Record]]], draw=picture) -> None:
+    """Write pictures of records in groups that belong together, each group with a caption, each picture with a name."""
+    font = ImageFont.load_default(12)
+    wide = max(len(members) for _, members in groups)
+    tiles = []
+    for caption, members in groups:
+        tile = Image.new("RGB", (wide * TILE, TILE + CAPTION + 4), "white")
+        pen = ImageDraw.Draw(tile)
+        for k, record in enumerate(members):
+            tile.paste(draw(record), (k * TILE, 0))
+            pen.text((k * TILE + 3, TILE + 1), record.name[-28:], "black", font)
+        pen.text((3, TILE + 15), caption, "black", font)
+        tiles.append(v2.functional.pil_to_tensor(tile) / 255)
+    grid = v2.functional.to_pil_image(make_grid(tiles, nrow=max(1, 6 // wide), padding=6, pad_value=0.8))
+    sheet = Image.new("RGB", (max(grid.width, round(font.getlength(title)) + 12), grid.height + 22), "white")
+    sheet.paste(grid, (0, 22))
+    ImageDraw.Draw(sheet).text((6, 4), title, "black", font)
+    sheet.save(path)
+
+
+def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str]:
+    """One sheet for each kind of finding, in `folder`; -> their names and what they show."""
+    records, report = examined.records, examined.report
+    by_name = {r.name: r for r in records}
+
+    def pairs(found):
+        return [(f"score {p['score']:.2f}", [by_name[n] for n in p["photographs"]]) for p in found]
+
+    groups = defaultdict(list)
+    for r in splits.name_eyes(records, examined.found.same_eye()):
+        groups[r.eye].append(r)
+    leaks = [("", [next(r for r in group if r.part == "test"), next(r for r in group if r.part != "test")])
+             for group in groups.values() if {"test"} < {r.part for r in group}]
+    alike = defaultdict(list)
+    for r in records:
+        alike[r.grade, r.category, r.masks is not None].append(r)
+    labels = [(", ".join(f"{k} {v}" for k in ("grade", "edema") if (v := getattr(r, k)) is not None), [r])
+              for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]
+    legend = "; outlines: " + ", ".join(f"{name} {colour}" for name, colour in zip(
+        KINDS.values(), ("blue", "orange", "green", "pink", "yellow"))) + "; + optic disc, x fovea"
+    sheets = {
+        "labels": ("labels as they lie on the photographs" + legend, labels, labelled_picture),
+        "copies": ("files that show one photograph", [("", [by_name[n] for n in p]) for p in report["copies"]],
+                   picture),
+        "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"]), picture),
+        "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"]), picture),
+        "conflicts": ("one photograph, different labels", [
+            (f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}",
+             [by_name[n] for n in c["photographs"]]) for c in report["conflicts"]], picture),
+        "leaks": ("an eye of the test part in the training part", leaks, picture),
+        "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in examined.odd], labelled_picture),
+        "no_field": ("no round field of view found", [("", [by_name[n]]) for n in report["without_field_of_view"]],
+                     picture)}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, (title, found, draw) in sheets.items():
+        if found:
+            title += f" ({min(len(found), most)} of {len(found)})"
+            contact_sheet(folder / f"{name}.png", title, found[:most], draw)
+            lines.append(f"{folder / name}.png: {title}")
+    return lines

@@ -1,0 +1,247 @@
+"""Records -> training, validation and test, such that no eye lies on two sides.
+
+    join_copies     one record of all copies of a photograph, with the labels of all
+    name_eyes       connected photographs are one eye
+    split           training photographs of a test eye are left out
+    announcement    what a run is about to learn from, in words
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retina.datasets.records import Record
+from retina.evaluation.task_metrics import TaskMetrics
+from retina.files import InputError
+
+if TYPE_CHECKING:
+    from data import Photographs
+    from flags import Options
+
+
+# ---- copies ----
+
+def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
+    """For each of `number` items the lowest item that it is connected with through `pairs`."""
+    leader = list(range(number))
+
+    def find(i):
+        while leader[i] != i:
+            i = leader[i]
+        return i
+
+    for a, b in pairs:
+        a, b = sorted((find(a), find(b)))
+        leader[b] = a
+    return [find(i) for i in range(number)]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Files of one photograph that carry different labels of one kind."""
+    label: str  # a field of Record, a point, or a kind of mask
+    names: tuple[str, ...]
+    values: tuple
+    used: object  # what training goes by; None: nothing
+
+    def plain(self, classes: Sequence[str]) -> dict:
+        """As plain types, categories by their names."""
+        def named(value):
+            return classes[value] if self.label == "category" and value is not None else value
+        return {"label": self.label, "photographs": list(self.names), "values": [named(v) for v in self.values],
+                "used": named(self.used)}
+
+
+def join_numbers(group: Sequence[Record]) -> tuple[dict, list[Conflict]]:
+    """Grade, edema and category of copies. The higher grade counts, but different categories cancel each other."""
+    labels, conflicts = {}, []
+    for label in ("grade", "edema", "category"):
+        known = {r.name: v for r in group if (v := getattr(r, label)) is not None}
+        labels[label] = max(known.values(), default=None)
+        if len(set(known.values())) > 1:
+            labels[label] = None if label == "category" else labels[label]
+            conflicts.append(Conflict(label, tuple(known), tuple(known.values()), labels[label]))
+    return labels, conflicts
+
+
+def join_points(group: Sequence[Record], sizes: Sequence, size: tuple[int, int]) -> tuple[dict, list[Conflict]]:
+    """Points of copies of `sizes`, carried over to an image of `size`; different ones count by their mean."""
+    points, conflicts = {}, []
+    for point in dict.fromkeys(p for r in group for p in r.points or {}):
+        known = {r.name: np.multiply(r.points[point], np.divide(size, own))
+                 for r, own in zip(group, sizes) if point in (r.points or {})}
+        points[point] = tuple(np.mean(list(known.values()), 0).tolist())
+        if np.ptp(list(known.values()), 0).max() > 0.01 * size[0]:
+            places = tuple(tuple(v.round(1).tolist()) for v in known.values())
+            conflicts.append(Conflict(point, tuple(known), places, points[point]))
+    return {"points": points or None}, conflicts
+
+
+def join_masks(group: Sequence[Record], sizes: Sequence, size: tuple[int, int]) -> tuple[dict, list[Conflict]]:
+    """Masks of the copies that have `size`, since masks are drawn on pixels; a file beats "none", the first counts."""
+    masks, conflicts = {}, []
+    for kind in dict.fromkeys(k for r in group for k in r.masks or {}):
+        known = {r.name: r.masks[kind] for r, own in zip(group, sizes)
+                 if kind in (r.masks or {}) and tuple(own) == tuple(size)}
+        if known:
+            masks[kind] = next(filter(None, known.values()), None)
+        if len(set(known.values())) > 1:
+            values = ["none" if path is None else str(path) for path in known.values()]
+            conflicts.append(Conflict(kind, tuple(known), tuple(values), str(masks[kind])))
+    return {"masks": masks or None}, conflicts
+
+
+def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
+                sizes: Sequence[tuple[int, int]]) -> tuple[list[Record], list[Conflict]]:
+    """Make one record of all training copies of a photograph, with the labels of all of them; -> records, conflicts.
+
+    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. Where copies carry
+    different grades the higher one counts: the same photograph was graded twice, and missing disease is the worse
+    mistake. Photographs of other parts stay as they are: they are scored as they were given, and no label crosses from
+    test into training.
+    """
+    groups = defaultdict(list)
+    for i, leader in enumerate(connected(pairs, len(records))):
+        groups[(leader, "train") if records[i].part == "train" else (i, "alone")].append(i)
+    joined, conflicts = [], []
+    for group in groups.values():
+        if len(group) == 1:
+            joined.append(records[group[0]])
+            continue
+        first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
+        members, own = [records[i] for i in group], [sizes[i] for i in group]
+        labels = {}
+        for found, contradictions in (join_numbers(members), join_points(members, own, sizes[first]),
+                                      join_masks(members, own, sizes[first])):
+            labels |= found
+            conflicts += contradictions
+        joined.append(replace(records[first], **labels))
+    return joined, conflicts
+
+
+# ---- eyes ----
+
+def name_eyes(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[Record]:
+    """Give all photographs that `pairs`, or an `eye` that the data set names, connect the same `eye`."""
+    said = defaultdict(list)
+    for i, record in enumerate(records):
+        if record.eye:
+            said[record.eye].append(i)
+    known = [pair for group in said.values() for pair in itertools.pairwise(group)]
+    return [replace(r, eye=records[k].name) for r, k in zip(records, connected([*pairs, *known], len(records)))]
+
+
+# ---- split ----
+
+@dataclass(frozen=True)
+class Split:
+    """Records by what they are for."""
+    training: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    leaks: list[Record]  # photographs to train or validate on that show an eye of the test part
+    validated: list[Record]  # training photographs that show an eye of a validation part of the data set's own
+
+
+def folds(records: Sequence[Record], number: int) -> list[int]:
+    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each grade and of the masks.
+
+    Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, always the same, those with most
+    photographs first; each goes where it leaves the counts of its strata most even.
+    """
+    ungraded = [r.grade is None and r.category is None for r in records]  # what else they carry decides for these
+    strata = [(r.grade, r.category, r.masks is not None, u and (r.edema, r.points is not None))
+              for r, u in zip(records, ungraded)]
+    total = Counter(strata)
+    eyes = defaultdict(list)
+    for i, record in enumerate(records):
+        eyes[record.eye].append(i)
+    groups = [eyes[eye] for eye in sorted(eyes)]
+    order = np.random.default_rng(0).permutation(len(groups))
+    counts = [Counter() for _ in range(number)]
+    fold = [0] * len(records)
+    for g in sorted(order, key=lambda g: -len(groups[g])):
+        members = Counter(strata[i] for i in groups[g])
+
+        def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
+            return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
+
+        best = min(range(number), key=crowded)
+        counts[best].update(members)
+        for i in groups[g]:
+            fold[i] = best
+    return fold
+
+
+def read_fold(text: str) -> tuple[int, int]:
+    """"2/5", the second of five folds -> (2, 5). InputError: another form."""
+    first, _, number = text.partition("/")
+    if not re.fullmatch(r"\d{1,3}/\d{1,3}", text, re.ASCII) or not 1 <= int(first) <= int(number) >= 2:
+        raise InputError(f"--fold {text[:20]}: expected I/N, fold I of N, such as 1/5; I from 1 to N, N from 2 to 999")
+    return int(first), int(number)
+
+
+def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False) -> Split:
+    """Cut the training part into training and validation (fold I of N) such that no eye lies on both sides.
+
+    Training photographs of an eye in the test part are left out, unless `keep_leaks`. Where the data set names its own
+    validation part, that is taken, and photographs of its eyes never train. InputError: `fold` has no such form.
+    """
+    index, number = read_fold(fold)
+    parts = {part: [r for r in records if r.part == part] for part in ("train", "val", "test")}
+    tested, validated = ({r.eye for r in parts[part]} for part in ("test", "val"))
+    leaks = [r for r in parts["train"] + parts["val"] if r.eye in tested]
+    if not keep_leaks:
+        parts |= {part: [r for r in parts[part] if r.eye not in tested] for part in ("train", "val")}
+    if parts["val"]:
+        sides = [[r for r in parts["train"] if (r.eye in validated) == side] for side in (False, True)]
+        return Split(sides[0], parts["val"], parts["test"], leaks, sides[1])
+    training, validation = [], []
+    for record, f in zip(parts["train"], folds(parts["train"], number)):
+        (validation if f == index - 1 else training).append(record)
+    return Split(training, validation, parts["test"], leaks, [])
+
+
+def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetrics], everything: Sequence[TaskMetrics],
+                 root: Path | None, why: str = "") -> None:
+    """InputError: one of the `parts` has no label for one of the tasks; says which of `everything` would work."""
+    def labels(task):
+        return {name: sum(task.labelled(r) for r in part) for name, part in parts.items()}
+
+    for task in tasks:
+        if not all(labels(task).values()):
+            counts = ", ".join(f"{n} for {name}" for name, n in labels(task).items())
+            possible = " ".join(t.name for t in everything if all(labels(t).values()))
+            raise InputError(f"--tasks {task.name}: photographs with its label in {root}: {counts}{why}; expected at "
+                             f"least one each; " + (f"--tasks {possible} would work" if possible else
+                                                    "no task would work with this data"))
+
+
+def describe(photographs: Photographs, tasks: Sequence[TaskMetrics]) -> str:
+    """How many photographs there are, and how many have a label for each task."""
+    labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
+    return f"{len(photographs)} photographs ({', '.join(labelled)})"
+
+
+def announcement(training: Photographs, validation: Photographs, findings: Mapping, tasks: Sequence[TaskMetrics],
+                 options: Options) -> str:
+    """What a run is about to learn from, what it left out, and what it had to decide."""
+    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {options.fold}"
+    lines = [f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"]
+    if leaks := findings["leaks"]["photographs"]:
+        lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
+            "kept (--keep-leaks), so test scores say little about new eyes" if options.keep_leaks else "left out"))
+    if validated := len(findings["left_out_for_validation"]):
+        lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
+    if conflicts := len(findings["conflicts"]):
+        lines.append(f"{conflicts} times copies of one photograph carry different labels; config.json lists them and "
+                     "what training goes by")
+    return "\n".join(lines)

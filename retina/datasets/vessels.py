@@ -1,0 +1,174 @@
+"""Photographs of one eye are known by their vessels, whatever light and view.
+
+    vessel_map          where a photograph has dark lines
+    same_eye_scores     how well the maps of all pairs correlate at their best shift, turn and zoom
+
+Normalised correlation by Fourier transform: Lewis 1995, "Fast normalized cross-correlation"
+"""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+# V side of a vessel map, n photographs
+
+VESSEL_SIDE = 108  # pixels of a vessel map
+REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
+COARSE_VIEWS = tuple(itertools.product((-12, -6, 0, 6, 12), (0.93, 1.0, 1.07)))  # degrees, zoom
+FINE_VIEWS = tuple(itertools.product(range(-12, 13, 3), (0.92, 0.96, 1.0, 1.04, 1.08)))
+SCREEN = 0.33  # score of the reduced maps below which a pair is not looked at again
+
+
+# ---- vessels of one photograph ----
+
+@functools.cache
+def low_pass(side: int, sigma: float) -> np.ndarray:
+    """Transfer function (side, side / 2 + 1) of a Gaussian blur of `sigma` pixels."""
+    square = np.fft.fftfreq(side)[:, None] ** 2 + np.fft.rfftfreq(side) ** 2
+    return np.exp(-2 * (math.pi * sigma) ** 2 * square)
+
+
+@functools.cache
+def line_filters(side: int, number: int = 12, sigma: float = 1.6, length: float = 5.0) -> np.ndarray:
+    """Transfer functions (2, number, side, side / 2 + 1) of detectors of dark half lines at `number` angles.
+
+    Across the line the second derivative of a Gaussian, along it one half of a Gaussian of `length`; the second of
+    the pair looks the opposite way.
+    """
+    y, x = np.fft.fftfreq(side, 1 / side)[:, None], np.fft.fftfreq(side, 1 / side)
+    kernels = []
+    for angle in np.pi * np.arange(2 * number) / number:
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        kernel = (1 - (v / sigma) ** 2) * np.exp(-v ** 2 / (2 * sigma ** 2) - u ** 2 / (2 * length ** 2))
+        kernel *= np.clip((u + 1) / 2, 0, 1)
+        kernel -= kernel.mean()
+        kernels.append(np.fft.rfft2(kernel / np.linalg.norm(kernel)))
+    return np.stack(kernels).astype(np.complex64).reshape(2, number, side, side // 2 + 1)
+
+
+def vessel_map(picture: np.ndarray) -> np.ndarray:
+    """Where dark lines are: square retina (2 V, 2 V, 3) uint8 -> (V, V) uint8; 0 outside the retina, else 1..255.
+
+    A vessel goes on in both directions: the weaker half line counts, so that spots of dust are none. Of the responses
+    of all angles the best counts, less their mean: a lesion responds to every angle alike, a vessel to one. The rim of
+    the field, where the camera's border would look like a line, is left out.
+    """
+    side = len(picture)
+    padded = side + 40  # so that nothing wraps around
+
+    def convolve(layer, transfer):
+        spectrum = np.fft.rfft2(layer, s=(padded, padded)) * transfer
+        return np.fft.irfft2(spectrum, s=(padded, padded))[..., :side, :side].astype(np.float32)
+
+    green, brightest = picture[..., 1].astype(np.float32), picture.max(2)
+    lit = (brightest > max(12, 0.12 * np.percentile(brightest, 98))).astype(np.float32)
+
+    def local_mean(layer, sigma):  # over the lit pixels around
+        blur = low_pass(padded, sigma)
+        return convolve(layer * lit, blur) / np.maximum(convolve(lit, blur), 1e-3)
+
+    mean = local_mean(green, 8)
+    contrast = np.sqrt(np.maximum(local_mean((green - mean) ** 2, 12), 0)) + 1
+    responses = convolve(np.clip((mean - green) / contrast, -4, 4) * lit, line_filters(padded)).min(0)
+    lines = np.maximum(responses.max(0) - np.abs(responses).mean(0), 0)
+    inside = convolve(lit, low_pass(padded, 4)) > 0.98
+    if not inside.any():
+        return np.zeros((side // 2, side // 2), np.uint8)
+    lines = np.minimum(lines, np.percentile(lines[inside], 98)) * inside
+    lines = lines.reshape(side // 2, 2, side // 2, 2).mean((1, 3))
+    inside = inside.reshape(side // 2, 2, side // 2, 2).all((1, 3))
+    return np.where(inside, 1 + 254 * lines / max(lines.max(), 1e-6), 0).astype(np.uint8)
+
+
+# ---- vessels of two photographs ----
+
+def standardise(maps: Tensor) -> Tensor:
+    """(n, V, V) with 0 outside the retina -> mean 0 and variance 1 inside, 0 outside."""
+    inside = (maps > 0).float()
+    pixels = inside.sum((1, 2), keepdim=True).clamp(min=1)
+    centred = (maps - maps.sum((1, 2), keepdim=True) / pixels) * inside
+    return centred / (centred.square().sum((1, 2), keepdim=True) / pixels).sqrt().clamp(min=1e-6)
+
+
+def seen_at(maps: Tensor, degrees: float, zoom: float) -> Tensor:
+    """(n, V, V) turned and zoomed about the centre, of the same energy as before."""
+    cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
+    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(maps), 2, 3)
+    grid = F.affine_grid(matrix, (len(maps), 1, *maps.shape[1:]), align_corners=False)
+    turned = F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
+    energy, before = (x.square().sum((1, 2), keepdim=True) for x in (turned, maps))
+    return turned * (before / energy.clamp(min=1e-6)).sqrt()
+
+
+def shrink(maps: Tensor) -> Tensor:
+    """(n, V, V) -> (n, V / 3, V / 3) of the same mean square."""
+    small = F.avg_pool2d(maps[:, None], 3)[:, 0]
+    before, energy = (x.square().mean((1, 2), keepdim=True) for x in (maps, small))
+    return small * (before / energy.clamp(min=1e-6)).sqrt()
+
+
+class Correlation:
+    """Correlation of pairs of maps at their best shift, by products of spectra, one for all shifts."""
+
+    def __init__(self, field: Tensor):
+        """`field` (V, V) is 1 where a map usually has values: how many pixels overlap decides what a shift weighs."""
+        reach = round(REACH * len(field))
+        self.side = (len(field) + reach + 1,) * 2
+        spectrum = self.spectra(field)
+        overlap = torch.fft.irfft2(spectrum.conj() * spectrum, s=self.side)
+        allowed = torch.zeros(self.side)
+        shifts = torch.arange(-reach, reach + 1)
+        allowed[shifts[:, None], shifts] = 1
+        # the mean over the overlap, which never counts as less than 40 % of the field
+        self.weight = allowed / overlap.clamp(min=0.4 * float(overlap[0, 0]))
+
+    def spectra(self, maps: Tensor) -> Tensor:
+        return torch.fft.rfft2(maps, s=self.side)
+
+    def best(self, a: Tensor, b: Tensor) -> Tensor:
+        """Spectra (n or 1, ...) and (n, ...) -> highest correlation over the shifts (n,)."""
+        return (torch.fft.irfft2(a.conj() * b, s=self.side) * self.weight).flatten(1).amax(1)
+
+
+@torch.inference_mode()
+def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (p, 2) of vessel maps (n, V, V) that may show one eye, i < j, and their scores (p,).
+
+    The score is the highest correlation over shifts, turns and zooms of the second map. All pairs are compared on maps
+    reduced to a third (15 views, each a twentieth of the time of a full one), those that reach SCREEN once more in full
+    (45 views). Maps without a retina are left out.
+    """
+    usable = np.flatnonzero((maps > 0).any((1, 2)))
+    none = np.zeros((0, 2), int), np.zeros(0, np.float32)
+    if len(usable) < 2:
+        return none
+    full = standardise(torch.from_numpy(maps[usable]).float())
+    number = len(full)
+    field = (torch.from_numpy(maps[usable] > 0).float().mean(0) > 0.5).float()
+    small = shrink(full)
+    coarse = Correlation((F.avg_pool2d(field[None], 3)[0] > 0.5).float())
+    spectra, scores = coarse.spectra(small), torch.zeros(number, number)
+    for view in tqdm(COARSE_VIEWS, desc="comparing vessels, once", leave=False, disable=None):
+        turned = coarse.spectra(shrink(seen_at(full, *view)))
+        for i in range(number - 1):
+            for j in range(i + 1, number, 512):
+                row = scores[i, j:j + 512]
+                torch.maximum(row, coarse.best(spectra[i], turned[j:j + 512]), out=row)
+    first, second = (scores >= SCREEN).triu(1).nonzero().unbind(1)
+    if not len(first):
+        return none
+    fine, best = Correlation(field), torch.zeros(len(first))
+    spectra = fine.spectra(full)
+    seconds, place = second.unique(return_inverse=True)
+    for view in tqdm(FINE_VIEWS, desc="looking again", leave=False, disable=None):
+        turned = fine.spectra(seen_at(full[seconds], *view))
+        for k in range(0, len(first), 128):
+            part = slice(k, k + 128)
+            best[part] = best[part].maximum(fine.best(spectra[first[part]], turned[place[part]]))
+    return usable[torch.stack([first, second], 1).numpy()], best.numpy()

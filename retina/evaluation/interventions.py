@@ -1,0 +1,138 @@
+"""What do answers owe to routes? A trained network with other ones: knocked out, shuffled, swapped.
+
+    interventions   which routes are changed, one pass over the split for each
+    rerouted        what becomes of the scores
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from retina.evaluation import statistics
+from retina.evaluation.scoring import score
+from retina.evaluation.task_metrics import TaskMetrics
+
+if TYPE_CHECKING:
+    from data import Batch
+    from model import ExpertLayer, Net, Routing
+
+
+class Rerouted(nn.Module):
+    """A router whose routing is changed by a function."""
+
+    def __init__(self, router: nn.Module, change: Callable[[Routing], Routing]):
+        super().__init__()
+        self.router, self.change = router, change
+
+    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
+        return self.change(self.router(u, grid))
+
+
+def knock_out(r: Routing, expert: int) -> Routing:
+    """Routing without noise as if `expert` were not there: the K best of the others, weighted as the router would.
+
+    Where fewer than K others have any weight, the places left over have none.
+    """
+    k = r.indices.shape[1]
+    p = r.probabilities.index_fill(1, torch.tensor(expert, device=r.probabilities.device), 0.0)
+    top, indices = p.topk(k, dim=1)
+    total = (top if k > 1 else p).sum(1, keepdim=True)
+    weights = torch.where(total > 0, top / total, 0.0)
+    return r._replace(indices=indices, weights=weights)
+
+
+class Tape:
+    """Routes of all photographs of a pass, to be played in another pass, each to the photograph after it."""
+
+    def __init__(self):
+        self.routes: list[tuple[Tensor, Tensor]] = []  # of each photograph: indices and weights, (h * w, K)
+
+    def record(self, r: Routing) -> Routing:
+        """Remember; changes nothing."""
+        self.routes += zip(*(x.view(r.grid[0], -1, x.shape[1]) for x in (r.indices, r.weights)))
+        return r
+
+    def shuffled(self) -> Callable[[Routing], Routing]:
+        """Routes of another photograph for each, from a random cycle through all of them (seed 0)."""
+        order = torch.randperm(len(self.routes), generator=torch.Generator().manual_seed(0))
+        other = torch.empty_like(order).scatter(0, order, order.roll(1)).tolist()
+        next_ = iter(other)
+
+        def play(r):
+            taken = [self.routes[next(next_)] for _ in range(r.grid[0])]
+            indices, weights = (torch.cat(x) for x in zip(*taken))
+            return r._replace(indices=indices, weights=weights)
+        return play
+
+
+@contextlib.contextmanager
+def routed_by(layer: ExpertLayer, routers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, the layer routes each task by `routers`; afterwards by its own again."""
+    own, layer.routers = layer.routers, nn.ModuleDict(routers)
+    try:
+        yield
+    finally:
+        layer.routers = own
+
+
+def interventions(layer: ExpertLayer, tapes: Mapping[str, Tape]) -> Iterator[tuple[dict, dict]]:
+    """-> ({task: what is changed}, {task: router}), one for each pass that is to be scored; see routed_by.
+
+    `tapes` hold, for each task that is scored, the routes of an unchanged pass over the same photographs.
+    """
+    own = dict(layer.routers.items())
+
+    def all_tasks(title, change):
+        return dict.fromkeys(tapes, title), {t: Rerouted(own[t], change) for t in tapes}
+
+    yield all_tasks("without the experts", lambda r: r._replace(weights=torch.zeros_like(r.weights)))
+    for e in range(len(layer.experts.w1)):
+        yield all_tasks(f"without expert {e}", lambda r, e=e: knock_out(r, e))
+    several = [t for t, tape in tapes.items() if len(tape.routes) > 1]
+    if several:
+        yield (dict.fromkeys(several, "routes of another photograph"),
+               own | {t: Rerouted(own[t], tapes[t].shuffled()) for t in several})
+    names = list(own)
+    for shift in range(1, len(names)):
+        other = {names[i - shift]: o for i, o in enumerate(names) if names[i - shift] in tapes}
+        yield {t: f"by the router of {o}" for t, o in other.items()}, {t: own[o] for t, o in other.items()}
+
+
+def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes_: Sequence[str]) -> tuple[float, float]:
+    """Change of a task's primary metric between two tallies of the same photographs (n, ...), and its standard error
+
+    from a paired bootstrap over eyes.
+    """
+    one, other = (statistics.bootstrap([partial(task.measures, tally, chosen={})], eyes_)[task.primary]
+                  for tally in (before, after))
+    difference = other - one
+    return float(difference[0]), float(difference[1:].std())
+
+
+def rerouted(net: Net, batches: Iterable[Batch],
+             tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
+    """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
+
+    Nothing is trained again; see `interventions`. `batches` are passed once for each.
+    """
+    tapes = {t: Tape() for t in net.experts.routers}
+    with routed_by(net.experts, {t: Rerouted(router, tapes[t].record)
+                                        for t, router in net.experts.routers.items()}):
+        before = score(net, batches, tasks)
+    by_name, changes = {t.name: t for t in tasks}, {}
+    passes = list(interventions(net.experts, {t: tapes[t] for t in tapes if t in before.tallies}))
+    for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
+        with routed_by(net.experts, routers):
+            after = score(net, batches, tasks)
+        for t, title in titles.items():
+            value, error = change(by_name[t], before.tallies[t], after.tallies[t], before.eyes_of(t))
+            changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
+                                                "loss": after.losses[t] - before.losses[t]}
+    return changes

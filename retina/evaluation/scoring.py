@@ -1,0 +1,190 @@
+"""What one pass over a split leaves.
+
+    score(net, batches, tasks) -> Scores    tallies of every photograph, losses, use of the experts
+    summary                                 measures of one run or several, with their intervals (statistics.py)
+    write_predictions                       a row for each photograph
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retina.evaluation import statistics
+from retina.evaluation.metrics import Ranking
+from retina.evaluation.routing import per_token
+from retina.evaluation.task_metrics import Joint, TaskMetrics
+from retina.files import InputError
+from retina.training.distributed import ALONE, Group
+
+if TYPE_CHECKING:
+    from data import Batch
+    from model import Net
+
+
+@dataclass
+class Scores:
+    """What one pass over a split leaves."""
+    tasks: list[TaskMetrics]
+    names: dict[str, list[str]] = field(default_factory=dict)  # task -> its labelled photographs
+    tallies: dict[str, Tensor] = field(default_factory=dict)  # task -> (n, ...), see Task.tally
+    losses: dict[str, float] = field(default_factory=dict)  # task -> mean loss
+    # task -> (E,) share of its "tokens" and mean "weight" of each expert
+    usage: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    pools: dict[str, Ranking | None] = field(default_factory=dict)  # task -> see Task.pool
+    eyes: dict[str, str] = field(default_factory=dict)  # photograph -> its eye
+
+    def scored(self) -> list[TaskMetrics]:
+        """The tasks of which something is labelled, and whether both grades are right where there are both."""
+        joint = [Joint()] if "joint" in self.tallies else []
+        return [t for t in self.tasks if t.name in self.tallies] + joint
+
+    def metrics(self, chosen: Mapping[str, Mapping] = MappingProxyType({})) -> dict[str, dict]:
+        """{task: {metric: value}}, each over all photographs of the split; `chosen` as `choose` gives it."""
+        found = {}
+        for task in self.scored():
+            t = task.name
+            loss = {"loss": self.losses[t]} if t in self.losses else {}
+            found[t] = {"photographs": len(self.tallies[t]), "eyes": len(set(self.eyes_of(t))), **loss,
+                        **task.metrics(self.tallies[t], chosen.get(t, {}), self.pools.get(t))}
+        return found
+
+    def eyes_of(self, task: str) -> list[str]:
+        """The eye of each photograph of a task."""
+        return [self.eyes[name] for name in self.names[task]]
+
+    def choose(self) -> dict[str, dict[str, float]]:
+        """{task: what it fits on this split}: temperatures and thresholds."""
+        return {t.name: t.choose(self.tallies[t.name]) for t in self.tasks if t.name in self.tallies}
+
+    def join_grades(self) -> None:
+        """Tally the photographs with both labels, `cls` and `dme`, under the name of Joint."""
+        both = [t for t in self.tasks if t.name in ("cls", "dme") and t.name in self.tallies]
+        if len(both) < 2:
+            return
+        right = [dict(zip(self.names[t.name], t.right(self.tallies[t.name]).tolist())) for t in both]
+        if names := [n for n in right[0] if n in right[1]]:
+            self.names["joint"] = names
+            self.tallies["joint"] = torch.tensor([float(right[0][n] and right[1][n]) for n in names]).double()
+
+
+@dataclass
+class Answered:
+    """What a batch leaves of one task."""
+    names: list[str]  # of its labelled photographs
+    tally: Tensor  # (n, ...), see Task.tally
+    loss: float  # mean
+    usage: Tensor | None  # (n, 2, E) share of the tokens and mean weight of each expert
+
+
+@torch.inference_mode()
+def score(net: Net, batches: Iterable[Batch], tasks: Sequence[TaskMetrics], progress: str = "",
+          group: Group = ALONE) -> Scores | None:
+    """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label.
+
+    Each process of `group` is given every so many-th of the batches; the first gets the scores of all, the others None.
+    """
+    net.eval()
+    pools, found = {t.name: t.pool() for t in tasks}, []
+    eyes = {}
+    for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
+        eyes |= zip(b.names, b.eyes)
+        outputs, routing = net(b.images, b.rows)
+        found.append({})
+        for task in (t for t in tasks if t.name in outputs):
+            t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]
+            found[-1][t] = Answered([b.names[i] for i in b.rows[t].tolist()],
+                                    task.tally(task.decode(output), target, pools[t]).cpu(),
+                                    float(task.loss(output, target)),
+                                    per_token(routing[t]).mean(1).cpu() if routing else None)
+    parts = group.gather((found, pools, eyes))
+    return parts and assemble(tasks, parts)
+
+
+def assemble(tasks: Sequence[TaskMetrics],
+             parts: Sequence[tuple[list[dict[str, Answered]], dict, dict[str, str]]]) -> Scores:
+    """Scores of a split from batches, pools and eyes of each process; batches are those of one in its order."""
+    (_, pools, _), *others = parts
+    for _, more, _ in others:
+        for t, pool in pools.items():
+            if pool is not None:
+                pool.take(more[t])
+    batches = [b for turn in itertools.zip_longest(*(found for found, _, _ in parts)) for b in turn if b is not None]
+    scores = Scores(list(tasks), pools=pools, eyes={k: v for _, _, eyes in parts for k, v in eyes.items()})
+    for t in pools:
+        answered = [b[t] for b in batches if t in b]
+        if not answered:
+            continue
+        scores.names[t] = [name for a in answered for name in a.names]
+        scores.tallies[t] = torch.cat([a.tally for a in answered])
+        scores.losses[t] = sum(len(a.names) * a.loss for a in answered) / len(scores.names[t])
+        if answered[0].usage is not None:
+            usage = torch.cat([a.usage for a in answered]).mean(0)
+            scores.usage[t] = dict(zip(("tokens", "weight"), usage.tolist()))
+    scores.join_grades()
+    return scores
+
+
+def primary_score(values: Mapping[str, dict], tasks: Sequence[TaskMetrics]) -> float:
+    """What checkpoints are chosen by: the mean over tasks of each task's primary metric."""
+    found = [values[t.name][t.primary] for t in tasks if t.name in values]
+    return sum(found) / len(found)
+
+
+def align(scores: Sequence[Scores]) -> None:
+    """Bring the photographs of all into the order of the first. InputError: they are not the same."""
+    for other in scores[1:]:
+        for t in other.tallies.keys() & scores[0].tallies.keys():
+            place = {name: i for i, name in enumerate(other.names[t])}
+            if place.keys() != set(scores[0].names[t]):
+                raise InputError(f"{t}: the runs were scored on different photographs; expected the same data set, "
+                                 "fold and split")
+            other.tallies[t] = other.tallies[t][[place[name] for name in scores[0].names[t]]]
+            other.names[t] = scores[0].names[t]
+
+
+def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, dict]:
+    """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}} over eyes (and runs)."""
+    found = [s.metrics(c) for s, c in zip(scores, chosen)]
+    values, limits = {}, {}
+    for task in scores[0].scored():
+        t = task.name
+        values[t] = {k: v if len(found) == 1 or not isinstance(v, float) else sum(f[t][k] for f in found) / len(found)
+                     for k, v in found[0][t].items() if len(found) == 1 or k != "confusion"}
+        if len(found) > 1:
+            values[t]["sd"] = {k: float(torch.tensor([f[t][k] for f in found], dtype=torch.float64).std())
+                               for k, v in found[0][t].items() if isinstance(v, float)}
+        drawn = statistics.bootstrap([partial(task.measures, s.tallies[t], chosen=c.get(t, {}))
+                                     for s, c in zip(scores, chosen)], scores[0].eyes_of(t))
+        # a resample ranks pixels by the coarse levels of the tallies: its distance to their own value is what counts
+        limits[t] = {k: statistics.limits(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
+        for k in limits[t]:
+            if k.startswith("calibration_error") and limits[t][k] is not None:
+                # resamples are worse calibrated than what they are drawn from, so count the distance the other way
+                # (the basic bootstrap interval: Davison & Hinkley 1997, section 5.2.1)
+                limits[t][k] = [max(0.0, 2 * values[t][k] - v) for v in reversed(limits[t][k])]
+    return values, limits
+
+
+def write_predictions(path: Path, scores: Scores) -> None:
+    """One row per photograph with every task's answer beside the truth."""
+    rows: dict[str, dict] = {}
+    for task in (t for t in scores.tasks if t.name in scores.tallies):
+        for name, tally in zip(scores.names[task.name], scores.tallies[task.name]):
+            rows.setdefault(name, {"photograph": name}).update(
+                {f"{task.name}_{k}": v for k, v in task.row(tally).items()})
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows.values())

@@ -1,0 +1,4 @@
+"""Pictures of a run, drawn with Pillow.
+
+Leaves out: the command (visualize.py).
+"""

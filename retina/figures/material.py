@@ -1,0 +1,210 @@
+"""What figures are made of: a run, its scores, its photographs; and lines over epochs.
+
+A figure for which something is missing raises Missing, which says what.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from retina.datasets import preprocess, records
+from retina.datasets.preprocess import Sample
+from retina.datasets.records import UNKNOWN
+from retina.drawing import COLOURS, legend
+from retina.datasets.synthetic import LESIONS
+from retina.evaluation import metrics, scoring
+from retina.evaluation.scoring import Scores
+from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, TaskMetrics
+from retina.figures import charts
+from retina.figures.charts import Axis, Chart, axis_of
+from retina.inference import full_size
+
+if TYPE_CHECKING:
+    from data import Batch, Photographs
+    from evaluate import Run
+    from tasks import Task
+
+PANEL, SMALLER = 320, 200  # pixels: sides of photographs
+MOST = 400  # photographs of the split, and as many of training, that are looked at
+MOST_SHOWN = 12  # rows and columns of a table
+
+
+class Missing(Exception):
+    """Why a figure cannot be drawn of this run, in words."""
+
+
+@dataclass
+class Material:
+    """What figures are made of; all that takes time is done when it is first asked for, and once."""
+    run: Run  # its network folded, see precision.py
+    part: str  # "val" or "test"
+    photographs: Photographs  # of that part
+    training: Photographs  # at most MOST
+    device: torch.device
+    batches: Callable[[Dataset, Sequence[Task]], Iterable[Batch]]  # of photographs, with the targets of tasks
+    tasks: Mapping[str, Task]  # all that there are, by name
+    logs: Mapping[str, Sequence[Mapping]]  # name of a run -> lines of its metrics.jsonl; the first is `run`
+    perplexity: float | None = None  # of t-SNE; None: 30, or less for few photographs
+    seed: int = 0  # of t-SNE
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.folder.resolve().name
+
+    @property
+    def words(self) -> str:
+        """What the split is called."""
+        return {"val": "validation", "test": "test"}[self.part]
+
+    def passed(self, photographs: Photographs) -> tuple[Scores, Tensor]:
+        """Scores, and the deepest map of the encoder averaged over its positions, (n, C)."""
+        pooled, net = [], self.run.net
+        with net.encoder.register_forward_hook(lambda _, __, maps: pooled.append(maps[-1].mean((2, 3)).cpu())):
+            found = scoring.score(net, self.batches(photographs, self.run.tasks), self.run.tasks,
+                                  f"scoring {len(photographs)} photographs")
+        return found, torch.cat(pooled)
+
+    @functools.cached_property
+    def here(self) -> tuple[Scores, Tensor]:
+        """Of the split."""
+        return self.passed(self.photographs)
+
+    @functools.cached_property
+    def learned(self) -> tuple[Scores, Tensor]:
+        """Of training photographs, as they are, without augmentation."""
+        return self.passed(self.training)
+
+    def first(self, kind: type) -> TaskMetrics | None:
+        """The first of the run's tasks that is of a kind and has a label in the split."""
+        return next((t for t in self.run.tasks if isinstance(t, kind) and t.name in self.here[0].tallies), None)
+
+    def tallies(self, task: TaskMetrics) -> dict[str, Tensor]:
+        """{photograph: tally} of those with a label."""
+        found = self.here[0]
+        return dict(zip(found.names[task.name], found.tallies[task.name]))
+
+    def missing(self, kinds: type | tuple[type, ...], words: str) -> Missing:
+        """That nothing of these kinds is there to be drawn: no task, or no label."""
+        names = [t.name for t in self.run.tasks if isinstance(t, kinds)]
+        return Missing(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
+                       f"{' or '.join(names)}" if names else
+                       f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {words}")
+
+    def classifications(self) -> list[ClassMetrics]:
+        """Those of the run's tasks that tell classes apart. Missing: there are none."""
+        found = [t for t in self.run.tasks if isinstance(t, ClassMetrics) and t.name in self.here[0].tallies]
+        if not found:
+            raise self.missing(ClassMetrics, "tells no classes apart")
+        return found
+
+    def probabilities(self, task: ClassMetrics, p: Tensor) -> Tensor:
+        """(n, C) at the temperature that was chosen."""
+        return metrics.at_temperature(p, self.run.chosen[task.name]["temperature"])
+
+    @property
+    def caution(self) -> str:
+        """Why scores may look better than they are, or ""."""
+        if self.part == "val":
+            return " The checkpoint, temperatures and thresholds were chosen on these photographs: optimistic."
+        return " Trained with --keep-leaks: it may have seen eyes of the test part." * self.run.options["keep_leaks"]
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """Of photographs, by name."""
+        return {r.name: i for i, r in enumerate(self.photographs.records)}
+
+    def sample(self, name: str, size: int | None = None) -> Sample:
+        """A photograph with its labels, in the size of training or in another."""
+        if size is None:
+            return self.photographs[self.numbers[name]]
+        record = self.photographs.records[self.numbers[name]]
+        return preprocess.to_sample(record, preprocess.prepare(record, size, alone=True))
+
+    def answers(self, name: str) -> dict[str, Tensor]:
+        """What the network says of a photograph: {task: decoded answer, one row}."""
+        return full_size.answer(self.run.net, self.run.tasks, self.sample(name).image, self.device)
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The photograph with most pixels of lesions, or the first."""
+        known = [r.name for r in self.photographs.records if r.masks is not None][:MOST]
+        return max(known, key=lambda name: int((self.sample(name).masks[:-1] == 1).sum()), default=next(
+            iter(self.numbers)))
+
+
+def best_median_worst(values: Mapping[str, float]) -> dict[str, str]:
+    """{photograph: which of the three it is}, by a value of each, best first; fewer if there are fewer."""
+    order = sorted(values, key=values.__getitem__)
+    return {order[-1]: "best", order[len(order) // 2]: "median", order[0]: "worst"} if len(order) > 2 else \
+        dict(zip(order[::-1], ("best", "worst")))
+
+
+def picture_of(image: Tensor, side: int) -> Image.Image:
+    """(3, S, S) uint8 -> a picture of `side` pixels."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.LANCZOS)
+
+
+def masks_of(sample: Sample) -> dict[str, np.ndarray]:
+    """{kind: (S, S) bool} of the kinds that are known."""
+    if sample.masks is None:
+        return {}
+    return {kind: (mask == 1).numpy() for kind, mask in zip(LESIONS, sample.masks) if (mask != UNKNOWN).all()}
+
+
+def lesion_legend() -> Image.Image:
+    """The colours of lesions and optic disc."""
+    return legend([(records.KINDS[kind], records.COLOURS[kind], "square") for kind in LESIONS])
+
+
+def of_run(m: Material) -> str:
+    """Which run, photographs and checkpoint a figure is about."""
+    drawn = " DRAWN" * (m.run.options["data"] is None)
+    return f"{m.name}, epoch {m.run.epoch}, {len(m.photographs)}{drawn} {m.words} photographs"
+
+
+# ---- lines over epochs ----
+
+def chosen_of(lines: Sequence[Mapping]) -> int:
+    """The place of the epoch with the best score, the first of equals, as training chooses it."""
+    return max(range(len(lines)), key=lambda i: (lines[i]["score"], -i))
+
+
+@dataclass
+class Line:
+    """One line of a chart over epochs."""
+    words: str  # for the legend
+    values: list[float | None]  # of each epoch
+    colour: Sequence[int]
+    chosen: int | None = None  # the place of the epoch that was chosen, which gets a dot
+    dashed: bool = False
+
+
+def epochs_chart(m: Material, title: str, words: str, lines: Sequence[Line], low: float | None = None,
+                 high: float | None = None) -> Chart:
+    """Lines over epochs, with a dot at the chosen one."""
+    last = max(2, *(len(log) for log in m.logs.values()))
+    steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if v == round(v))
+    chart = Chart(title, Axis("epoch", 1, last, steps),
+                  axis_of(words, (v for line in lines for v in line.values), low, high))
+    for line in lines:
+        chart.line(range(1, len(line.values) + 1), line.values, line.colour, dashed=line.dashed)
+        if line.chosen is not None:
+            chart.dots([line.chosen + 1], [line.values[line.chosen]], line.colour)
+    return chart
+
+
+def of_runs(m: Material, get: Callable[[Mapping], float | None], dashed: bool = False) -> list[Line]:
+    """A line for each run that has a value at all: what `get` takes out of each line of its log."""
+    lines = [Line(name, [get(line) for line in log], colour, None if dashed else chosen_of(log), dashed)
+             for (name, log), colour in zip(m.logs.items(), COLOURS)]
+    return [line for line in lines if any(v is not None for v in line.values)]

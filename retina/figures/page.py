@@ -1,0 +1,75 @@
+"""One page with all figures of a run, its measures and its configuration."""
+
+import base64
+import html
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from retina.evaluation import scoring, tables
+from retina.figures.material import Material
+from retina.inference import predictor
+
+STYLE = """
+body { margin: 0 auto; max-width: 1280px; padding: 16px; box-sizing: border-box; color: #212529; background: #fff;
+       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+img { display: block; max-width: 100%; height: auto; border: 1px solid #dee2e6 }
+h1, h2 { line-height: 1.2; margin: 1.6em 0 .5em } h1 { margin-top: .4em }
+nav a { display: inline-block; margin-right: 1em } a { color: #0072b2 }
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 0 24px }
+.numbers div { display: flex; justify-content: space-between; gap: 8px; border-bottom: 1px solid #e9ecef }
+.numbers span:first-child { color: #5f6770 } .numbers span:last-child { text-align: right }
+.missing { border-left: 4px solid #e69f00; padding: 8px 12px; background: #fff8e6 }
+"""
+
+
+def numbers(pairs: Mapping[str, str]) -> str:
+    """Names and values beside each other, in as many columns as there is room for."""
+    return '<div class="numbers">' + "".join(f"<div><span>{html.escape(k)}</span><span>{html.escape(v)}</span></div>"
+                                             for k, v in pairs.items()) + "</div>"
+
+
+def measured(m: Material) -> str:
+    """All measures of the split with their intervals, task by task."""
+    values, limits = scoring.summary([m.here[0]], [m.run.chosen])
+    parts = []
+    for task in m.here[0].scored():
+        found = values[task.name]
+        parts.append(f"<h3>{html.escape(task.name)}: {found['photographs']} photographs of {found['eyes']} eyes</h3>" +
+                     numbers({k.replace("_", " "): tables.shown(v, limits[task.name].get(k))
+                              for k, v in found.items() if isinstance(v, float)}))
+    return "".join(parts)
+
+
+def page(m: Material, drawn: Mapping[str, bytes | str], figures: Mapping[str, tuple[Callable, str]]) -> str:
+    """One page that needs no other file: pictures (or why there is none), measures, configuration.
+
+    `figures`: name -> function, format. The first line of a function's docstring is its picture's heading.
+    """
+    run = m.run
+    source = "DRAWN photographs, which are no photographs of eyes" if run.options["data"] is None else \
+        f"photographs of {Path(run.options['data']).name}"
+    sections = []
+    for name, content in drawn.items():
+        words = figures[name][0].__doc__.splitlines()[0].rstrip(".:;,")
+        kind = "jpeg" if figures[name][1] == "jpg" else "png"
+        shown = f'<p class="missing">Not drawn: {html.escape(content)}.</p>' if isinstance(content, str) else \
+            f'<img alt="{html.escape(words)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+        sections.append(f'<h2 id="{name}">{html.escape(words)}</h2>{shown}')
+    links = "".join(f'<a href="#{name}">{name}</a>' for name in (*drawn, "measures", "configuration"))
+    options = {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in run.options.items()}
+    options["data"] = "drawn" if run.options["data"] is None else Path(run.options["data"]).name
+    title = f"{m.name}: {' '.join(run.options['tasks'])}"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p>Checkpoint of epoch {run.epoch}; {len(m.photographs)} {m.words} photographs; {html.escape(source)}.
+{predictor.NOTE.capitalize()}.</p>
+<nav>{links}</nav>
+{"".join(sections)}
+<h2 id="measures">Measures</h2>
+<p>On the {m.words} photographs; in brackets 95 % of draws of eyes.{m.caution}</p>
+{measured(m)}
+<h2 id="configuration">Configuration</h2>{numbers(options)}
+</body></html>
+"""

@@ -1,0 +1,221 @@
+"""Files that others can trust, and trust in the files of others.
+
+    InputError, RunError, command   whatever goes wrong is one line; exit status 2 for a mistake, 1 for a mishap
+    replacing, plain                written whole or not at all, whatever kills the process; values as JSON has them
+    load_tensors, open_image        reading runs no code, and memory has a limit
+
+Imports nothing of ours.
+"""
+
+import contextlib
+import errno
+import math
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from PIL import ExifTags, Image
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+# ---- errors ----
+
+class OneLine(Exception):
+    """An error whose text is one line: what, where, what was expected, what to do."""
+
+    def __init__(self, text: str):
+        # a loader's worker hands on its whole traceback as the text; what was meant is behind the name
+        super().__init__(text.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip())
+
+
+class InputError(OneLine, ValueError):
+    """A user's mistake."""
+
+
+class RunError(OneLine, RuntimeError):
+    """What ends a run that was set up well: a number that is not finite, memory that is not there, a killed helper."""
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a program's main function; what goes wrong becomes one line on stderr and an exit status, no traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except PermissionError as error:
+        print(f"error: {error.filename or 'a file'}: no permission; expected to be allowed to read data and to write "
+              "runs, cache and --out; change the permissions of that path", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:  # a link to nothing, a name too long, a full disk
+        what = error.strerror or str(error).strip().rpartition("\n")[2]  # a loader's worker sends its traceback
+        print(f"error: {error.filename or 'a file'}: {what}", file=sys.stderr)
+        sys.exit(2)
+
+
+def as_helper(*worker) -> None:
+    """For helper processes: only the main process answers Ctrl-C, and they do not outlive it, even if it is killed.
+
+    `worker` is given by a loader, of whose workers none may end before the main process has saved what it learned. A
+    pool gives nothing, and ends its processes by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if worker else signal.SIG_DFL)
+
+    def lost(kind, error, trace):
+        # multiprocessing's thread that hands tensors over calls this where the main process is killed as it takes one
+        if not isinstance(error, (EOFError, ConnectionError)):
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = lost
+
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """For processes that this project starts: end when the one that started this one does, however it does."""
+    def follow(parent):
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+# ---- writing ----
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
+    """A file to write in; it takes the place of `path` when the block ends, and never exists there in part.
+
+    A process that is killed leaves what was there before, and a file of another name that ends in .part. If `lasting`,
+    this holds for a power cut too, at the cost of waiting for the disk. OSError: a full disk and the like.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write the same file
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            if lasting:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            full = "; what was there before is as it was; make room and go on" * (error.errno in FULL)
+            raise OSError(error.errno, os.strerror(error.errno) + full, str(path)) from error
+        raise
+
+
+def hold(folder: Path) -> contextlib.AbstractContextManager:
+    """Claim a folder until this context, or the process, ends, however it ends. InputError: another process has."""
+    if fcntl is None:
+        return contextlib.nullcontext()
+    file = open(folder / ".lock", "ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"{folder}: another process is training in it; wait for its end, or stop it") from None
+        return contextlib.nullcontext()  # a file system without locks
+    return file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def plain(value):
+    """For JSON, which has no nan and no infinity: the same with None in their place."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- reading ----
+
+def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
+    """What torch.save wrote, as long as it is tensors and plain types: nothing in the file is executed.
+
+    OSError: no such file, no permission. InputError: it is damaged, or holds something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles unlike torch's own, which are refused
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
+        elsewhere = isinstance(error, OSError) and error.errno != errno.EINVAL  # so it calls a file that is cut short
+        if elsewhere or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{path}: damaged, or no file of tensors and plain types, as torch.save writes it "
+                         f"({type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file, lazily. InputError: whatever is wrong with it, now or while the caller decodes it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{path}: claims more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels, more than any "
+                         "photograph has; replace the file or remove it and its labels") from None
+    except Exception as error:  # damaged files provoke all kinds in the decoders
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a readable image ({reason}); replace the file or remove it and its "
+                         "labels") from None
+
+
+SIDEWAYS = (5, 6, 7, 8)  # orientations in which a viewer swaps width and height
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held (EXIF), where Pillow has not seen to it already; 1 is upright.
+
+    PNG counts as upright, as most viewers have it. TIFF is turned by Pillow itself as it is decoded.
+    """
+    if image.format in ("PNG", "TIFF"):  # of PNG, Pillow decodes the whole file to tell
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) in pixels, as a viewer shows it; None where the file is no image, which decoding will report."""
+    try:
+        with open_image(path) as image:
+            return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
+    except InputError:
+        return None

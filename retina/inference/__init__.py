@@ -1,0 +1,4 @@
+"""Answers in the pixels of a photograph's own file.
+
+Leaves out: labels; nothing here needs any.
+"""

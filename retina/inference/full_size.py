@@ -1,0 +1,146 @@
+"""Answers in the pixels of the photograph's own file, and masks scored there.
+
+    answer, in_tiles    one photograph through the network: whole, or its lesions in overlapping tiles
+    in_file_pixels      a map of the sample -> the pixels of the file
+    score_at_full_size  masks against masks, in those pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retina.datasets import preprocess
+from retina.datasets.preprocess import Decoded, Geometry, Sample
+from retina.datasets.records import Record
+from retina.evaluation.metrics import Ranking
+from retina.evaluation.scoring import Scores
+from retina.evaluation.task_metrics import MaskMetrics, TaskMetrics
+
+if TYPE_CHECKING:
+    from model import Net
+
+
+def sample_of(record: Record, size: int, small: Decoded | None = None) -> Sample:
+    """A photograph as the network sees it, without labels; `small`: see preprocess.prepare."""
+    plain = replace(record, masks=None, points=None)
+    return preprocess.to_sample(plain, preprocess.prepare(plain, size, alone=True, small=small))
+
+
+def rows(net: Net, tasks: Sequence[TaskMetrics], number: int, device: torch.device) -> dict[str, Tensor]:
+    """For Net.forward: these tasks answer for all of `number` photographs, the others for none."""
+    wanted = {t.name for t in tasks}
+    return {name: torch.arange(number if name in wanted else 0, device=device) for name in net.heads}
+
+
+@torch.inference_mode()
+def answer(net: Net, tasks: Sequence[TaskMetrics], image: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What the network says of one sample (3, S, S) uint8: {task: decoded answer, one row}."""
+    outputs, _ = net(image[None].to(device), rows(net, tasks, 1, device))
+    return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
+
+
+@torch.inference_mode()
+def in_tiles(net: Net, task: TaskMetrics, image: Tensor, size: int, device: torch.device, batch: int = 8) -> Tensor:
+    """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles (size, size) that overlap by half.
+
+    Where tiles overlap, their probabilities are averaged with weights that fall off towards a tile's border, where the
+    network sees least of what is around.
+    """
+    side = image.shape[-1]
+    number = -(-2 * (side - size) // size) + 1
+    starts = [round(k * (side - size) / max(1, number - 1)) for k in range(number)]
+    corners = [(y, x) for y in starts for x in starts]
+    window = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size).square()
+    window = window[:, None] * window
+    total, weight = torch.zeros(len(task.classes), side, side), torch.zeros(side, side)
+    for k in range(0, len(corners), batch):
+        part = corners[k:k + batch]
+        tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in part]).to(device)
+        outputs, _ = net(tiles, rows(net, [task], len(part), device))
+        for (y, x), masks in zip(part, task.decode(outputs[task.name].float()).cpu()):
+            total[:, y:y + size, x:x + size] += window * masks
+            weight[y:y + size, x:x + size] += window
+    return total.div_(weight)
+
+
+def masks_of(net: Net, task: TaskMetrics, record: Record, size: int, tiles: float | None, device: torch.device,
+             batch: int) -> tuple[np.ndarray, Geometry]:
+    """Masks (L, Z, Z) of a photograph and where they lie in its file: predicted whole, or in tiles of a larger one."""
+    sample = sample_of(record, size if tiles is None else round(size * tiles))
+    masks = answer(net, [task], sample.image, device)[task.name] if tiles is None else \
+        in_tiles(net, task, sample.image, size, device, batch)
+    return masks.numpy(), sample.geometry
+
+
+def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A map of the sample (Z, Z) float32 -> of the file (H, W), bilinear; 0 outside of the sample.
+
+    To the last bit what Pillow's Image.transform gives, in a fifth of its time: it goes along x for every pixel of the
+    file, this for every row of the sample.
+    """
+    g, side = geometry, len(map_)
+
+    def places(number, scale, shift):  # of pixels of the file: sample's pixel before, how far behind it, inside?
+        at = (np.arange(number) + 0.5) * scale + shift
+        before = np.floor(at - 0.5)
+        return before.astype(int), at - 0.5 - before, (at >= 0) & (at < side)
+
+    x, dx, inside_x = places(g.width, g.scale_x, g.shift_x)
+    y, dy, inside_y = places(g.height, g.scale_y, g.shift_y)
+
+    def along_x(row):
+        left, right = (map_[min(max(row, 0), side - 1)].take(x + i, mode="clip") for i in (0, 1))
+        return np.where(inside_x, left + (right - left) * dx, 0)  # (W,)
+
+    found = np.zeros((g.height, g.width), np.float32)
+    for row in np.unique(y[inside_y]):
+        upper, lower, here = along_x(row), along_x(row + 1), np.flatnonzero(inside_y & (y == row))
+        found[here] = upper + (lower - upper) * dy[here, None]
+    return found
+
+
+def tally_at_full_size(net: Net, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
+                       device: torch.device, batch: int, pool: Ranking) -> tuple[list[str], Tensor]:
+    """Names and tallies (see Lesions.tally) of photographs with masks, in the pixels of their files."""
+    tallies = []
+    with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
+        for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):
+            maps, geometry = masks_of(net, task, record, size, tiles, device, batch)
+
+            def tally(kind, record=record, maps=maps, geometry=geometry):
+                if task.classes[kind] not in record.masks:
+                    return task.count(kind, maps[kind], None, pool)
+                path = record.masks[task.classes[kind]]
+                shape = geometry.height, geometry.width
+                truth = np.zeros(shape, bool) if path is None else \
+                    np.asarray(preprocess.read_mask(path, shape[::-1])[0]) > 0
+                return task.count(kind, in_file_pixels(maps[kind], geometry), truth, pool)
+
+            tallies.append(torch.stack(list(threads.map(tally, range(len(task.classes))))))
+    return [r.name for r in records], torch.stack(tallies)
+
+
+def score_at_full_size(net: Net, tasks: Sequence[TaskMetrics], records: Sequence[Record], size: int,
+                       tiles: float | None, device: torch.device, batch: int) -> Scores | None:
+    """Masks in the pixels of their files; None where there are no masks of files, as with drawn photographs.
+
+    `size` is that of training; with `tiles` the photographs are predicted in parts, at so many times that size, `batch`
+    parts at a time.
+    """
+    task = next((t for t in tasks if isinstance(t, MaskMetrics)), None)
+    records = [r for r in records if r.masks is not None and r.image is not None]
+    if task is None or not records:
+        return None
+    scores = Scores([task], pools={task.name: task.pool()}, eyes={r.name: r.eye or r.name for r in records})
+    net.eval()
+    scores.names[task.name], scores.tallies[task.name] = tally_at_full_size(
+        net, task, records, size, tiles, device, batch, scores.pools[task.name])
+    return scores

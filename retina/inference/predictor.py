@@ -1,0 +1,238 @@
+"""Answers for photographs without labels: a table, overlays, masks.
+
+    find_photographs    what is to be answered for
+    Predictor           one photograph: read, asked, written
+    predict_all         python evaluate.py RUN --images ... --out FOLDER
+
+Research use only: this is no medical device.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from retina.datasets import preprocess
+from retina.datasets.preprocess import Geometry, Sample
+from retina.datasets.readers import IMAGE_SUFFIXES, files_in
+from retina.datasets.records import Record
+from retina.drawing import overlay
+from retina.evaluation.task_metrics import MaskMetrics, PointMetrics, TaskMetrics
+from retina.files import InputError
+from retina.inference.full_size import answer, in_file_pixels, in_tiles, sample_of
+from retina.inference.quality import refusal
+
+if TYPE_CHECKING:
+    from model import Net
+
+NOTE = "research use only, no medical device"
+AHEAD, BEHIND = 2, 2  # photographs read before the network is at them, and still written after it: see overlapped
+
+
+def find_photographs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The photographs that are named and those in the folders that are; what in these is left out.
+
+    InputError: no such file, a folder without a photograph.
+    """
+    found, notes = [], []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--images {path}: no such file or folder; expected photographs, or folders of them")
+        if path.is_dir():
+            inside = files_in(path)
+            images = [p for p in inside if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
+                raise InputError(f"--images {path}: holds no photograph; expected files that end in "
+                                 f"{' '.join(IMAGE_SUFFIXES)}")
+            if others := [p.name for p in inside if p not in images]:
+                notes.append(f"left out, as no photographs or as folders: {len(others)} in {path} "
+                             f"({', '.join(others[:3])}{', ...' * (len(others) > 3)})")
+            found += images
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found)), notes
+
+
+def names_for(paths: Sequence[Path]) -> Iterator[str]:
+    """A name for each, without its suffix; a number is added where two would have the same."""
+    names = set()
+    for path in paths:
+        stem = path.stem.encode("utf-8", "replace").decode()[:60]
+        name, number = stem, 1
+        while name.lower() in names:
+            number += 1
+            name = f"{stem}_{number}"
+        names.add(name.lower())
+        yield name
+
+
+@dataclass
+class Photo:
+    """A photograph on its way through a Predictor. Without a sample, its row says why it is not answered."""
+    row: dict  # of predictions.csv, as far as it is known
+    lit: float = 0.0  # share of the picture that shows retina
+    sample: Sample | None = None
+    large: Sample | None = None  # to cut tiles from
+    picture: Image.Image | None = None  # as large as its file, to draw on
+    found: dict[str, Tensor] | None = None  # what the network says: {task: decoded answer, one row}
+
+
+@dataclass
+class Predictor:
+    """What turns photographs into rows of predictions.csv and pictures: write(ask(read(path, name))) for each."""
+    net: Net
+    tasks: Sequence[TaskMetrics]
+    chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
+    size: int
+    tiles: float | None
+    batch: int  # of tiles
+    device: torch.device
+    out: Path
+    retinas: bool  # False: trained on folders of classes, which may show anything
+
+    def read(self, path: Path, name: str) -> Photo:
+        """All that is needed of a file: a JPEG is decoded once for each purpose, others once; see preprocess.read_image."""
+        row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": NOTE}
+        shown = folders(self.tasks)
+        try:
+            small = preprocess.read_image(path, 512)
+            row |= dict(zip(("width", "height"), small.size))
+            if self.retinas and (reason := refusal(small.image)):
+                return Photo(row | {"status": "refused", "reason": reason})
+            record, tiles = Record(name, path), self.tiles if "masks" in shown else None
+            return Photo(row, float(preprocess.lit_pixels(small.image).mean()), sample_of(record, self.size, small),
+                         None if tiles is None else sample_of(record, round(self.size * tiles), small),
+                         preprocess.read_image(path, 1 << 30, small).image if shown else None)
+        except InputError as error:
+            reason = str(error).removeprefix(f"{path}: ").partition("; replace the file")[0]
+            return Photo(row | {"status": "unreadable", "reason": reason})
+
+    def ask(self, photo: Photo) -> Photo:
+        """The same photograph with what the network says of it."""
+        if photo.sample is None:
+            return photo
+        found = answer(self.net, self.tasks, photo.sample.image, self.device)
+        if photo.large is not None:
+            found |= {t.name: in_tiles(self.net, t, photo.large.image, self.size, self.device, self.batch)
+                      for t in self.tasks if isinstance(t, MaskMetrics)}
+        return replace(photo, found=found)
+
+    def write(self, photo: Photo) -> dict:
+        """The row of a photograph, with columns of all tasks; its pictures are written."""
+        if photo.found is None:
+            return photo.row
+        row, masks, points, lines = photo.row, {}, None, []
+        for task in self.tasks:
+            found = photo.found[task.name]
+            if isinstance(task, MaskMetrics):
+                masks = self.write_masks(row["name"], task, found.numpy(), (photo.large or photo.sample).geometry)
+                row |= {f"area_{kind}": round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
+                        for kind, mask in masks.items()}
+                continue
+            columns = task.answers(found, photo.sample, self.chosen[task.name])
+            row |= columns
+            lines += task.caption(columns)
+            if isinstance(task, PointMetrics):
+                points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in task.classes]
+        if photo.picture is not None:
+            overlay(photo.picture, masks, points, [*lines, NOTE]).save(
+                self.out / "overlays" / f"{row['name']}.png", compress_level=1)
+        return row
+
+    def write_masks(self, name: str, task: MaskMetrics, maps: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
+        """{kind: (H, W) bool} at the chosen thresholds, each written as a PNG of 0 and 255."""
+        masks = {}
+        for kind, map_ in zip(task.classes, maps):
+            masks[kind] = in_file_pixels(map_, geometry) >= self.chosen[task.name][kind]
+            Image.fromarray(masks[kind]).convert("L").save(self.out / "masks" / f"{name}_{kind}.png", compress_level=1)
+        return masks
+
+
+def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
+    """Of the pictures that answers to these tasks are shown in."""
+    masks = any(isinstance(t, MaskMetrics) for t in tasks)
+    return ["overlays"] * (masks or any(isinstance(t, PointMetrics) for t in tasks)) + ["masks"] * masks
+
+
+def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
+    """Write rows as they come, so that none is lost; -> all of them. The header is that of the first answered one."""
+    done, waiting, writer = [], [], None
+    # names of files need not be text
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        def write(columns):
+            new = csv.DictWriter(file, columns, restval="")
+            new.writeheader()
+            return new
+
+        try:
+            for row in rows:
+                done.append(row)
+                waiting.append(row)
+                if writer is None and row["status"] == "answered":
+                    writer = write(row)
+                if writer is not None:
+                    writer.writerows(waiting)
+                    waiting.clear()
+                    file.flush()
+        finally:
+            if waiting:
+                (writer or write(max(waiting, key=len))).writerows(waiting)
+    return done
+
+
+def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) -> Iterator[Mapping]:
+    """Rows in order; while the network has one photograph, threads read the next ones and write the last ones.
+
+    After an error or Ctrl-C, what is being written is written to its end and has its row.
+    """
+    waiting, reading, writing = iter(photographs), deque(), deque()
+
+    def settled(most):  # rows of what is written, until no more than `most` photographs are being written
+        while len(writing) > most or writing and writing[0].done():
+            row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
+            writing.popleft()
+            yield row
+
+    # one reader: open_image turns a warning into an error, and two threads would undo that for each other
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(BEHIND) as writers:
+        try:
+            while True:
+                reading += [reader.submit(predictor.read, *p) for p in islice(waiting, 1 + AHEAD - len(reading))]
+                if not reading:
+                    break
+                writing.append(writers.submit(predictor.write, predictor.ask(reading.popleft().result())))
+                yield from settled(BEHIND)
+            yield from settled(0)
+        except (Exception, KeyboardInterrupt):
+            for unwanted in reading:
+                unwanted.cancel()
+            yield from (w.result() for w in writing if w.exception() is None)
+            raise
+
+
+def predict_all(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
+    """Answer for all photographs; -> the rows of predictions.csv. InputError: `out` is in use."""
+    out = predictor.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file; expected a folder, new or empty")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: holds {next(out.iterdir()).name} and perhaps more; expected a folder, new or "
+                         "empty")
+    for folder in (".", *folders(predictor.tasks)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    predictor.net.eval()
+    rows = overlapped(predictor, zip(paths, names_for(paths)))
+    bar = tqdm(rows, total=len(paths), desc="predicting", unit="photo", leave=False, disable=None)
+    return write_rows(out / "predictions.csv", bar)

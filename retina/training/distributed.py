@@ -1,0 +1,162 @@
+"""Several processes that train one network together, each on its share of every batch.
+
+    torchrun --nproc_per_node=2 train.py --tasks cls seg
+
+Group says who takes part. What is a mean in one process is a quotient of two `total`s here; so every loss is that of
+the whole batch, in every process, and its gradient too once DistributedDataParallel has averaged it: the backward pass
+of `total` adds as well, and differentiates as many equal losses as there are processes. `spread` prepares a network.
+Imports nothing of ours but files.py.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from retina.files import InputError, RunError
+
+
+class Total(torch.autograd.Function):
+    """Sum a tensor over all processes, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Total.apply(grad)
+
+
+class Group:
+    """The processes of a run: `rank` 0, which prints and writes, to `size` - 1. Without torchrun there is one.
+
+    `patient` is for waiting until rank 0 has read a data set. As a context: RunError, if another process is lost.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, patient: dist.ProcessGroup | None = None):
+        self.rank, self.size, self.local, self.patient = rank, size, local, patient
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.size == 1:
+            return
+        if error is None:  # otherwise the others may be waiting somewhere else, and would be waited for here
+            dist.destroy_process_group()
+        elif isinstance(error, RuntimeError) and not isinstance(error, RunError) and any(
+                word in str(error) for word in ("gloo", "NCCL", "Connection", "connection")):
+            first = (str(error).splitlines() or [""])[0]
+            raise RunError(f"process {self.rank} of {self.size} lost another one, whose own message says why; "
+                           f"--resume goes on with a run that has begun ({first[:100]})") from error
+
+    def device(self, wanted: torch.device) -> torch.device:
+        """The device of this process. InputError: there are fewer GPUs than processes."""
+        if self.size == 1 or wanted.type == "cpu":
+            return wanted
+        if self.local >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: process {self.local + 1} of a machine that has "
+                             f"{torch.cuda.device_count()} GPUs; expected at most one process for each")
+        torch.cuda.set_device(self.local)
+        return torch.device("cuda", self.local)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes; can be differentiated."""
+        return x if self.size == 1 else Total.apply(x)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=device)))
+
+    def gather(self, thing: Any) -> list | None:
+        """What each process has, by rank; in rank 0 alone, None in the others."""
+        if self.size == 1:
+            return [thing]
+        found = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(thing, found)
+        return found
+
+    def share(self, thing: Any) -> Any:
+        """What rank 0 has, in all processes."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, group=self.patient)
+        return box[0]
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do, who then find its work done."""
+        if self.size > 1 and self.rank > 0:
+            dist.barrier(self.patient)
+        yield
+        if self.size > 1 and self.rank == 0:
+            dist.barrier(self.patient)
+
+
+ALONE = Group()
+
+
+def join() -> Group:
+    """Meet the other processes that torchrun has started, if it has."""
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        return ALONE
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            timeout=datetime.timedelta(minutes=10))
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+    return Group(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), patient)
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm with the mean and variance of the whole batch, of which there may be nothing here.
+
+    torch's SyncBatchNorm has no CPU, and where a process has no photograph of a task it sends half precision to the
+    others, which expect float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(self.weight.dtype)  # float32
+            n = Total.apply(wide.new_tensor(wide.numel() / wide.shape[1]))  # values of a channel
+            mean = Total.apply(wide.sum((0, 2, 3))) / n  # (C,)
+            wide = wide - mean[:, None, None]
+            variance = Total.apply(wide.square().sum((0, 2, 3))) / n
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return (wide * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
+    """Make `net` one that several processes train: same parameters, norms over the whole batch.
+
+    -> what to call instead of it in training.
+    """
+    if group.size == 1:
+        return net
+    for module in list(net.modules()):
+        for name, norm in module.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, shared(norm))
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+
+
+def shared(norm: nn.BatchNorm2d) -> SharedBatchNorm:
+    """The same norm, over all processes."""
+    other = SharedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+        setattr(other, name, tensor)
+    return other

@@ -1,0 +1,105 @@
+"""Published weights for the encoder, and what keeps weights from fitting into a network."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torchvision
+from torch import Tensor
+
+from retina.files import InputError, load_tensors
+
+if TYPE_CHECKING:
+    from model import Net
+
+
+def reachable(url: str, seconds: float = 8) -> bool:
+    """Whether `url` answers in time; in a thread, because a name server that is silent heeds no timeout."""
+    answers = []
+
+    def ask():
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answers.append(True)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
+    """Pretrained weights, a torchvision state dict, from torchvision ("imagenet") or from a file.
+
+    InputError: they cannot be had (within 10 seconds) or the file holds no state dict.
+    """
+    if weights == "imagenet":
+        found = torchvision.models.get_model_weights(f"efficientnet_{variant}").DEFAULT
+        stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
+        try:
+            if not stored.exists() and not reachable(found.url):
+                raise OSError(f"no answer from {found.url}")
+            return found.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"--weights imagenet: cannot be downloaded ({error}); use --weights none, or --weights "
+                             "FILE with a torchvision state dict") from error
+    try:
+        state = load_tensors(weights)
+    except FileNotFoundError:
+        raise InputError(f"--weights {weights}: no such file; expected none, imagenet, or a file with a torchvision "
+                         "state dict") from None
+    except InputError as error:
+        raise InputError(f"--weights {error}; expected what torch.save(model.state_dict(), FILE) writes") from error
+    except OSError as error:
+        raise InputError(f"--weights {weights}: {error.strerror}; expected a file with a torchvision state "
+                         "dict") from None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        found = f"a dictionary of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, Mapping) else \
+            type(state).__name__
+        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it, found "
+                         f"{found}")
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"--weights {weights}: {bad[0]} is not finite, and {len(bad) - 1} more; expected numbers")
+    return state
+
+
+def start_from(net: Net, weights: str, variant: str) -> None:
+    """Load what --weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
+    if weights == "none":
+        return
+    state = read_weights(weights, variant)
+    try:
+        load_pretrained(net, state)
+    except ValueError as error:
+        raise InputError(f"--weights {weights}, --variant {variant}: {error}") from None
+
+
+def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the weights `have` from fitting into a module whose own are `want`: keys and shapes, in words."""
+    return [*(f"{k} is missing" for k in want if k not in have),
+            *(f"{k} is not part of this network" for k in have if k not in want),
+            *(f"{k} is {tuple(have[k].shape)}, expected {tuple(want[k].shape)}"
+              for k in want if k in have and have[k].shape != want[k].shape)]
+
+
+def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
+    """Load a torchvision EfficientNet state dict: all of it but the final linear layer (`classifier.1`).
+
+    `features.0` ... `features.7` go to the encoder, `features.8` to every classification head.
+    ValueError: keys or shapes do not fit; the first few are named.
+    """
+    encoder = {k: v for k, v in state.items() if not k.startswith(("features.8.", "classifier."))}
+    pooled = {k: v for k, v in state.items() if k.startswith("features.8.")}
+    heads = [getattr(h, h.pretrained) for h in net.heads.values() if hasattr(h, "pretrained")]
+    parts = [(net.encoder, "", encoder), *((conv, "features.8.", pooled) for conv in heads)]
+    for module, prefix, have in parts:
+        if wrong := differences({prefix + k: v for k, v in module.state_dict().items()}, have):
+            more = f", and {len(wrong) - 3} more differences" * (len(wrong) > 3)
+            raise ValueError(f"not the weights of this EfficientNet: {'; '.join(wrong[:3])}{more}")
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})
