@@ -23,11 +23,10 @@ import torch
 
 import data
 import evaluate
-import flags
+
 import train
 import visualize
 from data import Photographs
-from flags import Options, plain
 from retina import files
 from retina.comparison import analysis, measurements, report
 from retina.comparison.analysis import PICTURES
@@ -38,8 +37,10 @@ from retina.evaluation import scoring
 from retina.evaluation.scoring import Scores
 from retina.files import InputError, RunError, command
 from retina.training import checkpoint, interrupt, precision
+from retina.training.config import of_result
 from retina.training.distributed import ALONE
 from tasks import Task, make_tasks
+from train import Config
 
 
 # ---- rows ----
@@ -49,7 +50,7 @@ class Row:
     """One line of the comparison: the default model with something changed."""
     name: str
     words: str
-    changes: Mapping = field(default_factory=dict)  # of Options
+    changes: Mapping = field(default_factory=dict)  # of Config
     usual: bool = False  # part of it without --all
 
 
@@ -60,17 +61,17 @@ def rows_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none") -
     """
     none = {"experts": 0, "chosen": 1, "balance": 0.0}
     dense = {"experts": 1, "chosen": 1, "balance": 0.0}
-    cost, size = Options.chosen * Options.expert_width, Options.experts * Options.expert_width
+    cost, size = Config.chosen * Config.expert_width, Config.experts * Config.expert_width
     several, rows = len(tasks) > 1, [Row("constant", "constant guess", usual=True)]
     rows += [Row(f"{t}_alone", f"{t} alone", {**none, "tasks": (t,), "streams": tuple(tasks)}, True) for t in tasks]
     rows += [Row("hard", "hard sharing, no experts", none, True)] * several
     rows += [Row("dense", "dense adapter of equal cost", {**dense, "expert_width": cost}, True),
              Row("dense_large", "dense adapter of equal parameters", {**dense, "expert_width": size}),
              Row("private", "each task its own experts", {"router": "private", "balance": 0.0,
-                                                         "experts": Options.chosen * len(tasks)}),
+                                                         "experts": Config.chosen * len(tasks)}),
              Row("random", "frozen random routers", {"router": "random", "balance": 0.0}),
              Row("uniform", "all experts, averaged", {"router": "uniform", "balance": 0.0,
-                                                      "chosen": Options.experts}),
+                                                      "chosen": Config.experts}),
              Row("learned", "learned routers", {}, True),
              Row("unbalanced", "learned routers without balance loss", {"balance": 0.0}),
              Row("plain", "default without augmentation", {"augment": False})]
@@ -82,7 +83,7 @@ def rows_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none") -
     return rows
 
 
-def jobs_for(rows: Sequence[Row], base: Options, seeds: int, folds: Sequence[str], folder: Path) -> list[Job]:
+def jobs_for(rows: Sequence[Row], base: Config, seeds: int, folds: Sequence[str], folder: Path) -> list[Job]:
     """All of them; a seed of every row before the next seed, so that what is done early can be compared.
 
     Reads all photographs once. InputError: some cannot be used; a task without a label on a side of a fold; a run of
@@ -102,11 +103,11 @@ def jobs_for(rows: Sequence[Row], base: Options, seeds: int, folds: Sequence[str
     return jobs
 
 
-def refuse_other(folder: Path, options: Options) -> None:
+def refuse_other(folder: Path, options: Config) -> None:
     """InputError: a run with other options lies in `folder`."""
     if (folder / "config.json").exists():
-        before, now = json.loads((folder / "config.json").read_text())["options"], plain(options)
-        if differ := [k for k in now if k not in flags.MACHINE and before.get(k) != now[k]]:
+        before, now = json.loads((folder / "config.json").read_text())["options"], of_result(options)
+        if differ := [k for k in now if before.get(k) != now[k]]:
             raise InputError(f"{folder}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
                              "expected the comparison that is asked for; choose another --name, or remove that folder")
 
@@ -149,12 +150,7 @@ def measure(folder: Path, device: torch.device) -> dict:
                       "seconds": sum(line["seconds"] for line in log)}}
 
 
-def result_of(options: Options) -> dict:
-    """The options on which a result hangs; see flags.MACHINE."""
-    return {k: v for k, v in plain(options).items() if k not in flags.MACHINE}
-
-
-def photographs_of(options: Options, tasks: list[Task]) -> list[str]:
+def photographs_of(options: Config, tasks: list[Task]) -> list[str]:
     """Fingerprints of the photographs that a run with these options learns from and is scored on."""
     return [part.fingerprint() for part in data.load_photographs(options, tasks)[:2]]
 
@@ -166,13 +162,13 @@ def finish(job: Job) -> None:
     peak = peak_bytes(device)  # before scoring
     found = measure(job.folder, device)
     found["costs"]["peak_bytes"] = peak
-    checkpoint.save(job.folder / "measured.pt", {"options": result_of(job.options), "photographs": job.photographs,
+    checkpoint.save(job.folder / "measured.pt", {"options": of_result(job.options), "photographs": job.photographs,
                                                  **found})
 
 
 # ---- the comparison ----
 
-def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Options,
+def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Config,
                folds: Sequence[str]) -> dict:
     """All numbers of what is finished; a seed of a row of which a fold is missing is left out.
 
@@ -194,7 +190,7 @@ def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, st
         raise RunError(f"none of the {len(jobs)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
     of_data = described(base)
     numbers = analysis.compared(found, tasks, {
-        "what": what_words(base, folds, len(rows), of_data), "options": result_of(base), "folds": list(folds),
+        "what": what_words(base, folds, len(rows), of_data), "options": of_result(base), "folds": list(folds),
         "asked": words, "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
         **{k: sorted({left[k] for runs in of_row.values() for run in runs.values() for _, left in run if left})
@@ -209,7 +205,7 @@ def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, st
     return numbers
 
 
-def described(base: Options) -> dict:
+def described(base: Config) -> dict:
     """Of the data: name (None: drawn), size of the first photograph, whether there is a validation part of its own."""
     if base.data is None:
         return {"data": None, "pixels": None, "own_validation": False}
@@ -219,7 +215,7 @@ def described(base: Options) -> dict:
             "own_validation": any(r.part == "val" for r in found)}
 
 
-def what_words(base: Options, folds: Sequence[str], rows: int, of_data: Mapping) -> str:
+def what_words(base: Config, folds: Sequence[str], rows: int, of_data: Mapping) -> str:
     """What was compared on what, in a sentence."""
     name = of_data["data"] or "DRAWN photographs, not IDRiD"
     where = "its own validation part" if of_data["own_validation"] else f"fold{'s' * (len(folds) > 1)} " + \
@@ -230,7 +226,7 @@ def what_words(base: Options, folds: Sequence[str], rows: int, of_data: Mapping)
 REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the report
 
 
-def report_pictures(found: Mapping, folder: Path, base: Options) -> dict[str, str]:
+def report_pictures(found: Mapping, folder: Path, base: Config) -> dict[str, str]:
     """Draw what the report shows: of the default model's first run, with the curves of all rows; -> {name: path}."""
     names = report.pictured(found)
     runs = {name: str(folder / found["rows"][name]["run"]) for name in names}
@@ -242,7 +238,7 @@ def report_pictures(found: Mapping, folder: Path, base: Options) -> dict[str, st
     return {name: f"{PICTURES}/{name}.{form}" for name, form in {"comparison": "png", **forms}.items()}
 
 
-def base_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
+def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
     """The default model with the flags that were typed, as train.py would settle them; -> options, notes.
 
     Without data: few epochs of small drawings, so that two seeds of the usual rows are done in a quarter of an hour.
@@ -252,7 +248,7 @@ def base_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
                         ("epochs", 2 if drawn and args.epochs is None else args.epochs), ("weights", args.weights),
                         ("device", args.device)):
         typed += [f"--{flag}", str(value)] if value is not None else []
-    options, notes = flags.settle(flags.parse(typed))
+    options, notes = train.configure(typed)
     return replace(options, log_gradients=len(options.tasks) > 1), notes
 
 
@@ -261,8 +257,8 @@ def base_options(args: argparse.Namespace) -> tuple[Options, list[str]]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. InputError: numbers out of their range."""
     parser = argparse.ArgumentParser(description="Compare sharing and routing with what they should be better than.")
-    parser.add_argument("--tasks", nargs="+", default=list(Options.tasks), help="any that train.py knows (default: "
-                        f"{' '.join(Options.tasks)})")
+    parser.add_argument("--tasks", nargs="+", default=list(Config.tasks), help="any that train.py knows (default: "
+                        f"{' '.join(Config.tasks)})")
     parser.add_argument("--data", help="as for train.py (default: data/IDRiD if it exists, else drawn photographs)")
     parser.add_argument("--all", action="store_true", help="all rows, not only the usual ones")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows; --list names them")
@@ -289,7 +285,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_folds(text: str, base: Options) -> list[str]:
+def read_folds(text: str, base: Config) -> list[str]:
     """"3/5" -> ["1/5", "2/5", "3/5"]. InputError: another form; folds of a data set with a validation part."""
     count, number = splits.read_fold(text)
     if count > 1 and described(base)["own_validation"]:
@@ -297,7 +293,7 @@ def read_folds(text: str, base: Options) -> list[str]:
     return [f"{k + 1}/{number}" for k in range(count)]
 
 
-def choose_rows(args: argparse.Namespace, base: Options) -> list[Row]:
+def choose_rows(args: argparse.Namespace, base: Config) -> list[Row]:
     """The rows that are asked for. InputError: there is none of that name."""
     rows = rows_for(base.tasks, base.data is None, base.weights)
     names = [row.name for row in rows]
@@ -310,13 +306,13 @@ def choose_rows(args: argparse.Namespace, base: Options) -> list[Row]:
     return [row for row in rows if row.usual or args.all]
 
 
-def jobs_at_once(base: Options) -> int:
+def jobs_at_once(base: Config) -> int:
     """How many, if --jobs does not say."""
     cpu = precision.pick_device(base.device).type == "cpu"
     return 2 if cpu and base.data is None and torch.get_num_threads() > 1 else 1
 
 
-def settled_folder(args: argparse.Namespace, base: Options) -> Path:
+def settled_folder(args: argparse.Namespace, base: Config) -> Path:
     """Where the comparison lies."""
     name = args.name or "_".join(["baselines", *([Path(base.data).stem] if base.data else [])])
     return records.HERE / "runs" / name

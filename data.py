@@ -16,10 +16,11 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +41,7 @@ from retina.training.distributed import ALONE, Group
 from tasks import TASKS, Task, make_tasks
 
 if TYPE_CHECKING:
-    from flags import Options
+    from train import Config
 
 
 # ---- augmentation ----
@@ -185,7 +186,8 @@ class Photographs(Dataset):
 class Batch:
     """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph rows[t][k].
 
-    A task without a labelled photograph is in neither.
+    A task without a labelled photograph is in neither; in a group of processes it is in both, with no row: norms and
+    sums over all processes need everyone.
     """
     images: Tensor  # (B, 3, S, S) uint8
     targets: dict[str, Tensor]  # task -> (n_t, ...)
@@ -194,8 +196,9 @@ class Batch:
     eyes: list[str]  # which eye each shows
 
 
-def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = torch.device("cpu")) -> Batch:
-    """Bring samples to a device, augment those that have a draw there, and stack them."""
+def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = torch.device("cpu"),
+            blanks: Mapping[str, Tensor] = MappingProxyType({})) -> Batch:
+    """Bring samples to a device, augment those that have a draw there, and stack them; see `blank_targets`."""
     def move(x):
         return x.to(device, non_blocking=True)
 
@@ -204,11 +207,14 @@ def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = t
                for s, image in zip(samples, images)]
     if samples[0].draw is not None:
         images, samples = augmented(images, samples)
-    rows = {t: [i for i, s in enumerate(samples) if t.labelled(s)] for t in tasks}
-    rows = {t: r for t, r in rows.items() if r}
-    targets = {t.name: move(torch.stack([t.target(samples[i]) for i in r])) for t, r in rows.items()}
-    return Batch(images, targets, {t.name: move(torch.tensor(r)) for t, r in rows.items()},
-                 [s.name for s in samples], [s.eye for s in samples])
+    rows, targets = {}, {}
+    for t in tasks:
+        if labelled := [i for i, s in enumerate(samples) if t.labelled(s)]:
+            rows[t.name] = move(torch.tensor(labelled))
+            targets[t.name] = move(torch.stack([t.target(samples[i]) for i in labelled]))
+        elif t.name in blanks:
+            rows[t.name], targets[t.name] = move(torch.zeros(0, dtype=torch.int64)), move(blanks[t.name])
+    return Batch(images, targets, rows, [s.name for s in samples], [s.eye for s in samples])
 
 
 def augmented(images: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[Sample]]:
@@ -280,7 +286,7 @@ class Steps:
         return (self.step(number)[rank::size] for number in range(start, stop))
 
 
-def blanks(photographs: Photographs, tasks: Sequence) -> dict[str, Tensor]:
+def blank_targets(photographs: Photographs, tasks: Sequence) -> dict[str, Tensor]:
     """{task: target of no photograph (0, ...)}, for the process that has none in a step in which others have some."""
     firsts = {t: next(i for i, r in enumerate(photographs.records) if t.labelled(r)) for t in tasks}
     return {t.name: t.target(photographs[i])[None][:0] for t, i in firsts.items()}
@@ -294,49 +300,50 @@ def in_order(photographs: Dataset, tasks: Sequence[Task], batch: int, device: to
 
 
 def loader(photographs: Photographs, batches, tasks: Sequence[Task], device: torch.device,
-           workers: int = 0) -> Iterator[Batch]:
+           workers: int = 0, blanks: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Batch]:
     """Batches of `photographs` on a device; `batches` are lists of its indices.
 
     Helpers read samples; this process puts them together, where augmentation may run on the device.
     """
     samples = DataLoader(photographs, batch_sampler=batches, collate_fn=list, num_workers=workers,
                          worker_init_fn=as_helper, pin_memory=device.type == "cuda")
-    return collated(iter(samples), tasks, device)  # begun at once: it draws from torch's generator
+    # begun at once: it draws from torch's generator
+    return collated(iter(samples), partial(collate, tasks=tasks, device=device, blanks=blanks))
 
 
-def collated(samples: Iterator[list[Sample]], tasks: Sequence[Task], device: torch.device) -> Iterator[Batch]:
+def collated(samples: Iterator[list[Sample]], collate: Callable[[list[Sample]], Batch]) -> Iterator[Batch]:
     """Batches of what a DataLoader brings; its helpers end when these do, also by an error, which may live longer."""
     try:
         for some in samples:
-            yield collate(some, tasks, device)
+            yield collate(some)
     finally:
         getattr(samples, "_shutdown_workers", lambda: None)()
 
 
 # ---- training and validation ----
 
-def load_photographs(options: Options, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
+def load_photographs(config: Config, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
     """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
 
     InputError: a task of which nothing is labelled on either side.
     """
-    root = None if options.data is None else Path(options.data)
+    root = None if config.data is None else Path(config.data)
     found = readers.read_data(root).records
-    everything = make_tasks(TASKS, options.classes)
+    everything = make_tasks(TASKS, config.classes)
     check_labels({"training": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
-    joined, conflicts = find_eyes(found, options.size, options.ignore_eyes)
-    split = splits.split(joined, options.fold, options.keep_leaks)
+    joined, conflicts = find_eyes(found, config.size, config.ignore_eyes)
+    split = splits.split(joined, config.fold, config.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
                  f" (of {sum(r.part != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test part)")
-    sampled = [*tasks, *make_tasks(options.streams, options.classes)]
+    sampled = [*tasks, *make_tasks(config.streams, config.classes)]
     training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in wanted)] for part, wanted in (
         (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
-    findings = {"leaks": {"kept": options.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
+    findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "left_out_for_validation": validated, "conflicts": [c.plain(options.classes) for c in conflicts]}
-    return Photographs(training, options.size), Photographs(validation, options.size), findings
+                "left_out_for_validation": validated, "conflicts": [c.plain(config.classes) for c in conflicts]}
+    return Photographs(training, config.size), Photographs(validation, config.size), findings
 
 
 # ---- command line ----

@@ -23,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
-import flags  # noqa: E402
+import train  # noqa: E402
 from retina.comparison import analysis  # noqa: E402
 from retina.comparison.jobs import run_all  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
@@ -65,8 +65,8 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 
 def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Run these rows; -> jobs, and what each row measured."""
-    options, _ = flags.settle(flags.parse(["--tasks", "cls", "seg", "--data", str(table), "--size", str(SIDE),
-                                           "--weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"]))
+    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--size", str(SIDE),
+                                           "--weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
     every = {row.name: row for row in baselines.rows_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all

@@ -16,10 +16,11 @@ from PIL import Image
 import baselines
 import data
 import evaluate
-import flags
 import tasks
 import train
 from baselines import Row
+from retina.training.diagnostics import gradient_cosines
+from train import Config
 from retina import files
 from retina.comparison import analysis, jobs, measurements, report
 from retina.comparison.jobs import Job, run_all
@@ -40,7 +41,7 @@ SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
 
 def test_every_row_is_a_network_and_differs_from_the_others():
     rows = baselines.rows_for(("cls", "seg"))
-    options = {row.name: replace(flags.Options(), **row.changes) for row in rows if row.name != "constant"}
+    options = {row.name: replace(Config(), **row.changes) for row in rows if row.name != "constant"}
     assert len(set(map(repr, options.values()))) == len(options) and len({row.name for row in rows}) == len(rows)
     nets = {name: tasks.build_net(asdict(o))[0] for name, o in options.items()}
 
@@ -93,11 +94,11 @@ def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_wa
 def test_gradients_are_compared_as_two_backward_passes_would(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net, tasks = build_net(asdict(SMALL))
-    trainer = train.Trainer(net, tasks, SMALL, 10, CPU)
+    state = train.make_state(net, tasks, SMALL, 10, CPU)
     photographs, _, _ = data.load_photographs(SMALL, tasks)
     batch = data.collate([photographs[i] for i in range(6)], tasks)
-    losses = trainer.losses(batch)
-    found = trainer.compare_gradients(losses)
+    losses = train.task_losses(state, batch, tasks, SMALL)
+    found = gradient_cosines(losses, net.encoder)
     flat = {}
     for t in ("cls", "seg"):
         net.zero_grad()

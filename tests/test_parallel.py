@@ -15,7 +15,7 @@ import torch
 import data
 import evaluate
 import train
-from flags import Options
+from train import Config
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
@@ -34,7 +34,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 import data, model, tasks, train
-from flags import Options
+from train import Config
 from retina.datasets import cache, readers
 from retina.evaluation import scoring
 from retina.files import plain
@@ -60,24 +60,25 @@ def learn(group, options):
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
     photographs = data.Photographs(found, options.size)
-    blanks = data.blanks(photographs, chosen) if group.size > 1 else {}
-    trainer = train.Trainer(net, chosen, options, 10, torch.device("cpu"), group, blanks)
+    blanks = data.blank_targets(photographs, chosen) if group.size > 1 else {}
+    state = train.make_state(net, chosen, options, 10, torch.device("cpu"), group)
     net.train()
     mine = [photographs[i] for i in range(8)][group.rank::group.size]
-    losses = [trainer.step(data.collate(mine, chosen)) for _ in range(2)]
+    batches = [data.collate(mine, chosen, blanks=blanks) for _ in range(2)]
+    losses = [train.train_step(state, batch, chosen, options, group) for batch in batches]
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
-            "others": {**dict(net.named_buffers()), **trainer.weigh.state_dict()}}
+            "others": {**dict(net.named_buffers()), **state.loss_weights.state_dict()}}
 
 def scored(group):
     torch.manual_seed(0)
-    net, chosen = tasks.build_net(asdict(Options(tasks=("cls", "dme", "seg", "loc"))))
+    net, chosen = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
     photographs = data.Photographs(readers.read_drawn().records[:22], 64)
     found = scoring.score(net, data.in_order(photographs, chosen, 4, group=group), chosen, group=group)
     return found and {"metrics": plain(found.metrics()), "names": found.names, "usage": found.usage,
                       "chosen": found.choose()}
 
 with distributed.join() as group:
-    learned = [learn(group, Options(**changed)) for changed in eval(sys.argv[4])]
+    learned = [learn(group, Config(**changed)) for changed in eval(sys.argv[4])]
     torch.save({"learned": learned, "scores": scored(group)}, f"{sys.argv[3]}_{group.rank}.pt")
 """
 
@@ -185,14 +186,15 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 # rank 1 of a run meets its end, or a fault, at step 5
 FATAL = PROGRAM.replace("files.command", """
 import os, signal
-whole = train.Trainer.step
-def step(self, batch):
-    if self.number == 5 and self.group.rank == 1:
+whole = train.train_step
+def step(state, batch, tasks, config, group):
+    if state.step == 5 and group.rank == 1:
         END
-    return whole(self, batch)
-train.Trainer.step = step
+    return whole(state, batch, tasks, config, group)
+train.train_step = step
+checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
 files.command""")
-FLAGS = "--size 64 --epochs 2 --batch 8 --save-every 4".split()
+FLAGS = "--size 64 --epochs 2 --batch 8".split()
 
 
 def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, shallow):
@@ -213,7 +215,7 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     assert status != 0 and "Signal 9 (SIGKILL)" in errors
     assert errors.count("Traceback") == 1 and "Warning" not in errors  # torchrun's own
     killed = tmp_path / "runs" / "killed"
-    assert torch.load(killed / "last.pt", weights_only=True)["trainer"]["number"] == 4
+    assert torch.load(killed / "last.pt", weights_only=True)["state"]["step"] == 4
     status, output, errors = run(3, PROGRAM, ROOT, tmp_path, "--resume", killed)
     assert status == 0, errors
     ended_alike(killed, whole)
@@ -229,11 +231,11 @@ def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, r
 
 def test_each_process_needs_a_photograph(tmp_path):
     with pytest.raises(InputError, match="--batch 2: 3 processes share it; expected at least one photograph for each"):
-        train.fit(Options(batch=2), tmp_path / "run", group=Group(0, 3))
+        train.fit(Config(batch=2), tmp_path / "run", group=Group(0, 3))
 
 
 def test_without_torchrun_there_is_one_process():
-    assert ALONE.gather(3) == [3] and ALONE.share(4) == 4 and ALONE.any(False, None) is False
+    assert ALONE.gather(3) == [3] and ALONE.share(4) == 4 and ALONE.any([False], None) == [False]
     x = torch.ones(2)
     assert ALONE.total(x) is x and ALONE.device(torch.device("cuda", 1)) == torch.device("cuda", 1)
     with pytest.raises(InputError, match="process 2 of a machine that has 1 GPUs; expected at most one process"):

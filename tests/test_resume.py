@@ -22,15 +22,22 @@ import data
 import evaluate
 import train
 from retina import files
-from retina.datasets import cache, preprocess, readers, records
+from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
 from retina.training import checkpoint, pretrained
+from retina.training.checkpoint import RunFolder
 from conftest import ROOT
-from test_train import PROGRAM, TINY, few_drawings, trainer_and_batch  # noqa: F401
+from test_train import PROGRAM, TINY, few_drawings, state_and_batch  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("shallow")
-SHORT = replace(TINY, epochs=2, batch=6, save_every=3)
+SHORT = replace(TINY, epochs=2, batch=6)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """A checkpoint after every third step, in place of every few minutes."""
+    monkeypatch.setattr(RunFolder, "due", lambda run: run.state.step % 3 == 0)
 
 
 def log(run: Path) -> list[dict]:
@@ -55,16 +62,16 @@ class Killed(BaseException):
 
 def fit_until(monkeypatch, step: int, then, options, run: Path, **how) -> None:
     """Train; before that step `then()` happens."""
-    whole = train.Trainer.step
+    whole = train.train_step
 
-    def learn(self, batch):
-        if self.number == step and not done:
+    def learn(state, *rest):
+        if state.step == step and not done:
             done.append(step)
             then()
-        return whole(self, batch)
+        return whole(state, *rest)
     done = []
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "step", learn)
+        patch.setattr(train, "train_step", learn)
         train.fit(options, run, quiet=True, **how)
 
 
@@ -87,7 +94,7 @@ def classes(tmp_path) -> Path:
 @pytest.mark.parametrize("step", [0, 3, 4, 7], ids=lambda s: f"step {s}")
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, step):
     """An epoch has 4 steps here: before the first checkpoint of steps, right after it, between epochs, at the end."""
-    assert torch.load(whole(SHORT) / "last.pt", weights_only=True)["trainer"]["number"] == 8
+    assert torch.load(whole(SHORT) / "last.pt", weights_only=True)["state"]["step"] == 8
     with pytest.raises(Killed):
         fit_until(monkeypatch, step, die, SHORT, tmp_path / "run")
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
@@ -96,7 +103,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 
 
 @pytest.mark.parametrize("change", [
-    {"save_every": 0, "loss_weights": ("uncertainty",)},
+    {"loss_weights": ("uncertainty",)},
     {"workers": 2, "router": "shared", "chosen": 1, "log_gradients": True}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     options = replace(SHORT, **change)
@@ -118,11 +125,11 @@ def test_a_gpu_resumes_exactly_when_it_is_deterministic(tmp_path, monkeypatch):
 
 
 def test_the_learned_weights_of_tasks_are_kept(tmp_path, monkeypatch):
-    options = replace(SHORT, loss_weights=("uncertainty",), save_every=1)
+    options = replace(SHORT, loss_weights=("uncertainty",))
     with pytest.raises(Killed):
         fit_until(monkeypatch, 3, die, options, tmp_path / "run")
-    stored = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]
-    assert stored["number"] == 3 and all(v != 0 for v in stored["weigh"].values())
+    stored = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]
+    assert stored["step"] == 3 and all(v != 0 for v in stored["loss_weights"].values())
 
 
 def test_early_stopping_is_remembered(tmp_path, monkeypatch, whole):
@@ -149,7 +156,7 @@ def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(scoring, "score", lambda *_, **__: die())
         train.fit(SHORT, tmp_path / "run", quiet=True)
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["number"] == 4
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"] == 4
     train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
     ended_alike(tmp_path / "run", whole(SHORT))
 
@@ -230,7 +237,7 @@ def test_flags_that_would_change_a_resumed_run_are_refused(whole, typed, message
 def test_flags_that_change_nothing_may_differ(tmp_path, monkeypatch, whole, capsys):
     with pytest.raises(Killed):
         fit_until(monkeypatch, 5, die, SHORT, tmp_path / "run")
-    typed = "--workers 1 --save-every 2 --device cpu --seed 0 --tasks cls seg"
+    typed = "--workers 1 --device cpu --seed 0 --tasks cls seg"
     train.main(["--resume", str(tmp_path / "run"), *typed.split()])
     ended_alike(tmp_path / "run", whole(SHORT))
     said = capsys.readouterr().out
@@ -284,7 +291,7 @@ def change(run: Path, how) -> None:
     (lambda run: torch.save({"options": {}}, run / "last.pt"), "its last.pt was made by another version .*'data'"),
     (lambda run: torch.save([1], run / "last.pt"), "its last.pt was made by another version"),
     (lambda run: change(run, lambda state: state["options"].pop("lr")), "made by another version of this project"),
-    (lambda run: change(run, lambda state: state["progress"].update(more=1)), "its last.pt was made by another"),
+    (lambda run: change(run, lambda state: state["state"].update(more=1)), "its last.pt was made by another"),
     (lambda run: (run / "last.pt").unlink(), "run: its last.pt is gone; python evaluate.py .*run still scores its"),
     (lambda run: [(run / n).unlink() for n in ("last.pt", "best.pt")] + [(run / "config.json").write_text("{}")],
      "its config.json was made by"),
@@ -368,11 +375,13 @@ from pathlib import Path
 import data, model, train
 from retina import files
 from retina.datasets import cache, readers, records
+from retina.training import checkpoint
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 home, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
 records.HERE, cache.CACHE = home, home / "cache"
 readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
-run, flags = home / "runs" / "killed", "--size 64 --epochs 3 --save-every 2 --batch 12 --workers 1".split()
+checkpoint.SAVE_SECONDS = 0.5
+run, flags = home / "runs" / "killed", "--size 64 --epochs 3 --batch 12 --workers 1".split()
 
 def start():
     pid = os.fork()
@@ -655,34 +664,34 @@ def test_no_permission_to_write_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gradient_that_is_not_finite_names_task_and_step():
-    trainer, batch = trainer_and_batch()
-    trainer.step(batch)
-    trainer.net.heads["seg"].conv.weight.register_hook(lambda g: g * float("nan"))
+    state, batch, learn = state_and_batch()
+    learn(state, batch)
+    state.net.heads["seg"].conv.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(RunError, match="the gradient of seg is not finite at step 2 .first in heads.seg.conv.weight.;"):
-        trainer.step(batch)
-    trainer, batch = trainer_and_batch()
-    trainer.net.encoder.features[0][0].weight.register_hook(lambda g: g / 0)
+        learn(state, batch)
+    state, batch, learn = state_and_batch()
+    state.net.encoder.features[0][0].weight.register_hook(lambda g: g / 0)
     with pytest.raises(RunError, match="the gradient of what the tasks share is not finite at step 1 .first in enc"):
-        trainer.step(batch)
-    assert trainer.number == 0
+        learn(state, batch)
+    assert state.step == 0
 
 
 def test_steps_that_fp16_leaves_out_are_counted_and_limited():
     """The scaler works on a CPU as well; gradients are made infinite where fp16 would have."""
-    trainer, batch = trainer_and_batch()
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16)
+    state, batch, learn = state_and_batch()
+    state.scaler = state.monitor.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16)
     too_large = [True, True, False, *[True] * 19, False, *[True] * 20]
     turn = iter(too_large)
-    trainer.net.heads["cls"].linear.bias.register_hook(lambda g: g * float("inf") if next(turn) else g)
+    state.net.heads["cls"].linear.bias.register_hook(lambda g: g * float("inf") if next(turn) else g)
     weights, counts = [], []
     for _ in too_large[:-1]:
-        trainer.step(batch)
-        weights.append(trainer.net.heads["seg"].conv.bias.detach().clone()), counts.append(trainer.skipped)
+        learn(state, batch)
+        weights.append(state.net.heads["seg"].conv.bias.detach().clone()), counts.append(state.monitor.skipped)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
-    assert counts[:4] == [1, 2, 2, 3] and counts[-1] == 40 and trainer.skipped_in_a_row == 19
-    assert trainer.scaler.get_scale() < 1
+    assert counts[:4] == [1, 2, 2, 3] and counts[-1] == 40 and state.monitor.skipped_in_a_row == 19
+    assert state.scaler.get_scale() < 1
     with pytest.raises(RunError, match="too large for fp16 at step 43, for the 20th time in a row; lower --lr"):
-        trainer.step(batch)
+        learn(state, batch)
 
 
 @pytest.mark.parametrize("error", [
@@ -695,7 +704,7 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, error, capsys):
                                        "smaller --size; .*run keeps what was saved") as caught:
         fit_until(monkeypatch, 5, full, SHORT, tmp_path / "run")
     assert "\n" not in str(caught.value)
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["number"] == 4
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"] == 4
     with pytest.raises(SystemExit) as exit_:
         files.command(full_command(caught.value))
     assert exit_.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory")
@@ -731,7 +740,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
         assert not list(run.glob("*.part"))
-        assert torch.load(run / "last.pt", weights_only=True)["trainer"]["number"] == 0
+        assert torch.load(run / "last.pt", weights_only=True)["state"]["step"] == 0
         if how == "limited file size":  # two checkpoints of this size do not fit into the other
             train.fit(SHORT, run, quiet=True, resume=True)
             ended_alike(run, whole(SHORT))
@@ -745,16 +754,16 @@ def test_ctrl_c_twice_ends_at_once(tmp_path):
     """Once it would go on to the end of a step that takes a minute."""
     slow = PROGRAM.replace("files.command", """
 import time
-whole = train.Trainer.step
-def step(self, batch):
-    if self.number == 3:
+whole = train.train_step
+def step(state, *rest):
+    if state.step == 3:
         print("slow", flush=True)
         time.sleep(60)
-    return whole(self, batch)
-train.Trainer.step = step
+    return whole(state, *rest)
+train.train_step = step
+checkpoint.RunFolder.due = lambda run: run.state.step % 2 == 0
 files.command""")
-    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--size=64", "--save-every=2", "--name=a"],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--size=64", "--name=a"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while "slow" not in (process.stdout.readline() or "slow"):
         pass
     process.send_signal(signal.SIGINT)
@@ -763,4 +772,4 @@ files.command""")
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert "interrupted; go on with: python train.py --resume" in process.stdout.read()
-    assert torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)["trainer"]["number"] == 2
+    assert torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)["state"]["step"] == 2

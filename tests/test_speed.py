@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import flags
 import model
 import tasks
 import train
 from model import Net, NetConfig
 from retina.files import InputError, RunError
-from retina.training import precision
+from retina.training import diagnostics, precision
+from retina.training.checkpoint import RunFolder
+from retina.training.diagnostics import LossMonitor
 from tasks import make_tasks
 from test_resume import log
-from test_train import TINY, few_drawings, trainer_and_batch  # noqa: F401
+from test_train import TINY, few_drawings, state_and_batch  # noqa: F401
 
 CPU = torch.device("cpu")
 FOUR = make_tasks(["cls", "dme", "seg", "loc"])
@@ -111,15 +112,15 @@ def test_depthwise_convolution_in_float32_is_torchs_own():
 
 def test_the_gradient_in_bf16_points_where_that_in_float32_does():
     found = {}
-    for precision in ("fp32", "bf16"):
-        trainer, batch = trainer_and_batch(replace(TINY, size=64, precision=precision, stochastic_depth=0.0,
-                                                   expert_dropout=0.0))
-        trainer.net.train(), torch.manual_seed(0)
-        losses = trainer.losses(batch)
+    for how in ("fp32", "bf16"):
+        config = replace(TINY, size=64, precision=how, stochastic_depth=0.0, expert_dropout=0.0)
+        state, batch, learn = state_and_batch(config)
+        state.net.train(), torch.manual_seed(0)
+        losses = train.task_losses(state, batch, learn.keywords["tasks"], config)
         assert all(v.dtype == torch.float32 for v in losses.values())
         sum(losses.values()).backward()
-        assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
-        found[precision] = torch.cat([p.grad.flatten() for p in trainer.net.parameters() if p.grad is not None])
+        assert all(p.dtype == torch.float32 for p in state.net.parameters())
+        found[how] = torch.cat([p.grad.flatten() for p in state.net.parameters() if p.grad is not None])
     cosine = F.cosine_similarity(found["fp32"], found["bf16"], 0)
     assert 0.9 < cosine < 0.99999  # it is another precision, and that is all
 
@@ -130,10 +131,10 @@ def test_precision_is_picked_by_the_device(monkeypatch):
         assert precision.pick(CPU) == "bf16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
     assert precision.pick(CPU) == "fp32"
-    assert flags.settle(flags.parse(["--device", "cpu"]))[0].precision == "fp32"
-    assert flags.settle(flags.parse(["--device", "cpu", "--precision", "bf16"]))[0].precision == "bf16"
+    assert train.configure(["--device", "cpu"])[0].precision == "fp32"
+    assert train.configure(["--device", "cpu", "--precision", "bf16"])[0].precision == "bf16"
     with pytest.raises(InputError, match="--precision fp16: expected a GPU; on a CPU use fp32, or bf16"):
-        flags.settle(flags.parse(["--device", "cpu", "--precision", "fp16"]))
+        train.configure(["--device", "cpu", "--precision", "fp16"])
 
 
 # ---- no more work than is needed ----
@@ -147,8 +148,8 @@ def entered(net: Net, names: dict[str, nn.Module]) -> dict[str, list[int]]:
 
 
 def test_each_part_sees_the_photographs_that_need_it():
-    trainer, batch = trainer_and_batch()
-    net, rows = trainer.net.train(), {"cls": torch.tensor([0, 1, 4]), "seg": torch.tensor([2])}
+    state, batch, _ = state_and_batch()
+    net, rows = state.net.train(), {"cls": torch.tensor([0, 1, 4]), "seg": torch.tensor([2])}
     heads = net.heads
     seen = entered(net, {"encoder": net.encoder, "decoder": heads["seg"].decoder.blocks[0], "cls": heads["cls"].conv})
     net(batch.images, rows)
@@ -176,35 +177,36 @@ def test_a_step_hangs_on_no_value(how, monkeypatch):
     But for one place, where experts learn how many tokens are theirs; it is left out here.
     """
     options = replace(TINY, precision=how)
-    _, batch = trainer_and_batch(options)
-    monkeypatch.setattr(precision, "fetch", lambda values: lambda: pytest.fail("read too early"))
+    _, batch, _ = state_and_batch(options)
+    monkeypatch.setattr(diagnostics, "fetch", lambda values: lambda: pytest.fail("read too early"))
     monkeypatch.setattr(model.Experts, "forward", lambda self, u, indices, weights: u * self.w1.sum())
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # fake weights cannot be converted
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        net, chosen = tasks.build_net(flags.plain(options))
-        trainer = train.Trainer(net, chosen, options, 100, CPU)
-        trainer.lag, trainer.optimizer = 1, torch.optim.AdamW(net.parameters(), fused=True)  # as on a GPU
-        trainer.schedule = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)
+        net, chosen = tasks.build_net(asdict(options))
+        state = train.make_state(net, chosen, options, 100, CPU)
+        state.monitor.lag, state.optimizer = 1, torch.optim.AdamW(net.parameters(), fused=True)  # as on a GPU
+        state.schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: 1.0)
 
         def faked(tensors):
             return {t: fake.from_tensor(x) for t, x in tensors.items()}
         batch = replace(batch, images=fake.from_tensor(batch.images), targets=faked(batch.targets),
                         rows=faked(batch.rows))
-        assert trainer.step(batch) == {} and trainer.number == 1
+        assert train.train_step(state, batch, chosen, options) == {} and state.step == 1
         with pytest.raises(DataDependentOutputException):  # which this test would have met
             batch.images.float().mean().item()
 
 
 def test_losses_that_are_read_a_step_later_are_the_same(tmp_path, monkeypatch, shallow):
     """A lag of one step, as on a GPU."""
-    before = train.Trainer.__init__
-    options = replace(TINY, epochs=2, save_every=3)
+    options = replace(TINY, epochs=2)
+    monkeypatch.setattr(RunFolder, "due", lambda run: run.state.step % 3 == 0)
     train.fit(options, tmp_path / "at_once", quiet=True)
+    before = LossMonitor.__init__
 
     def later(self, *arguments):
         before(self, *arguments)
         self.lag = 1
-    monkeypatch.setattr(train.Trainer, "__init__", later)
+    monkeypatch.setattr(LossMonitor, "__init__", later)
     train.fit(options, tmp_path / "later", quiet=True)
     assert log(tmp_path / "later") == log(tmp_path / "at_once")
     lines = (tmp_path / "later" / "metrics.jsonl").read_text().splitlines()
@@ -213,11 +215,11 @@ def test_losses_that_are_read_a_step_later_are_the_same(tmp_path, monkeypatch, s
 
 
 def test_a_loss_that_is_not_finite_is_found_a_step_later_and_nothing_is_saved():
-    trainer, batch = trainer_and_batch()
-    trainer.lag = 1
-    assert trainer.step(batch) == {}
+    state, batch, learn = state_and_batch()
+    state.monitor.lag = 1
+    assert learn(state, batch) == {}
     with torch.no_grad():
-        trainer.net.heads["seg"].conv.bias[0] = math.nan
-    assert trainer.step(batch)["seg"] > 0
+        state.net.heads["seg"].conv.bias[0] = math.nan
+    assert learn(state, batch)["seg"] > 0
     with pytest.raises(RunError, match="the loss of seg is nan at step 2"):
-        trainer.read()
+        state.monitor.read()

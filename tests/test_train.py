@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +21,21 @@ from PIL import Image
 
 import data
 import evaluate
-import flags
 import model
 import tasks
 import train
-from flags import Options
 from retina import files
 from retina.datasets import readers, records, splits, synthetic
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
+from retina.training import config as config_
 from retina.training import pretrained
 from tasks import TASKS
-from train import LossWeights, Trainer
+from train import Config, LossWeights
 from conftest import ROOT, STAGES
 
 pytestmark = pytest.mark.usefixtures("shallow")
-TINY = Options(size=32, epochs=2, batch=6, experts=4)
+TINY = Config(size=32, epochs=2, batch=6, experts=4, lr=1.5e-3, stochastic_depth=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,7 @@ from pathlib import Path
 import data, model, train
 from retina import files
 from retina.datasets import cache, readers, records
+from retina.training import checkpoint
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
 readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
@@ -128,7 +129,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
 
     monkeypatch.setitem(TASKS, "side", Side())
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 150), "test": (1, 40)})
-    options = flags.settle(flags.parse(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"]))[0]
+    options = train.configure(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"])[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
     assert evaluate.load_run(tmp_path / "run", torch.device("cpu")).tasks[0].name == "side"
@@ -221,7 +222,7 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
         Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
         f"{i}.png,{i % 2},{'val' if i > 2 else ''}\n" for i in range(4)))
-    options = flags.settle(flags.parse(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"]))[0]
+    options = train.configure(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"])[0]
     training, validation, _ = data.load_photographs(options, [TASKS["cls"]])
     assert [r.name for r in validation.records] == ["3.png"] and len(training) == 3
     (tmp_path / "u.csv").write_text("image,cls,split,group\n0.png,1,,p\n1.png,1,,q\n2.png,0,,q\n3.png,1,val,p\n")
@@ -231,7 +232,7 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     said = splits.announcement(training, validation, findings, [TASKS["cls"]], options)
     assert "1 photographs of the training part show an eye of the validation part: left out" in said
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
-        flags.settle(flags.parse(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"]))
+        train.configure(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"])
 
 
 def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
@@ -264,54 +265,56 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
 
 # ---- a step ----
 
-def trainer_and_batch(options: Options = TINY):
+def state_and_batch(config: Config = TINY):
+    """What a step changes, a batch to learn from, and the step: learn(state, batch)."""
     torch.manual_seed(0)
-    net, chosen = tasks.build_net(asdict(options))
-    photographs = data.Photographs(readers.read_drawn().records[:6], options.size)
+    net, chosen = tasks.build_net(asdict(config))
+    photographs = data.Photographs(readers.read_drawn().records[:6], config.size)
     batch = data.collate([photographs[i] for i in range(6)], chosen)
-    return Trainer(net, chosen, options, 100, torch.device("cpu")), batch
+    state = train.make_state(net, chosen, config, 100, torch.device("cpu"))
+    return state, batch, partial(train.train_step, tasks=chosen, config=config)
 
 
 def test_a_batch_can_be_learned_by_heart():
-    trainer, batch = trainer_and_batch(replace(TINY, lr=3e-3, stochastic_depth=0.0, expert_dropout=0.0))
-    trainer.net.train()
-    first = trainer.step(batch)
+    state, batch, learn = state_and_batch(replace(TINY, lr=3e-3, stochastic_depth=0.0, expert_dropout=0.0))
+    state.net.train()
+    first = learn(state, batch)
     for _ in range(60):
-        last = trainer.step(batch)
+        last = learn(state, batch)
     assert last["cls"] < 0.3 * first["cls"] and last["seg"] < 0.7 * first["seg"]
 
 
 def test_a_loss_that_is_not_finite_names_task_and_step():
-    trainer, batch = trainer_and_batch()
-    trainer.step(batch)
+    state, batch, learn = state_and_batch()
+    learn(state, batch)
     with torch.no_grad():
-        trainer.net.heads["seg"].conv.bias[0] = math.nan
+        state.net.heads["seg"].conv.bias[0] = math.nan
     with pytest.raises(RunError, match="the loss of seg is nan at step 2"):
-        trainer.step(batch)
+        learn(state, batch)
 
 
 def test_schedule_warms_up_and_ends_at_zero():
-    trainer, _ = trainer_and_batch()
+    state = state_and_batch()[0]
     rates = []
     for _ in range(100):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.optimizer.step(), trainer.schedule.step()
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        state.optimizer.step(), state.schedule.step()
     assert rates[0] == pytest.approx(TINY.lr / 10) and max(rates) == pytest.approx(TINY.lr)
     assert rates.index(max(rates)) in (9, 10) and rates[-1] < 0.01 * TINY.lr
 
 
 def test_a_run_of_a_single_step():
-    trainer, batch = trainer_and_batch()
-    single = Trainer(trainer.net, trainer.tasks, TINY, 1, torch.device("cpu"))
-    assert math.isfinite(single.step(batch)["cls"])
+    state, batch, learn = state_and_batch()
+    single = train.make_state(state.net, learn.keywords["tasks"], TINY, 1, torch.device("cpu"))
+    assert math.isfinite(learn(single, batch)["cls"])
 
 
 def test_loss_weights():
     chosen = [TASKS["cls"], TASKS["seg"]]
     losses = {"cls": torch.tensor(2.0), "seg": torch.tensor(3.0)}
-    assert float(LossWeights(chosen, ["fixed"])(losses)) == 5
-    assert float(LossWeights(chosen, ["cls=0.5"])(losses)) == 4
-    learned = LossWeights(chosen, ["uncertainty"])
+    assert float(LossWeights(chosen, ["fixed"], 0.0)(losses)) == 5
+    assert float(LossWeights(chosen, ["cls=0.5"], 0.0)(losses)) == 4
+    learned = LossWeights(chosen, ["uncertainty"], 0.0)
     with torch.no_grad():
         learned.log_variance["cls"].fill_(math.log(4))
     assert learned(losses).item() == pytest.approx(2 / 4 + math.log(4) + 3)
@@ -321,15 +324,15 @@ def test_loss_weights():
 
 
 def test_uncertainty_weights_learn_with_the_network():
-    trainer, batch = trainer_and_batch(replace(TINY, loss_weights=("uncertainty",)))
+    state, batch, learn = state_and_batch(replace(TINY, loss_weights=("uncertainty",)))
     for _ in range(3):
-        trainer.step(batch)
-    assert all(s.item() != 0 for s in trainer.weigh.log_variance.values())
+        learn(state, batch)
+    assert all(s.item() != 0 for s in state.loss_weights.log_variance.values())
 
 
 def test_uncertainty_finds_the_loss_as_its_variance():
     """For constant losses the optimum is exp(s_t) = L_t."""
-    learned = LossWeights([TASKS["cls"]], ["uncertainty"])
+    learned = LossWeights([TASKS["cls"]], ["uncertainty"], 0.0)
     optimizer = torch.optim.Adam(learned.parameters(), 0.1)
     for _ in range(300):
         optimizer.zero_grad(), learned({"cls": torch.tensor(3.0)}).backward(), optimizer.step()
@@ -377,7 +380,7 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
         raise OSError("no network")
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
-    options, notes = flags.settle(flags.parse(["--data", str(shared_tree)]))
+    options, notes = train.configure(["--data", str(shared_tree)])
     assert options.weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
     with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
         pretrained.read_weights("imagenet", "b0")
@@ -427,14 +430,14 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
     ("--router private", 4, 2, 0), ("--router private --experts 8", 8, 4, 0), ("--router private --chosen 1", 2, 1, 0),
     ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--experts 0 --experts-at decoder", 0, 1, 0)])
 def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
-    options = flags.settle(flags.parse(arguments.split()))[0]
+    options = train.configure(arguments.split())[0]
     assert (options.experts, options.chosen, options.balance) == (experts, chosen, balance)
 
 
 def test_one_chosen_expert_comes_with_its_reason():
     for arguments, said in (("--chosen 1", True), ("--router shared --chosen 1", True), ("--experts 1", False),
                             ("--router random --chosen 1", False), ("", False)):
-        notes = flags.settle(flags.parse(arguments.split()))[1]
+        notes = train.configure(arguments.split())[1]
         assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
 
 
@@ -448,7 +451,7 @@ def test_bad_data_stops_the_program_with_status_2(tree):
 
 def test_a_task_without_labels_names_those_that_work(tree):
     shutil.rmtree(tree / "B. Disease Grading")
-    options = flags.settle(flags.parse(["--data", str(tree), "--weights", "none"]))[0]
+    options = train.configure(["--data", str(tree), "--weights", "none"])[0]
     with pytest.raises(InputError, match="--tasks cls: photographs with its label .*: 0 for .*--tasks seg would work"):
         train.fit(options, tree / "run")
 
@@ -460,9 +463,9 @@ def test_an_existing_run_is_not_overwritten():
 
 
 def test_the_same_command_can_be_typed_twice(tmp_path):
-    assert flags.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_1"
+    assert config_.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_1"
     (tmp_path / "cls_seg_1").mkdir()
-    assert flags.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
+    assert config_.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
 
 
 @pytest.mark.parametrize("workers,word", [(0, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGTERM)])

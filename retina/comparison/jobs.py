@@ -28,14 +28,14 @@ from retina.training import precision
 
 if TYPE_CHECKING:
     from baselines import Row
-    from flags import Options
+    from train import Config
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """One row with one seed on one fold."""
     row: Row
-    options: Options
+    options: Config
     folder: Path
     photographs: list[str]  # fingerprints of those that it learns from and is scored on
 

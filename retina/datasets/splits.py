@@ -24,7 +24,7 @@ from retina.files import InputError
 
 if TYPE_CHECKING:
     from data import Photographs
-    from flags import Options
+    from train import Config
 
 
 # ---- copies ----
@@ -232,13 +232,13 @@ def describe(photographs: Photographs, tasks: Sequence[TaskMetrics]) -> str:
 
 
 def announcement(training: Photographs, validation: Photographs, findings: Mapping, tasks: Sequence[TaskMetrics],
-                 options: Options) -> str:
+                 config: Config) -> str:
     """What a run is about to learn from, what it left out, and what it had to decide."""
-    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {options.fold}"
+    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {config.fold}"
     lines = [f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"]
     if leaks := findings["leaks"]["photographs"]:
         lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
-            "kept (--keep-leaks), so test scores say little about new eyes" if options.keep_leaks else "left out"))
+            "kept (--keep-leaks), so test scores say little about new eyes" if config.keep_leaks else "left out"))
     if validated := len(findings["left_out_for_validation"]):
         lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
     if conflicts := len(findings["conflicts"]):

@@ -1,28 +1,47 @@
 """What a run keeps on disk, and how it goes on from there.
 
     generators, set_generators      everything random but the batches, which follow from seed and step
-    begin, save, read_last, tidy    a run's folder
+    TrainState                      all that a step changes, and how far a run has come
+    begin, read_last, read_log      a run's folder
+    RunFolder                       the same while the run trains: last.pt, best.pt, metrics.jsonl, result.json
 
 Whatever is read here runs no code; see load_tensors in files.py.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import random
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.utils.deterministic
+from torch import nn
+from tqdm import tqdm
 
-from retina.files import InputError, hold, load_tensors, replacing, write_text
+from retina.evaluation import scoring
+from retina.evaluation.scoring import Scores
+from retina.evaluation.task_metrics import TaskMetrics
+from retina.files import InputError, hold, load_tensors, plain, replacing, write_text
+from retina.training.diagnostics import LossMonitor, epoch_line
 from retina.training.distributed import Group
+
+if TYPE_CHECKING:
+    from data import Batch, Photographs
+
+SAVE_SECONDS = 300  # between checkpoints within an epoch
 
 
 # ---- state ----
@@ -71,6 +90,50 @@ def machine(device: torch.device, group: Group) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": device.type, "processes": group.size, "name": name, "threads": torch.get_num_threads(),
             "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+@dataclass
+class TrainState:
+    """All that a step changes, and how far a run has come."""
+    net: nn.Module
+    model: nn.Module  # what is called in training: `net`, or what several processes make of it
+    loss_weights: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    monitor: LossMonitor  # of the epoch under way
+    step: int = 0  # done
+    epoch: int = 0  # trained and scored
+    best: dict = field(default_factory=lambda: {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {},
+                                                "weights": ""})
+
+    @property
+    def device(self) -> torch.device:
+        return self.monitor.device
+
+    def end_epoch(self, score: float, metrics: Mapping, usage: Mapping) -> bool:
+        """Count an epoch, of these validation scores; -> whether it is the best so far."""
+        self.epoch += 1
+        if score <= self.best["score"]:
+            return False
+        self.best = {"epoch": self.epoch, "score": score, "metrics": metrics, "usage": usage,
+                     "weights": weights_hash(self.net)}
+        return True
+
+    PARTS = "loss_weights", "optimizer", "schedule", "scaler", "monitor"  # that keep a state of their own
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it but the network, as plain types and tensors."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
+            "step": self.step, "epoch": self.epoch, "best": self.best}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what state_dict returned. KeyError: there is more or less."""
+        if stored.keys() != self.state_dict().keys():
+            raise KeyError(f"kept: {', '.join(stored)}")
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(stored[name])
+        self.step, self.epoch, self.best = stored["step"], stored["epoch"], stored["best"]
 
 
 # ---- a run's folder ----
@@ -127,7 +190,7 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
             name = "config.json"
             return json.loads((folder / name).read_text())["options"], None
         state = load_tensors(folder / name)
-        return state["options"], {k: state[k] for k in ("data", "machine", "net", "trainer", "progress", "generators")}
+        return state["options"], {k: state[k] for k in ("data", "machine", "net", "state", "generators")}
     except InputError as error:
         best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
         raise InputError(f"--resume {error}; {best}--name {folder.name} --overwrite, with the flags of its "
@@ -167,3 +230,149 @@ def read_log(folder: Path) -> list[dict]:
         if lost := [k for k in ("train", "val", "score", "expert_usage", "epoch") if k not in line]:
             raise InputError(f"{path}: made by another version of this project, it lacks {lost[0]!r}; train again")
     return lines
+
+
+# ---- a run while it trains ----
+
+class RunFolder:
+    """A run's folder while it trains. Of several processes the first alone writes; all must call the same methods."""
+
+    def __init__(self, folder: Path, config: Mapping, state: TrainState, training: Photographs,
+                 validation: Photographs, group: Group, quiet: bool):
+        self.folder, self.config, self.state, self.group, self.quiet = folder, config, state, group, quiet
+        self.stored = {"options": config, "validation": [r.name for r in validation.records],
+                       "data": [training.fingerprint(), validation.fingerprint()],
+                       "machine": machine(state.device, group)}
+        self.lines, self.held = [], None  # of metrics.jsonl; the lock, held until the process ends
+        self.saved_at = time.monotonic()
+
+    def open(self, saved: Mapping | None, findings: Mapping, resume: bool, overwrite: bool) -> None:
+        """Begin the run, or go on from `saved`, its last.pt. InputError: it is there already; see `restore`."""
+        if saved is not None:
+            self.restore(saved)
+        elif self.group.rank == 0 and not resume:
+            begin(self.folder, {"options": self.config, **findings}, overwrite)
+        if self.group.rank:  # noise and dropout of its own
+            seed = np.random.SeedSequence((self.config["seed"], self.group.rank)).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+
+    def restore(self, saved: Mapping) -> None:
+        """Go on from last.pt. InputError: the data, the device or the number of processes is another."""
+        if saved["data"] != self.stored["data"]:
+            raise InputError(f"--resume {self.folder}: {self.config['data'] or 'the drawn photographs'}: other "
+                             "photographs or labels than when the run was begun; expected the same; start a new run")
+        begun, now = saved["machine"], self.stored["machine"]
+        for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
+            if begun[what] != now[what]:
+                raise InputError(f"{flag} {now[what]}: {self.folder} was begun with {begun[what]}; expected the same, "
+                                 "or the result would be another")
+        if begun != now and not self.quiet:
+            said = (", ".join(f"{k} {v}" for k, v in of.items()) for of in (begun, now))
+            print("warning: begun with {}, now {}: the last digits of the result may be others".format(*said))
+        try:
+            self.state.net.load_state_dict(saved["net"])
+            self.state.load_state_dict(saved["state"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"--resume {self.folder}: its last.pt was made by another version of this project "
+                             f"({type(error).__name__}); train again") from error
+        if self.state.best["epoch"] and not (self.folder / "best.pt").exists():
+            raise InputError(f"--resume {self.folder}: its best.pt is gone, of epoch {self.state.best['epoch']}; "
+                             "expected it to stay; start a new run")
+
+    def start(self, saved: Mapping | None) -> None:
+        """Right before the first step: generators as they were, the folder locked, the first checkpoint."""
+        if saved is not None:
+            set_generators(saved["generators"][self.group.rank])
+        if self.group.rank == 0:
+            self.held = hold(self.folder)
+            self.lines = tidy(self.folder, self.state.epoch)
+        if saved is None:
+            self.save_last()
+        elif not self.quiet and self.ended():
+            print("it has come to its end already: nothing is left to train")
+
+    def ended(self) -> bool:
+        """Whether all epochs are done, or too many in a row were no better."""
+        epoch, patience = self.state.epoch, self.config["patience"]
+        return epoch >= self.config["epochs"] or epoch - self.state.best["epoch"] >= patience
+
+    def due(self) -> bool:
+        """Whether it is time for another checkpoint."""
+        return time.monotonic() - self.saved_at >= SAVE_SECONDS
+
+    def save_last(self) -> None:
+        """Write last.pt: all that the rest of the run depends on. Nothing, if a step that was not read yet failed."""
+        self.state.monitor.read()
+        found = self.group.gather(generators())
+        if self.group.rank == 0:
+            save(self.folder / "last.pt", {**self.stored, "net": self.state.net.state_dict(),
+                                           "state": self.state.state_dict(), "generators": found})
+        self.saved_at = time.monotonic()
+
+    def save_best(self, chosen: Mapping) -> None:
+        """Write best.pt, with what was chosen on validation."""
+        save(self.folder / "best.pt", {**self.stored, "net": self.state.net.state_dict(), "epoch": self.state.epoch,
+                                       "chosen": chosen})
+
+    def log(self, line: Mapping) -> None:
+        """Add a line to metrics.jsonl."""
+        self.lines.append(json.dumps(plain(line)))
+        write_log(self.folder, self.lines)
+
+    def progress(self, batches: Iterator[Batch], left: int, per_epoch: int) -> Iterator[Batch]:
+        """The batches that are left of an epoch, under a progress bar and the eyes of the monitor.
+
+        If a file or a loader's process keeps one from coming, what was learned is saved first; not so in a group: the
+        others do not know of it.
+        """
+        monitor = self.state.monitor
+        with tqdm(total=per_epoch, initial=per_epoch - left, unit="step", leave=False, disable=self.quiet or None,
+                  desc=f"epoch {self.state.epoch + 1}/{self.config['epochs']}") as bar:
+            while True:
+                try:
+                    with monitor.waiting():
+                        batch = next(batches, None)
+                except (InputError, RuntimeError, OSError):
+                    if self.group.size == 1:
+                        self.save_last()
+                    raise
+                if batch is None:
+                    return
+                with monitor.working():
+                    yield batch
+                bar.update()
+                bar.set_postfix(monitor.recent(), refresh=False)
+
+    def end_epoch(self, scores: Scores | None, tasks: Sequence[TaskMetrics], photographs: int) -> None:
+        """Count an epoch of so many photographs, keep the network if it is the best, write down what was found."""
+        state, monitor = self.state, self.state.monitor
+        metrics, usage = self.group.share(scores and (scores.metrics(), scores.usage))
+        score, losses = scoring.primary_score(metrics, tasks), monitor.means()
+        better = state.end_epoch(score, metrics, usage)
+        if better and self.group.rank == 0:
+            self.save_best(scores.choose())
+        line = {"epoch": state.epoch, "step": state.step, "train": losses, "val": metrics, "score": score,
+                "expert_usage": usage, "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
+                "seconds": round(monitor.seconds, 3), "waiting": round(monitor.waited / monitor.seconds, 4),
+                "images_per_second": round(photographs / monitor.seconds, 2)}
+        if self.config["log_gradients"]:
+            line["gradient_cosines"] = {pair: float(np.mean(v)) for pair, v in monitor.cosines.items()}
+        if not self.quiet:
+            print(epoch_line(state.epoch, self.config["epochs"], losses, metrics, tasks, score, better,
+                             monitor.seconds))
+        if self.group.rank == 0:
+            self.log(line)
+        monitor.new_epoch()
+        self.save_last()
+        if self.ended() and state.epoch < self.config["epochs"] and not self.quiet:
+            print(f"no better validation score for {self.config['patience']} epochs: stopped early")
+
+    def finish(self) -> dict:
+        """Write result.json; -> what is in it."""
+        state = self.state
+        weights = {"best.pt": state.best["weights"], "last.pt": weights_hash(state.net)}
+        result = {**state.best, "weights": weights, "epochs": state.epoch, "steps": state.step,
+                  "skipped_steps": state.monitor.skipped, "machine": self.stored["machine"]}
+        if self.group.rank == 0:
+            write_text(self.folder / "result.json", json.dumps(plain(result), indent=1))
+        return result

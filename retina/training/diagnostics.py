@@ -1,27 +1,176 @@
-"""What training prints."""
+"""What is looked at while a run trains: losses of its steps, whether they are numbers, where time goes.
+
+    LossMonitor         losses and times of the epoch under way; a loss or gradient that is not finite is an error
+    gradient_cosines    whether tasks pull the encoder the same way
+    opening, epoch_line what is about to be trained, and an epoch, in a line
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from retina.evaluation.task_metrics import TaskMetrics
+from retina.files import RunError
+from retina.training.precision import fetch
 
 if TYPE_CHECKING:
-    from flags import Options
+    from retina.training.distributed import Group
+    from train import Config
 
 
-def epoch_line(epoch: int, options: Options, losses: Mapping, metrics: Mapping, tasks: Sequence[TaskMetrics],
-               score: float, better: bool, seconds: float) -> str:
+class LossMonitor:
+    """Losses and times of the steps of an epoch.
+
+    On a GPU losses are read a step later (`lag`): nothing waits for them meanwhile.
+    """
+    patience = 20  # steps in a row that fp16 may leave out
+    KEPT = "losses", "cosines", "steps", "seconds", "waited", "skipped", "skipped_in_a_row"
+
+    def __init__(self, net: nn.Module, scaler: torch.amp.GradScaler, device: torch.device, lr: float, per_epoch: int):
+        self.net, self.scaler, self.device, self.lr = net, scaler, device, lr
+        self.look_every = max(1, per_epoch // 8)
+        self.lag = int(device.type == "cuda")
+        self.unread = deque()  # of each step: its number, names of its losses, what brings their values and the norm
+        self.skipped = self.skipped_in_a_row = 0  # steps of the run, left out by the scaler
+        self.looked = 0.0  # seconds of this step that were spent on looking at gradients
+        self.new_epoch()
+
+    def new_epoch(self) -> None:
+        """Forget the losses and times so far."""
+        self.losses, self.cosines, self.steps = {}, {}, 0
+        self.seconds, self.waited = 0.0, 0.0  # waited: for photographs
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the epoch under way."""
+        return {name: getattr(self, name) for name in self.KEPT}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what state_dict returned. KeyError: there is less; TypeError: more."""
+        if stored.keys() != set(self.KEPT):
+            raise TypeError(f"kept: {', '.join(stored)}")
+        vars(self).update(stored)
+
+    def record(self, step: int, losses: Mapping[str, Tensor], norm: Tensor) -> dict[str, float]:
+        """Take in the losses and the gradient's norm of a step; -> the losses that were read. RunError: see `check`."""
+        values = torch.stack([*(v.detach() for v in losses.values()), norm])
+        self.unread.append((step, list(losses), fetch(values)))
+        return self.read(self.lag)
+
+    def read(self, lag: int = 0) -> dict[str, float]:
+        """The losses of the step that is `lag` steps back, if they have not been read; RunError: see `check`."""
+        if len(self.unread) <= lag:
+            return {}
+        step, names, values = self.unread.popleft()
+        *values, norm = values()
+        losses = dict(zip(names, values))
+        self.check(step, losses, norm)
+        for name, value in losses.items():
+            self.losses.setdefault(name, []).append(value)
+        return losses
+
+    def check(self, step: int, losses: Mapping[str, float], norm: float) -> None:
+        """RunError: a loss or gradient is not finite, named with its task and the step.
+
+        In fp16 a gradient may be too large for the format; the scaler then leaves the step out and scales less. That is
+        counted, and an error only `patience` times in a row.
+        """
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise RunError(f"the loss of {name} is {value} at step {step}; lower --lr (now {self.lr}) or look at "
+                               "the labels of that task")
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+        elif self.scaler.is_enabled():
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.patience:
+                raise RunError(f"the gradient is too large for fp16 at step {step}, for the {self.patience}th time in "
+                               f"a row; lower --lr (now {self.lr}), or use a GPU that has bf16")
+        else:
+            names = [n for n, p in self.net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            own = dict.fromkeys(n.split(".")[1] for n in names if n.startswith("heads."))
+            raise RunError(f"the gradient of {' '.join(own) or 'what the tasks share'} is not finite at step {step} "
+                           f"(first in {names[0]}); lower --lr (now {self.lr}) or look at the labels")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for photographs."""
+        begun = time.perf_counter()
+        yield
+        waited = time.perf_counter() - begun
+        self.waited, self.seconds = self.waited + waited, self.seconds + waited
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Count the time inside as a step; a look at gradients is no part of it."""
+        begun, self.looked = time.perf_counter(), 0.0
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begun - self.looked
+
+    def look(self, losses: Mapping[str, Tensor], encoder: nn.Module) -> None:
+        """At eight steps of an epoch: remember how the tasks' gradients on the encoder lie to each other.
+
+        The time that it takes does not count.
+        """
+        self.steps += 1
+        if (self.steps - 1) % self.look_every or len(losses.keys() - {"balance"}) < 2:
+            return
+        if self.device.type == "cuda":  # the forward pass is no part of the look
+            torch.cuda.synchronize(self.device)
+        begun = time.perf_counter()
+        for pair, cosine in gradient_cosines(losses, encoder).items():
+            self.cosines.setdefault(pair, []).append(cosine)
+        self.looked = time.perf_counter() - begun
+
+    def recent(self) -> dict[str, str]:
+        """Mean losses of the last steps, for a progress bar."""
+        return {name: f"{np.mean(values[-20:]):.3f}" for name, values in self.losses.items()}
+
+    def means(self) -> dict[str, float]:
+        """Mean losses of the epoch."""
+        return {name: float(np.mean(values)) for name, values in self.losses.items()}
+
+
+def gradient_cosines(losses: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, float]:
+    """{"cls seg": cosine between the gradients of two tasks' losses on the encoder}: below 0 they pull apart
+
+    (Yu et al. 2020, arXiv 2001.06782, definition 1).
+    """
+    shared = list(encoder.parameters())
+    flat = {t: torch.cat([g.flatten() for g in torch.autograd.grad(
+        loss, shared, retain_graph=True, allow_unused=True, materialize_grads=True)])
+            for t, loss in losses.items() if t != "balance"}
+    return {f"{one} {other}": float(nn.functional.cosine_similarity(flat[one], flat[other], dim=0))
+            for one, other in itertools.combinations(flat, 2)}
+
+
+def opening(config: Config, folder: Path, group: Group) -> str:
+    """What is about to be trained, in a line."""
+    experts = "no expert layer" if config.experts == 0 else (
+        f"experts {config.experts}, chosen {config.chosen}, router {config.router}, width {config.expert_width:g}, at "
+        f"{config.experts_at}")
+    return f"tasks {' '.join(config.tasks)}, {config.size} px, {experts}, " + \
+        f"{group.size} processes, " * (group.size > 1) + f"run folder {folder}"
+
+
+def epoch_line(epoch: int, epochs: int, losses: Mapping, metrics: Mapping, tasks: Sequence[TaskMetrics], score: float,
+               better: bool, seconds: float) -> str:
     """One line for one epoch."""
-    parts = [f"epoch {epoch:3}/{options.epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
+    parts = [f"epoch {epoch:3}/{epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
     for task in tasks:
         values = metrics[task.name]
-        shown = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
-        parts.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in shown))
+        told = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
+        parts.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in told))
     return " | ".join(parts) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"
-
-
-def shown(values: Mapping) -> str:
-    """{"a": 1} -> "a 1"."""
-    return ", ".join(f"{k} {v}" for k, v in values.items())

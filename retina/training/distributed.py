@@ -9,9 +9,10 @@ Imports nothing of ours but files.py.
 """
 
 import contextlib
+import copy
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +74,11 @@ class Group:
         """The sum of x over all processes; can be differentiated."""
         return x if self.size == 1 else Total.apply(x)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process."""
-        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=device)))
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """Of each flag, whether it is set in any process."""
+        if self.size == 1:
+            return list(flags)
+        return self.total(torch.tensor(flags, dtype=torch.float32, device=device)).bool().tolist()
 
     def gather(self, thing: Any) -> list | None:
         """What each process has, by rank; in rank 0 alone, None in the others."""
@@ -140,10 +143,12 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return (wide * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
+def spread(net: nn.Module, tasks: Sequence[str], group: Group, device: torch.device) -> nn.Module:
     """Make `net` one that several processes train: same parameters, norms over the whole batch.
 
-    -> what to call instead of it in training.
+    -> what to call instead of it in training. One backward pass of zeros has been done with it, which leaves nothing
+    behind: after its first one DistributedDataParallel groups the gradients anew, and three or more processes then add
+    them in another order: a run that is resumed would not end as the one that is not.
     """
     if group.size == 1:
         return net
@@ -151,7 +156,16 @@ def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, shared(norm))
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    called = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    before = copy.deepcopy(net.state_dict())
+    with torch.random.fork_rng():
+        net.train()
+        images, row = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device), torch.zeros(
+            1, dtype=torch.int64, device=device)
+        sum(0 * x.sum() for x in called(images, dict.fromkeys(tasks, row))[0].values()).backward()
+    net.zero_grad(set_to_none=True)
+    net.load_state_dict(before)
+    return called
 
 
 def shared(norm: nn.BatchNorm2d) -> SharedBatchNorm:

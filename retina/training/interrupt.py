@@ -14,10 +14,10 @@ from retina.files import InputError, RunError
 from retina.training.distributed import ALONE, Group
 
 if TYPE_CHECKING:
-    from flags import Options
+    from train import Config
 
 
-class Interrupt:
+class StopSignal:
     """Ctrl-C (or SIGTERM) once ends after the step, or the scoring, that is under way; twice at once.
 
     Several processes hear it at different moments, so they end only where they agree on it. For them twice is once,
@@ -26,52 +26,67 @@ class Interrupt:
     """
 
     def __init__(self, group: Group = ALONE):
-        self.heard, self.agreed, self.group = False, False, group
+        self.heard, self.agreed, self.due, self.group = False, False, False, group
 
-    def __enter__(self):
+    def __enter__(self) -> StopSignal:
         names = [signal.SIGINT] + [signal.SIGTERM] * (self.group.size == 1)
         self.before = {name: signal.signal(name, self.hear) for name in names}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace) -> None:
         for name, handler in self.before.items():
             signal.signal(name, handler)
+        if self.heard and isinstance(error, RuntimeError):  # processes that load photographs heard it, too, and ended
+            raise KeyboardInterrupt from None
 
-    def hear(self, *_):
+    def hear(self, *_) -> None:
         if self.heard and self.group.size == 1:
             raise KeyboardInterrupt
         self.heard = True
 
-    def agree(self, device: torch.device) -> bool:
-        """Whether any process has heard it, the same in all; every process must ask."""
-        self.agreed = self.agreed or self.group.any(self.heard, device)
+    def agree(self, device: torch.device, due: bool = False) -> bool:
+        """Whether any process has heard it, the same in all; every process must ask.
+
+        Whether for any of them a checkpoint is `due` is agreed on with it.
+        """
+        heard, self.due = self.group.any((self.heard, due), device)
+        self.agreed = self.agreed or heard
         return self.agreed
 
 
+class Failure:
+    """How far a run had come when something went wrong."""
+    state, begun = None, False
+
+    @property
+    def step(self) -> int:
+        return 0 if self.state is None else self.state.step
+
+
 @contextlib.contextmanager
-def in_words(folder: Path, options: Options, group: Group) -> Iterator[dict]:
+def explain_failures(folder: Path, config: Config, group: Group) -> Iterator[Failure]:
     """Say in one line what has gone wrong with a file, with memory or with a loader, and how to go on.
 
     KeyboardInterrupt: with the command that goes on with the run, if it has begun.
     """
-    where = {"trainer": None, "begun": False}
+    at = Failure()
     command = f"{'python' if group.size == 1 else f'torchrun --nproc_per_node={group.size}'} train.py --resume {folder}"
     try:
-        yield where
+        yield at
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(command if where["begun"] else "") from None
+        raise KeyboardInterrupt(command if at.begun else "") from None
     except InputError as error:
-        raise InputError(f"{error}; then go on with: {command}" if where["begun"] else str(error)) from None
+        raise InputError(f"{error}; then go on with: {command}" if at.begun else str(error)) from None
     except (RuntimeError, MemoryError) as error:
-        first, step = (str(error).splitlines() or [""])[0], where["trainer"].number if where["trainer"] else 0
+        first = (str(error).splitlines() or [""])[0]
         if "is killed by signal" in first or "exited unexpectedly" in first:
-            raise RunError(f"a process that loads photographs was killed after step {step}, perhaps for want of "
-                           f"memory; try fewer --workers (now {options.workers}); go on with: {command} "
+            raise RunError(f"a process that loads photographs was killed after step {at.step}, perhaps for want of "
+                           f"memory; try fewer --workers (now {config.workers}); go on with: {command} "
                            f"({first[:160]})") from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in first or \
                 "can't allocate memory" in first:
-            raise RunError(f"out of memory after step {step} with --batch {options.batch} --size {options.size}; try "
-                           f"--batch {max(2, options.batch // 2)} or a smaller --size; {folder} keeps what was saved "
+            raise RunError(f"out of memory after step {at.step} with --batch {config.batch} --size {config.size}; try "
+                           f"--batch {max(2, config.batch // 2)} or a smaller --size; {folder} keeps what was saved "
                            f"before ({first[:100]})") from error
         raise
 

@@ -1,0 +1,294 @@
+"""From the command line of train.py to the configuration of a run.
+
+    flag                a field of a configuration that is a flag too: default, help, choices, bounds beside each other
+    parse               command line -> what was typed
+    resolve_defaults    -> a configuration; some defaults depend on the data and the device
+    read_request        -> what train.py is asked for: a new run, or one to go on with
+
+Every mistake is an InputError: one line that names the flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import Field, asdict, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from retina.datasets import readers, records, splits
+from retina.files import InputError
+from retina.training import checkpoint, precision, pretrained
+
+if TYPE_CHECKING:
+    from retina.training.distributed import Group
+    from train import Config
+
+
+# ---- a field is a flag ----
+
+def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | None = None,
+         choices: Collection[str] | Mapping[str, str] | None = None, lowest: float | None = None,
+         multiple: int | None = None, machine: bool = False) -> Any:
+    """A field that is declared once. `real`: the default on real data, where it is another than on drawings.
+
+    `shown` tells of a default that depends on more; `lowest` and `multiple` bound numbers; `machine`: it may be another
+    when a run is resumed, since the result does not hang on it.
+    """
+    if isinstance(choices, Mapping):
+        text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
+    if shown is None and default is not None and not isinstance(default, bool):
+        words = " ".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else \
+            default
+        shown = f"{words} drawn, else {real:g}" if real is not None else words
+    return field(default=default, metadata={
+        "group": group, "help": text if shown is None else f"{text} (default: {shown})", "real": real,
+        "choices": choices, "lowest": lowest, "multiple": multiple, "machine": machine})
+
+
+def spelled(f: Field) -> str:
+    """The flag of a field; --no-NAME for what is on by default."""
+    return f"--{'no-' * (f.default is True)}{f.name.replace('_', '-')}"
+
+
+def flags_of(kind: type[Config]) -> dict[str, Field]:
+    """The fields that are flags, by name."""
+    return {f.name: f for f in fields(kind) if "group" in f.metadata}
+
+
+def parse(kind: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
+    """What was typed, by name; nothing that was not. InputError: a number is out of its range, a word unknown."""
+    parser = argparse.ArgumentParser(description="Train one network on several tasks at once.",
+                                     argument_default=argparse.SUPPRESS)
+    types, groups = typing.get_type_hints(kind), {}
+    for f in flags_of(kind).values():
+        if f.metadata["group"] not in groups:
+            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
+        if isinstance(f.default, bool):
+            how = {"action": "store_false" if f.default else "store_true", "dest": f.name}
+        else:
+            how = {"type": types[f.name] if types[f.name] in (int, float) else str,
+                   "nargs": "+" if isinstance(f.default, tuple) else None, "metavar": f.name.upper()}
+        groups[f.metadata["group"]].add_argument(spelled(f), help=f.metadata["help"].replace("%", "%%"), **how)
+    group = parser.add_argument_group("the run")
+    group.add_argument("--name", help="folder below runs/ (default: the tasks and the next free number)")
+    group.add_argument("--resume", type=Path, metavar="RUN",
+                       help="go on with an interrupted run, as it was begun; other flags are not needed")
+    group.add_argument("--overwrite", action="store_true", help="with --name: replace the run of that name")
+    given = {k: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    for name, value in given.items():
+        if name in flags_of(kind):
+            check(flags_of(kind)[name], value)
+    return given
+
+
+def check(f: Field, value: Any) -> None:
+    """InputError: a number is out of its range, a word is none of the choices."""
+    known, lowest, multiple = (f.metadata[k] for k in ("choices", "lowest", "multiple"))
+    words = value if isinstance(value, tuple) else (value,)
+    if known and (unknown := [word for word in words if word not in known]):
+        several = isinstance(value, tuple)
+        raise InputError(f"{spelled(f)} {unknown[0]}: no such {f.name[:-1] if several else f.name}; there are "
+                         f"{', '.join(known)}" + "; separate them by spaces" * several)
+    if lowest is not None and not lowest <= value < math.inf:
+        raise InputError(f"{spelled(f)} {value}: expected at least {lowest}")
+    if multiple and value % multiple:
+        raise InputError(f"{spelled(f)} {value}: expected a multiple of {multiple}, the stride of the deepest map")
+    if f.name == "seed" and value >= 1 << 32:
+        raise InputError(f"{spelled(f)} {value}: expected less than {1 << 32}")
+
+
+def plain(config: Config) -> dict:
+    """A configuration with lists in place of tuples, as JSON and checkpoints hold it."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def of_result(config: Config) -> dict:
+    """The same without what the result does not hang on."""
+    return {f.name: plain(config)[f.name] for f in fields(config) if not f.metadata.get("machine")}
+
+
+# ---- defaults that depend on the data and the device ----
+
+def read_loss_weights(words: Sequence[str], tasks: Sequence[str]) -> dict[str, float] | None:
+    """["fixed"] -> {}, ["cls=0.5"] -> {"cls": 0.5}, ["uncertainty"] -> None: they are learned.
+
+    InputError: another form, a task that is not trained, a negative number.
+    """
+    if list(words) in (["fixed"], ["uncertainty"]):
+        return {} if words[0] == "fixed" else None
+    weights = {}
+    for word in words:
+        task, _, number = word.partition("=")
+        try:
+            weights[task] = float(number)
+        except ValueError:
+            raise InputError(f"--loss-weights {word}: expected 'fixed', 'uncertainty', or pairs like "
+                             "cls=0.5") from None
+        if task not in tasks:
+            raise InputError(f"--loss-weights {word}: {task!r} is not among --tasks {' '.join(tasks)}")
+        if not 0 <= weights[task] < math.inf:
+            raise InputError(f"--loss-weights {word}: expected a number that is not negative")
+    return weights
+
+
+def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequence[str],
+                    learned: Sequence[str]) -> dict[str, Any]:
+    """How many experts, how many chosen, and the weight of the balance loss, as the router needs them.
+
+    `learned`: the routers that learn. InputError: a flag that means nothing here.
+    """
+    router = given.get("router", kind.router)
+    if given.get("experts") == 0:
+        if alien := [name for name in ("chosen", "balance", "router", "expert_width") if name in given]:
+            raise InputError(f"--experts 0: there is no layer for --{alien[0].replace('_', '-')}; leave one of them "
+                             "out")
+        return {"experts": 0, "chosen": 1, "balance": 0.0}
+    if router not in learned and given.get("balance"):
+        raise InputError(f"--balance {given['balance']}: --router {router} does not learn, so there is nothing to "
+                         "balance; leave --balance out")
+    experts, chosen = given.get("experts"), given.get("chosen")
+    if router == "private":
+        chosen = chosen or (kind.chosen if experts is None else max(1, experts // len(tasks)))
+        experts = experts or chosen * len(tasks)
+    experts = experts or kind.experts
+    chosen = chosen or (experts if router == "uniform" else min(kind.chosen, experts))
+    return {"experts": experts, "chosen": chosen,
+            "balance": given.get("balance", kind.balance) if router in learned else 0.0}
+
+
+def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequence[str]) -> tuple[Config, list[str]]:
+    """What was typed, and for the rest the defaults; -> configuration, notes to print and to keep.
+
+    InputError: the data cannot be read, or flags that do not go with them or with each other.
+    """
+    tasks = given.get("tasks", kind.tasks)
+    read_loss_weights(given.get("loss_weights", kind.loss_weights), tasks)
+    splits.read_fold(given.get("fold", kind.fold))
+    values = resolve_experts(kind, given, tasks, learned)
+    root = readers.find_data(given.get("data"))
+    # a wrong folder is told before anything is downloaded; drawings are never wrong
+    found = records.DataSet([]) if root is None else readers.read_data(root)
+    if "fold" in given and any(r.part == "val" for r in found.records):
+        raise InputError(f"--fold {given['fold']}: {root} names its own validation part; leave --fold out")
+    notes = list(found.notes)
+    if values["chosen"] == 1 < values["experts"] and given.get("router", kind.router) in learned:
+        notes.append("--chosen 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
+                     "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
+    if root is None:
+        notes.append("training on DRAWN photographs (retina/datasets/synthetic.py): results are no IDRiD results. For "
+                     f"IDRiD, unzip it from {readers.SOURCE} and pass --data FOLDER")
+    else:
+        values |= {f.name: f.metadata["real"] for f in fields(kind) if f.metadata.get("real") is not None}
+        if "weights" not in given:
+            try:
+                pretrained.read_weights("imagenet", given.get("variant", kind.variant))
+                values["weights"] = "imagenet"
+            except InputError as error:
+                notes.append(f"warning: starting from random weights; {error}")
+    device = precision.pick_device(given.get("device", kind.device))
+    values |= {"precision": precision.pick(device),
+               "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
+    typed = {k: v for k, v in given.items() if k in flags_of(kind)}
+    config = kind(**(values | typed | {k: values[k] for k in ("experts", "chosen", "balance")} |
+                     {"data": root and str(root.resolve()), "classes": found.classes}))
+    precision.check_precision(config.precision, device)
+    return config, notes
+
+
+def check_group(config: Config, group: Group) -> None:
+    """InputError: so many processes cannot train this."""
+    if config.batch < group.size:
+        raise InputError(f"--batch {config.batch}: {group.size} processes share it; expected at least one photograph "
+                         "for each")
+    if config.log_gradients and group.size > 1:
+        raise InputError("log_gradients: in several processes the gradients of single tasks are not summed; expected "
+                         "one process")
+
+
+# ---- a run that is resumed ----
+
+def resumed(kind: type[Config], given: Mapping[str, Any], begun: Mapping[str, Any]) -> Config:
+    """The configuration that a run was begun with, and what was typed now in place of it; see check_same.
+
+    InputError: a flag that is for new runs; a configuration of another version.
+    """
+    if new := [name for name in ("name", "overwrite") if name in given]:
+        raise InputError(f"--{new[0]}: --resume names a run that is there already; leave one of them out")
+    if {f.name for f in fields(kind)} != begun.keys():
+        raise InputError(f"--resume {given['resume']}: made by another version of this project; train again")
+    typed = {k: v for k, v in given.items() if k != "resume"}
+    if "data" in typed:
+        typed["data"] = str(readers.find_data(typed["data"]).resolve())
+    return replace(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in begun.items()}), **typed)
+
+
+def check_same(folder: Path, begun: Mapping[str, Any], now: Config) -> None:
+    """InputError: a value is not the one with which the run in `folder` was begun, though the result hangs on it."""
+    def words(value):
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return " ".join(map(str, value)) if isinstance(value, list) else value
+
+    named = {f.name: f for f in fields(now)}
+    for name, value in of_result(now).items():
+        if value != begun[name]:
+            typed = spelled(named[name]) + ("" if isinstance(value, bool) else f" {words(value)}")
+            raise InputError(f"{typed}: {folder} was begun with {name} {words(begun[name])}; a resumed run keeps it; "
+                             "leave the flag out")
+
+
+def read_same(folder: Path, config: Config) -> dict | None:
+    """What last.pt of a run with this configuration holds; None before it was first written. InputError: another."""
+    begun, saved = checkpoint.read_last(folder)
+    check_same(folder, begun, config)
+    return saved
+
+
+# ---- what is asked for ----
+
+class Request(NamedTuple):
+    """What a command line asks for."""
+    config: Config
+    folder: Path
+    notes: list[str]
+    resume: bool
+    overwrite: bool
+
+
+def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
+    """runs/cls_seg_1, or the next number that is free."""
+    number = 1
+    while (runs / f"{'_'.join(tasks)}_{number}").exists():
+        number += 1
+    return runs / f"{'_'.join(tasks)}_{number}"
+
+
+def read_request(kind: type[Config], argv: Sequence[str] | None, learned: Sequence[str]) -> Request:
+    """Read the command line, and look at the data and at the run that it names. InputError: see above."""
+    given = parse(kind, argv)
+    if "resume" in given:
+        run = given["resume"]
+        begun, state = checkpoint.read_last(run)
+        config = resumed(kind, given, begun)
+        if config.data is not None and not Path(config.data).exists():
+            raise InputError(f"--resume {run}: {config.data}: its data set is not there; if it has moved, name it with "
+                             "--data")
+        note = f"going on with {run}" + ", from its beginning: it was stopped before its first checkpoint" * (
+            state is None)
+        return Request(config, run, [note], True, False)
+    config, notes = resolve_defaults(kind, given, learned)
+    runs, name, overwrite = records.HERE / "runs", given.get("name"), "overwrite" in given
+    if name is None and overwrite:
+        raise InputError("--overwrite: expected --name as well, of the run to replace")
+    if name and (Path(name).name != name or name == ".."):
+        raise InputError(f"--name {name}: expected a name, not a path; runs are kept in {runs}")
+    folder = runs / name if name else next_folder(runs, config.tasks)
+    if folder.exists() and not overwrite:
+        raise checkpoint.taken(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise InputError(f"--overwrite: {folder} holds something else than a run; choose another --name")
+    return Request(config, folder, notes, False, overwrite)
