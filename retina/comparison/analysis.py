@@ -216,7 +216,7 @@ def spread(values: Sequence[float]) -> dict:
 
 
 def row_numbers(row: Measured) -> dict:
-    """Metrics with mean, sd and interval; what training photographs score better; what shifts change; costs."""
+    """Metrics with mean, sd and interval; gaps to training photographs; what shifts change; costs."""
     values = [s.metrics() for s in row.scores]
     _, limits = scoring.summary(row.scores, [{}] * len(row.scores))
     found = {"words": row.words, "seeds": row.seeds, "epochs": row.epochs, "tasks": {}}
@@ -226,6 +226,7 @@ def row_numbers(row: Measured) -> dict:
                    for k, v in values[0][t].items() if isinstance(v, float)}
         found["tasks"][t] = {
             "photographs": values[0][t]["photographs"], "eyes": values[0][t]["eyes"], "primary": task.primary,
+            "lower_is_better": task.best < task.worst,
             "metrics": numbers, "gap": spread([g[t] for g in row.gaps]) if row.gaps and t in row.gaps[0] else None,
             "shifts": {shift: spread([s[shift][t] for s in row.shifts]) for shift, of in (row.shifts or [{}])[0].items()
                        if t in of}}

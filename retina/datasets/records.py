@@ -115,10 +115,6 @@ class Label:
         """A value in reports; `classes` are the names of the data set's own."""
         return value
 
-    def caption(self, value: Any) -> str:
-        """What a contact sheet says of a photograph; "" for what can be seen there."""
-        return ""
-
     def summary(self, records: Sequence[Record], classes: Sequence[str]) -> dict:
         """What a report says of records in the `section` of such labels, as plain types; {}: nothing."""
         return {}
@@ -154,9 +150,6 @@ class ClassNumber(Label):
     def shown(self, value, classes):
         return value if self.number else classes[value]
 
-    def caption(self, value):
-        return f"{self.name} {value}" if self.number else ""
-
     def summary(self, records, classes):
         """How often each class occurs, and what a constant guess scores."""
         counts = Counter(self.known(records))
@@ -184,10 +177,7 @@ class Number(Label):
     section = "numbers"
 
     def parse(self, text, what):
-        try:
-            value = float(text.replace("_", "x"))  # Python would read 1_0 as 10
-        except ValueError:
-            value = math.nan
+        value = number(text)
         if not (math.isfinite(value) and self.lowest <= value <= self.highest):
             raise InputError(f"{what} is {text!r}, expected a number from {self.lowest:g} to {self.highest:g}"
                              + f" ({self.unit})" * bool(self.unit))
@@ -195,9 +185,6 @@ class Number(Label):
 
     def settle(self, values):
         return fmean(values)
-
-    def caption(self, value):
-        return f"{self.name} {value:g} {self.unit}".rstrip()
 
     def summary(self, records, classes):
         """The range, and by how much a guess of the mean is wrong on average."""
@@ -299,14 +286,19 @@ class Masks(Label):
         return [f"    {self.name:9}" + "  ".join(counts)] if counts else []
 
 
+def number(text: str) -> float:
+    """A cell's number; nan if it is none."""
+    try:
+        return float(text.replace("_", "x"))  # Python would read 1_0 as 10
+    except ValueError:
+        return math.nan
+
+
 def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | None:
     """A point from its two cells; None where both are empty. InputError: no number, only one, outside its image."""
     if not x and not y:
         return None
-    try:
-        point = float(x.replace("_", "x")), float(y.replace("_", "x"))  # Python would read 1_0 as 10
-    except ValueError:
-        point = math.nan, math.nan
+    point = number(x), number(y)
     if not all(map(math.isfinite, point)):
         raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
     size = image_size(image)

@@ -33,6 +33,7 @@ class Examined:
     records: list[Record]  # those that can be read, before copies are joined
     found: Comparison
     odd: list[tuple[Record, str]]  # masks that are stored unlike most
+    classes: Sequence[str]  # names of the data set's own
 
 
 def labelled(records: Sequence[Record]) -> dict[str, int]:
@@ -104,7 +105,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
                   "test_labels": labelled([r for r in split.test if r.eye in trained])},
         "split": {"fold": fold, "training": overview(split.training, data_set.classes),
                   "validation": overview(split.validation, data_set.classes)}}
-    return Examined(report, records, found, odd)
+    return Examined(report, records, found, odd, data_set.classes)
 
 
 # ---- words ----
@@ -231,7 +232,8 @@ def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str
     alike = defaultdict(list)
     for r in records:
         alike[splits.stratum(r)].append(r)
-    labels = [(", ".join(filter(None, (LABELS[name].caption(v) for name, v in r.labels.items()))), [r])
+    labels = [(", ".join(f"{name} {LABELS[name].shown(v, examined.classes)}" for name, v in r.labels.items()
+                         if isinstance(v, (int, float))), [r])  # the others are drawn
               for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]
     legend = "; outlines: " + ", ".join(f"{name} {colour}" for name, colour in zip(
         KINDS.values(), ("blue", "orange", "green", "pink", "yellow"))) + "; + optic disc, x fovea"

@@ -31,12 +31,11 @@ class TaskMetrics:
 
     def check_range(self) -> None:
         """InputError: the primary metric has no name, or there is no way from its worst to its best value."""
-        ends = self.worst, self.best
-        if not isinstance(getattr(self, "primary", None), str):
-            raise InputError(f"the task {self.name} names no metric as `primary`; expected one that its metrics() gives")
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in ends) or self.worst == self.best:
-            raise InputError(f"the task {self.name}: {self.primary} is to run from worst = {self.worst} to best = "
-                             f"{self.best}; expected two different numbers that are finite; correct them in its class")
+        primary, ends = getattr(self, "primary", None), (self.worst, self.best)
+        if not (isinstance(primary, str) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in ends) and
+                self.worst != self.best):
+            raise InputError(f"the task {self.name}: primary = {primary!r}, worst = {self.worst}, best = {self.best}; "
+                             "expected a metric's name and two different finite numbers; correct them in its class")
 
     def score(self, values: Mapping[str, float]) -> float:
         """0 where the primary metric among `values` is worst, 1 where it is best. InputError: it has no value."""
