@@ -1,6 +1,6 @@
 """Batches of photographs of which some carry some labels. Read in this order:
 
-    draw, apply         augmentation: a seed -> what is done with a photograph; a whole batch changed at once
+    draw, recoloured    augmentation: a seed -> what is done with a photograph; a whole batch changed at once
     Photographs         samples from the cache (retina/datasets)
     collate             samples -> Batch, augmented
     Steps               which photographs meet in which training step
@@ -32,8 +32,8 @@ from torchvision.transforms import v2
 
 from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
-from retina.datasets.preprocess import Sample, inside
-from retina.datasets.records import Record, UNKNOWN
+from retina.datasets.preprocess import Sample
+from retina.datasets.records import LABELS, Record
 from retina.datasets.report import contact_sheets, examine, page
 from retina.datasets.splits import check_labels
 from retina.files import InputError, as_helper, command
@@ -135,24 +135,6 @@ def recoloured(images: Tensor, changes: Sequence[Change]) -> Tensor:
     return images
 
 
-def apply(changes: Sequence[Change], images: Tensor, masks: Sequence[Tensor | None],
-          points: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """Change photographs (B, 3, S, S) uint8; of each its masks (L, S, S) uint8 and points (P, 2) in pixels, or None.
-
-    Where a mask has moved away, it is 0. Points may leave the picture.
-    """
-    forward, size = matrices(changes), images.shape[-1]
-    new = recoloured(moved(images, forward, "bilinear"), changes).round_().to(torch.uint8)
-    known = [i for i, mask in enumerate(masks) if mask is not None]
-    masks = list(masks)
-    if known:
-        there = moved(torch.stack([masks[i] for i in known]), forward[known], "nearest").to(torch.uint8)
-        for i, mask in zip(known, there):
-            masks[i] = mask
-    return new, masks, [p if p is None else
-                        ((2 / size * p - 1) @ f[:, :2].T + f[:, 2] + 1) * (size / 2) for p, f in zip(points, forward)]
-
-
 # ---- samples ----
 
 class Photographs(Dataset):
@@ -202,9 +184,8 @@ def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = t
     def move(x):
         return x.to(device, non_blocking=True)
 
-    images = torch.stack([move(s.image) for s in samples])
-    samples = [replace(s, image=image, masks=s.masks if s.masks is None else move(s.masks))
-               for s, image in zip(samples, images)]
+    samples = [s.pictures(move) for s in samples]
+    images = torch.stack([s.image for s in samples])
     if samples[0].draw is not None:
         images, samples = augmented(images, samples)
     rows, targets = {}, {}
@@ -218,17 +199,18 @@ def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = t
 
 
 def augmented(images: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[Sample]]:
-    """All samples, whose images are (B, 3, S, S), changed as their draws say.
-
-    A point that leaves the picture is not known any more; a mask that is not known stays so, with its border.
-    """
+    """All samples, whose images are (B, 3, S, S) uint8, changed as their draws say; labels follow, see Label.moved."""
     size = images.shape[-1]
     changes = [draw(s.draw, size) for s in samples]
-    images, masks, points = apply(changes, images, [s.masks for s in samples], [s.points for s in samples])
-    return images, [replace(
-        s, image=image, points=p if p is None else inside(p, size),
-        masks=m if m is None else torch.where(s.masks[:, :1, :1] == UNKNOWN, UNKNOWN, m))
-        for s, image, m, p in zip(samples, images, masks, points)]
+    forward = matrices(changes)
+    images = recoloured(moved(images, forward, "bilinear"), changes).round_().to(torch.uint8)
+    found = [replace(s, image=image, labels=dict(s.labels)) for s, image in zip(samples, images)]
+    for name, label in LABELS.items():
+        known = [i for i, s in enumerate(samples) if name in s.labels]
+        values = [samples[i].labels[name] for i in known]
+        for i, value in zip(known, label.moved(values, forward[known], size, moved) if known else ()):
+            found[i].labels[name] = value
+    return images, found
 
 
 class Steps:

@@ -2,7 +2,7 @@
 
 Read Task first, then Grading, Lesions and Landmarks as its three examples. To add a task, write one more class and list
 it in TASKS; `train.py --tasks` then knows its name. How its answers are scored comes from retina/evaluation, one class
-for each kind of answer.
+for each kind of answer; what it learns from is one of LABELS in retina/datasets/records.py, or one more there.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import model
 from model import MapSpec, MaskHead, Net, NetConfig, PointHead, PooledHead
-from retina.datasets.records import UNKNOWN
+from retina.datasets.records import LABELS, UNKNOWN
 from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, MaskMetrics, PointMetrics, TaskMetrics
 from retina.files import InputError
 from retina.training import precision
@@ -27,12 +27,12 @@ from retina.training import precision
 class Task(TaskMetrics):
     """One question about a photograph. All outputs and targets have one row per labelled photograph."""
     name: str  # the word for --tasks
-    label: str  # the field of a record or sample that must not be None for the photograph to count as labelled
+    label: str  # that it learns from, a name in LABELS (retina/datasets/records.py)
     weight: float = 1.0  # of its loss in the sum
 
     def labelled(self, record) -> bool:
         """Whether a record or sample carries this task's label."""
-        return getattr(record, self.label) is not None
+        return self.label in record.labels
 
     def head(self, spec: MapSpec) -> nn.Module:
         """The layer that turns five maps, which `spec` describes, into this task's raw output."""
@@ -63,7 +63,7 @@ class Classification(ClassMetrics, Task):
         return PooledHead(spec, self.classes)
 
     def target(self, sample):
-        return torch.tensor(getattr(sample, self.label))
+        return torch.tensor(sample.labels[self.label])
 
     def loss(self, output, target, total=model.alone):
         number = output.new_tensor(float(len(target)))
@@ -199,8 +199,17 @@ TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesio
 
 
 def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
-    """The tasks with these names; `cls` tells the `classes` of the data set apart where it has any of its own."""
-    return [Categories(classes) if name == Categories.name and classes else TASKS[name] for name in names]
+    """The tasks with these names; `cls` tells the `classes` of the data set apart where it has any of its own.
+
+    InputError: one of them learns from no declared label, or its primary metric has no range; see check_range.
+    """
+    tasks = [Categories(classes) if name == Categories.name and classes else TASKS[name] for name in names]
+    for task in tasks:
+        task.check_range()
+        if task.label not in LABELS:
+            raise InputError(f"tasks.py: the task {task.name} learns from {task.label!r}; expected a label that "
+                             f"retina/datasets/records.py declares ({', '.join(LABELS)}); declare it there")
+    return tasks
 
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:

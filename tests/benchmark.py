@@ -180,8 +180,8 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
                     masks[synthetic.LESIONS.index(kind)] = torch.from_numpy(np.array(small) > 0)
             parts["masks"] = tv_tensors.Mask(masks)
         parts = {k: x.as_subclass(Tensor) for k, x in change(parts).items()}
-        samples.append(preprocess.Sample(r.name, parts["image"], r.grade or 0, None, None, parts.get("masks"), None, None,
-                                         r.eye))
+        samples.append(preprocess.Sample(r.name, parts["image"], {"grade": r.grade or 0}, None, r.eye).with_labels(
+            masks=parts.get("masks")))
     return data.collate(samples, make_tasks(["cls", "seg"]))
 
 
@@ -468,7 +468,7 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
         for kind, mask in zip(synthetic.LESIONS, masks):
             paths[kind] = folder / f"{i}_{kind}.tif"
             save_palette_mask(paths[kind], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
-        found.append(records.Record(str(i), folder / f"{i}.jpg", masks=paths))
+        found.append(records.Record(str(i), folder / f"{i}.jpg", labels={"masks": paths}))
     return found
 
 

@@ -147,7 +147,7 @@ def test_points_and_masks_follow_the_image(tmp_path, suffix):
     mask[dot[1] - 20:dot[1] + 20, dot[0] - 20:dot[0] + 20] = True
     Image.fromarray(pixels).save(tmp_path / f"photo.{suffix}", quality=95)
     save_palette_mask(tmp_path / "m.tif", mask)
-    record = Record("x", tmp_path / f"photo.{suffix}", masks={"EX": tmp_path / "m.tif"})
+    record = Record("x", tmp_path / f"photo.{suffix}", labels={"masks": {"EX": tmp_path / "m.tif"}})
     sample = data.Photographs([record], 128)[0]
     assert sample.image.shape == (3, 128, 128) and (sample.geometry.width, sample.geometry.height) == (2000, 1400)
     for found in (sample.image[2] > 150, sample.masks[synthetic.LESIONS.index("EX")] == 1):
@@ -165,7 +165,7 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
     at = size - 8 * size // 100
     pixels[at - size // 50:at + size // 50, at - size // 50:at + size // 50] = 255
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
-    sample = data.Photographs([Record("x", tmp_path / "a.jpg", points={"disc": (at, at)})], 256)[0]
+    sample = data.Photographs([Record("x", tmp_path / "a.jpg", labels={"points": {"disc": (at, at)}})], 256)[0]
     light = sample.image.float().mean(0)
     x = float((light * (torch.arange(256) + 0.5)).sum() / light.sum())
     assert abs(x - float(sample.points[0, 0])) < 0.05
@@ -174,7 +174,7 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
 def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
     disc_photograph()[0].save(tmp_path / "a.png")
     points = {"disc": (1, 1), "fovea": (330, 190)}
-    sample = data.Photographs([Record("x", tmp_path / "a.png", points=points)], 64)[0]
+    sample = data.Photographs([Record("x", tmp_path / "a.png", labels={"points": points})], 64)[0]
     assert sample.points.isnan().any(1).tolist() == [True, False]
 
 
@@ -183,7 +183,8 @@ def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
     image, _ = disc_photograph(width, height, (width // 2, height // 2), max(width, height) // 2)
     image.save(tmp_path / "photo.jpg", quality=95)
     save_palette_mask(tmp_path / "m.tif", np.ones((height, width), bool))
-    sample = data.Photographs([Record("x", tmp_path / "photo.jpg", masks={"OD": tmp_path / "m.tif"})], 64)[0]
+    record = Record("x", tmp_path / "photo.jpg", labels={"masks": {"OD": tmp_path / "m.tif"}})
+    sample = data.Photographs([record], 64)[0]
     corners = sample.geometry.to_sample(np.array([(0, 0), (width, height)]))
     inside = sample.masks[-1].nonzero()
     assert np.abs(corners[0] - inside.min(0).values.flip(0).numpy()).max() < 0.6
@@ -368,7 +369,7 @@ def test_augmentation_moves_points_with_the_image():
         x, y = np.random.default_rng(draw).integers(4, 124, 2)
         sample.image = torch.zeros(3, 128, 128, dtype=torch.uint8)
         sample.image[:, y - 1:y + 1, x - 1:x + 1] = 255
-        sample.points = torch.tensor([[float(x), float(y)], [math.nan, math.nan]])
+        sample.labels["points"] = torch.tensor([[float(x), float(y)], [math.nan, math.nan]])
         new = changed(sample, draw)
         assert new.points[1].isnan().all()
         light = new.image.float().mean(0)
@@ -386,7 +387,7 @@ def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
     Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
     masks = {"EX": tmp_path / "m.png", "HE": None}
-    sample = changed(data.Photographs([Record("x", tmp_path / "a.png", masks=masks)], 64)[0], 3)
+    sample = changed(data.Photographs([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
     values = {kind: set(m.unique().tolist()) for kind, m in zip(synthetic.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}
 

@@ -31,7 +31,7 @@ def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, b
     picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
     picture.save(path, quality=quality)
     grade = synthetic.plan(11, index).grade
-    return Record(path.stem, path, part, grade)
+    return Record(path.stem, path, part, {"grade": grade})
 
 
 def prepared(records, key):
@@ -139,8 +139,10 @@ def joined(records, pairs, sizes=None):
 
 def test_copies_share_their_labels_and_one_of_them_stays():
     masks = {"EX": Path("m.tif")}
-    records = [Record("grading/1", Path("a"), grade=2, edema=0), Record("grading/2", Path("b"), grade=3, edema=1),
-               Record("grading/3", Path("c"), grade=4, edema=2), Record("segmentation/1", Path("d"), masks=masks)]
+    records = [Record("grading/1", Path("a"), labels={"grade": 2, "edema": 0}),
+               Record("grading/2", Path("b"), labels={"grade": 3, "edema": 1}),
+               Record("grading/3", Path("c"), labels={"grade": 4, "edema": 2}),
+               Record("segmentation/1", Path("d"), labels={"masks": masks})]
     found, conflicts = joined(records, [(0, 1), (1, 3)])
     assert [(r.name, r.grade, r.edema, r.masks, r.image) for r in found] == [
         ("segmentation/1", 3, 1, masks, Path("d")), ("grading/3", 4, 2, None, Path("c"))]
@@ -149,19 +151,20 @@ def test_copies_share_their_labels_and_one_of_them_stays():
 
 
 def test_points_are_carried_over_in_the_pixels_of_the_image_that_stays():
-    records = [Record("a", Path("a"), points={"disc": (40.0, 20.0)}), Record("b", Path("b"), masks={"EX": Path("m")}),
-               Record("c", Path("c"), points={"disc": (10.4, 5.2), "fovea": (20.0, 10.0)})]
+    records = [Record("a", Path("a"), labels={"points": {"disc": (40.0, 20.0)}}),
+               Record("b", Path("b"), labels={"masks": {"EX": Path("m")}}),
+               Record("c", Path("c"), labels={"points": {"disc": (10.4, 5.2), "fovea": (20.0, 10.0)}})]
     found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
     assert found[0].name == "b" and not conflicts  # 20 and 20.8 differ by less than 1 % of the width
     assert found[0].points == {"disc": pytest.approx((20.4, 10.2)), "fovea": pytest.approx((40, 20))}
-    records[2] = Record("c", Path("c"), points={"disc": (15.0, 5.0)})
+    records[2] = Record("c", Path("c"), labels={"points": {"disc": (15.0, 5.0)}})
     found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
     assert [(c.label, c.values) for c in conflicts] == [("disc", ((20, 10), (30, 10)))]
     assert found[0].points == {"disc": pytest.approx((25, 10))}
 
 
 def test_categories_that_contradict_each_other_do_not_count():
-    records = [Record("a", Path("a"), category=2), Record("b", Path("b"), category=1)]
+    records = [Record("a", Path("a"), labels={"category": 2}), Record("b", Path("b"), labels={"category": 1})]
     found, conflicts = joined(records, [(0, 1)])
     assert [r.category for r in found] == [None] and conflicts[0].values == (2, 1)
     assert conflicts[0].plain(("x", "y", "z")) == {"label": "category", "photographs": ["a", "b"], "values": ["z", "y"],
@@ -170,7 +173,8 @@ def test_categories_that_contradict_each_other_do_not_count():
 
 def test_no_label_crosses_from_test_into_training():
     point = {"disc": (1, 1)}
-    records = [Record("a", Path("a"), "train", grade=0), Record("b", Path("b"), "test", grade=3, points=point)]
+    records = [Record("a", Path("a"), "train", {"grade": 0}),
+               Record("b", Path("b"), "test", {"grade": 3, "points": point})]
     found, conflicts = joined(records, [(0, 1)])
     assert [(r.name, r.grade, r.points) for r in found] == [("a", 0, None), ("b", 3, point)]
     assert not conflicts
@@ -178,15 +182,15 @@ def test_no_label_crosses_from_test_into_training():
 
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_what_is_scored_stays_as_it_was_given(part):
-    records = [Record("a", Path("a"), part, grade=1), Record("b", Path("b"), part, grade=4)]
+    records = [Record("a", Path("a"), part, {"grade": 1}), Record("b", Path("b"), part, {"grade": 4})]
     assert joined(records, [(0, 1)]) == (records, [])
 
 
 def test_masks_of_copies_are_put_together_kind_by_kind():
     one, two, other = Path("one.tif"), Path("two.tif"), Path("other.tif")
-    records = [Record("a", Path("a"), masks={"MA": one, "SE": None, "HE": None}),
-               Record("b", Path("b"), masks={"SE": two, "EX": one, "HE": None, "OD": two}),
-               Record("c", Path("c"), masks={"OD": other})]
+    records = [Record("a", Path("a"), labels={"masks": {"MA": one, "SE": None, "HE": None}}),
+               Record("b", Path("b"), labels={"masks": {"SE": two, "EX": one, "HE": None, "OD": two}}),
+               Record("c", Path("c"), labels={"masks": {"OD": other}})]
     found, conflicts = joined(records, [(0, 1), (1, 2)])
     assert [(r.name, r.masks) for r in found] == [("b", {"MA": one, "SE": two, "HE": None, "EX": one, "OD": two})]
     assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
@@ -210,9 +214,9 @@ def test_eyes_are_connected_by_vessels_and_by_the_groups_of_the_data_set():
 def fake_records(seed: int, number: int = 200) -> list[Record]:
     rng = np.random.default_rng(seed)
     grades = [int(g) for g in rng.choice(5, number, p=[0.4, 0.1, 0.25, 0.15, 0.1])]
-    return [Record(f"r{i}", Path(f"{i}.jpg"), grade=grades[i] if i % 9 else None, edema=0,
-                   masks=None if i % 9 else {"EX": None}, eye=f"eye{rng.integers(number * 2 // 3)}")
-            for i in range(number)]
+    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema": 0, **({"grade": grades[i]} if i % 9 else
+                                                                     {"masks": {"EX": None}})},
+                   eye=f"eye{rng.integers(number * 2 // 3)}") for i in range(number)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -239,7 +243,7 @@ def test_split_does_not_depend_on_the_order():
 
 def test_training_photographs_of_a_test_eye_are_left_out_unless_kept():
     records = fake_records(0)
-    tested = [Record(f"test{i}", Path("t"), "test", grade=0, eye=f"eye{i}") for i in range(30)]
+    tested = [Record(f"test{i}", Path("t"), "test", {"grade": 0}, eye=f"eye{i}") for i in range(30)]
     split = splits.split(records + tested)
     seen = {r.eye for r in tested}
     assert seen.isdisjoint(r.eye for r in split.training + split.validation)
@@ -251,8 +255,8 @@ def test_training_photographs_of_a_test_eye_are_left_out_unless_kept():
 
 def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
     records = fake_records(0)
-    given = [Record(f"val{i}", Path("v"), "val", grade=0, eye=f"eye{i}") for i in range(20)]
-    tested = [Record(f"test{i}", Path("t"), "test", grade=0, eye=f"eye{i}") for i in range(5)]
+    given = [Record(f"val{i}", Path("v"), "val", {"grade": 0}, eye=f"eye{i}") for i in range(20)]
+    tested = [Record(f"test{i}", Path("t"), "test", {"grade": 0}, eye=f"eye{i}") for i in range(5)]
     split = splits.split(records + given + tested)
     assert [r.name for r in split.validation] == [f"val{i}" for i in range(5, 20)]
     assert {r.eye for r in split.training}.isdisjoint(r.eye for r in given + tested)
@@ -263,8 +267,8 @@ def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
 
 @pytest.mark.parametrize("label", ["edema", "points"])
 def test_folds_are_even_for_what_ungraded_photographs_carry(label):
-    records = [Record(f"r{i}", Path("x"), edema=i % 10 // 9, points={"disc": (1, 1)} if i % 10 else None, eye=f"e{i}")
-               for i in range(100)]
+    records = [Record(f"r{i}", Path("x"), eye=f"e{i}").with_labels(
+        edema=i % 10 // 9, points={"disc": (1, 1)} if i % 10 else None) for i in range(100)]
     for k in range(1, 6):
         validation = splits.split(records, f"{k}/5").validation
         assert sum(r.edema == 1 for r in validation) == sum(r.points is None for r in validation) == 2

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +44,8 @@ cache.CACHE = Path(sys.argv[2])
 found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, two kinds of grade: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
-    found[i] = replace(found[i], masks=masks, points=found[i].points if i % 2 else None,
-                       grade=None if i in (1, 2, 4) else found[i].grade)
+    found[i] = found[i].with_labels(masks=masks, points=found[i].points if i % 2 else None,
+                                    grade=None if i in (1, 2, 4) else found[i].grade)
 
 def learn(group, options):
     torch.manual_seed(0)
@@ -147,7 +146,7 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
 @pytest.mark.parametrize("batch,size", [(8, 2), (7, 3), (4, 4)])
 def test_every_photograph_of_a_step_falls_to_one_process(batch, size):
     found = readers.read_drawn().records
-    found = [replace(r, masks=r.masks if i % 4 == 0 else None) for i, r in enumerate(found)]
+    found = [r.with_labels(masks=r.masks if i % 4 == 0 else None) for i, r in enumerate(found)]
     steps = data.Steps(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
     shares = [list(steps.range(3, 9, rank, size)) for rank in range(size)]
     for number, parts in enumerate(zip(*shares)):

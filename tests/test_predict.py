@@ -151,7 +151,7 @@ def test_full_size_tallies_equal_counting_pixels_of_files(tree):
 
 def test_kinds_that_are_not_known_are_not_counted(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
-    record = replace(record, masks={"EX": record.masks["EX"]})
+    record = replace(record, labels={"masks": {"EX": record.masks["EX"]}})
     _, tally = full_size.tally_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].pool())
     assert tally[0, [0, 1, 3, 4]].isnan().all() and not tally[0, 2, :-1].isnan().any()
 

@@ -62,7 +62,7 @@ def test_kinds_below_a_token_by_loops():
 def test_collect_counts_every_choice_of_every_photograph():
     """Against loops over tokens; whatever the batch; tasks route photographs without their label too."""
     net, tasks, photographs = busy_net()
-    photographs.records = [replace(r, masks=None) if i % 3 == 0 else r for i, r in enumerate(photographs.records)]
+    photographs.records = [r.with_labels(masks=None) if i % 3 == 0 else r for i, r in enumerate(photographs.records)]
     uses = []
     for batch in (3, 10):
         batches = data.in_order(photographs, [TASKS["seg"]], batch)
@@ -312,7 +312,7 @@ def test_shuffled_routes_meet_the_right_task_and_photograph():
 
 def test_a_split_without_a_tasks_labels_still_has_its_router():
     net, tasks, photographs = busy_net()
-    photographs.records = [replace(r, masks=None) for r in photographs.records]
+    photographs.records = [r.with_labels(masks=None) for r in photographs.records]
     found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
     assert all(set(row) == {"cls"} for row in found.values()) and "by the router of seg" in found
     assert "by the router of cls" not in found

@@ -281,7 +281,7 @@ def test_distances_are_in_pixels_of_the_original():
 
     def target(x, y):
         points = torch.from_numpy(geometry.to_sample(np.array([[x, y], [5.0, 5.0]]))).float()
-        sample = preprocess.Sample("x", torch.zeros(3, 64, 64), None, None, None, None, points, geometry, "x")
+        sample = preprocess.Sample("x", torch.zeros(3, 64, 64), {"points": points}, geometry, "x")
         return LOC.target(sample)[None]
     a, b = target(700.0, 900.0), target(730.0, 940.0)
     assert float(LOC.tally(b[:, :2], a)[0, 0, 0]) == pytest.approx(100, rel=1e-4)  # 30 and 40 of the file's

@@ -301,7 +301,7 @@ def test_heatmaps_of_routes_show_what_routes_tell_and_lose_it_when_shuffled(made
     monkeypatch.setattr(routing, "two_heatmaps", lambda titles, rows, real, shuffled, experts: seen.append(
         (titles[0], rows, real, shuffled)) or Image.new("RGB", (1, 1)))
     m = material_of(made())
-    m.photographs.records = 200 * [replace(r, grade=k % 4) for k, r in enumerate(m.photographs.records[:4])]
+    m.photographs.records = 200 * [r.with_labels(grade=k % 4) for k, r in enumerate(m.photographs.records[:4])]
     one = torch.eye(4)
     shares = torch.stack([one.repeat(200, 1), *(one[k:k + 1].expand(800, 4) for k in range(3))])
     routing.by_label(m, shares, range(4))

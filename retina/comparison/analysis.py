@@ -26,13 +26,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from retina import drawing, files
 from retina.evaluation import compare, scoring, statistics
 from retina.evaluation.scoring import Scores
 from retina.evaluation.tables import shown
-from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, PointMetrics, TaskMetrics
+from retina.evaluation.task_metrics import TaskMetrics
 from retina.figures import charts
 from retina.figures.charts import Axis, Chart
 from retina.files import replacing, write_text
@@ -89,28 +88,14 @@ def gather(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[Ta
          for of_seed in runs.values()], [run["costs"] for run in every], [run["epoch"] for run in every])
 
 
-def guess(task: TaskMetrics, training: Photographs) -> Tensor | None:
-    """An answer (1, ...) that serves any photograph: the shares of the classes, no lesion, the mean place.
-
-    None for a kind of task that is not known here.
-    """
-    targets = [task.target(training[i]) for i, r in enumerate(training.records) if task.labelled(r)]
-    if isinstance(task, ClassMetrics):
-        return torch.bincount(torch.stack(targets), minlength=task.classes)[None] / len(targets)
-    if isinstance(task, MaskMetrics):
-        return torch.zeros(1, *targets[0].shape)
-    if isinstance(task, PointMetrics):
-        return torch.stack(targets)[:, :-4].nanmean(0, keepdim=True)
-    return None
-
-
 def constant(folds: Iterable[tuple[Photographs, Photographs]], tasks: Sequence[TaskMetrics]) -> Measured:
     """Scores of a guess, from training and validation photographs of each fold."""
     parts = []
     for training, validation in folds:
         part = {"names": {}, "tallies": {}, "losses": {}, "eyes": {r.name: r.eye or r.name for r in validation.records}}
         for task in tasks:
-            answer, of = guess(task, training), [i for i, r in enumerate(validation.records) if task.labelled(r)]
+            learned, of = ([i for i, r in enumerate(p.records) if task.labelled(r)] for p in (training, validation))
+            answer = task.guess(torch.stack([task.target(training[i]) for i in learned]))
             if answer is None:
                 continue
             part["names"][task.name] = [validation.records[i].name for i in of]
@@ -231,7 +216,7 @@ def spread(values: Sequence[float]) -> dict:
 
 
 def row_numbers(row: Measured) -> dict:
-    """Metrics with mean, sd and interval; what training photographs score better; what shifts change; costs."""
+    """Metrics with mean, sd and interval; gaps to training photographs; what shifts change; costs."""
     values = [s.metrics() for s in row.scores]
     _, limits = scoring.summary(row.scores, [{}] * len(row.scores))
     found = {"words": row.words, "seeds": row.seeds, "epochs": row.epochs, "tasks": {}}
@@ -241,6 +226,7 @@ def row_numbers(row: Measured) -> dict:
                    for k, v in values[0][t].items() if isinstance(v, float)}
         found["tasks"][t] = {
             "photographs": values[0][t]["photographs"], "eyes": values[0][t]["eyes"], "primary": task.primary,
+            "lower_is_better": task.best < task.worst,
             "metrics": numbers, "gap": spread([g[t] for g in row.gaps]) if row.gaps and t in row.gaps[0] else None,
             "shifts": {shift: spread([s[shift][t] for s in row.shifts]) for shift, of in (row.shifts or [{}])[0].items()
                        if t in of}}

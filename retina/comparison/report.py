@@ -20,8 +20,8 @@ def with_sd(v: Mapping) -> str:
 def results(found: Mapping) -> list[str]:
     """The table of scores: for each task the metric that counts."""
     heads = {t: next(row["tasks"][t] for row in found["rows"].values() if t in row["tasks"]) for t in found["tasks"]}
-    titles = [f"{t}: {of['primary'].replace('_', ' ')}, {of['photographs']} photographs of {of['eyes']} eyes"
-              for t, of in heads.items()]
+    titles = [f"{t}: {of['primary'].replace('_', ' ')}{' (lower is better)' * of.get('lower_is_better', False)}, "
+              f"{of['photographs']} photographs of {of['eyes']} eyes" for t, of in heads.items()]
     most = max(len(row["seeds"]) for row in found["rows"].values())
     out = [f"| row | {' | '.join(titles)} |", "|---|" + "---|" * len(heads)]
     for name, words in found["asked"].items():
@@ -243,8 +243,8 @@ less certain than counts. Memory is the most that a process held until it was tr
 
 ## Generalization
 
-By how much training photographs score better than validation ones (less than for photographs that chose no checkpoint),
-and by how much fixed changes of the validation photographs change the score.
+By how much the metric that counts differs on training photographs from validation ones (less than from photographs that
+chose no checkpoint), and by how much fixed changes of the validation photographs change it.
 
 {generalization}
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from retina.datasets import records, synthetic
 from retina.datasets.preprocess import Sample, prepare, to_sample
-from retina.datasets.records import Record
+from retina.datasets.records import LABELS, Record
 from retina.files import InputError, RunError, as_helper, replacing
 
 CACHE = records.HERE / "data" / "cache"
@@ -138,7 +138,8 @@ def fingerprint(records: Sequence[Record], paths: Sequence[Path]) -> str:
     for r, path in zip(records, paths):
         with zipfile.ZipFile(path) as stored:  # an npz, which has a checksum of each of its arrays
             sums = [stored.getinfo(f"{key}.npy").CRC for key in SAMPLE]
-        digest.update(repr((r.name, r.grade, r.edema, r.category, r.points, sorted(r.masks or []), sums)).encode())
+        labels = [(name, LABELS[name].fingerprint(value)) for name, value in sorted(r.labels.items())]
+        digest.update(repr((r.name, labels, sums)).encode())
     return digest.hexdigest()
 
 

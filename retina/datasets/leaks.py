@@ -15,8 +15,7 @@ import numpy as np
 from retina.datasets import cache, splits
 from retina.datasets.cache import cached, read_arrays, want_cache, write_arrays
 from retina.datasets.readers import DRAWN_SIDE
-from retina.datasets.records import Record
-from retina.datasets.splits import Conflict
+from retina.datasets.records import Conflict, Record
 from retina.datasets.vessels import COARSE_VIEWS, FINE_VIEWS, REACH, SCREEN, same_eye_scores
 
 COPY_RMSE = 2.5  # grey levels between thumbnails: re-encoded copies in IDRiD reach 1.2, the next closest pair 5

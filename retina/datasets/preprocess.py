@@ -5,9 +5,10 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from retina.datasets import synthetic
 from retina.datasets.readers import DRAWN_SIDE
-from retina.datasets.records import POINTS, Record, UNKNOWN
+from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
 from retina.datasets.vessels import VESSEL_SIDE, vessel_map
 from retina.files import InputError, SIDEWAYS, open_image, orientation
 
 
-# S side of the square sample in pixels, L lesion classes (LESIONS), P points (POINTS), V side of a vessel map
+# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,23 @@ class Geometry:
 
 
 @dataclass
-class Sample:
-    """One photograph as the network's input and with its labels; None where a label is not known."""
+class Sample(Labelled):
+    """One photograph as the network's input and with its labels."""
     name: str
     image: Tensor  # (3, S, S) uint8 RGB
-    grade: int | None
-    edema: int | None
-    category: int | None
-    masks: Tensor | None  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
-    points: Tensor | None  # (P, 2) float32, x and y in pixels of the sample; nan: not known, or out of the picture
+    labels: dict[str, Any]  # name in LABELS -> see its to_sample; what is known
     geometry: Geometry
     eye: str  # which eye it shows
     draw: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
 
+    def pictures(self, change: Callable[[Tensor], Tensor]) -> "Sample":
+        """The same after a change of its image and of labels that are pictures."""
+        return replace(self, image=change(self.image), labels={
+            name: change(value) if LABELS[name].picture else value for name, value in self.labels.items()})
+
     def pin_memory(self) -> "Sample":
         """The same in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
-        masks = None if self.masks is None else self.masks.pin_memory()
-        return replace(self, image=self.image.pin_memory(), masks=masks)
+        return self.pictures(Tensor.pin_memory)
 
 
 # ---- photographs and masks ----
@@ -238,19 +239,6 @@ def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
     size = arrays["image"].shape[-1]
     width, height, *affine = arrays["geometry"].tolist()
     geometry = Geometry(int(width), int(height), *affine)
-    masks = points = None
-    if record.masks is not None:
-        bits = np.unpackbits(arrays["masks"], count=len(LESIONS) * size * size)
-        masks = torch.from_numpy(bits.reshape(len(LESIONS), size, size))
-        masks[[kind not in record.masks for kind in LESIONS]] = UNKNOWN
-    if record.points is not None:
-        there = np.array([record.points.get(point, (math.nan, math.nan)) for point in POINTS])
-        points = inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
     image = torch.from_numpy(np.ascontiguousarray(arrays["image"]))
-    return Sample(record.name, image, record.grade, record.edema, record.category, masks, points, geometry,
-                  record.eye or record.name)
-
-
-def inside(points: Tensor, size: int) -> Tensor:
-    """Points (P, 2) with nan in place of those that lie outside of the picture."""
-    return points.masked_fill(((points < 0) | (points > size)).any(1, keepdim=True), math.nan)
+    labels = {name: LABELS[name].to_sample(value, arrays, geometry, size) for name, value in record.labels.items()}
+    return Sample(record.name, image, labels, geometry, record.eye or record.name)

@@ -10,17 +10,16 @@ IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 
 import csv
 import io
-import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retina.datasets import records, synthetic
-from retina.datasets.records import DataSet, EDEMA_RISKS, GRADES, POINTS, Record
+from retina.datasets.records import DataSet, LABELS, POINTS, Record, read_point
 from retina.datasets.synthetic import LESIONS
-from retina.files import InputError, image_size
+from retina.files import InputError
 
 SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -105,30 +104,6 @@ def want_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> N
                          "header line, cells separated by commas")
 
 
-def whole_number(text: str, highest: int, what: str) -> int:
-    """A label 0..highest from a cell's text; "2.0", as spreadsheets write it, is 2."""
-    if text.removesuffix(".0") not in map(str, range(highest + 1)):
-        raise InputError(f"{what} is {text!r}, expected a whole number from 0 to {highest}")
-    return int(text.removesuffix(".0"))
-
-
-def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | None:
-    """A point from its two cells; None where both are empty. InputError: no number, only one, outside its image."""
-    if not x and not y:
-        return None
-    try:
-        point = float(x.replace("_", "x")), float(y.replace("_", "x"))  # Python would read 1_0 as 10
-    except ValueError:
-        point = math.nan, math.nan
-    if not all(map(math.isfinite, point)):
-        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
-    size = image_size(image)
-    if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
-        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {size[0]}x{size[1]} pixels; expected "
-                         "pixels of the image file")
-    return point
-
-
 # ---- IDRiD ----
 
 PARTS = {"train": ("a. Training Set", "Training"), "test": ("b. Testing Set", "Testing")}
@@ -163,7 +138,7 @@ def read_idrid(root: Path) -> DataSet:
             graded += read_localization(localization, part)
         elif graded and (localization / TABLES).is_dir():
             points = read_points(localization, part, {r.image.stem: r.image for r in graded}, grading)
-            graded = [replace(r, points=points.get(r.image.stem)) for r in graded]
+            graded = [r.with_labels(points=points.get(r.image.stem)) for r in graded]
         records += graded
     missing = [f"{root} has no '{subset}': nothing to learn {tasks} from"
                for subset, tasks in SUBSETS.items() if subset not in there]
@@ -193,7 +168,7 @@ def read_segmentation(root: Path, part: str) -> list[Record]:
     for name, found in masks.items():
         if not any(found.values()):  # a photograph without any lesion still has an optic disc
             raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
-    return [Record(named(part, "segmentation", name), images[name], part, masks=masks[name]) for name in images]
+    return [Record(named(part, "segmentation", name), images[name], part, {"masks": masks[name]}) for name in images]
 
 
 def read_grading(root: Path, part: str) -> list[Record]:
@@ -201,7 +176,7 @@ def read_grading(root: Path, part: str) -> list[Record]:
     letter = PARTS[part][0][0]
     path = root / TABLES / f"{letter}. IDRiD_Disease Grading_{PARTS[part][1]} Labels.csv"
     images = list_images(root / IMAGES / PARTS[part][0])
-    grades: dict[str, list[int]] = {}
+    grades: dict[str, dict[str, int]] = {}
     columns, rows = read_rows(path)
     wanted = ("Image name", "Retinopathy grade", "Risk of macular edema")
     want_columns(path, columns, wanted)
@@ -211,19 +186,20 @@ def read_grading(root: Path, part: str) -> list[Record]:
             raise InputError(f"{where}: a grade for {name}, but no {name}.jpg in {root / IMAGES}")
         if name in grades:
             raise InputError(f"{where}: a second row for {name}; expected one")
-        grades[name] = [whole_number(text, highest, f"{where}: {column} of {name}")
-                        for text, highest, column in zip(labels, (GRADES - 1, EDEMA_RISKS - 1), wanted[1:])]
+        grades[name] = {label: LABELS[label].parse(text, f"{where}: {column} of {name}")
+                        for label, text, column in zip(("grade", "edema"), labels, wanted[1:])}
     for name, image in images.items():
         if name not in grades:
             raise InputError(f"{image}: a photograph without its row in {path}")
-    return [Record(named(part, "grading", name), images[name], part, *grades[name]) for name in images]
+    return [Record(named(part, "grading", name), images[name], part, grades[name]) for name in images]
 
 
 def read_localization(root: Path, part: str) -> list[Record]:
     """Photographs with points, from the localization part's own image folder."""
     images = list_images(root / IMAGES / PARTS[part][0])
     points = read_points(root, part, images, root)
-    return [Record(named(part, "localization", name), images[name], part, points=points.get(name)) for name in images]
+    return [Record(named(part, "localization", name), image, part).with_labels(points=points.get(name))
+            for name, image in images.items()]
 
 
 def read_points(root: Path, part: str, images: dict[str, Path], pictures: Path) -> dict[str, dict]:
@@ -250,26 +226,47 @@ def read_points(root: Path, part: str, images: dict[str, Path], pictures: Path) 
 
 # ---- a table of one's own ----
 
-LABEL_COLUMNS = ("cls", "dme", "od_x", "od_y", "fovea_x", "fovea_y", *(f"mask_{kind.lower()}" for kind in LESIONS))
-TABLE_COLUMNS = ("image", *LABEL_COLUMNS, "split", "group")
+@dataclass(frozen=True)
+class Row:
+    """A row of a table."""
+    folder: Path  # of the table
+    where: str  # for messages
+    cells: Mapping[str, str]  # column -> text, also of columns that the table does not have
+
+    def what(self, column: str) -> str:
+        """A cell, for messages."""
+        return f"{self.where}: {column} of {self.cells['image']}"
+
+    def file(self, column: str) -> Path:
+        """The file that a cell names. InputError: it is not there, or not below the table's folder."""
+        within = Path(os.path.normpath(self.cells[column]))
+        file = self.folder / within
+        if within.is_absolute() or within.parts[:1] == ("..",):
+            raise InputError(f"{self.where}: {column} {self.cells[column]!r}: leads out of {self.folder}; expected a "
+                             "path below the folder of the table; move the table above its files")
+        if not file.is_file():
+            problem = "a folder" if file.is_dir() else "no such file"
+            raise InputError(f"{self.where}: {column} {self.cells[column]!r}: {problem}: {file}; expected a file, its "
+                             "path relative to the table")
+        return file
 
 
 def read_table(path: Path) -> DataSet:
-    """A CSV file with a row per photograph; columns TABLE_COLUMNS, of which only `image` is a must.
+    """A CSV file with a row per photograph; columns image, those of LABELS, split, group; only `image` is a must.
 
     Paths are relative to the file. An empty cell is a label that is not known. A mask cell may say "none": looked for
     and not there. `split` is train, val or test, empty for train; photographs with the same `group` (an eye, a
     patient) never lie on both sides of a split. InputError: an unknown column, a cell that is no such label, a file
     that is not there, two rows for one image with different labels.
     """
+    known = ["image", *(column for label in LABELS.values() for column in label.columns), "split", "group"]
     columns, rows = read_rows(path, exact=True)
     want_columns(path, columns, ["image"])
-    if unknown := [c for c in columns if c not in TABLE_COLUMNS]:
-        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(TABLE_COLUMNS)}; rename or "
-                         "remove it")
+    if unknown := [c for c in columns if c not in known]:
+        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(known)}; rename or remove it")
     records: dict[Path, Record] = {}
     for where, cells in rows:
-        record = read_row(path.parent, where, dict.fromkeys(TABLE_COLUMNS, "") | cells)
+        record = read_row(Row(path.parent, where, dict.fromkeys(known, "") | cells))
         before = records.setdefault(record.image.resolve(), record)
         if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
             raise InputError(f"{where}: {cells['image']} stands at {before.where} already, with other cells; expected "
@@ -279,34 +276,17 @@ def read_table(path: Path) -> DataSet:
     return DataSet(list(records.values()))
 
 
-def read_row(folder: Path, where: str, cells: dict[str, str]) -> Record:
+def read_row(row: Row) -> Record:
     """One row of a table; see read_table."""
-    def there(column):
-        within = Path(os.path.normpath(cells[column]))
-        file = folder / within
-        if within.is_absolute() or within.parts[:1] == ("..",):
-            raise InputError(f"{where}: {column} {cells[column]!r}: leads out of {folder}; expected a path below the "
-                             "folder of the table; move the table above its files")
-        if not file.is_file():
-            problem = "a folder" if file.is_dir() else "no such file"
-            raise InputError(f"{where}: {column} {cells[column]!r}: {problem}: {file}; expected a file, its path "
-                             "relative to the table")
-        return file
-
+    cells = row.cells
     if not cells["image"]:
-        raise InputError(f"{where}: the cell of column 'image' is empty; expected the path of a photograph")
-    image = there("image")
+        raise InputError(f"{row.where}: the cell of column 'image' is empty; expected the path of a photograph")
+    image = row.file("image")
     if cells["split"] not in ("", "train", "val", "test"):
-        raise InputError(f"{where}: split is {cells['split']!r}, expected train, val or test")
-    grade, edema = (whole_number(cells[c], number - 1, f"{where}: {c} of {cells['image']}") if cells[c] else None
-                    for c, number in (("cls", GRADES), ("dme", EDEMA_RISKS)))
-    points = {kind: read_point(cells[f"{c}_x"], cells[f"{c}_y"], image, f"{where}: {c} of {cells['image']}")
-              for kind, c in zip(POINTS, ("od", "fovea"))}
-    masks = {kind: None if cells[column].lower() == "none" else there(column)
-             for kind in LESIONS if cells[column := f"mask_{kind.lower()}"]}
-    return Record(cells["image"], image, cells["split"] or "train", grade, edema, masks=masks or None,
-                  points={k: p for k, p in points.items() if p} or None,
-                  eye=f"group {cells['group']}" if cells["group"] else "", where=where)
+        raise InputError(f"{row.where}: split is {cells['split']!r}, expected train, val or test")
+    record = Record(cells["image"], image, cells["split"] or "train", where=row.where,
+                    eye=f"group {cells['group']}" if cells["group"] else "")
+    return record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
 
 
 # ---- folders of classes ----
@@ -337,7 +317,8 @@ def read_folders(root: Path) -> DataSet:
             if folder.name not in classes:
                 raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}; "
                                  "add it there or remove it here")
-            records += [Record(f"{part}/{folder.name}/{image.name}", image, part, category=classes.index(folder.name))
+            records += [Record(f"{part}/{folder.name}/{image.name}", image, part,
+                               {"category": classes.index(folder.name)})
                         for image in list_images(folder, only=True).values()]
     return DataSet(records, tuple(classes))
 
@@ -356,8 +337,8 @@ def read_drawn() -> DataSet:
             eye = synthetic.plan(series, i)
             points = {kind: tuple(float(DRAWN_SIDE * v) for v in p)
                       for kind, p in zip(POINTS, (eye.disc, eye.fovea))}
-            records.append(Record(f"drawn/{series}_{i:04d}", None, part, eye.grade, eye.edema,
-                                  masks=dict.fromkeys(LESIONS), points=points, drawing=(series, i)))
+            labels = {"grade": eye.grade, "edema": eye.edema, "masks": dict.fromkeys(LESIONS), "points": points}
+            records.append(Record(f"drawn/{series}_{i:04d}", None, part, labels, drawing=(series, i)))
     return DataSet(records)
 
 

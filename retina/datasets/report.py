@@ -19,8 +19,7 @@ from torchvision.utils import make_grid
 from retina.datasets import cache, leaks, splits
 from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
 from retina.datasets.leaks import Comparison, compare
-from retina.datasets.records import COLOURS, DataSet, KINDS, LABELS, Record
-from retina.datasets.synthetic import LESIONS
+from retina.datasets.records import COLOURS, DataSet, KINDS, LABELS, Points, Record
 from retina.drawing import mark
 from retina.files import InputError
 
@@ -34,34 +33,24 @@ class Examined:
     records: list[Record]  # those that can be read, before copies are joined
     found: Comparison
     odd: list[tuple[Record, str]]  # masks that are stored unlike most
+    classes: Sequence[str]  # names of the data set's own
 
 
 def labelled(records: Sequence[Record]) -> dict[str, int]:
     """How many records carry each label that occurs at all."""
-    return {label: n for label in LABELS if (n := sum(getattr(r, label) is not None for r in records))}
-
-
-def class_shares(records: Sequence[Record], classes: Sequence[str]) -> dict[str, dict]:
-    """For each label of the whole photograph: how often each value occurs, and what a constant guess scores."""
-    shares = {}
-    for label in ("grade", "edema", "category"):
-        counts = Counter(v for r in records if (v := getattr(r, label)) is not None)
-        if counts:
-            value, number = max(counts.items(), key=lambda item: (item[1], -item[0]))
-            names = {v: classes[v] if label == "category" else str(v) for v in sorted(counts)}
-            shares[label] = {"counts": {names[v]: counts[v] for v in names}, "constant_guess": names[value],
-                             "constant_accuracy": round(number / counts.total(), 4)}
-    return shares
+    last = sorted(LABELS.values(), key=lambda label: isinstance(label, Points))  # points stand last
+    return {label.name: n for label in last if (n := len(label.known(records)))}
 
 
 def overview(records: Sequence[Record], classes: Sequence[str]) -> dict:
-    """Photographs by subset, labels, classes and masks of some records."""
-    masks = {kind: {"masks": sum(bool((r.masks or {}).get(kind)) for r in records),
-                    "none": sum(kind in (r.masks or {}) and r.masks[kind] is None for r in records)}
-             for kind in LESIONS} if any(r.masks is not None and r.image for r in records) else {}
-    return {"photographs": len(records), "subsets": dict(Counter(r.name.removeprefix("test/").rpartition("/")[0]
-                                                                 for r in records)),
-            "labels": labelled(records), "classes": class_shares(records, classes), "masks": masks}
+    """Photographs by subset, labels, and what there is to say of each label of some records."""
+    found = {"photographs": len(records), "subsets": dict(Counter(r.name.removeprefix("test/").rpartition("/")[0]
+                                                                  for r in records)),
+             "labels": labelled(records), "classes": {}, "masks": {}}
+    for label in LABELS.values():
+        if summary := label.summary(records, classes):
+            found.setdefault(label.section, {}).update(summary)
+    return found
 
 
 def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record, str]], list[str]]:
@@ -116,7 +105,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
                   "test_labels": labelled([r for r in split.test if r.eye in trained])},
         "split": {"fold": fold, "training": overview(split.training, data_set.classes),
                   "validation": overview(split.validation, data_set.classes)}}
-    return Examined(report, records, found, odd)
+    return Examined(report, records, found, odd, data_set.classes)
 
 
 # ---- words ----
@@ -129,20 +118,15 @@ def listing(title: str, items: Sequence[str], most: int = 12) -> list[str]:
 
 def by_task(labels: Mapping[str, int]) -> str:
     """Counts of labels, each with the task that learns from it."""
-    return ", ".join(f"{LABELS[label]} ({label}) {n}" for label, n in labels.items()) or "none"
+    return ", ".join(f"{LABELS[label].task} ({label}) {n}" for label, n in labels.items()) or "none"
 
 
 def part_lines(title: str, part: Mapping) -> list[str]:
     """Lines of text for one overview."""
     subsets = ", ".join(f"{name} {n}" for name, n in list(part["subsets"].items())[:12])
     lines = [f"{title}: {part['photographs']} photographs ({subsets}); labelled: {by_task(part['labels'])}"]
-    for label, shares in part["classes"].items():
-        total = sum(shares["counts"].values())
-        lines.append(f"    {label:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in shares["counts"].items()) +
-                     f"   always guessing {shares['constant_guess']} is right for {shares['constant_accuracy']:.1%}")
-    if part["masks"]:
-        lines.append("    masks    " + "  ".join(f"{kind}: {n['masks']}" + f" ({n['none']} have none)" * bool(n["none"])
-                                                 for kind, n in part["masks"].items()))
+    for label in LABELS.values():
+        lines += label.lines(part.get(label.section, {}))
     return lines
 
 
@@ -247,8 +231,9 @@ def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str
              for group in groups.values() if {"test"} < {r.part for r in group}]
     alike = defaultdict(list)
     for r in records:
-        alike[r.grade, r.category, r.masks is not None].append(r)
-    labels = [(", ".join(f"{k} {v}" for k in ("grade", "edema") if (v := getattr(r, k)) is not None), [r])
+        alike[splits.stratum(r)].append(r)
+    labels = [(", ".join(f"{name} {LABELS[name].shown(v, examined.classes)}" for name, v in r.labels.items()
+                         if isinstance(v, (int, float))), [r])  # the others are drawn
               for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]
     legend = "; outlines: " + ", ".join(f"{name} {colour}" for name, colour in zip(
         KINDS.values(), ("blue", "orange", "green", "pink", "yellow"))) + "; + optic disc, x fovea"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retina.datasets.records import Record
+from retina.datasets.records import ClassNumber, Conflict, LABELS, Record
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
 
@@ -44,69 +44,13 @@ def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
     return [find(i) for i in range(number)]
 
 
-@dataclass(frozen=True)
-class Conflict:
-    """Files of one photograph that carry different labels of one kind."""
-    label: str  # a field of Record, a point, or a kind of mask
-    names: tuple[str, ...]
-    values: tuple
-    used: object  # what training goes by; None: nothing
-
-    def plain(self, classes: Sequence[str]) -> dict:
-        """As plain types, categories by their names."""
-        def named(value):
-            return classes[value] if self.label == "category" and value is not None else value
-        return {"label": self.label, "photographs": list(self.names), "values": [named(v) for v in self.values],
-                "used": named(self.used)}
-
-
-def join_numbers(group: Sequence[Record]) -> tuple[dict, list[Conflict]]:
-    """Grade, edema and category of copies. The higher grade counts, but different categories cancel each other."""
-    labels, conflicts = {}, []
-    for label in ("grade", "edema", "category"):
-        known = {r.name: v for r in group if (v := getattr(r, label)) is not None}
-        labels[label] = max(known.values(), default=None)
-        if len(set(known.values())) > 1:
-            labels[label] = None if label == "category" else labels[label]
-            conflicts.append(Conflict(label, tuple(known), tuple(known.values()), labels[label]))
-    return labels, conflicts
-
-
-def join_points(group: Sequence[Record], sizes: Sequence, size: tuple[int, int]) -> tuple[dict, list[Conflict]]:
-    """Points of copies of `sizes`, carried over to an image of `size`; different ones count by their mean."""
-    points, conflicts = {}, []
-    for point in dict.fromkeys(p for r in group for p in r.points or {}):
-        known = {r.name: np.multiply(r.points[point], np.divide(size, own))
-                 for r, own in zip(group, sizes) if point in (r.points or {})}
-        points[point] = tuple(np.mean(list(known.values()), 0).tolist())
-        if np.ptp(list(known.values()), 0).max() > 0.01 * size[0]:
-            places = tuple(tuple(v.round(1).tolist()) for v in known.values())
-            conflicts.append(Conflict(point, tuple(known), places, points[point]))
-    return {"points": points or None}, conflicts
-
-
-def join_masks(group: Sequence[Record], sizes: Sequence, size: tuple[int, int]) -> tuple[dict, list[Conflict]]:
-    """Masks of the copies that have `size`, since masks are drawn on pixels; a file beats "none", the first counts."""
-    masks, conflicts = {}, []
-    for kind in dict.fromkeys(k for r in group for k in r.masks or {}):
-        known = {r.name: r.masks[kind] for r, own in zip(group, sizes)
-                 if kind in (r.masks or {}) and tuple(own) == tuple(size)}
-        if known:
-            masks[kind] = next(filter(None, known.values()), None)
-        if len(set(known.values())) > 1:
-            values = ["none" if path is None else str(path) for path in known.values()]
-            conflicts.append(Conflict(kind, tuple(known), tuple(values), str(masks[kind])))
-    return {"masks": masks or None}, conflicts
-
-
 def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
                 sizes: Sequence[tuple[int, int]]) -> tuple[list[Record], list[Conflict]]:
     """Make one record of all training copies of a photograph, with the labels of all of them; -> records, conflicts.
 
-    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. Where copies carry
-    different grades the higher one counts: the same photograph was graded twice, and missing disease is the worse
-    mistake. Photographs of other parts stay as they are: they are scored as they were given, and no label crosses from
-    test into training.
+    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. What counts where
+    copies contradict each other, each label says itself: Label.join. Photographs of other parts stay as they are: they
+    are scored as they were given, and no label crosses from test into training.
     """
     groups = defaultdict(list)
     for i, leader in enumerate(connected(pairs, len(records))):
@@ -117,13 +61,13 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
             joined.append(records[group[0]])
             continue
         first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
-        members, own = [records[i] for i in group], [sizes[i] for i in group]
+        members, own = [records[i] for i in group], {records[i].name: sizes[i] for i in group}
         labels = {}
-        for found, contradictions in (join_numbers(members), join_points(members, own, sizes[first]),
-                                      join_masks(members, own, sizes[first])):
-            labels |= found
-            conflicts += contradictions
-        joined.append(replace(records[first], **labels))
+        for name, label in LABELS.items():
+            if known := {r.name: r.labels[name] for r in members if name in r.labels}:
+                labels[name], contradictions = label.join(known, own, sizes[first])
+                conflicts += contradictions
+        joined.append(records[first].with_labels(**labels))
     return joined, conflicts
 
 
@@ -151,15 +95,20 @@ class Split:
     validated: list[Record]  # training photographs that show an eye of a validation part of the data set's own
 
 
+def stratum(record: Record) -> tuple:
+    """Grade or class, and what else is known; minor labels decide for photographs without a grade or class."""
+    major, minor = ([label for label in LABELS.values() if label.minor == which] for which in (False, True))
+    graded = any(isinstance(label, ClassNumber) and label.name in record.labels for label in major)
+    return tuple(label.stratum(record.labels.get(label.name)) for label in major + ([] if graded else minor))
+
+
 def folds(records: Sequence[Record], number: int) -> list[int]:
-    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each grade and of the masks.
+    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each stratum.
 
     Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, always the same, those with most
     photographs first; each goes where it leaves the counts of its strata most even.
     """
-    ungraded = [r.grade is None and r.category is None for r in records]  # what else they carry decides for these
-    strata = [(r.grade, r.category, r.masks is not None, u and (r.edema, r.points is not None))
-              for r, u in zip(records, ungraded)]
+    strata = [stratum(r) for r in records]
     total = Counter(strata)
     eyes = defaultdict(list)
     for i, record in enumerate(records):

@@ -136,8 +136,11 @@ def assemble(tasks: Sequence[TaskMetrics],
 
 
 def primary_score(values: Mapping[str, dict], tasks: Sequence[TaskMetrics]) -> float:
-    """What checkpoints are chosen by: the mean over tasks of each task's primary metric."""
-    found = [values[t.name][t.primary] for t in tasks if t.name in values]
+    """What checkpoints are chosen by: the mean over tasks of how far each one's primary metric is from worst to best.
+
+    InputError: one of these metrics has no value.
+    """
+    found = [t.score(values[t.name]) for t in tasks if t.name in values]
     return sum(found) / len(found)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from retina.datasets.records import UNKNOWN
 from retina.evaluation import metrics
 from retina.evaluation.metrics import Ranking
+from retina.files import InputError
 
 
 # n photographs with the label, D weightings of them, L lesion classes, G grades, P points, K levels of a pixel's score,
@@ -27,6 +28,26 @@ class TaskMetrics:
     """How the answers to one question are scored, calibrated and told. Every task is one, too; see tasks.py."""
     primary: str  # the metric that selects checkpoints
     worst, best = 0.0, 1.0  # of the primary metric: checkpoints are compared by where between these two it lies
+
+    def check_range(self) -> None:
+        """InputError: the primary metric has no name, or there is no way from its worst to its best value."""
+        primary, ends = getattr(self, "primary", None), (self.worst, self.best)
+        if not (isinstance(primary, str) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in ends) and
+                self.worst != self.best):
+            raise InputError(f"the task {self.name}: primary = {primary!r}, worst = {self.worst}, best = {self.best}; "
+                             "expected a metric's name and two different finite numbers; correct them in its class")
+
+    def score(self, values: Mapping[str, float]) -> float:
+        """0 where the primary metric among `values` is worst, 1 where it is best. InputError: it has no value."""
+        value = values.get(self.primary)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"the task {self.name}: its primary metric {self.primary!r} is {value}; expected a finite "
+                             f"number among those of its metrics(): {', '.join(values)}")
+        return (value - self.worst) / (self.best - self.worst)
+
+    def guess(self, targets: Tensor) -> Tensor | None:
+        """An answer (1, ...) that serves any photograph, from the targets of training (n, ...); None: there is none."""
+        return None
 
     def pool(self) -> Ranking | None:
         """A collector of what the tallies of single photographs cannot tell; None: there is nothing of the kind."""
@@ -75,6 +96,10 @@ class ClassMetrics(TaskMetrics):
 
     def tally(self, answer, target, pool=None):
         return torch.cat([answer, target[:, None]], 1)  # (n, G + 1): probabilities, truth
+
+    def guess(self, targets):
+        """The shares of the classes."""
+        return torch.bincount(targets, minlength=self.classes)[None] / len(targets)
 
     def right(self, tally: Tensor) -> Tensor:
         """Which photographs have the right class: (n,) bool."""
@@ -179,6 +204,10 @@ class MaskMetrics(TaskMetrics):
 
     def pool(self):
         return Ranking(len(self.classes))
+
+    def guess(self, targets):
+        """No lesion."""
+        return torch.zeros(1, *targets.shape[1:])
 
     def count(self, kind: int, answer: np.ndarray, truth: np.ndarray | None, pool: Ranking) -> Tensor:
         """One kind on one photograph, probabilities and truth of any one shape: (2 K + 1,)
@@ -286,6 +315,10 @@ class MaskMetrics(TaskMetrics):
 class PointMetrics(TaskMetrics):
     """Of points; targets come with what turns shares of the side into other units, see tasks.Landmarks.target."""
     classes: Sequence[str]
+
+    def guess(self, targets):
+        """The mean place of each."""
+        return targets[:, :-4].nanmean(0, keepdim=True)
 
     def tally(self, answer, target, pool=None):
         """(n, P, 6): distance in pixels of the original, in disc diameters; answer and truth in pixels of the file."""

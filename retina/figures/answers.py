@@ -126,7 +126,7 @@ def metric_lines(m: Material, task: TaskMetrics) -> list[Line]:
     if len(m.logs) > 1:
         return lines
     lines[0].words = task.primary
-    kinds = task.classes if isinstance(task.classes, tuple) else ()
+    kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
     more = {f"{task.primary}_{kind}": records.COLOURS.get(kind, COLOURS[k + 1]) for k, kind in enumerate(kinds)}
     if kinds == tuple(records.COLOURS):
         lines[0].colour = INK
@@ -142,8 +142,9 @@ def metric_chart(m: Material, task: TaskMetrics) -> Image.Image:
     """A task's metrics on validation, and the one that counts on training photographs."""
     lines, learned = metric_lines(m, task), m.learned[0]
     value = learned.metrics()[task.name][task.primary] if task.name in learned.tallies else None
-    low = min([0.0, *(v for v in [value, *(v for line in lines for v in line.values)] if v is not None)])
-    chart = epochs_chart(m, f"{task.name}: {task.primary}".replace("_", " "), "validation photographs", lines, low, 1.0)
+    shown_ = [v for v in (task.worst, task.best, value, *(v for line in lines for v in line.values)) if v is not None]
+    chart = epochs_chart(m, f"{task.name}: {task.primary}".replace("_", " "), "validation photographs" +
+                         ", lower is better" * (task.best < task.worst), lines, min(shown_), max(shown_))
     entries = [(line.words.replace("_", " "), line.colour, "line") for line in lines]
     if value is not None:
         chart.dots([m.run.epoch], [value], lines[0].colour, 5, ring=True)

@@ -94,7 +94,7 @@ def tsne_map(m: Material) -> Image.Image:
     maps = [map_of("by split", y, [Dots("training", COLOURS[4], list(range(border))),
                                    Dots(m.words, COLOURS[5], list(range(border, n)), ring=True)])]
     if task := m.first(ClassMetrics):
-        labels = [getattr(r, task.label) for r in records]
+        labels = [r.labels.get(task.label) for r in records]
         maps.insert(0, map_of(f"by {task.title}", y, groups_by_label(task, labels)))
     return titled("Which photographs look alike to the network", row(maps, 24),
                   f"{m.name}, epoch {m.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {m.seed}) of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,7 @@ class Exchanged(Dataset):
         self.photographs = photographs
 
     def __getitem__(self, i: int) -> Sample:
-        return replace(self.photographs[i], masks=self.photographs[(i + 1) % len(self)].masks)
+        return self.photographs[i].with_labels(masks=self.photographs[(i + 1) % len(self)].masks)
 
     def __len__(self) -> int:
         return len(self.photographs)

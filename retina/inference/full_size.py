@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def sample_of(record: Record, size: int, small: Decoded | None = None) -> Sample:
     """A photograph as the network sees it, without labels; `small`: see preprocess.prepare."""
-    plain = replace(record, masks=None, points=None)
+    plain = replace(record, labels={})
     return preprocess.to_sample(plain, preprocess.prepare(plain, size, alone=True, small=small))
 
 
