@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from model import LEARNED, PLACES, ROUTERS, VARIANTS, make_routers
+from model import ENCODERS, LEARNED, PLACES, ROUTERS, make_routers
 from retina.datasets import readers, splits
 from retina.datasets.records import DataSet
 from retina.files import InputError
@@ -121,7 +121,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--overwrite", action="store_true", help="with --name: replace the run of that name")
     add(group, "--save-every", "steps between checkpoints (default: only when an epoch is trained or scored)", type=int)
     group = parser.add_argument_group("network")
-    add(group, "--variant", "EfficientNet variant", Options.variant, choices=VARIANTS)
+    add(group, "--variant", "EfficientNet variant", Options.variant, choices=ENCODERS)
     add(group, "--weights", "none, imagenet, or a file with a torchvision state dict (default: none for drawn "
                             "photographs, else imagenet if it can be had)")
     add(group, "--experts", f"in the expert layer; 0: no layer (default: {Options.experts}; private: tasks x chosen)",
@@ -229,7 +229,7 @@ def settle(args: argparse.Namespace) -> tuple[Options, list[str]]:
                      f"from {readers.SOURCE} and pass --data FOLDER")
     elif args.weights is None:
         try:
-            pretrained.read_weights("imagenet", args.variant)
+            pretrained.read_weights("imagenet", args.variant, ENCODERS[args.variant].weights)
             weights = "imagenet"
         except InputError as error:
             notes.append(f"warning: starting from random weights; {error}")

@@ -18,6 +18,7 @@ import model
 from model import MapSpec, MaskHead, Net, NetConfig, PointHead, PooledHead
 from retina.datasets.records import UNKNOWN
 from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, MaskMetrics, PointMetrics, TaskMetrics
+from retina.files import InputError
 from retina.training import precision
 
 # n photographs with the label, L lesion classes, G grades, P points, S side of the photograph in pixels
@@ -203,7 +204,13 @@ def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
 
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:
-    """The network that `options` (of a command line or a checkpoint) describe, with fresh weights."""
+    """The network that `options` (of a command line or a checkpoint) describe, with fresh weights.
+
+    InputError: with an encoder that is not there.
+    """
     tasks = make_tasks(options["tasks"], options["classes"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
+    if config.variant not in model.ENCODERS:
+        raise InputError(f"trained with the encoder {config.variant!r}, which model.py does not list "
+                         f"({', '.join(model.ENCODERS)})")
     return precision.fast(Net(config, tasks)), tasks
