@@ -63,18 +63,17 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
     state = load_tensors(path, device)
     try:
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
-            raise InputError(f"{path}: trained for the task {unknown[0]!r}, which tasks.py does not list "
-                             f"({', '.join(TASKS)})")
+            raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
                 [key for key in ("chosen",) if key not in state]:
-            raise InputError(f"{path}: made by another version of this project, it lacks {missing[0]!r}; train again")
+            raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):
-            raise InputError(f"{path}: of another network than its options describe ({len(wrong)} differences; first: "
+            raise InputError(f"of another network than its options describe ({len(wrong)} differences; first: "
                              f"{wrong[0]}); train again")
         net.load_state_dict(state["net"])
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # whatever is in a file that is not ours
         raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: "
                          f"{(str(error).splitlines() or [''])[0]})") from error

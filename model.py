@@ -1,18 +1,19 @@
 """One network for several answers about one retina photograph. Read it from top to bottom:
 
-    ConvNormAct, SqueezeExcite, MBConv -> Encoder    EfficientNet (Tan & Le 2019, arXiv 1905.11946)
+    MBConv -> EfficientNet -> ENCODERS               Tan & Le 2019, arXiv 1905.11946
     Router, Experts, balance_loss -> ExpertLayer     noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538),
                                                      one per task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
     UpBlock -> Decoder                               U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
     PooledHead, MaskHead, PointHead                  maps -> classes, masks, points
     Net                                              all of it in one forward pass
 
-    python -c "import model; print(model.Encoder('b0'))"
+    python -c "import model; print(model.EfficientNet('b0'))"
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 # N tokens, E experts, K chosen, D hidden units of an expert
 
 
-# ---- encoder: EfficientNet ----
+# ---- encoders: a photograph -> five maps ----
 
 class ConvNormAct(nn.Sequential):
     """Convolution, batch norm, SiLU; (B, inputs, H, W) -> (B, outputs, H/stride, W/stride).
@@ -43,8 +44,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, squeezed: int):
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+        self.fc1, self.fc2 = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
@@ -60,22 +60,17 @@ class MBConv(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int, drop: float, norm):
         super().__init__()
         wide = round_channels(inputs * expand)
-        layers = [] if wide == inputs else [ConvNormAct(inputs, wide, 1, norm=norm)]
-        layers += [ConvNormAct(wide, wide, kernel, stride, groups=wide, norm=norm),
-                   SqueezeExcite(wide, max(1, inputs // 4)),
-                   ConvNormAct(wide, outputs, 1, act=False, norm=norm)]
-        self.block = nn.Sequential(*layers)
-        self.residual = stride == 1 and inputs == outputs
-        self.drop = drop
+        widen = [] if wide == inputs else [ConvNormAct(inputs, wide, 1, norm=norm)]
+        self.block = nn.Sequential(*widen, ConvNormAct(wide, wide, kernel, stride, groups=wide, norm=norm),
+                                   SqueezeExcite(wide, max(1, inputs // 4)),
+                                   ConvNormAct(wide, outputs, 1, act=False, norm=norm))
+        self.residual, self.drop = stride == 1 and inputs == outputs, drop
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.block(x)
-        if not self.residual:
-            return y
-        if self.training and self.drop > 0:
-            keep = torch.empty(len(y), 1, 1, 1, device=y.device, dtype=y.dtype).bernoulli_(1 - self.drop)
-            y = y * keep / (1 - self.drop)
-        return x + y
+        if self.residual and self.training and self.drop > 0:
+            y = y * y.new_empty(len(y), 1, 1, 1).bernoulli_(1 - self.drop) / (1 - self.drop)
+        return x + y if self.residual else y
 
 
 # kernel, stride, expand ratio, output channels, blocks: table 1 of the EfficientNet paper (B0)
@@ -92,36 +87,30 @@ def round_channels(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-class Encoder(nn.Module):
+class EfficientNet(nn.Module):
     """EfficientNet without its classifier: (B, 3, H, W) -> five maps at strides 2, 4, 8, 16, 32.
 
-    Names mirror torchvision's (`features.0` ... `features.7`). `channels` are those of the five maps, `pooled` the
-    width of the 1x1 convolution with which EfficientNet's classifier starts. H and W are multiples of 32.
+    Names mirror torchvision's (`features.0` ... `features.7`). `pooled_head` is how the classifier starts, see MapSpec.
     """
 
     def __init__(self, variant: str = "b0", drop: float = 0.2):
         super().__init__()
-        width, depth, self.dropout = VARIANTS[variant]
-        norm = nn.BatchNorm2d
-        if variant in ("b5", "b6", "b7"):  # trained with the constants of the original TensorFlow code
-            def norm(channels):
-                return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+        width, depth, dropout = VARIANTS[variant]
+        # B5 to B7 were trained with the constants of the original TensorFlow code
+        norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01) if variant >= "b5" else nn.BatchNorm2d
+        total = sum(math.ceil(depth * n) for *_, n in STAGES)
+        drops = iter([drop * i / total for i in range(total)])  # stochastic depth grows with the block's number
         inputs = round_channels(32 * width)
-        stages, channels = [ConvNormAct(3, inputs, 3, stride=2, norm=norm)], []
-        repeats = [math.ceil(depth * n) for *_, n in STAGES]
-        for (kernel, stride, expand, outputs, _), n in zip(STAGES, repeats):
+        stages = [ConvNormAct(3, inputs, 3, stride=2, norm=norm)]
+        for kernel, stride, expand, outputs, n in STAGES:
             outputs = round_channels(outputs * width)
-            first, blocks = sum(len(stage) for stage in stages[1:]), []
-            for i in range(n):  # stochastic depth grows linearly with the block's number
-                blocks.append(MBConv(inputs, outputs, kernel, stride if i == 0 else 1, expand,
-                                     drop * (first + i) / sum(repeats), norm))
-                inputs = outputs
-            stages.append(nn.Sequential(*blocks))
-            channels.append(outputs)
+            stages.append(nn.Sequential(*[
+                MBConv(outputs if i else inputs, outputs, kernel, 1 if i else stride, expand, next(drops), norm)
+                for i in range(math.ceil(depth * n))]))
+            inputs = outputs
         self.features = nn.Sequential(*stages)
-        self.channels = tuple(channels[i] for i in (0, 1, 2, 4, 6))
-        self.pooled = 4 * channels[-1]
-        self.norm = norm
+        self.channels = tuple(round_channels(STAGES[i][3] * width) for i in (0, 1, 2, 4, 6))
+        self.pooled_head = {"pooled": 4 * inputs, "norm": norm, "dropout": dropout}
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -140,6 +129,18 @@ def initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out")
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+class EncoderSpec(NamedTuple):
+    """An encoder, (B, 3, H, W) -> five maps at strides 2 to 32 of `channels`, and the published weights that fit it."""
+    build: Callable[[float], nn.Module]  # takes the chance of stochastic depth
+    weights: str | None = None  # torchvision's name of the model that they are of; None: there are none
+    to_head: tuple[str, ...] = ()  # how keys start that belong to the first convolution of a PooledHead
+    left_out: tuple[str, ...] = ()  # how keys start that belong nowhere; all others are the encoder's
+
+
+ENCODERS = {name: EncoderSpec(partial(EfficientNet, name), f"efficientnet_{name}", ("features.8.",), ("classifier.",))
+            for name in VARIANTS}  # what --variant knows; another encoder is a class and a line
 
 
 # ---- experts: each token of each task is sent to K of E small networks ----
@@ -333,25 +334,19 @@ class UpBlock(nn.Module):
 
     def __init__(self, inputs: int, skip: int, outputs: int):
         super().__init__()
-        self.conv1 = ConvNormAct(inputs + skip, outputs, 3)
-        self.conv2 = ConvNormAct(outputs, outputs, 3)
+        self.conv1, self.conv2 = ConvNormAct(inputs + skip, outputs, 3), ConvNormAct(outputs, outputs, 3)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if skip is not None:
-            x = torch.cat([x, skip], 1)
-        return self.conv2(self.conv1(x))
+        return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], 1)))
 
 
 class Decoder(nn.Module):
-    """The way up a U-Net: maps, shallow to deep -> a map (B, widths[-1], ...) as many steps above the deepest.
-
-    `channels` are those of the maps. The step above the shallowest of them, to the image itself, joins nothing.
-    """
+    """The way up a U-Net: maps of `channels`, shallow to deep -> a map (B, widths[-1], ...), len(widths) steps up."""
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int]):
         super().__init__()
-        skips, inputs = [*channels[-2::-1], 0], [channels[-1], *widths]
+        skips, inputs = [*channels[-2::-1], 0], [channels[-1], *widths]  # 0: nothing to join at the image's own size
         self.blocks = nn.ModuleList(UpBlock(*io) for io in zip(inputs, skips, widths))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -368,28 +363,29 @@ WIDTHS = (128, 64, 32, 16, 16)  # of the decoder's maps at strides 16, 8, 4, 2, 
 
 class MapSpec(NamedTuple):
     """What a head is told of the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
-    encoder: Encoder
     channels: tuple[int, ...]
     routed: int  # which of them comes from the task's experts: 4, the deepest, or 1, the decoder's map at stride 4
+    pooled: int = 1280  # channels, norm and dropout of a PooledHead; the encoder's `pooled_head` may say others
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    dropout: float = 0.2
 
 
 class PooledHead(nn.Module):
     """Classify the whole photograph: 1x1 convolution, global average, dropout, linear; maps -> (n_t, outputs).
 
-    The deepest map takes EfficientNet's own classifier. The maps at strides 4, 8 and 16 join it through a convolution
-    each: a lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps
-    alive.
+    So EfficientNet classifies its deepest map. The maps at strides 4, 8 and 16 join it by a convolution each: a lesion
+    of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps alive.
     """
-    pretrained = "conv"  # what published weights have of a head, torchvision's features.8
+    pretrained = "conv"  # what published weights may have of a head, see EncoderSpec.to_head
 
     def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
         self.reads = slice(1, 5)
-        encoder, between = spec.encoder, spec.channels[1:-1]
-        self.conv = ConvNormAct(spec.channels[-1], encoder.pooled, 1, norm=encoder.norm)
+        between = spec.channels[1:-1]
+        self.conv = ConvNormAct(spec.channels[-1], spec.pooled, 1, norm=spec.norm)
         self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
-        self.dropout = nn.Dropout(encoder.dropout)
-        self.linear = nn.Linear(encoder.pooled + sum(between), outputs)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.linear = nn.Linear(spec.pooled + sum(between), outputs)
         initialise(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -409,9 +405,8 @@ class MaskHead(nn.Module):
 
     def __init__(self, spec: MapSpec, outputs: int):
         super().__init__()
-        self.reads = slice(0, spec.routed + 1)
-        steps = spec.routed + 1  # from the routed map to the image
-        self.decoder = Decoder(spec.channels[self.reads], WIDTHS[-steps:])
+        self.reads = slice(0, spec.routed + 1)  # and as many steps from the routed map to the image
+        self.decoder = Decoder(spec.channels[self.reads], WIDTHS[-self.reads.stop:])
         self.conv = nn.Conv2d(WIDTHS[-1], outputs, 3, padding=1)
         initialise(self)
         # lesions are rare: start near p = 0.01 everywhere (Lin et al. 2017, arXiv 1708.02002, section 3.3)
@@ -425,8 +420,8 @@ class PointHead(nn.Module):
     """Find points: a light way down from the routed map to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
 
     1x1 convolutions bring the maps at strides 8, 16 and 32 to one width, each is added to the next deeper one at twice
-    its size (Lin et al. 2017, arXiv 1612.03144, figure 3), and the last gives one heatmap for each point. Where the
-    point is, the task reads off. A routed map at stride 4 has been that way already; it is read alone, halved.
+    its size (Lin et al. 2017, arXiv 1612.03144, figure 3), and the last gives one heatmap for each point, which the
+    task reads off. A routed map at stride 4 has been that way already; it is read alone, halved.
     """
 
     def __init__(self, spec: MapSpec, points: int, width: int = 64):
@@ -441,8 +436,7 @@ class PointHead(nn.Module):
         x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[self.reads][::-1])]
         for lateral in shallower:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest") + lateral
-        if self.reads.start == 1:
-            x = F.avg_pool2d(x, 2)
+        x = F.avg_pool2d(x, 2) if self.reads.start == 1 else x
         return self.conv(self.smooth(x))
 
 
@@ -454,7 +448,7 @@ PLACES = {"deepest": 4, "decoder": 1}  # where --experts-at puts the layer, as t
 @dataclass(frozen=True)
 class NetConfig:
     """What determines the network's shape, beside its tasks."""
-    variant: str = "b0"  # EfficientNet B0 ... B7
+    variant: str = "b0"  # one of ENCODERS
     experts: int = 8  # 0: no expert layer, every head reads the shared map itself
     chosen: int = 2
     router: str = "learned"  # one of ROUTERS
@@ -468,20 +462,20 @@ class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
     `tasks` are objects with a `name` and a `head(spec)`, see MapSpec. `rows` names, per task, the photographs (n_t,)
-    that are wanted, ascending and each once; a task's output has n_t rows, which may be none. A task that `rows` does
-    not name is left out of the answer. None: all photographs for all tasks. ValueError: H or W is no multiple of 32;
-    numbers of experts do not fit.
+    that are wanted, ascending and each once; a task's output has n_t rows, perhaps none. A task that it does not name
+    is left out. None: all for all tasks. ValueError: H or W is no multiple of 32; numbers of experts do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
         super().__init__()
-        self.encoder = Encoder(config.variant, config.stochastic_depth)
+        self.encoder_spec = ENCODERS[config.variant]
+        self.encoder = self.encoder_spec.build(config.stochastic_depth)
         self.decoder, self.routed, channels = None, PLACES[config.experts_at], list(self.encoder.channels)
         if config.experts_at == "decoder":  # all tasks share the way up to stride 4; its map replaces the encoder's
             self.decoder = Decoder(self.encoder.channels, WIDTHS[:3])
             initialise(self.decoder)
             channels[self.routed] = WIDTHS[2]
-        spec = MapSpec(self.encoder, tuple(channels), self.routed)
+        spec = MapSpec(tuple(channels), self.routed, **getattr(self.encoder, "pooled_head", {}))
         self.heads = nn.ModuleDict({task.name: task.head(spec) for task in tasks})
         self.experts = None if config.experts == 0 else ExpertLayer(
             channels[self.routed], list(self.heads), config.experts, config.chosen, config.router, config.expert_width,
@@ -498,7 +492,7 @@ class Net(nn.Module):
         """All but the heads: -> ({task: five maps of its photographs}, {task: Routing})."""
         if images.shape[2] % 32 or images.shape[3] % 32:
             raise ValueError(f"photographs of {images.shape[3]}x{images.shape[2]}: both sides must be multiples of 32")
-        maps = self.encoder((images - self.mean) / self.std)
+        maps = list(self.encoder((images - self.mean) / self.std))
         if self.decoder is not None:
             maps[self.routed] = self.decoder(maps)
 

@@ -215,10 +215,13 @@ def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:
     """The network that `options` (of a command line or a checkpoint) describe, with fresh weights.
 
-    InputError: numbers of experts do not fit.
+    InputError: an encoder that is not there, numbers of experts that do not fit.
     """
     tasks = make_tasks(options["tasks"], options["classes"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
+    if config.variant not in model.ENCODERS:
+        raise InputError(f"trained with the encoder {config.variant!r}, which model.py does not list "
+                         f"({', '.join(model.ENCODERS)})")
     try:
         return precision.fast(Net(config, tasks)), tasks
     except ValueError as error:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from model import LEARNED, PLACES, ROUTERS, VARIANTS, Net, balance_loss
+from model import ENCODERS, LEARNED, PLACES, ROUTERS, Net, balance_loss
 from retina.datasets.splits import announcement
 from retina.evaluation import routing, scoring, tables
 from retina.files import command
@@ -50,7 +50,7 @@ class Config:
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training part")
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test part too, as most of the literature "
                             "does")
-    variant: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(VARIANTS)}", choices=VARIANTS.keys())
+    variant: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
     weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
                         shown="none for drawn photographs, else imagenet if it can be had")
     experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", shown="8; private: tasks x chosen", lowest=0)
@@ -221,14 +221,14 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
 
 def configure(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """The configuration that a command line means, and notes; see resolve_defaults."""
-    return resolve_defaults(Config, parse(Config, argv), LEARNED)
+    return resolve_defaults(Config, parse(Config, argv), LEARNED, ENCODERS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
     precision.keep_memory()
     with distributed.join() as group, stopped_by_sigterm(group):
-        asked = group.share(read_request(Config, argv, LEARNED) if group.rank == 0 else None)
+        asked = group.share(read_request(Config, argv, LEARNED, ENCODERS) if group.rank == 0 else None)
         tell, begun = print if group.rank == 0 else lambda *_: None, time.perf_counter()
         tell("\n".join([*asked.notes, opening(asked.config, asked.folder, group)]))
         try:

@@ -6,7 +6,7 @@ import torchvision
 from torchvision.transforms import v2
 
 import model
-from model import Encoder, MaskHead, Net, NetConfig, PointHead, PooledHead, balance_loss
+from model import EfficientNet, MaskHead, Net, NetConfig, PointHead, PooledHead, balance_loss
 from retina.training import pretrained
 from tasks import TASKS
 
@@ -16,8 +16,8 @@ def small_net(**config) -> Net:
     return Net(NetConfig(**config), [TASKS["cls"], TASKS["seg"]])
 
 
-def spec_of(encoder: Encoder) -> model.MapSpec:
-    return model.MapSpec(encoder, encoder.channels, 4)
+def spec_of(encoder: EfficientNet) -> model.MapSpec:
+    return model.MapSpec(encoder.channels, 4, **encoder.pooled_head)
 
 
 # ---- encoder ----
@@ -175,7 +175,7 @@ def test_only_labelled_pairs_are_dispatched():
 # ---- heads ----
 
 def test_pooled_head_ignores_where():
-    encoder = Encoder("b0")
+    encoder = EfficientNet("b0")
     head = PooledHead(spec_of(encoder), 3).eval()
     maps = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(encoder.channels)]
     torch.testing.assert_close(head(maps), head([m.flip(2, 3) for m in maps]))
@@ -185,7 +185,7 @@ def test_pooled_head_ignores_where():
 
 
 def test_mask_head_starts_near_one_percent():
-    encoder = Encoder("b0").eval()
+    encoder = EfficientNet("b0").eval()
     with torch.no_grad():
         p = MaskHead(spec_of(encoder), 5).eval()(encoder(torch.randn(2, 3, 64, 64))).sigmoid()
     assert 0.001 < p.median() < 0.1
@@ -194,7 +194,7 @@ def test_mask_head_starts_near_one_percent():
 def test_point_head_is_a_feature_pyramid():
     """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
     torch.manual_seed(0)
-    encoder = Encoder("b0")
+    encoder = EfficientNet("b0")
     head = PointHead(spec_of(encoder), 2).eval().double()
     maps = [torch.randn(3, c, 64 >> i, 96 >> i, dtype=torch.float64) for i, c in enumerate(encoder.channels)]
 
@@ -210,8 +210,8 @@ def test_point_head_is_a_feature_pyramid():
 
 def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
     """Points are read from it alone, masks from it and the map at stride 2, classes from strides 4 to 32."""
-    encoder = Encoder("b0")
-    spec = model.MapSpec(encoder, (16, 32, *encoder.channels[2:]), 1)
+    encoder = EfficientNet("b0")
+    spec = model.MapSpec((16, 32, *encoder.channels[2:]), 1, **encoder.pooled_head)
     maps = [torch.randn(2, c, 32 >> i, 64 >> i) for i, c in enumerate(spec.channels)]
     for head, shape, reads in ((PointHead(spec, 2), (2, 2, 8, 16), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
                                (PooledHead(spec, 3), (2, 3), {1, 2, 3, 4})):

@@ -383,7 +383,7 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
     options, notes = train.configure(["--data", str(shared_tree)])
     assert options.weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
     with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
-        pretrained.read_weights("imagenet", "b0")
+        pretrained.read_weights("imagenet", "b0", "efficientnet_b0")
 
 
 # ---- the command line ----

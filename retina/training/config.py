@@ -24,6 +24,7 @@ from retina.files import InputError
 from retina.training import checkpoint, precision, pretrained
 
 if TYPE_CHECKING:
+    from model import EncoderSpec
     from retina.training.distributed import Group
     from train import Config
 
@@ -160,7 +161,8 @@ def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequenc
             "balance": given.get("balance", kind.balance) if router in learned else 0.0}
 
 
-def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequence[str]) -> tuple[Config, list[str]]:
+def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequence[str],
+                     encoders: Mapping[str, EncoderSpec]) -> tuple[Config, list[str]]:
     """What was typed, and for the rest the defaults; -> configuration, notes to print and to keep.
 
     InputError: the data cannot be read, or flags that do not go with them or with each other.
@@ -185,7 +187,8 @@ def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequ
         values |= {f.name: f.metadata["real"] for f in fields(kind) if f.metadata.get("real") is not None}
         if "weights" not in given:
             try:
-                pretrained.read_weights("imagenet", given.get("variant", kind.variant))
+                variant = given.get("variant", kind.variant)
+                pretrained.read_weights("imagenet", variant, encoders[variant].weights)
                 values["weights"] = "imagenet"
             except InputError as error:
                 notes.append(f"warning: starting from random weights; {error}")
@@ -267,7 +270,8 @@ def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
     return runs / f"{'_'.join(tasks)}_{number}"
 
 
-def read_request(kind: type[Config], argv: Sequence[str] | None, learned: Sequence[str]) -> Request:
+def read_request(kind: type[Config], argv: Sequence[str] | None, learned: Sequence[str],
+                 encoders: Mapping[str, EncoderSpec]) -> Request:
     """Read the command line, and look at the data and at the run that it names. InputError: see above."""
     given = parse(kind, argv)
     if "resume" in given:
@@ -280,7 +284,7 @@ def read_request(kind: type[Config], argv: Sequence[str] | None, learned: Sequen
         note = f"going on with {run}" + ", from its beginning: it was stopped before its first checkpoint" * (
             state is None)
         return Request(config, run, [note], True, False)
-    config, notes = resolve_defaults(kind, given, learned)
+    config, notes = resolve_defaults(kind, given, learned, encoders)
     runs, name, overwrite = records.HERE / "runs", given.get("name"), "overwrite" in given
     if name is None and overwrite:
         raise InputError("--overwrite: expected --name as well, of the run to replace")

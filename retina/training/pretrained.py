@@ -34,13 +34,16 @@ def reachable(url: str, seconds: float = 8) -> bool:
     return bool(answers)
 
 
-def read_weights(weights: str, variant: str) -> Mapping[str, Tensor]:
-    """Pretrained weights, a torchvision state dict, from torchvision ("imagenet") or from a file.
+def read_weights(weights: str, variant: str, published: str | None = None) -> Mapping[str, Tensor]:
+    """Pretrained weights, a torchvision state dict: those of torchvision's model `published` ("imagenet"), or a file's.
 
-    InputError: they cannot be had (within 10 seconds) or the file holds no state dict.
+    InputError: there are none, they cannot be had (within 10 seconds), or the file holds no state dict.
     """
     if weights == "imagenet":
-        found = torchvision.models.get_model_weights(f"efficientnet_{variant}").DEFAULT
+        if published is None:
+            raise InputError(f"--weights imagenet: model.py names none for --variant {variant}; use --weights none, or "
+                             "--weights FILE with a state dict of that encoder")
+        found = torchvision.models.get_model_weights(published).DEFAULT
         stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
         try:
             if not stored.exists() and not reachable(found.url):
@@ -73,7 +76,7 @@ def start_from(net: Net, weights: str, variant: str) -> None:
     """Load what --weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
     if weights == "none":
         return
-    state = read_weights(weights, variant)
+    state = read_weights(weights, variant, net.encoder_spec.weights)
     try:
         load_pretrained(net, state)
     except ValueError as error:
@@ -89,17 +92,21 @@ def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[
 
 
 def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
-    """Load a torchvision EfficientNet state dict: all of it but the final linear layer (`classifier.1`).
+    """Load a published state dict, all of it or nothing: each part of it where `net.encoder_spec` says.
 
-    `features.0` ... `features.7` go to the encoder, `features.8` to every classification head.
-    ValueError: keys or shapes do not fit; the first few are named.
+    What it has for heads goes to every classification head. ValueError: keys or shapes do not fit; the first few are
+    named.
     """
-    encoder = {k: v for k, v in state.items() if not k.startswith(("features.8.", "classifier."))}
-    pooled = {k: v for k, v in state.items() if k.startswith("features.8.")}
-    heads = [getattr(h, h.pretrained) for h in net.heads.values() if hasattr(h, "pretrained")]
-    parts = [(net.encoder, "", encoder), *((conv, "features.8.", pooled) for conv in heads)]
-    for module, prefix, have in parts:
-        if wrong := differences({prefix + k: v for k, v in module.state_dict().items()}, have):
-            more = f", and {len(wrong) - 3} more differences" * (len(wrong) > 3)
-            raise ValueError(f"not the weights of this EfficientNet: {'; '.join(wrong[:3])}{more}")
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})
+    spec = net.encoder_spec
+    convs = [getattr(h, h.pretrained) for h in net.heads.values() if hasattr(h, "pretrained")]
+    encoder = {k: v for k, v in state.items() if not k.startswith((*spec.to_head, *spec.left_out))}
+    parts = [(net.encoder, "", encoder)]
+    parts += [(conv, prefix, {k: v for k, v in state.items() if k.startswith(prefix)})
+              for conv in convs for prefix in spec.to_head]
+    wrong = list(dict.fromkeys(d for part, prefix, have in parts for d in differences(
+        {prefix + k: v for k, v in part.state_dict().items()}, have)))
+    if wrong:  # looked for first: torch, too, would name them, but having loaded the rest
+        more = f", and {len(wrong) - 3} more differences" * (len(wrong) > 3)
+        raise ValueError(f"not the weights of this {type(net.encoder).__name__}: {'; '.join(wrong[:3])}{more}")
+    for part, prefix, have in parts:
+        part.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})
