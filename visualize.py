@@ -52,8 +52,7 @@ def gather(args: argparse.Namespace) -> Material:
     run = evaluate.load_run(args.runs[0], device)
     logs = logs_of(args.runs)
     run.net = precision.folded(run.net)
-    root = args.data or run.options["data"]
-    root = None if root is None else Path(root)
+    root = Path(where) if (where := args.data or run.options["data"]) else None
     photographs = Photographs(evaluate.split_records(run, root, args.split), run.options["size"])
     learned = Photographs(evaluate.split_records(run, root, "train"), run.options["size"])
     if run.learned_from not in (None, learned.fingerprint()):
@@ -74,10 +73,7 @@ def gather(args: argparse.Namespace) -> Material:
 def encoded(picture: Image.Image, form: str) -> bytes:
     """A picture as the content of a file."""
     memory = io.BytesIO()
-    if form == "jpg":
-        picture.save(memory, "JPEG", quality=85, subsampling=0)
-    else:
-        picture.save(memory, "PNG", optimize=True)
+    picture.save(memory, {"jpg": "JPEG", "png": "PNG"}[form], quality=85, subsampling=0, optimize=form == "png")
     return memory.getvalue()
 
 

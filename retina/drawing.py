@@ -1,20 +1,26 @@
-"""Words, legends and overlays on Pillow's images.
+"""The words of all pictures, on Pillow's images.
 
-    text            lines of words -> a picture just as large as they need, so that nothing is ever cut off
-    row, column     pictures beside and below each other
-    legend, scale   what colours mean
-    overlay         a photograph with its masks and points
+    text                lines of words -> a picture just as large as they need, so that nothing is ever cut off
+    grid, row, column   pictures beside and below each other
+    captioned, titled   a picture with words
+    legend, scale       what colours mean
+    stroke, spots       lines and dots
+    tinted, overlay     a photograph with its masks and points
 """
 
+import bisect
+import contextlib
 import functools
 import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from retina.datasets import records
+from retina.datasets.preprocess import Sample
 
 INK, PALE, GRID, PAPER = (33, 37, 41), (95, 103, 112), (222, 226, 230), (255, 255, 255)
 TITLE, BODY, SMALL = 20, 15, 13  # pixels
@@ -33,6 +39,12 @@ def shades(values: np.ndarray) -> np.ndarray:
     at = np.clip(np.nan_to_num(values), 0, 1)
     colours = np.stack([np.interp(at, np.linspace(0, 1, len(VIRIDIS)), channel) for channel in VIRIDIS.T], -1)
     return np.where(np.isnan(values)[..., None], GRID, colours).round().astype(np.uint8)
+
+
+def coloured(things: Sequence[int]) -> dict[int, Sequence[int]]:
+    """A colour for each thing, or, if there are more than COLOURS, for the first of them, so that one is left over."""
+    few = things if len(things) <= len(COLOURS) else things[:len(COLOURS) - 1]
+    return dict(zip(sorted(few), COLOURS))
 
 
 def brightness(colour: Sequence[int]) -> float:
@@ -64,20 +76,15 @@ def legible(letter: str) -> str:
 
 def wrapped(line: str, width: float, size: int) -> Iterator[str]:
     """Parts of a line that are no wider than `width`, broken at spaces, or within a word that is wider itself."""
-    part = ""
-    for word in line.split(" "):
-        longer = f"{part} {word}" if part else word
-        if font(size).getlength(longer) <= width:
-            part = longer
-            continue
-        if part:
-            yield part
-        while font(size).getlength(word) > width and len(word) > 1:
-            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font(size).getlength(word[:n]) <= width)
-            yield word[:fits]
-            word = word[fits:]
-        part = word
-    yield part
+    def length(n):
+        return font(size).getlength(line[:n])
+
+    while length(None) > width and len(line) > 1:
+        fits = max(1, bisect.bisect_right(range(len(line)), width, key=length) - 1)
+        end = line.rfind(" ", 1, fits + 1)
+        yield line[:fits if end < 0 else end]
+        line = line[fits if end < 0 else end + 1:]
+    yield line
 
 
 def text(words: str, size: int = BODY, colour: Sequence[int] = INK, width: float = math.inf,
@@ -96,45 +103,110 @@ def text(words: str, size: int = BODY, colour: Sequence[int] = INK, width: float
 
 # ---- pictures beside each other ----
 
-def joined(pictures: Sequence[Image.Image], gap: int, across: int, place: float) -> Image.Image:
-    """Along one axis; across the other each lies at `place`, 0 at its beginning, 1 at its end."""
-    sizes = np.array([p.size for p in pictures])
-    along = 1 - across
-    size = np.zeros(2, int)
-    size[along], size[across] = sizes[:, along].sum() + gap * (len(pictures) - 1), sizes[:, across].max()
-    whole, at = Image.new("RGB", tuple(size.tolist()), PAPER), 0
-    for picture in pictures:
-        corner = [0, 0]
-        corner[along], corner[across] = at, round(place * (int(size[across]) - picture.size[across]))
-        whole.paste(picture, tuple(corner))
-        at += picture.size[along] + gap
+def grid(pictures: Iterable[Image.Image], across: int, gap: tuple[int, int] = (12, 8),
+         place: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
+    """Pictures in rows of `across`, with `gap` (between columns, between rows) pixels of white.
+
+    A column is as wide as its widest picture, a row as high as its highest; there each lies at `place`, 0 at the left
+    and top, 1 at the right and bottom.
+    """
+    pictures = list(pictures)
+    across = min(across, len(pictures))
+    wide = [max(p.width for p in pictures[k::across]) for k in range(across)]
+    high = [max(p.height for p in pictures[k:k + across]) for k in range(0, len(pictures), across)]
+    x, y = ([sum(sizes[:k]) + k * space for k in range(len(sizes) + 1)] for sizes, space in zip((wide, high), gap))
+    whole = Image.new("RGB", (x[-1] - gap[0], y[-1] - gap[1]), PAPER)
+    for k, picture in enumerate(pictures):
+        i, j = divmod(k, across)
+        whole.paste(picture, (x[j] + round(place[0] * (wide[j] - picture.width)),
+                              y[i] + round(place[1] * (high[i] - picture.height))))
     return whole
 
 
-def row(pictures: Iterable[Image.Image], gap: int = 12, place: float = 0.0) -> Image.Image:
+def row(pictures: Sequence[Image.Image], gap: int = 12, place: float = 0.0) -> Image.Image:
     """Side by side, aligned at the top (`place` 0), in the middle, or at the bottom (1)."""
-    return joined(list(pictures), gap, 1, place)
+    return grid(pictures, len(pictures), (gap, 0), (0, place))
 
 
 def column(pictures: Iterable[Image.Image], gap: int = 8, place: float = 0.0) -> Image.Image:
     """One below the other, aligned at the left (`place` 0), in the middle, or at the right (1)."""
-    return joined(list(pictures), gap, 0, place)
+    return grid(pictures, 1, (0, gap), (place, 0))
 
 
 def padded(picture: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
     """With white around it."""
-    whole = Image.new("RGB", (picture.width + left + right, picture.height + top + bottom), PAPER)
-    whole.paste(picture, (left, top))
-    return whole
+    return ImageOps.expand(picture, (left, top, right, bottom), PAPER)
 
 
-def titled(title: str, picture: Image.Image, below: str = "", gap: int = 12) -> Image.Image:
+def boxed(picture: Image.Image, width: int, height: int, paper: Sequence[int] = PAPER) -> Image.Image:
+    """In the middle of a box."""
+    box = Image.new("RGB", (width, height), tuple(paper))
+    box.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+    return box
+
+
+def captioned(picture: Image.Image, words: str, colour: Sequence[int] = INK) -> Image.Image:
+    """With words below it, in lines that are no wider than it is."""
+    return column([picture, text(words, SMALL, colour, picture.width)], 4)
+
+
+def titled(title: str, picture: Image.Image, below: str = "") -> Image.Image:
     """A figure: its title, itself, and what is to be said of it."""
     wide = max(picture.width, 480)
     parts = [text(title, TITLE, width=wide), picture]
     if below:
         parts.append(text(below, SMALL, PALE, wide))
-    return padded(column(parts, gap), 16, 14, 16, 14)
+    return padded(column(parts, 12), 16, 14, 16, 14)
+
+
+# ---- strokes ----
+
+FINER = 4  # curves are drawn so many times larger, then reduced: Pillow's own have steps
+
+
+@contextlib.contextmanager
+def brush(picture: Image.Image, colour: Sequence[int]) -> Iterator[ImageDraw.ImageDraw]:
+    """A pen on a canvas FINER times as large; where it has drawn 255 in the end, the picture is painted."""
+    mask = Image.new("L", (picture.width * FINER, picture.height * FINER))
+    yield ImageDraw.Draw(mask)
+    picture.paste(tuple(colour), (0, 0), mask.reduce(FINER))
+
+
+def bordered(colour: Sequence[int], border: float) -> list[tuple[Sequence[int], float]]:
+    """Colours to paint in turn, and how much wider: a bright one has a dark border, or it would be lost on white."""
+    return [(PALE, border)] * (brightness(colour) > 200) + [(colour, 0.0)]
+
+
+def stroke(picture: Image.Image, points: Sequence[tuple[float, float]], colour: Sequence[int], width: float = 2.0,
+           dashed: bool = False) -> None:
+    """A line through points in pixels."""
+    for tone, wider in bordered(colour, 1.5):
+        with brush(picture, tone) as pen:
+            for piece in dashes(points) if dashed else [points]:
+                pen.line([(x * FINER, y * FINER) for x, y in piece], 255, round((width + wider) * FINER), "curve")
+
+
+def dashes(points: Sequence[tuple[float, float]], on: float = 6.0, off: float = 4.0) -> list[list]:
+    """The parts of a line that a pen touches which is lifted again and again."""
+    x, y = np.transpose(points)
+    along = np.append(0, np.hypot(np.diff(x), np.diff(y)).cumsum())  # how far along the line each point lies
+    pieces = []
+    for begin in np.arange(0, along[-1] - 1e-9, on + off):
+        end = min(begin + on, along[-1])
+        at = [begin, *along[(begin < along) & (along < end)], end]
+        pieces.append([*zip(np.interp(at, along, x), np.interp(at, along, y))])
+    return pieces
+
+
+def spots(picture: Image.Image, points: Iterable[tuple[float, float]], colour: Sequence[int], radius: float = 4.0,
+          ring: bool = False) -> None:
+    """Dots, or rings, around points in pixels."""
+    points = list(points)
+    for tone, wider in [*bordered(colour, 0.8), *[(PAPER, -0.45 * radius)] * ring]:
+        reach = radius + wider
+        with brush(picture, tone) as pen:
+            for x, y in points:
+                pen.ellipse([v * FINER for v in (x - reach, y - reach, x + reach, y + reach)], 255)
 
 
 # ---- legends ----
@@ -153,120 +225,84 @@ def key(colour: Sequence[int], how: str = "square") -> Image.Image:
 
 def legend(entries: Iterable[tuple[str, Sequence[int], str]], width: float = math.inf) -> Image.Image:
     """(words, colour, kind of key) of each entry, beside each other in lines of at most `width` pixels."""
-    lines, used = [[]], 0.0
+    lines = [[]]
     for words, colour, how in entries:
-        entry = row([padded(key(colour, how), 0, 2, 0, 2), text(words, SMALL)], 5, 0.5)
-        if lines[-1] and used + entry.width + 18 > width:
+        entry = row([key(colour, how), text(words, SMALL)], 5, 0.5)
+        if lines[-1] and sum(e.width + 18 for e in [*lines[-1], entry]) > width:
             lines.append([])
-            used = 0.0
         lines[-1].append(entry)
-        used += entry.width + 18
     return column([row(line, 18) for line in lines], 4)
 
 
-def scale(low: str, high: str, words: str = "") -> Image.Image:
-    """A legend of shades, from the words of the lowest to those of the highest."""
+def scale(low: str, high: str, words: str) -> Image.Image:
+    """A legend of shades, from the words of the lowest to those of the highest; and what they are shades of."""
     bar = Image.fromarray(np.broadcast_to(shades(np.linspace(0, 1, 120)), (14, 120, 3)))
-    parts = [text(low, SMALL), padded(bar, 0, 2, 0, 2), text(high, SMALL)]
-    return row([*parts, text(words, SMALL)] if words else parts, 6, 0.5)
+    return row([text(low, SMALL), bar, text(high, SMALL), text(words, SMALL)], 6, 0.5)
 
 
-# ---- strokes ----
+# ---- masks and points on photographs ----
 
-FINER = 4  # curves are drawn so many times larger, then reduced: Pillow's own have steps
-
-
-def blended(picture: Image.Image, colour: Sequence[int], draw) -> None:
-    """Paint where draw(pen, FINER) draws on a canvas FINER times as large."""
-    mask = Image.new("L", (picture.width * FINER, picture.height * FINER))
-    draw(ImageDraw.Draw(mask), FINER)
-    picture.paste(tuple(colour), (0, 0), mask.reduce(FINER))
+LANDMARKS = "+ optic disc, x fovea"
 
 
-def stroke(picture: Image.Image, points: Sequence[tuple[float, float]], colour: Sequence[int], width: float = 2.0,
-           dashed: bool = False) -> None:
-    """A line through points in pixels; a bright one has a dark border, or it would be lost on white."""
-    pieces = dashes(points) if dashed else [points]
-
-    def draw(pen, zoom, width=width):
-        for piece in pieces:
-            pen.line([(x * zoom, y * zoom) for x, y in piece], 255, round(width * zoom), "curve")
-    if brightness(colour) > 200:
-        blended(picture, PALE, functools.partial(draw, width=width + 1.5))
-    blended(picture, colour, draw)
+def label_legend(masks: bool = True, points: bool = True) -> Image.Image:
+    """The colours of lesions and optic disc; what stands for which point."""
+    colours = legend((words, records.COLOURS[kind], "square") for kind, words in records.KINDS.items())
+    return row([colours] * masks + [text(LANDMARKS, SMALL)] * points, 18, 0.5)
 
 
-def dashes(points: Sequence[tuple[float, float]], on: float = 6.0, off: float = 4.0) -> list[list]:
-    """The parts of a line that a pen touches which is lifted again and again."""
-    pieces, at = [], 0.0  # at: how far along the line
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        length = math.hypot(x1 - x0, y1 - y0)
-        begin = at
-        while at < begin + length - 1e-9:
-            inside = at % (on + off)
-            end = min(at + (on - inside if inside < on else on + off - inside) + 1e-6, begin + length)
-            if inside < on:
-                ends = [((v - begin) / length) for v in (at, end)]
-                pieces.append([(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in ends])
-            at = end
-    return pieces
+def photograph(image: Tensor, side: int, resample: Image.Resampling = Image.LANCZOS) -> Image.Image:
+    """(3, S, S) uint8 -> a picture of `side` pixels."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), resample)
 
 
-def spots(picture: Image.Image, points: Iterable[tuple[float, float]], colour: Sequence[int], radius: float = 4.0,
-          ring: bool = False) -> None:
-    """Dots, or rings, around points in pixels."""
-    points = list(points)
-
-    def draw(pen, zoom, radius=radius):
-        for x, y in points:
-            pen.ellipse([v * zoom for v in (x - radius, y - radius, x + radius, y + radius)], 255)
-    if brightness(colour) > 200:
-        blended(picture, PALE, functools.partial(draw, radius=radius + 0.8))
-    blended(picture, colour, draw)
-    if ring:
-        blended(picture, PAPER, functools.partial(draw, radius=0.55 * radius))
+def masks_of(sample: Sample) -> dict[str, np.ndarray]:
+    """{kind: (S, S) bool} of the kinds that are known."""
+    known = zip(records.KINDS, () if sample.masks is None else sample.masks)
+    return {kind: (mask == 1).numpy() for kind, mask in known if (mask != records.UNKNOWN).all()}
 
 
-def mark(pen: ImageDraw.ImageDraw, points: Iterable[tuple[float, float]], reach: float) -> None:
-    """Draw the disc's centre as + and the fovea's as x, strokes `reach` pixels long to each side."""
-    for (x, y), angle in zip(points, (0, math.pi / 4)):
-        for colour, width in (("black", 0.55), ("white", 0.22)):
+def mark(picture: Image.Image, points: Sequence | None) -> None:
+    """Draw the disc's centre as + and the fovea's as x; points (2, 2), nan where not known, or None."""
+    pen, reach = ImageDraw.Draw(picture), max(8, min(picture.size) / 60)  # pixels to each side
+    for (x, y), angle in zip(() if points is None else points, (0, math.pi / 4)):
+        for colour, width in (("black", 0.55), ("white", 0.22)) if math.isfinite(x + y) else ():
             for turn in (angle, angle + math.pi / 2):
                 dx, dy = reach * math.cos(turn), reach * math.sin(turn)
                 pen.line((x - dx, y - dy, x + dx, y + dy), colour, max(1, round(width * reach)))
 
 
-# ---- masks and points on photographs ----
+def tinted(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None = None) -> Image.Image:
+    """A photograph with its lesions tinted and outlined, the optic disc outlined, points marked; see `mark`.
 
-def tinted(image: Image.Image, masks: Mapping[str, np.ndarray]) -> Image.Image:
-    """A photograph with its lesions tinted and outlined, the optic disc outlined; masks {kind: (H, W) bool}."""
-    pixels, stroke = np.array(image), max(1, round(min(image.size) / 700))
-    flat = pixels.reshape(-1, 3)  # numbers of pixels find the few of a mask faster than truth values do
+    masks {kind: (H, W) bool}.
+    """
+    pixels, s = np.array(image), max(1, round(min(image.size) / 700))  # s: width of an outline
+    flat, middle = pixels.reshape(-1, 3), slice(s, -s)
     for kind, mask in masks.items():
-        inner = np.zeros_like(mask)  # less a stroke on all sides
-        s, middle = stroke, slice(stroke, -stroke)
+        inner = np.zeros_like(mask)  # less an outline on all sides
         inner[middle, middle] = mask[middle, middle] & mask[:-2 * s, middle] & mask[2 * s:, middle] & \
             mask[middle, :-2 * s] & mask[middle, 2 * s:]
         colour = np.array(records.COLOURS[kind], np.float32)
         if kind != "OD":
-            inside = np.flatnonzero(inner)
+            inside = np.flatnonzero(inner)  # numbers of pixels find the few of a mask faster than truth values do
             flat[inside] = (0.7 * flat[inside] + 0.3 * colour).astype(np.uint8)
         flat[np.flatnonzero(mask & ~inner)] = colour
-    return Image.fromarray(pixels)
+    picture = Image.fromarray(pixels)
+    mark(picture, points)
+    return picture
 
 
 def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None,
             lines: Sequence[str]) -> Image.Image:
     """A photograph with its lesions shown, its landmarks marked and a legend in its corner."""
-    picture = tinted(image, masks)
+    picture = tinted(image, masks, points)
     pen, height = ImageDraw.Draw(picture), max(9, round(min(image.size) / 45))
-    if points is not None:
-        mark(pen, points, min(image.size) / 60)
-        lines = [*lines, "+ optic disc, x fovea"]
-    legend = [(line, "white") for line in lines] + [(f"{k} {records.KINDS[k]}", records.COLOURS[k]) for k in masks]
-    if 2.6 * height * len(legend) > picture.height:  # it would hide what there is to see
-        legend = legend[:1]
-    for k, (line, colour) in enumerate(legend):
-        pen.text((height // 2, round((0.5 + 1.3 * k) * height)), line, colour, ImageFont.load_default(height),
+    entries = [(line, "white") for line in [*lines, *[LANDMARKS] * (points is not None)]]
+    entries += [(f"{kind} {records.KINDS[kind]}", records.COLOURS[kind]) for kind in masks]
+    if 2.6 * height * len(entries) > picture.height:  # it would hide what there is to see
+        entries = entries[:1]
+    for k, (line, colour) in enumerate(entries):
+        pen.text((height // 2, round((0.5 + 1.3 * k) * height)), line, colour, font(height),
                  stroke_width=max(1, height // 10), stroke_fill="black")
     return picture

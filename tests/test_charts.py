@@ -72,6 +72,17 @@ def test_rows_and_columns_hold_all_of_their_pictures():
     assert drawing.padded(pictures[0], 1, 2, 3, 4).size == (34, 16)
 
 
+def test_a_grid_is_as_wide_and_high_as_its_largest_pictures():
+    """Three in rows of two: columns 30 and 5 wide, rows 40 and 20 high; the last row is not full."""
+    pictures = [Image.new("RGB", size, colour) for size, colour in (((30, 10), "red"), ((5, 40), "green"),
+                                                                    ((20, 20), "blue"))]
+    grid = drawing.grid(pictures, 2, (7, 3), (1.0, 0.5))
+    assert grid.size == (30 + 7 + 5, 40 + 3 + 20) and ink(grid) == 300 + 200 + 400
+    for picture, (x, y) in zip(pictures, ((0, 15), (37, 0), (10, 43))):
+        assert np.array_equal(grid.crop((x, y, x + picture.width, y + picture.height)), picture)
+    assert drawing.grid(pictures, 9, (7, 3)).size == drawing.row(pictures, 7).size
+
+
 def test_a_legend_breaks_its_lines():
     entries = [(f"entry {k}", drawing.COLOURS[k], how) for k, how in enumerate(
         ("square", "line", "dashed", "dot", "ring"))]
@@ -139,6 +150,12 @@ def test_a_heatmap_has_its_shades_where_they_belong():
 
 
 # ---- colours ----
+
+def test_the_first_things_have_colours_of_their_own():
+    assert drawing.coloured([2, 0]) == {0: drawing.COLOURS[0], 2: drawing.COLOURS[1]}
+    few, many = drawing.coloured(range(8)), drawing.coloured([9, *range(8)])
+    assert list(few) == list(range(8)) and list(many) == [*range(6), 9] and many[9] == drawing.COLOURS[6]
+
 
 def test_amounts_get_brighter():
     bright = [drawing.brightness(c) for c in drawing.shades(np.linspace(0, 1, 30))]

@@ -512,7 +512,8 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}
     sheets = {p.stem: Image.open(p).size for p in (tmp_path / "sheets" / "new").iterdir()}
     assert {"labels", "copies", "conflicts", "leaks", "odd_masks"} <= set(sheets)
-    assert sheets["copies"] == (3 * (2 * report.TILE + 6) + 6, report.TILE + report.CAPTION + 4 + 12 + 22)
+    side = report.EXAMINED_SIZE  # three pairs, 12 apart; names and captions of 22, a title of 27, margins of 16 and 14
+    assert sheets["copies"] == (6 * side + 2 * 12 + 2 * 16, side + 2 * 22 + 27 + 12 + 2 * 14)
 
 
 def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):

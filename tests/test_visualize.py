@@ -18,6 +18,7 @@ import evaluate
 import train
 import visualize
 from model import Routing
+from retina import drawing
 from retina.datasets import readers, records, synthetic
 from retina.evaluation import metrics
 from retina.figures import answers, charts, internals, material, routing
@@ -433,7 +434,7 @@ def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words)
     table = table_of(tmp_path / "data", cells, "image,mask_od,mask_ma,cls,split")
     train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
     m = material_of(tmp_path / "run")
-    assert [set(material.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
+    assert [set(drawing.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
     m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, 1 - 1e-6) | {"MA": 1e-6}  # finds them everywhere
     seen = {name: np.asarray(answers.shown(m, name)[2]) for name in m.numbers}
     blue = [(picture == records.COLOURS["MA"]).all(2).sum() for picture in seen.values()]

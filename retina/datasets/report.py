@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms import v2
-from torchvision.utils import make_grid
+from PIL import Image
 
 from retina.datasets import cache, leaks, splits
 from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
 from retina.datasets.leaks import Comparison, compare
-from retina.datasets.records import COLOURS, DataSet, KINDS, LABELS, Points, Record
-from retina.drawing import mark
+from retina.datasets.records import DataSet, KINDS, LABELS, Points, Record
+from retina.drawing import captioned, column, grid, label_legend, masks_of, photograph, row, tinted, titled
 from retina.files import InputError
 
 EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
@@ -173,47 +170,20 @@ def page(report: Mapping) -> str:
 
 # ---- contact sheets ----
 
-TILE, CAPTION = 208, 30  # pixels: side of a picture, height of the text below
-
-
-def picture(record: Record) -> Image.Image:
-    """The cached sample of a record as a small picture."""
-    pixels, = cached(record, cache_path(record, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE, "image")
-    return Image.fromarray(pixels.transpose(1, 2, 0)).resize((TILE, TILE), Image.LANCZOS)
-
-
-def labelled_picture(record: Record) -> Image.Image:
-    """With its masks outlined and its points marked, as they lie in the sample."""
+def tile(record: Record, labels: bool) -> Image.Image:
+    """The cached sample of a record as a picture with its name, perhaps with its masks and points as they lie in it."""
     sample = cached_sample(record, cache_path(record, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE)
-    image = sample.image.clone()
-    if sample.masks is not None:
-        for mask, colour in zip((sample.masks == 1).float()[:, None], COLOURS.values()):
-            outline = torch.nn.functional.max_pool2d(mask, 5, 1, 2) > mask
-            image = torch.where(outline, torch.tensor(colour, dtype=torch.uint8)[:, None, None], image)
-    drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
-    if sample.points is not None:
-        mark(ImageDraw.Draw(drawn), sample.points.nan_to_num(-99).tolist(), 9)
-    return drawn.resize((TILE, TILE), Image.LANCZOS)
+    picture = photograph(sample.image, EXAMINED_SIZE)
+    if labels:
+        picture = tinted(picture, masks_of(sample), sample.points)
+    return captioned(picture, record.name)
 
 
-def contact_sheet(path: Path, title: str, groups: Sequence[tuple[str, Sequence[Record]]], draw=picture) -> None:
-    """Write pictures of records in groups that belong together, each group with a caption, each picture with a name."""
-    font = ImageFont.load_default(12)
+def contact_sheet(title: str, groups: Sequence[tuple[str, Sequence[Record]]], labels: bool = False) -> Image.Image:
+    """Pictures of records in groups that belong together, each group with a caption, each picture with a name."""
     wide = max(len(members) for _, members in groups)
-    tiles = []
-    for caption, members in groups:
-        tile = Image.new("RGB", (wide * TILE, TILE + CAPTION + 4), "white")
-        pen = ImageDraw.Draw(tile)
-        for k, record in enumerate(members):
-            tile.paste(draw(record), (k * TILE, 0))
-            pen.text((k * TILE + 3, TILE + 1), record.name[-28:], "black", font)
-        pen.text((3, TILE + 15), caption, "black", font)
-        tiles.append(v2.functional.pil_to_tensor(tile) / 255)
-    grid = v2.functional.to_pil_image(make_grid(tiles, nrow=max(1, 6 // wide), padding=6, pad_value=0.8))
-    sheet = Image.new("RGB", (max(grid.width, round(font.getlength(title)) + 12), grid.height + 22), "white")
-    sheet.paste(grid, (0, 22))
-    ImageDraw.Draw(sheet).text((6, 4), title, "black", font)
-    sheet.save(path)
+    tiles = [captioned(row([tile(r, labels) for r in members], 0), caption) for caption, members in groups]
+    return titled(title, column([*[label_legend()] * labels, grid(tiles, max(1, 6 // wide))]))
 
 
 def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str]:
@@ -221,40 +191,38 @@ def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str
     records, report = examined.records, examined.report
     by_name = {r.name: r for r in records}
 
-    def pairs(found):
-        return [(f"score {p['score']:.2f}", [by_name[n] for n in p["photographs"]]) for p in found]
+    def named(names):
+        return [by_name[name] for name in names]
 
-    groups = defaultdict(list)
+    def pairs(found):
+        return [(f"score {p['score']:.2f}", named(p["photographs"])) for p in found]
+
+    eyes, alike = defaultdict(list), defaultdict(list)
     for r in splits.name_eyes(records, examined.found.same_eye()):
-        groups[r.eye].append(r)
-    leaks = [("", [next(r for r in group if r.part == "test"), next(r for r in group if r.part != "test")])
-             for group in groups.values() if {"test"} < {r.part for r in group}]
-    alike = defaultdict(list)
+        eyes[r.eye].append(r)
     for r in records:
         alike[splits.stratum(r)].append(r)
-    labels = [(", ".join(f"{name} {LABELS[name].shown(v, examined.classes)}" for name, v in r.labels.items()
-                         if isinstance(v, (int, float))), [r])  # the others are drawn
-              for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]
-    legend = "; outlines: " + ", ".join(f"{name} {colour}" for name, colour in zip(
-        KINDS.values(), ("blue", "orange", "green", "pink", "yellow"))) + "; + optic disc, x fovea"
     sheets = {
-        "labels": ("labels as they lie on the photographs" + legend, labels, labelled_picture),
-        "copies": ("files that show one photograph", [("", [by_name[n] for n in p]) for p in report["copies"]],
-                   picture),
-        "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"]), picture),
-        "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"]), picture),
+        "labels": ("labels as they lie on the photographs", [
+            (", ".join(f"{name} {LABELS[name].shown(v, examined.classes)}" for name, v in r.labels.items()
+                       if isinstance(v, (int, float))), [r])  # the others are drawn
+            for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]),
+        "copies": ("files that show one photograph", [("", named(names)) for names in report["copies"]]),
+        "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"])),
+        "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"])),
         "conflicts": ("one photograph, different labels", [
-            (f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}",
-             [by_name[n] for n in c["photographs"]]) for c in report["conflicts"]], picture),
-        "leaks": ("an eye of the test part in the training part", leaks, picture),
-        "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in examined.odd], labelled_picture),
-        "no_field": ("no round field of view found", [("", [by_name[n]]) for n in report["without_field_of_view"]],
-                     picture)}
+            (f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}", named(c["photographs"]))
+            for c in report["conflicts"]]),
+        "leaks": ("an eye of the test part in the training part", [
+            ("", [next(r for r in group if (r.part == "test") == side) for side in (True, False)])
+            for group in eyes.values() if {"test"} < {r.part for r in group}]),
+        "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in examined.odd]),
+        "no_field": ("no round field of view found", [("", named([n])) for n in report["without_field_of_view"]])}
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, (title, found, draw) in sheets.items():
+    for name, (title, found) in sheets.items():
         if found:
             title += f" ({min(len(found), most)} of {len(found)})"
-            contact_sheet(folder / f"{name}.png", title, found[:most], draw)
+            contact_sheet(title, found[:most], name in ("labels", "odd_masks")).save(folder / f"{name}.png")
             lines.append(f"{folder / name}.png: {title}")
     return lines

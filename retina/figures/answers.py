@@ -11,17 +11,17 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from retina import drawing
 from retina.datasets import records
-from retina.drawing import COLOURS, INK, PALE, SMALL, column, legend, padded, row, scale, text, titled
 from retina.datasets.synthetic import LESIONS
+from retina.drawing import COLOURS, INK, PALE, SMALL, captioned, column, grid, label_legend, legend, masks_of, \
+    photograph, row, scale, text, tinted, titled
 from retina.evaluation import metrics
 from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, PointMetrics, TaskMetrics
 from retina.figures.charts import Axis, Chart, heatmap
 from retina.figures.material import PANEL, SMALLER, Line, Material, Missing, best_median_worst, chosen_of, \
-    epochs_chart, lesion_legend, masks_of, of_run, of_runs, picture_of
+    epochs_chart, of_run, of_runs
 from retina.inference import predictor
 
 
@@ -29,6 +29,8 @@ from retina.inference import predictor
 
 def judged(m: Material) -> tuple[dict[str, float], str, str]:
     """{photograph: score, higher is better}, how one score is written, and by what they are ranked."""
+    first, *_ = m.having((MaskMetrics, PointMetrics), "answers neither with lesions (seg) nor with points (loc) that "
+                                                      "could be laid over a photograph")
     if task := m.first(MaskMetrics):
         found, thresholds = m.tallies(task), [m.run.chosen[task.name][kind] for kind in task.classes]
         counts = task.at(torch.stack(list(found.values())), thresholds)  # (n, L, 3)
@@ -41,19 +43,16 @@ def judged(m: Material) -> tuple[dict[str, float], str, str]:
         return values, "lesion Dice {:.2f}", ("Dice of all lesion pixels at the chosen thresholds, the four kinds "
                                               "together, without the disc; photographs with neither a true nor a found "
                                               "one are left out")
-    if task := m.first(PointMetrics):
-        gaps = {name: tally[:, 0] for name, tally in m.tallies(task).items()}
-        values = {name: -float(gap.nan_to_num(0.0).max()) for name, gap in gaps.items() if not gap.isnan().all()}
-        return values, "{:.0f} px", "distance of the worse of the two points, where one is known"
-    raise m.missing((MaskMetrics, PointMetrics), "answers neither with lesions (seg) nor with points (loc) that could "
-                                                 "be laid over a photograph")
+    gaps = {name: tally[:, 0] for name, tally in m.tallies(first).items()}
+    values = {name: -float(gap.nan_to_num(0.0).max()) for name, gap in gaps.items() if not gap.isnan().all()}
+    return values, "{:.0f} px", "distance of the worse of the two points, where one is known"
 
 
 def in_words(m: Material, name: str) -> str:
     """What the network says of a photograph, beside what is known of it."""
     parts, answers = [], m.answers(name)
     for task in m.run.tasks:
-        tally = m.tallies(task).get(name) if task.name in m.here[0].tallies else None
+        tally = m.tallies(task).get(name)
         if isinstance(task, ClassMetrics):
             p = m.probabilities(task, answers[task.name][None])[0]
             said, true = int(p.argmax()), None if tally is None else int(tally[-1])
@@ -72,18 +71,14 @@ def in_words(m: Material, name: str) -> str:
 def shown(m: Material, name: str) -> list[Image.Image]:
     """The photograph, with its truth, with the prediction."""
     sample, answers = m.sample(name, PANEL), m.answers(name)
-    plain, truth, prediction = picture_of(sample.image, PANEL), masks_of(sample), {}
+    plain, truth, masks, points = photograph(sample.image, PANEL), masks_of(sample), {}, [None, None]
     if task := m.first(MaskMetrics):
         maps = F.interpolate(answers[task.name][None], (PANEL, PANEL), mode="bilinear")[0]
-        prediction = {kind: (x >= m.run.chosen[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)
-                      if kind in truth}
-    pictures = [plain, drawing.tinted(plain, truth), drawing.tinted(plain, prediction)]
+        masks = {kind: (x >= m.run.chosen[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)
+                 if kind in truth}
     if task := m.first(PointMetrics):
-        marked = [sample.points, answers[task.name] * PANEL]
-        for picture, points in zip(pictures[1:], marked):
-            if points is not None:
-                drawing.mark(ImageDraw.Draw(picture), points.nan_to_num(-99).tolist(), PANEL / 50)
-    return pictures
+        points = [sample.points, answers[task.name] * PANEL]
+    return [plain, tinted(plain, truth, points[0]), tinted(plain, masks, points[1])]
 
 
 def overlays(m: Material) -> Image.Image:
@@ -91,16 +86,14 @@ def overlays(m: Material) -> Image.Image:
     values, written, rule = judged(m)
     if not values:
         raise Missing(f"none of the {len(m.photographs)} {m.words} photographs has lesions or points, true or found")
-    heads = row([padded(text(words, colour=PALE), 0, 0, PANEL - text(words).width, 0)
-                 for words in ("photograph", "truth", "prediction")])
-    parts = [heads]
+    parts = [label_legend(bool(m.having(MaskMetrics)), bool(m.having(PointMetrics)))]
+    heads = [text(words, colour=PALE) for words in ("photograph", "truth", "prediction")]
     for name, which in best_median_worst(values).items():
+        pictures = grid([*heads, *shown(m, name)], 3, (12, 6))
         said = "; ".join(filter(None, (f"{which}: {name}", written.format(abs(values[name])), in_words(m, name))))
-        parts += [row(shown(m, name)), padded(text(said, width=heads.width), 0, 0, 0, 8)]
-    keys = [lesion_legend()] * (m.first(MaskMetrics) is not None) + \
-        [text("+ optic disc, x fovea", SMALL)] * (m.first(PointMetrics) is not None)
-    return titled(f"Best, median and worst of {len(values)} {m.words} photographs",
-                  column([row(keys, 18, 0.5), *parts], 6),
+        parts.append(column([pictures, text(said, width=pictures.width)], 6))
+        heads = []  # they stand above the first photograph alone
+    return titled(f"Best, median and worst of {len(values)} {m.words} photographs", column(parts, 12),
                   f"{of_run(m)}. Ranked by: {rule}. Probabilities p at the chosen temperature; distances in pixels of "
                   f"a photograph 4288 pixels wide.{m.caution} {predictor.NOTE.capitalize()}.")
 
@@ -117,25 +110,22 @@ def loss_chart(m: Material, task: str) -> Image.Image:
     if most > limit:  # as in the first epochs, before batch norm knows its statistics
         words, high = f"{words}; validation to {most:.3g}", limit
     chart = epochs_chart(m, f"{task}: loss", words, training + validation, 0.0, high)
-    return column([chart.picture(), legend([("validation", INK, "line"), ("training", INK, "dashed")])], 2)
+    return chart.picture([("validation", INK, "line"), ("training", INK, "dashed")])
 
 
 def metric_lines(m: Material, task: TaskMetrics) -> list[Line]:
     """Of several runs the metric that counts; of one run also accuracy, or that metric of each kind or point."""
-    lines = of_runs(m, lambda line: line["val"].get(task.name, {}).get(task.primary))
+    def of(metric):
+        return of_runs(m, lambda line: line["val"].get(task.name, {}).get(metric))
+
     if len(m.logs) > 1:
-        return lines
-    lines[0].words = task.primary
+        return of(task.primary)
     kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
-    more = {f"{task.primary}_{kind}": records.COLOURS.get(kind, COLOURS[k + 1]) for k, kind in enumerate(kinds)}
-    if kinds == tuple(records.COLOURS):
-        lines[0].colour = INK
-    if not kinds and task.primary != "accuracy":
-        more["accuracy"] = COLOURS[1]
-    for metric, colour in more.items():
-        found = of_runs(m, lambda line, metric=metric: line["val"].get(task.name, {}).get(metric))
-        lines += [replace(line, words=metric, colour=colour) for line in found]
-    return lines
+    colours = {task.primary: INK if kinds == tuple(records.COLOURS) else COLOURS[0]}
+    colours |= {f"{task.primary}_{kind}": records.COLOURS.get(kind, COLOURS[k + 1]) for k, kind in enumerate(kinds)}
+    if not kinds:
+        colours.setdefault("accuracy", COLOURS[1])
+    return [replace(line, words=metric, colour=colour) for metric, colour in colours.items() for line in of(metric)]
 
 
 def metric_chart(m: Material, task: TaskMetrics) -> Image.Image:
@@ -150,21 +140,21 @@ def metric_chart(m: Material, task: TaskMetrics) -> Image.Image:
         chart.dots([m.run.epoch], [value], lines[0].colour, 5, ring=True)
         entries.append((f"of {len(learned.names[task.name])} training photographs, not augmented: {value:.3f}",
                         lines[0].colour, "ring"))
-    return column([chart.picture(), legend(entries, 400)], 2)
+    return chart.picture(entries)
 
 
 def curves(m: Material) -> Image.Image:
     """Losses and metrics of every task over epochs, the score by which the checkpoint was chosen, expert balance."""
     names = {t for log in m.logs.values() for line in log for t in line["val"]}
     tasks = [*m.run.tasks, *(t for name, t in m.tasks.items() if name in names - {t.name for t in m.run.tasks})]
-    parts = [row([loss_chart(m, task.name), metric_chart(m, task)], 28) for task in tasks]
-    last = [epochs_chart(m, "score", "mean over tasks of the metric that counts",
-                         of_runs(m, lambda line: line["score"])).picture()]
+    charts = [chart for task in tasks for chart in (loss_chart(m, task.name), metric_chart(m, task))]
+    charts.append(epochs_chart(m, "score", "mean over tasks of the metric that counts",
+                               of_runs(m, lambda line: line["score"])).picture())
     if balance := of_runs(m, lambda line: line["train"].get("balance")):
-        last.append(epochs_chart(m, "balance loss", "0: all experts are used alike", balance, 0.0).picture())
+        charts.append(epochs_chart(m, "balance loss", "0: all experts are used alike", balance, 0.0).picture())
     runs = [legend([(name, colour, "line") for name, colour in zip(m.logs, COLOURS)], 800)] if len(m.logs) > 1 else []
     chosen = ", ".join(f"{name} epoch {log[chosen_of(log)]['epoch']}" for name, log in m.logs.items())
-    return titled("Losses and metrics over epochs", column([*runs, *parts, row(last, 28)], 18),
+    return titled("Losses and metrics over epochs", column([*runs, grid(charts, 2, (28, 18))], 18),
                   f"Dots: the chosen checkpoint ({chosen}), of the epoch with the best score on validation. Ring: the "
                   "same checkpoint on photographs that it learned from.")
 
@@ -173,10 +163,8 @@ def curves(m: Material) -> Image.Image:
 
 def confused(m: Material, task: ClassMetrics, most: int = 12) -> Image.Image:
     """One task's confusion matrix, and an example of each of its most frequent confusions."""
-    found = m.tallies(task)
-    tally = torch.stack(list(found.values()))
-    truth, predicted = tally[:, -1].long(), tally[:, :-1].argmax(1)
-    surest = dict(zip(found, m.probabilities(task, tally[:, :-1])))
+    photographs, tally = m.here[0].names[task.name], m.here[0].tallies[task.name]
+    truth, predicted, p = tally[:, -1].long(), tally[:, :-1].argmax(1), m.probabilities(task, tally[:, :-1])
     counts = metrics.confusion_matrix(truth, predicted, task.classes)
     wrong = counts - counts.diag().diag()
     kept = (wrong.sum(0) + wrong.sum(1)).topk(min(most, task.classes)).indices.sort().values
@@ -188,18 +176,17 @@ def confused(m: Material, task: ClassMetrics, most: int = 12) -> Image.Image:
     said = "   ".join(f"{k} {values[k]:.3f}".replace("_", " ")
                       for k in dict.fromkeys((task.primary, "accuracy", "balanced_accuracy")))
     left_out = f"; the {most} classes with most confusions of {task.classes}" * (task.classes > most)
-    matrix = heatmap(shares.numpy(), names, names, cells, (58, 42), 1.0, f"{task.title} ({task.name})",
+    matrix = heatmap(shares.numpy(), names, names, cells, (58, 42), f"{task.title} ({task.name})",
                      f"rows: truth, columns: prediction; number and share of the row{left_out}")
     examples = []
     for k in wrong.flatten().argsort(descending=True, stable=True)[:4].tolist():
         true, said_ = divmod(k, task.classes)
         if number := int(wrong[true, said_]):
-            p = {name: float(surest[name][said_]) for name, t in found.items()
-                 if t[-1] == true and t[:-1].argmax() == said_}
-            name = max(p, key=p.get)
+            those = ((truth == true) & (predicted == said_)).nonzero()[:, 0].tolist()
+            surest = max(those, key=lambda i: p[i, said_])
             words = (f"true {task.word(true)}, taken for {task.word(said_)}: {number} of {int(counts[true].sum())}\n"
-                     f"{name}, p {p[name]:.2f}")
-            examples.append(column([picture_of(m.sample(name).image, SMALLER), text(words, SMALL, width=SMALLER)], 4))
+                     f"{photographs[surest]}, p {p[surest, said_]:.2f}")
+            examples.append(captioned(photograph(m.sample(photographs[surest]).image, SMALLER), words))
     below = [text("the most frequent confusions, each by the photograph of which the network is surest"),
              row(examples)] if examples else [text("no photograph is taken for another class")]
     return column([matrix, text(said, SMALL), *below], 10)
@@ -208,7 +195,7 @@ def confused(m: Material, task: ClassMetrics, most: int = 12) -> Image.Image:
 def confusion(m: Material) -> Image.Image:
     """Confusion matrices with counts and row shares; below each the most frequent confusions."""
     key = scale("0 %", "100 %", "of the photographs of a true class")
-    parts = [key, *(confused(m, t) for t in m.classifications())]
+    parts = [key, *(confused(m, t) for t in m.having(ClassMetrics, "tells no classes apart"))]
     return titled("Which classes are taken for which", column(parts, 22),
                   f"{of_run(m)}, those with a label. Probabilities p at the chosen temperature.{m.caution}")
 
@@ -217,7 +204,7 @@ def confusion(m: Material) -> Image.Image:
 
 def calibration_chart(m: Material, task: ClassMetrics) -> Image.Image:
     """Confidence against accuracy, before and after the temperature."""
-    tally = torch.stack(list(m.tallies(task).values()))
+    tally = m.here[0].tallies[task.name]
     truth, temperature = tally[:, -1].long(), m.run.chosen[task.name]["temperature"]
     values, unit = m.here[0].metrics(m.run.chosen)[task.name], (0.0, 1.0)
     chart = Chart(f"{task.title} ({task.name}): calibration",
@@ -233,37 +220,32 @@ def calibration_chart(m: Material, task: ClassMetrics) -> Image.Image:
         for x, y, n in bins:
             chart.dots([x], [y], colour, 3 + 7 * math.sqrt(n / len(tally)))
         entries.append((f"{words}: expected calibration error {values[error]:.3f}", colour, "dot"))
-    return column([chart.picture(), legend(entries, 360)], 4)
+    return chart.picture(entries)
 
 
 def precision_recall_chart(m: Material, task: MaskMetrics) -> Image.Image:
     """Precision against recall over all pixels of each kind of lesion."""
-    tally, values = torch.stack(list(m.tallies(task).values())), m.here[0].metrics()[task.name]
+    tally, values = m.here[0].tallies[task.name], m.here[0].metrics()[task.name]
     counts = tally[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS))  # (L, 2, K)
     curves_ = zip(*metrics.precision_recall(*counts.unbind(1)))
     chart = Chart(f"lesions and optic disc ({task.name})", Axis("recall", 0, 1),
                   Axis("precision, over all pixels of the split", 0, 1), 340, 300)
-    entries = []
+    keys = []
     for kind, seen, (precision, recall) in zip(task.classes, counts.sum(1).flip(1).cumsum(1), curves_):
-        if recall.isnan().any():
-            entries.append((f"{records.KINDS[kind]}: not one true pixel", records.COLOURS[kind], "line"))
-            continue
-        passes = seen > 0  # where nothing passes there is no precision
-        chart.line(recall[passes].tolist(), precision[passes].tolist(), records.COLOURS[kind])
-        at = metrics.LEVELS - 1 - metrics.level_of(m.run.chosen[task.name][kind])
-        if at >= 0 and passes[at]:
-            chart.dots([float(recall[at])], [float(precision[at])], records.COLOURS[kind], 4.5)
-        entries.append((f"{records.KINDS[kind]}: area {values[f'aupr_{kind}']:.3f}", records.COLOURS[kind], "line"))
-    return column([chart.picture(), legend(entries, 360), text("dots: at the chosen threshold", SMALL, PALE)], 4)
+        known, colour = not recall.isnan().any(), records.COLOURS[kind]
+        if known:
+            passes = seen > 0  # where nothing passes there is no precision
+            chart.line(recall[passes].tolist(), precision[passes].tolist(), colour)
+            at = metrics.LEVELS - 1 - metrics.level_of(m.run.chosen[task.name][kind])
+            if at >= 0 and passes[at]:
+                chart.dots([float(recall[at])], [float(precision[at])], colour, 4.5)
+        said = f"area {values[f'aupr_{kind}']:.3f}" if known else "not one true pixel"
+        keys.append((f"{records.KINDS[kind]}: {said}", colour, "line"))
+    return chart.picture([*keys, ("dots: at the chosen threshold", PALE, "dot")])
 
 
 def reliability(m: Material) -> Image.Image:
     """Calibration of each task that tells classes apart; precision against recall of each lesion."""
-    charts = [calibration_chart(m, t) for t in m.run.tasks if isinstance(t, ClassMetrics) and
-              t.name in m.here[0].tallies]
-    if task := m.first(MaskMetrics):
-        charts.append(precision_recall_chart(m, task))
-    if not charts:
-        raise m.missing((ClassMetrics, MaskMetrics), "gives no probabilities")
-    rows = [row(charts[i:i + 2], 28) for i in range(0, len(charts), 2)]
-    return titled("What probabilities are worth", column(rows, 20), f"{of_run(m)}.{m.caution}")
+    charts = [calibration_chart(m, t) if isinstance(t, ClassMetrics) else precision_recall_chart(m, t)
+              for t in m.having((ClassMetrics, MaskMetrics), "gives no probabilities")]
+    return titled("What probabilities are worth", grid(charts, 2, (28, 20)), f"{of_run(m)}.{m.caution}")

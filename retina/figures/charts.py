@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from retina.drawing import BODY, GRID, INK, PALE, PAPER, SMALL, brightness, column, font, padded, shades, spots, \
-    stroke, text
+from retina.drawing import BODY, GRID, INK, PALE, PAPER, SMALL, boxed, brightness, column, grid, legend, padded, row, \
+    shades, spots, stroke, text
 
 
 def round_steps(low: float, high: float, most: int = 6) -> list[float]:
@@ -87,8 +87,8 @@ class Chart:
         """Dots, or rings."""
         spots(self.inside, self.known(xs, ys), colour, radius, ring)
 
-    def picture(self) -> Image.Image:
-        """The chart with its title and axes."""
+    def picture(self, keys: Sequence[tuple[str, Sequence[int], str]] = ()) -> Image.Image:
+        """The chart with its title, its axes and, of `keys`, a legend; see drawing.legend."""
         left = [(self.place(self.x.low, v)[1], text(words, SMALL, PALE)) for v, words in self.y.marks()]
         below = [(self.place(v, self.y.low)[0], text(words, SMALL, PALE)) for v, words in self.x.marks()]
         margin = max([label.width for _, label in left], default=0)
@@ -98,47 +98,39 @@ class Chart:
             framed.paste(label, (margin - label.width, round(at - label.height / 2)))
         for at, label in below:
             framed.paste(label, (max(0, round(margin + at - label.width / 2)), self.inside.height - 3))
-        parts = [text(self.title, BODY, width=framed.width), framed]
+        parts = [text(self.title, BODY, width=framed.width)]
         if self.y.words:
-            parts.insert(1, text(self.y.words, SMALL, PALE, framed.width))
+            parts.append(text(self.y.words, SMALL, PALE, framed.width))
+        parts.append(framed)
         if self.x.words:
             words = text(self.x.words, SMALL, PALE, self.inside.width)
-            parts.append(padded(words, margin + (self.inside.width - words.width) // 2, 0, 0, 0))
+            parts.append(padded(boxed(words, self.inside.width, words.height), margin, 0, 0, 0))
+        if keys:
+            parts.append(legend(keys, framed.width))
         return column(parts, 2)
 
 
 # ---- tables of numbers ----
 
 def heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str],
-            cells: Sequence[Sequence[str]] | None = None, cell: tuple[int, int] = (44, 26), most: float = 1.0,
-            title: str = "", words: str = "") -> Image.Image:
-    """Amounts (R, C) from 0 to `most` as shades, nan as grey; `cells` are written into them.
+            cells: Sequence[Sequence[str]] | None = None, cell: tuple[int, int] = (44, 26), title: str = "",
+            words: str = "") -> Image.Image:
+    """Amounts 0..1 (R, C) as shades, nan as grey; `cells` are written into them.
 
     A cell is at least as wide and high as `cell` says. `words` say what the columns are.
     """
-    colours = shades(np.asarray(values, float) / (most or 1.0))
-    wide, high = cell
-    if cells is not None:
-        wide = max(wide, 8 + max(math.ceil(font(SMALL).getlength(line)) for r in cells for c in r
-                                 for line in c.split("\n")))
-    heads = [text(name, SMALL, PALE, max(wide, 60)) for name in columns]
-    wide = max([wide, *(head.width + 4 for head in heads)])
+    colours = shades(np.asarray(values, float)).tolist()  # R rows of C
+    labels = [[text(label, SMALL, INK if brightness(colour) > 140 else PAPER, paper=colour, place=0.5)
+               for label, colour in zip(*both)] for both in zip(cells or [[""] * len(columns)] * len(rows), colours)]
     names = [text(name, SMALL, PALE, 190) for name in rows]
-    high = max([high, *(name.height for name in names)])
-    left, above = max([name.width for name in names], default=0) + 6, max(head.height for head in heads) + 2
-    picture = Image.new("RGB", (left + wide * len(columns), above + high * len(rows)), PAPER)
-    pen = ImageDraw.Draw(picture)
-    for k, head in enumerate(heads):
-        picture.paste(head, (left + k * wide + (wide - head.width) // 2, above - 2 - head.height))
-    for i, name in enumerate(names):
-        y = above + i * high
-        picture.paste(name, (left - 6 - name.width, y + (high - name.height) // 2))
-        for k in range(len(columns)):
-            x, colour = left + k * wide, colours[i, k].tolist()
-            pen.rectangle((x, y, x + wide - 2, y + high - 2), tuple(colour))
-            if cells is not None and cells[i][k]:
-                label = text(cells[i][k], SMALL, INK if brightness(colour) > 140 else PAPER, paper=colour, place=0.5)
-                picture.paste(label, (x + (wide - 1 - label.width) // 2, y + (high - 1 - label.height) // 2))
-    parts = [text(title, BODY, width=max(picture.width, 240))] if title else []
-    parts += [padded(text(words, SMALL, PALE), left, 0, 0, 0)] if words else []
-    return column([*parts, picture], 3)
+    wide = max(cell[0], *(label.width + 6 for line in labels for label in line))
+    heads = [text(name, SMALL, PALE, max(wide, 60)) for name in columns]
+    wide, high = max(wide, *(head.width + 4 for head in heads)) - 1, max(cell[1], *(name.height for name in names)) - 1
+    parts = []
+    for name, *both in zip(names, labels, colours):
+        parts += [name, row([boxed(label, wide, high, colour) for label, colour in zip(*both)], 1)]
+    above = row([boxed(head, wide, head.height) for head in heads], 1, 1.0)
+    table = column([above, grid(parts, 2, (6, 1), (1.0, 0.5))], 2, 1.0)
+    over = [text(title, BODY, width=max(table.width, 240))] * bool(title) + \
+        [padded(text(words, SMALL, PALE), table.width - above.width, 0, 0, 0)] * bool(words)
+    return column([*over, table], 3)

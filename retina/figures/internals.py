@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,17 +19,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from retina import drawing
 from retina.datasets import records
 from retina.datasets.preprocess import Sample
-from retina.drawing import COLOURS, OTHERS, PALE, SMALL, column, legend, row, scale, shades, text, titled
 from retina.datasets.synthetic import LESIONS
+from retina.drawing import COLOURS, OTHERS, PALE, captioned, coloured, column, label_legend, masks_of, photograph, \
+    row, scale, shades, text, tinted, titled
 from retina.evaluation import routing
 from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, PointMetrics, TaskMetrics
 from retina.figures import material, tsne
 from retina.figures.charts import Axis, Chart, heatmap
-from retina.figures.material import MOST_SHOWN, SMALLER, Material, Missing, best_median_worst, lesion_legend, \
-    masks_of, of_run, picture_of
+from retina.figures.material import MOST_SHOWN, SMALLER, Material, Missing, best_median_worst, of_run
 from retina.inference import full_size
 
 if TYPE_CHECKING:
@@ -47,55 +45,44 @@ def neighbours_kept(x: Tensor, y: Tensor, most: int = 10) -> float:
     return float((nearest[0][:, :, None] == nearest[1][:, None]).any(2).double().mean())
 
 
-@dataclass
-class Dots:
-    """Points of a map that have something in common."""
-    words: str
-    colour: Sequence[int]
-    which: list[int]
-    ring: bool = False
-
-
-def map_of(title: str, y: Tensor, groups: Iterable[Dots]) -> Image.Image:
-    """Points (n, 2) in the colours of their groups, both axes in one unit."""
+def map_of(title: str, y: Tensor, groups: Iterable[tuple[str, Sequence[int], str, Sequence[int]]]) -> Image.Image:
+    """Points (n, 2), both axes in one unit; groups: what some have in common, colour, "dot" or "ring", which they are.
+    """
     low, high = y.amin(0), y.amax(0)
     at = (2 * y - low - high) / (high - low).max().clamp(min=1e-12)  # -1 to 1
-    groups, edges = [g for g in groups if g.which], ((-1.0, ""), (1.0, ""))
+    groups, edges = [g for g in groups if g[-1]], ((-1.0, ""), (1.0, ""))
     chart = Chart(title, Axis("", -1.03, 1.03, edges), Axis("", -1.03, 1.03, edges), 440, 440)
-    for g in groups:
-        chart.dots(*at[g.which].T.tolist(), g.colour, 4.5 if g.ring else 4.0, g.ring)
-    return column([chart.picture(), legend(((f"{g.words} ({len(g.which)})", g.colour, "ring" if g.ring else "dot")
-                                            for g in groups), 460)], 4)
+    for _, colour, how, which in groups:
+        chart.dots(*at[which].T.tolist(), colour, 4.5 if how == "ring" else 4.0, how == "ring")
+    return chart.picture([(f"{words} ({len(which)})", colour, how) for words, colour, how, which in groups])
 
 
-def groups_by_label(task: ClassMetrics, labels: Sequence[int | None]) -> list[Dots]:
-    """Grades in shades of one scale, as amounts; classes in colours of their own, as many as there are."""
-    def of(wanted):
-        return [i for i, label in enumerate(labels) if label in wanted]
-
+def groups_by_label(task: ClassMetrics, labels: Sequence[int | None]) -> list[tuple]:
+    """For `map_of`: grades in shades of one scale, as amounts; classes in colours of their own, while there are any."""
     common = sorted({v for v in labels if v is not None}, key=lambda v: -labels.count(v))
-    own = sorted(common if len(common) <= len(COLOURS) else common[:len(COLOURS) - 1])
-    groups = [Dots("no label", OTHERS, of([None])),
-              Dots("other classes", PALE, of([v for v in common if v not in own]))]
-    for k, v in enumerate(own):
-        colour = shades(np.array(0.97 * v / (task.classes - 1))).tolist() if task.ordered else COLOURS[k]
-        groups.append(Dots(f"{task.title} {task.word(v)}", colour, of([v])))
-    return groups
+    own = coloured(common)
+    if task.ordered:
+        own = {v: shades(np.array(0.97 * v / (task.classes - 1))).tolist() for v in own}
+    groups = [("no label", OTHERS, [None]), ("other classes", PALE, set(common) - set(own)),
+              *((f"{task.title} {task.word(v)}", colour, [v]) for v, colour in own.items())]
+    return [(words, colour, "dot", [i for i, label in enumerate(labels) if label in wanted])
+            for words, colour, wanted in groups]
 
 
 def tsne_map(m: Material) -> Image.Image:
     """Which photographs look alike to the network: t-SNE of pooled features, training and split in one map."""
     x = torch.cat([m.learned[1], m.here[1][:material.MOST]])
-    records, border, n = m.training.records + m.photographs.records[:material.MOST], len(m.training), len(x)
+    border, n = len(m.training), len(x)
     if n < 5:
         raise Missing(f"{n} photographs are too few for a map; at least 5")
     perplexity = min(30.0, (n - 1) / 3) if m.perplexity is None else m.perplexity
     y = tsne.tsne(x, perplexity, m.seed)
-    maps = [map_of("by split", y, [Dots("training", COLOURS[4], list(range(border))),
-                                   Dots(m.words, COLOURS[5], list(range(border, n)), ring=True)])]
+    maps = []
     if task := m.first(ClassMetrics):
-        labels = [r.labels.get(task.label) for r in records]
-        maps.insert(0, map_of(f"by {task.title}", y, groups_by_label(task, labels)))
+        labels = [r.labels.get(task.label) for r in m.training.records + m.photographs.records[:material.MOST]]
+        maps.append(map_of(f"by {task.title}", y, groups_by_label(task, labels)))
+    maps.append(map_of("by split", y, [("training", COLOURS[4], "dot", range(border)),
+                                       (m.words, COLOURS[5], "ring", range(border, n))]))
     return titled("Which photographs look alike to the network", row(maps, 24),
                   f"{m.name}, epoch {m.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {m.seed}) of "
                   f"the encoder's deepest map averaged over positions, {x.shape[1]} numbers for each of {n} "
@@ -137,74 +124,69 @@ def share_on(heat_: Tensor, where: Tensor, within: Tensor) -> float:
     return float((heat_ * (where & within)).sum() / (heat_ * within).sum().clamp(min=1e-12))
 
 
-@dataclass
-class Seen:
-    """One photograph with its heat."""
-    true: int
-    predicted: int
-    heat: dict[int, Tensor]  # class -> (S, S)
-    lesions: Tensor | None  # (S, S) bool; None: not all known, or none there
-    retina: Tensor  # (S, S) bool
-
-    def on_lesions(self, heat_: Tensor) -> float:
-        """Share of what lies on the retina."""
-        return share_on(heat_, self.lesions, self.retina)
+def lesions_of(sample: Sample) -> Tensor | None:
+    """Where any lesion lies, (S, S) bool; None: not all kinds are known."""
+    return (sample.masks[:-1] == 1).any(0) if set(LESIONS[:-1]) <= masks_of(sample).keys() else None
 
 
-def seen(m: Material, task: ClassMetrics, name: str, tally: Tensor) -> Seen:
-    """Grad-CAM of the predicted and of the true class of a photograph."""
-    sample, true, predicted = m.sample(name), int(tally[-1]), int(tally[:-1].argmax())
-    maps = grad_cam(m.run.net, task, sample.image, (predicted, true))
-    lesions = (sample.masks[:-1] == 1).any(0) if lesions_known(sample) else None
-    return Seen(true, predicted, {c: heat(x, m.photographs.size) for c, x in zip((predicted, true), maps)},
-                lesions if lesions is not None and lesions.any() else None, sample.image.amax(0) > routing.DARK)
-
-
-def lesions_known(sample: Sample) -> bool:
-    """Whether masks of all kinds of lesions are known."""
-    return set(LESIONS[:-1]) <= masks_of(sample).keys()
+def on_lesions(sample: Sample, heat_: Tensor) -> float | None:
+    """Of what a map (S, S) has on the retina, the share on lesions; None: these are not all known, or none there."""
+    lesions = lesions_of(sample)
+    if lesions is None or not lesions.any():
+        return None
+    return share_on(heat_, lesions, sample.image.amax(0) > routing.DARK)
 
 
 def warm(image: Tensor, heat_: Tensor, side: int) -> Image.Image:
     """A photograph in grey under its heat."""
-    grey = picture_of(image, side).convert("L").convert("RGB")
+    grey = photograph(image, side).convert("L").convert("RGB")
     amount = F.interpolate(heat_[None, None] / heat_.max().clamp(min=1e-12), (side, side), mode="bilinear")[0, 0]
     mask = Image.fromarray((60 + 130 * amount).to(torch.uint8).numpy())
     return Image.composite(Image.fromarray(shades(amount.numpy())), grey, mask)
 
 
-def heat_panels(m: Material, task: ClassMetrics, name: str, which: str, p: Tensor, s: Seen,
+def heats(m: Material, task: ClassMetrics, image: Tensor, classes: Sequence[int]) -> list[Tensor]:
+    """Of a photograph (3, S, S), where the answer for each of these classes comes from: (S, S) each."""
+    return [heat(maps, m.photographs.size) for maps in grad_cam(m.run.net, task, image, classes)]
+
+
+def heat_panels(m: Material, task: ClassMetrics, name: str, which: str, p: Tensor, true: int,
                 side: int = 280) -> Image.Image:
     """A photograph with its lesions; under the heat of the predicted class; under that of the true one, if another."""
-    sample = m.sample(name, side)
-    said = f"lesions cover {s.on_lesions(torch.ones(())):.1%} of the retina" if s.lesions is not None else \
-        "no lesions" if lesions_known(sample) else "lesions not all known"
-    panels = [(drawing.tinted(picture_of(sample.image, side), masks_of(sample)), f"{which}: {name}\n{said}")]
-    roles = {s.predicted: "predicted and true"} if s.predicted == s.true else {s.predicted: "predicted", s.true: "true"}
-    for c, role in roles.items():
-        on = "" if s.lesions is None else f"\n{s.on_lesions(s.heat[c]):.1%} of it on lesions"
-        panels.append((warm(sample.image, s.heat[c], side), f"{role}: {task.title} {task.word(c)}, p {p[c]:.2f}{on}"))
-    return row([column([panel, text(words, SMALL, width=side)], 4) for panel, words in panels])
+    sample, large, predicted = m.sample(name), m.sample(name, side), int(p.argmax())
+    even, known = on_lesions(sample, torch.ones(())), lesions_of(sample) is not None
+    said = f"lesions cover {even:.1%} of the retina" if even is not None else \
+        "no lesions" if known else "lesions not all known"
+    panels = [captioned(tinted(photograph(large.image, side), masks_of(large)), f"{which}: {name}\n{said}")]
+    roles = {predicted: "predicted and true"} if predicted == true else {predicted: "predicted", true: "true"}
+    for (c, role), heat_ in zip(roles.items(), heats(m, task, sample.image, list(roles))):
+        on = "" if even is None else f"\n{on_lesions(sample, heat_):.1%} of it on lesions"
+        panels.append(captioned(warm(large.image, heat_, side),
+                                f"{role}: {task.title} {task.word(c)}, p {p[c]:.2f}{on}"))
+    return row(panels)
 
 
 def gradcam(m: Material) -> Image.Image:
     """Where in a photograph an answer comes from: Grad-CAM of the predicted and of the true class, beside lesions."""
-    task = m.classifications()[0]
+    task, *_ = m.having(ClassMetrics, "tells no classes apart")
     tallies = m.tallies(task)
     p = dict(zip(tallies, m.probabilities(task, torch.stack(list(tallies.values()))[:, :-1])))
-    masked = [name for name in tallies if m.photographs.records[m.numbers[name]].masks is not None][:material.MOST]
+    true = {name: int(tally[-1]) for name, tally in tallies.items()}
+    masked = [name for name in m.masked if name in tallies]
     ranked = masked or list(tallies)
-    chosen = best_median_worst({name: float(p[name][int(tallies[name][-1])]) for name in ranked})
-    found = {name: seen(m, task, name, tallies[name]) for name in dict.fromkeys([*masked, *chosen])}
-    parts = [heat_panels(m, task, name, which, p[name], found[name]) for name, which in chosen.items()]
-    said = ""
-    if known := [s for s in found.values() if s.lesions is not None]:
-        on, even = (sum(s.on_lesions(of(s)) for s in known) / len(known) for of in (
-            lambda s: s.heat[s.predicted], lambda s: torch.ones(())))
-        said = (f" Mean over {len(known)} photographs with lesions: {on:.1%} of what the map of the predicted class "
+    chosen = best_median_worst({name: float(p[name][true[name]]) for name in ranked})
+    panels = [heat_panels(m, task, name, which, p[name], true[name]) for name, which in chosen.items()]
+    said, shares = "", []  # of each photograph with lesions: of its heat, and of its retina, what lies on them
+    for name, sample in zip(masked, map(m.sample, masked)):
+        if (even := on_lesions(sample, torch.ones(()))) is not None:
+            heat_, = heats(m, task, sample.image, [int(p[name].argmax())])
+            shares.append((on_lesions(sample, heat_), even))
+    if shares:
+        on, even = np.mean(shares, 0)
+        said = (f" Mean over {len(shares)} photographs with lesions: {on:.1%} of what the map of the predicted class "
                 f"has on the retina lies on lesions, which cover {even:.1%} of it.")
-    keys = [scale("nothing", "most", "added to the answer"), *([lesion_legend()] * bool(masked))]
-    return titled(f"Where the {task.title} comes from", column([*keys, *parts], 12),
+    keys = [scale("nothing", "most", "added to the answer"), *([label_legend(points=False)] * bool(masked))]
+    return titled(f"Where the {task.title} comes from", column([*keys, *panels], 12),
                   f"{m.name}, epoch {m.run.epoch}. Best, median and worst of {len(ranked)} {m.words} photographs"
                   f"{' with masks' * bool(masked)}, by the probability p of the true class at the chosen temperature. "
                   "Grad-CAM of the maps that the head averages, at strides 4 to 32, added up, below zero cut "
@@ -234,15 +216,15 @@ def principal_colours(x: Tensor) -> tuple[np.ndarray, float]:
 def panel(colours: np.ndarray, words: str) -> Image.Image:
     """Colours (h, w, 3) as a square, each of them a square itself, with words below."""
     picture = Image.fromarray(colours).resize((SMALLER, SMALLER), Image.NEAREST)
-    return column([picture, text(words, SMALL, PALE, SMALLER)], 3)
+    return captioned(picture, words, PALE)
 
 
 def map_panels(maps: Mapping[str, Tensor]) -> list[Image.Image]:
-    """Maps (C, h, w) as colours, with name, size and the share of the variance that is shown."""
+    """Maps (1, C, h, w) as colours, with name, size and the share of the variance that is shown."""
     panels = []
     for words, x in maps.items():
-        colours, share = principal_colours(x.float().cpu())
-        panels.append(panel(colours, f"{words}\n{x.shape[0]} channels, {x.shape[1]}x{x.shape[2]}; {share:.0%}"))
+        colours, share = principal_colours(x[0].float().cpu())
+        panels.append(panel(colours, f"{words}\n{x.shape[1]} channels, {x.shape[2]}x{x.shape[3]}; {share:.0%}"))
     return panels
 
 
@@ -255,7 +237,7 @@ def answer_panels(m: Material, task: TaskMetrics, output: Tensor) -> tuple[str, 
         rest = f"; the {MOST_SHOWN} most probable of {len(p)}" * (len(p) > MOST_SHOWN)
         return f"{task.title.capitalize()} ({task.name}), probability at the chosen temperature{rest}", [heatmap(
             np.stack([p[shown].numpy(), np.full(len(shown), np.nan)]), ["probability", "logit"],
-            [str(task.word(k)) for k in shown], cells, (52, 24), 1.0)]
+            [str(task.word(k)) for k in shown], cells, (52, 24))]
     if isinstance(task, MaskMetrics):
         return (f"Masks ({task.name}): logit of each pixel", [
             panel(shades((x.cpu().numpy() + 8) / 16), f"{name}\n{float(x.min()):.1f} to {float(x.max()):.1f}")
@@ -271,28 +253,28 @@ def answer_panels(m: Material, task: TaskMetrics, output: Tensor) -> tuple[str, 
 @torch.inference_mode()
 def filters(m: Material) -> Image.Image:
     """One photograph on its way through the network: encoder, experts, decoder, what each head says."""
-    net, sample, down, up = m.run.net, m.sample(m.example), [], []
+    net, sample, maps = m.run.net, m.sample(m.example), []
     lesions = next((t for t in m.run.tasks if isinstance(t, MaskMetrics)), None)
     decoders = [*filter(None, [net.decoder, net.heads[lesions.name].decoder if lesions else None])]
     blocks = [block for decoder in decoders for block in decoder.blocks]
-    hooks = [net.encoder.register_forward_hook(lambda _, __, maps: down.extend(x[0] for x in maps)),
-             *(block.register_forward_hook(lambda _, __, x: up.append(x[0])) for block in blocks)]
+    hooks = [part.register_forward_hook(lambda _, __, found: maps.append(found)) for part in (net.encoder, *blocks)]
     routed, _ = net.routed_maps(sample.image[None].to(m.device))
     outputs = {t: net.heads[t](x) for t, x in routed.items()}
     for hook in hooks:
         hook.remove()
+    down, *up = maps
 
     def named(maps):
-        return map_panels({f"stride {m.photographs.size // x.shape[1]}": x for x in maps})
+        return map_panels({f"stride {m.photographs.size // x.shape[2]}": x for x in maps})
 
-    first = [panel(sample.image.permute(1, 2, 0).numpy(), m.example)]
+    plain = photograph(sample.image, m.photographs.size)
+    first = [panel(np.asarray(plain), m.example)]
     if sample.masks is not None:
-        first.append(panel(np.asarray(drawing.tinted(Image.fromarray(sample.image.permute(1, 2, 0).numpy()),
-                                                     masks_of(sample))), "its lesions and disc"))
+        first.append(panel(np.asarray(tinted(plain, masks_of(sample))), "its lesions and disc"))
     parts = [("The photograph", first), ("Encoder: five maps, each half as large as the one before", named(down))]
     if net.experts is not None:
         parts.append(("Behind the experts: the map that each task gets instead of the shared one",
-                      map_panels({t: x[net.routed][0] for t, x in routed.items()})))
+                      map_panels({t: x[net.routed] for t, x in routed.items()})))
     if up:
         parts.append(("Decoder: twice as large at each step, joined by the encoder's map of that size", named(up)))
     parts += [answer_panels(m, task, outputs[task.name].float()) for task in m.run.tasks]

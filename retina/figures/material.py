@@ -10,20 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from retina.datasets import preprocess, records
+from retina.datasets import preprocess
 from retina.datasets.preprocess import Sample
-from retina.datasets.records import UNKNOWN
-from retina.drawing import COLOURS, legend
-from retina.datasets.synthetic import LESIONS
+from retina.drawing import COLOURS
 from retina.evaluation import metrics, scoring
 from retina.evaluation.scoring import Scores
-from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, TaskMetrics
 from retina.figures import charts
 from retina.figures.charts import Axis, Chart, axis_of
 from retina.inference import full_size
@@ -84,28 +80,27 @@ class Material:
         """Of training photographs, as they are, without augmentation."""
         return self.passed(self.training)
 
+    def having(self, kinds: type | tuple[type, ...], lack: str = "") -> list[TaskMetrics]:
+        """Those of the run's tasks that are of these kinds and have a label in the split.
+
+        Missing: there are none; only where `lack` says what follows for a run that was trained for no such task.
+        """
+        tasks = [t for t in self.run.tasks if isinstance(t, kinds)]
+        found = [t for t in tasks if t.name in self.here[0].tallies]
+        if found or not lack:
+            return found
+        raise Missing(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
+                      f"{' or '.join(t.name for t in tasks)}" if tasks else
+                      f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {lack}")
+
     def first(self, kind: type) -> TaskMetrics | None:
-        """The first of the run's tasks that is of a kind and has a label in the split."""
-        return next((t for t in self.run.tasks if isinstance(t, kind) and t.name in self.here[0].tallies), None)
+        """The first of these, or None."""
+        return next(iter(self.having(kind)), None)
 
     def tallies(self, task: TaskMetrics) -> dict[str, Tensor]:
         """{photograph: tally} of those with a label."""
         found = self.here[0]
-        return dict(zip(found.names[task.name], found.tallies[task.name]))
-
-    def missing(self, kinds: type | tuple[type, ...], words: str) -> Missing:
-        """That nothing of these kinds is there to be drawn: no task, or no label."""
-        names = [t.name for t in self.run.tasks if isinstance(t, kinds)]
-        return Missing(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
-                       f"{' or '.join(names)}" if names else
-                       f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {words}")
-
-    def classifications(self) -> list[ClassMetrics]:
-        """Those of the run's tasks that tell classes apart. Missing: there are none."""
-        found = [t for t in self.run.tasks if isinstance(t, ClassMetrics) and t.name in self.here[0].tallies]
-        if not found:
-            raise self.missing(ClassMetrics, "tells no classes apart")
-        return found
+        return dict(zip(found.names.get(task.name, ()), found.tallies.get(task.name, ())))
 
     def probabilities(self, task: ClassMetrics, p: Tensor) -> Tensor:
         """(n, C) at the temperature that was chosen."""
@@ -134,12 +129,16 @@ class Material:
         """What the network says of a photograph: {task: decoded answer, one row}."""
         return full_size.answer(self.run.net, self.run.tasks, self.sample(name).image, self.device)
 
+    @property
+    def masked(self) -> list[str]:
+        """Names of photographs with masks, at most MOST."""
+        return [r.name for r in self.photographs.records if r.masks is not None][:MOST]
+
     @functools.cached_property
     def example(self) -> str:
         """The photograph with most pixels of lesions, or the first."""
-        known = [r.name for r in self.photographs.records if r.masks is not None][:MOST]
-        return max(known, key=lambda name: int((self.sample(name).masks[:-1] == 1).sum()), default=next(
-            iter(self.numbers)))
+        return max(self.masked, key=lambda name: int((self.sample(name).masks[:-1] == 1).sum()),
+                   default=self.photographs.records[0].name)
 
 
 def best_median_worst(values: Mapping[str, float]) -> dict[str, str]:
@@ -147,23 +146,6 @@ def best_median_worst(values: Mapping[str, float]) -> dict[str, str]:
     order = sorted(values, key=values.__getitem__)
     return {order[-1]: "best", order[len(order) // 2]: "median", order[0]: "worst"} if len(order) > 2 else \
         dict(zip(order[::-1], ("best", "worst")))
-
-
-def picture_of(image: Tensor, side: int) -> Image.Image:
-    """(3, S, S) uint8 -> a picture of `side` pixels."""
-    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.LANCZOS)
-
-
-def masks_of(sample: Sample) -> dict[str, np.ndarray]:
-    """{kind: (S, S) bool} of the kinds that are known."""
-    if sample.masks is None:
-        return {}
-    return {kind: (mask == 1).numpy() for kind, mask in zip(LESIONS, sample.masks) if (mask != UNKNOWN).all()}
-
-
-def lesion_legend() -> Image.Image:
-    """The colours of lesions and optic disc."""
-    return legend([(records.KINDS[kind], records.COLOURS[kind], "square") for kind in LESIONS])
 
 
 def of_run(m: Material) -> str:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from retina.datasets.preprocess import Sample
-from retina.drawing import COLOURS, OTHERS, column, legend, row, scale, text, titled
+from retina.drawing import COLOURS, OTHERS, coloured, column, grid, legend, photograph, row, scale, text, titled
 from retina.evaluation import routing as routing_
 from retina.evaluation.routing import Use, labels_of
 from retina.evaluation.task_metrics import MaskMetrics
-from retina.figures import material
 from retina.figures.charts import heatmap
-from retina.figures.material import Line, MOST_SHOWN, Material, Missing, epochs_chart, of_run, picture_of
+from retina.figures.material import Line, MOST_SHOWN, Material, Missing, epochs_chart, of_run
 
 if TYPE_CHECKING:
     from model import Routing
@@ -44,27 +43,6 @@ def uses_of(m: Material, photographs: Dataset) -> dict[str, Use]:
     return routing_.collect(m.run.net, m.batches(photographs, masks))
 
 
-@dataclass
-class Palette:
-    """Which experts have a colour of their own, and which are columns of heatmaps."""
-    own: list[int]
-    colours: list[Sequence[int]]  # of all experts
-    shown: list[int]
-
-    def keys(self) -> Image.Image:
-        """The legend."""
-        rest = [("others", OTHERS, "square")] if len(self.own) < len(self.colours) else []
-        return legend([*((f"expert {e}", self.colours[e], "square") for e in self.own), *rest], 900)
-
-
-def palette(shares: Tensor) -> Palette:
-    """Colours for the most used experts, by shares of tokens (T, n, E)."""
-    used = shares.mean((0, 1)).argsort(descending=True).tolist()
-    own = sorted(used if len(used) <= len(COLOURS) else used[:len(COLOURS) - 1])
-    colours = [COLOURS[own.index(e)] if e in own else OTHERS for e in range(len(used))]
-    return Palette(own, colours, sorted(used[:MOST_SHOWN]))
-
-
 def has_room(r: Routing, side: int = 240) -> bool:
     """Whether there is a second expert, and room for it in a token of a picture of `side` pixels."""
     return r.indices.shape[1] > 1 and side / r.grid[2] >= 12
@@ -75,20 +53,14 @@ def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side
 
     where there is room for it.
     """
-    picture = picture_of(image, side).convert("L").convert("RGB")
-    layer, mask = Image.new("RGB", picture.size), Image.new("L", picture.size)
-    pens, (_, h, w) = [ImageDraw.Draw(x) for x in (layer, mask)], r.grid
-    wide, high = side / w, side / h
-    edge = min(2, wide / 4)  # between tokens
-    for i, experts in enumerate(r.indices.tolist()):
-        y, x = divmod(i, w)
-        for rank, e in enumerate(experts[:2 if has_room(r, side) else 1]):
-            inset = 0.3 * rank
-            box = ((x + inset) * wide, (y + inset) * high,
-                   (x + 1 - inset) * wide - edge, (y + 1 - inset) * high - edge)
-            pens[0].rectangle(box, tuple(colours[e]))
-            pens[1].rectangle(box, 255 if rank else 140)
-    picture.paste(layer, (0, 0), mask)
+    picture, (_, h, w) = photograph(image, side).convert("L").convert("RGB"), r.grid
+    edge = min(w / side, 0.25)  # between tokens, in tokens; the square inside one leaves 0.3 on all sides
+    for rank, (inset, alpha) in enumerate(((0, 140), (0.3, 255))[:1 + has_room(r, side)]):
+        first = np.array(colours, np.uint8)[r.indices[:, rank].cpu()].reshape(h, w, 3)
+        across, down = ((np.arange(side) + 0.5) * n / side % 1 for n in (w, h))  # where in its token a pixel lies
+        x, y = ((inset <= at) & (at < 1 - inset - edge) for at in (across, down))
+        picture.paste(Image.fromarray(first).resize((side, side), Image.NEAREST), (0, 0),
+                      Image.fromarray(np.where(y[:, None] & x, alpha, 0).astype(np.uint8)))
     return picture
 
 
@@ -96,8 +68,8 @@ def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuff
                  experts: Sequence[int]) -> Image.Image:
     """Shares of tokens (R, E), and below them the same for shuffled images; the first MOST_SHOWN rows."""
     rest = f"; {MOST_SHOWN} of {len(rows)}" * (len(rows) > MOST_SHOWN)
-    return column([heatmap(x[:MOST_SHOWN, experts].numpy(), rows[:MOST_SHOWN], [str(e) for e in experts], None,
-                           (22, 18), 1.0, title + rest, "expert") for x, title in zip((real, shuffled), titles)], 8)
+    return column(heatmap(x[:MOST_SHOWN, experts].numpy(), rows[:MOST_SHOWN], [str(e) for e in experts], None,
+                          (22, 18), title + rest, "expert") for x, title in zip((real, shuffled), titles))
 
 
 def label_word(m: Material) -> str:
@@ -120,8 +92,7 @@ def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.
 
 def by_lesion(m: Material, experts: Sequence[int]) -> list[Image.Image]:
     """For each task experts by what lies below a token; nothing where less than two photographs have masks."""
-    indices = [i for i, r in enumerate(m.photographs.records) if r.masks is not None][:material.MOST]
-    masked = Subset(m.photographs, indices)
+    masked = Subset(m.photographs, [m.numbers[name] for name in m.masked])
     if len(masked) < 2:
         return []
     found = []
@@ -152,7 +123,7 @@ def entropy_chart(m: Material, experts: int) -> Image.Image:
              for t, colour in zip(m.run.tasks, COLOURS)]
     chart = epochs_chart(m, "entropy of the use of experts over training", f"bits; {most:.3g} if all are used alike",
                          lines, 0.0, max(most, 0.1))
-    return column([chart.picture(), legend((line.words, line.colour, "line") for line in lines)], 2)
+    return chart.picture([(line.words, line.colour, "line") for line in lines])
 
 
 def routing(m: Material) -> Image.Image:
@@ -161,22 +132,25 @@ def routing(m: Material) -> Image.Image:
         raise Missing("the run was trained with --experts 0, so that there is nothing to route")
     here = uses_of(m, m.photographs)
     shares = torch.stack([use.shares[:, 0] for use in here.values()])  # (T, n, E)
-    experts = palette(shares)
-    image = m.sample(m.example).image
+    used = shares.mean((0, 1)).argsort(descending=True).tolist()
+    shown = sorted(used[:MOST_SHOWN])  # as columns of heatmaps
+    own = coloured(used)
+    colours = [own.get(e, OTHERS) for e in range(len(used))]
     with torch.inference_mode():
+        image = m.sample(m.example).image
         routed = m.run.net.routed_maps(image[None].to(m.device))[1]
-    parts = [[text(t), token_grid(image, r, experts.colours)] for t, r in routed.items()]
-    for more in (by_label(m, shares, experts.shown), by_lesion(m, experts.shown)):
-        for part, picture in zip(parts, more):
-            part.append(picture)
-    last = row([by_task(m, shares, experts.shown), entropy_chart(m, shares.shape[2])], 36)
-    r, all_ = next(iter(routed.values())), shares.shape[2]
+    parts = [*map(text, routed), *(token_grid(image, r, colours) for r in routed.values()),
+             *by_label(m, shares, shown), *by_lesion(m, shown)]
+    last = row([by_task(m, shares, shown), entropy_chart(m, len(used))], 36)
+    r = next(iter(routed.values()))
     second = ", the second as a square inside" * has_room(r)
-    rest = f" (the {len(experts.shown)} most used)" * (len(experts.shown) < all_)
-    keys = column([experts.keys(), scale("0 %", "100 %", "of the tokens go to an expert, in heatmaps")], 6)
+    rest = f" (the {len(shown)} most used)" * (len(shown) < len(used))
+    keys = [(f"expert {e}", colour, "square") for e, colour in own.items()]
+    keys += [("others", OTHERS, "square")] * (len(own) < len(used))
+    legends = [legend(keys, 900), scale("0 %", "100 %", "of the tokens go to an expert, in heatmaps")]
     return titled("Which tokens go to which expert",
-                  column([keys, row([column(p, 10) for p in parts], 24), last], 18),
+                  column([column(legends, 6), grid(parts, len(routed), (24, 10)), last], 18),
                   f"{of_run(m)}. Photograph: {m.example}, one token a square, its first expert in colour{second}. "
-                  f"Heatmaps: each token goes to {r.indices.shape[1]} of {all_} experts{rest}; below each what remains "
-                  f"by chance, where a photograph has the {label_word(m)} or the masks of another. Whether answers owe "
-                  "anything to routes, `evaluate.py --routing` says.")
+                  f"Heatmaps: each token goes to {r.indices.shape[1]} of {len(used)} experts{rest}; below each what "
+                  f"remains by chance, where a photograph has the {label_word(m)} or the masks of another. Whether "
+                  "answers owe anything to routes, `evaluate.py --routing` says.")
