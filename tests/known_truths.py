@@ -24,8 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import flags  # noqa: E402
-from retina.comparison import analysis  # noqa: E402
-from retina.comparison.jobs import run_all  # noqa: E402
+from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
 from retina.files import command  # noqa: E402
 from tasks import make_tasks  # noqa: E402
@@ -73,20 +72,21 @@ def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: in
     every["cls_alone"] = replace(every["cls_alone"], words="masks without weight", changes={
         **every["hard"].changes, "loss_weights": ("seg=0",)})
     rows = [every[name] for name in names]
-    jobs = baselines.jobs_for(rows, replace(options, stochastic_depth=0.05, log_gradients=True), seeds, ["1/5"], folder)
-    failed = run_all(jobs, baselines.finish, min(2, torch.get_num_threads()))
+    base = replace(options, stochastic_depth=0.05, log_gradients=True)
+    asked = baselines.jobs_for(rows, base, seeds, ["1/5"], folder)
+    failed = jobs.run_all(asked, baselines.__file__, min(2, torch.get_num_threads()))
     assert not failed, failed
     tasks, found = make_tasks(options.tasks), {}
     for row in rows:
-        runs = {job.options.seed: [job.measured()] for job in jobs if job.row is row}
+        runs = {job.options.seed: [job.measured()] for job in asked if job.row == row.name}
         found[row.name] = analysis.gather(row.words, runs, tasks)
     return tasks, found
 
 
 def told(tasks: list, found: dict) -> None:
     """Print scores and what may be claimed of grades."""
-    numbers = analysis.compared(found, tasks[:1], {"what": "", "tasks": ["cls"], "failed": {}})
-    print(analysis.lines(numbers))
+    asked = {name: row.words for name, row in found.items()}
+    print(report.screen(analysis.compared(found, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
 
 
 def main() -> None:

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +21,11 @@ import evaluate
 import flags
 import tasks
 import train
-from baselines import Row
 from retina import files
 from retina.comparison import analysis, jobs, measurements, report
-from retina.comparison.jobs import Job, run_all
+from retina.comparison.jobs import Job
 from retina.datasets import readers, records, synthetic
-from retina.evaluation import scoring, statistics
+from retina.evaluation import scoring, statistics, tables
 from retina.evaluation.scoring import Scores
 from retina.files import InputError, RunError
 from tasks import TASKS, build_net
@@ -186,6 +187,10 @@ def test_shifts_change_pictures_and_nothing_else():
 
 # ---- differences ----
 
+def table_of(found: dict) -> str:
+    return tables.as_markdown(report.differences(found))
+
+
 KNOWN = {"standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "seeds": 2}  # seeds do not differ
 
 
@@ -226,21 +231,21 @@ def test_correction_for_the_number_of_differences():
     (alone,) = analysis.corrected([dict(one)])
     assert alone["claimed"] and alone["wants"] is None
     (few,) = analysis.corrected([{**one, "eyes": 5}])
-    assert few["wants"] == "eyes" and analysis.wanted(few) == "5 eyes are too few to show any"
+    assert few["wants"] == "eyes" and report.wanted(few) == "more eyes than 5"
     # seeds alone make an error that no number of photographs takes away
     (noisy,) = analysis.corrected([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
-    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in analysis.wanted(noisy)
+    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in report.wanted(noisy)
     # p forbids what the interval would allow: nothing is said of photographs
     (odd,) = analysis.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
-    assert not odd["claimed"] and odd["needed"] is None and analysis.wanted(odd) == ""
+    assert not odd["claimed"] and odd["needed"] is None and report.wanted(odd) == ""
     # table and sentence give the same reason: one seed, though photographs would do for the interval
     (single,) = analysis.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
-    assert single["needed"] and "more seeds" in analysis.wanted(single)
+    assert single["needed"] and "more seeds" in report.wanted(single)
     said = {"rows": {n: {"words": n} for n in "ab"},
             "differences": [{**single, "row": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
-    assert report.differences(said)[-1].endswith("| none | more seeds |")
+    assert table_of(said).endswith("| none | more seeds |")
     # an error that draws of eyes leave undefined is not replaced by that of seeds
-    assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], CLS))
+    assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], 5))
 
 
 def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
@@ -257,16 +262,15 @@ def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
 
 def test_seeds_count_as_new_seeds_would():
     """Two seeds a side with known values: the variance of a mean is s^2 / k for each side, whatever the draws say."""
-    rows = [[row_of("", right(share, 400, k)).scores[0] for k, share in enumerate(shares)]
-            for shares in ((0.4, 0.6), (0.5, 0.5))]
-    values = [[s.metrics()["cls"]["accuracy"] for s in side] for side in rows]
+    values = [[float(right(share, 400, k).double().mean()) for k, share in enumerate(shares)]
+              for shares in ((0.4, 0.6), (0.5, 0.5))]
     variances = [(a - b) ** 2 / 2 for a, b in values]  # sd^2 of two
-    error, of_seeds, degrees = analysis.sources(0.2, rows, Accurate())
+    error, of_seeds, degrees = analysis.sources(0.2, values, 400)
     assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 2))
     assert error == pytest.approx(math.sqrt(0.2 ** 2 + sum(variances) / 4))
     of_eyes = 0.2 ** 2 - sum(variances) / 4
     assert degrees == pytest.approx(error ** 4 / (sum((v / 2) ** 2 for v in variances) + of_eyes ** 2 / 399))
-    assert analysis.sources(0.2, [side[:1] for side in rows], Accurate()) == pytest.approx((0.2, 0.0, 399))
+    assert analysis.sources(0.2, [side[:1] for side in values], 400) == pytest.approx((0.2, 0.0, 399))
 
 
 def test_one_seed_a_side_claims_nothing():
@@ -306,8 +310,8 @@ def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     assert bad["needed"] is None and not bad["claimed"] and json.dumps(files.plain(bad), allow_nan=False)
     said = {"rows": {n: {"words": n} for n in "ab"}}
     d = files.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
-    assert "not defined on these photographs" in analysis.claim(said, d)
-    assert report.differences({**said, "differences": [d]})[-1] == "| seg | a | b | - | 1.000 | none |  |"
+    assert "not defined on these photographs" in report.claim(said, d)
+    assert table_of({**said, "differences": [d]}).splitlines()[-1] == "| seg | a | b | - | 1.000 | none |  |"
 
 
 def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
@@ -322,28 +326,22 @@ def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
 
 # ---- all of it ----
 
-class InProcess:
-    """In place of a process: the same work, here."""
-
-    def __init__(self, job, finish):
-        self.job, self.process, self.epochs, self.error = job, self, job.epochs(), ""
-        try:
-            finish(job)
-        except (InputError, RunError) as error:
-            self.error = str(error)
-
-    def is_alive(self):
-        return False
-
-    def failure(self):
-        return self.error
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Jobs run in this process, one after the other; -> the words of those that were started."""
     started = []
-    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: started.append(job.words) or InProcess(job, finish))
+
+    def start(job, script, threads):
+        started.append(job.words)
+        status = 0
+        try:
+            baselines.finish(job)
+        except RunError as error:
+            status = 1
+            job.errors.parent.mkdir(exist_ok=True)
+            job.errors.write_text(f"error: {error}\n")
+        return SimpleNamespace(poll=lambda: status, returncode=status, stdin=io.BytesIO())
+    monkeypatch.setattr(jobs, "start", start)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return started
 
@@ -452,14 +450,24 @@ def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkey
 
 
 def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
-    job = Job(Row("hard", ""), replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
-    running = jobs.start(job, baselines.finish, 1)
-    running.process.join()
-    assert "nowhere: no such file or folder" in running.failure() and running.process.exitcode == 1
-    running = jobs.start(job, baselines.finish, 1)
-    running.process.kill()
-    running.process.join()
-    assert "killed by SIGKILL" in running.failure()
+    job = Job("hard", replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
+    assert jobs.start(job, baselines.__file__, 1).wait() == 2 and "nowhere: no such file or folder" in job.failure(2)
+    process = jobs.start(job, baselines.__file__, 1)
+    process.kill()
+    assert "killed by SIGKILL" in job.failure(process.wait())
+
+
+def test_a_process_of_its_own_ends_when_told_to_and_with_the_main_process(tmp_path):
+    job = Job("hard", replace(SMALL, save_every=1), tmp_path / "run", [])
+    process = jobs.start(job, baselines.__file__, 1)
+    assert os.getpgid(process.pid) == process.pid
+    while not (job.folder / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 130 and job.failure(130) == "interrupted"
+    process = jobs.start(job, baselines.__file__, 1)
+    process.stdin.close()  # as it is where the main process is killed
+    assert process.wait() == 1 and job.failure(1) == "ended with status 1" and job.measured() is None
 
 
 def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
@@ -467,22 +475,19 @@ def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
     happened = []
 
     class Process:
-        def is_alive(self):
-            return True
-
         def terminate(self):
             happened.append("terminate")
 
-        def join(self):
-            happened.append("join")
+        def wait(self):
+            happened.append("wait")
 
     def interrupted(seconds):
         raise KeyboardInterrupt
-    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: jobs.Running(job, Process(), None, 0))
+    monkeypatch.setattr(jobs, "start", lambda job, script, threads: Process())
     monkeypatch.setattr(time, "sleep", interrupted)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "stopped", "--only", "hard", "dense", "--seeds", "1", "--jobs", "2"])
-    assert ended.value.code == 130 and happened == ["terminate", "terminate", "join", "join"]
+    assert ended.value.code == 130 and happened == ["terminate", "terminate", "wait", "wait"]
     assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
@@ -513,10 +518,10 @@ def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch)
     rows = [row for row in baselines.rows_for(base.tasks) if row.name in ("hard", "cls_alone")]
     left = {}
     for name, number in (("both", 2), ("one", 1)):
-        jobs = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
+        asked = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
-        assert run_all(jobs, baselines.finish, number) == {}
-        left[name] = [job.measured() for job in jobs]
+        assert jobs.run_all(asked, baselines.__file__, number) == {}
+        left[name] = [job.measured() for job in asked]
     for one, other in zip(*left.values()):
         assert one["threads"] == other["threads"] == 1
         assert torch.equal(one["scores"]["tallies"]["cls"], other["scores"]["tallies"]["cls"])
@@ -531,21 +536,21 @@ def test_the_report_claims_only_what_can_be_claimed():
     found = {"rows": {name: analysis.row_numbers(row) for name, row in rows.items()},
              "differences": analysis.differences(rows, [Accurate()])}
     (d,) = found["differences"]
-    said = analysis.claim(found, d)
+    said = report.claim(found, d)
     assert f"{d['difference']:+.3f}" in said and "higher (these networks: a claim about" in said
-    assert "| higher |  |" in report.differences(found)[-1]
+    assert table_of(found).endswith("| higher |  |")
     d["claimed"], d["needed"], d["wants"] = False, 1234, None
-    said = analysis.claim(found, d)
+    said = report.claim(found, d)
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
-    assert report.differences(found)[-1].endswith("| none | 1234 photographs (here 300) |")
+    assert table_of(found).endswith("| none | 1234 photographs (here 300) |")
     assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard minus cls_alone")
 
 
 def test_the_report_of_this_repository_says_what_was_measured():
     """If report.py has changed, write REPORT.md anew: text(comparison.json, pictures), as here."""
     found = json.loads((ROOT / "tests" / "comparison.json").read_text())
-    pictures = {p.stem: f"docs/{analysis.PICTURES}/{p.name}" for p in (ROOT / "docs" / analysis.PICTURES).iterdir()}
+    pictures = {p.stem: f"docs/{report.PICTURES}/{p.name}" for p in (ROOT / "docs" / report.PICTURES).iterdir()}
     assert set(pictures) == {"comparison", *baselines.REPORTED}
     assert (ROOT / "REPORT.md").read_text() == report.text(found, pictures)
 
