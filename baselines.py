@@ -38,7 +38,7 @@ from retina.evaluation.scoring import Scores
 from retina.files import InputError, RunError, command
 from retina.training import checkpoint, interrupt, precision
 from retina.training.distributed import ALONE
-from tasks import make_tasks
+from tasks import Task, make_tasks
 
 
 # ---- rows ----
@@ -163,34 +163,37 @@ def finish_alone(words: str) -> None:
 
 # ---- the comparison ----
 
-def summarised(asked: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Options,
-               folds: Sequence[str]) -> dict:
-    """All numbers of what is finished; a seed of a row of which a fold is missing is left out.
-
-    RunError: nothing is finished.
-    """
-    tasks, device = make_tasks(base.tasks, base.classes), precision.pick_device(base.device)
-    found, firsts, left = {}, {}, {job: job.measured() for job in asked}
+def gathered(asked: Sequence[Job], rows: Sequence[Row], tasks: Sequence[Task]) -> dict[str, analysis.Measured]:
+    """What is finished of each row, put together; a seed of which a fold is missing is left out."""
+    found = {}
     for row in rows:
-        if row.name == "constant":
-            loaded = (data.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
-            found["constant"] = analysis.constant(loaded, tasks)
         runs = {}
         for job in (job for job in asked if job.row == row.name):
-            runs.setdefault(job.options.seed, []).append(job)
-        if whole := {seed: of for seed, of in runs.items() if all(left[job] for job in of)}:
-            found[row.name] = analysis.gather(row.words, {s: [left[job] for job in of] for s, of in whole.items()},
-                                              tasks)
-            firsts[row.name] = next(iter(whole.values()))[0]
+            runs.setdefault(job.options.seed, []).append(job.measured())
+        if whole := {seed: of for seed, of in runs.items() if all(of)}:
+            found[row.name] = analysis.gather(row.words, whole, tasks)
+    return found
+
+
+def summarised(asked: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Options,
+               folds: Sequence[str]) -> dict:
+    """All numbers of what is finished. RunError: nothing is."""
+    tasks, device = make_tasks(base.tasks, base.classes), precision.pick_device(base.device)
+    found = gathered(asked, rows, tasks)
+    firsts = {name: next(job for job in asked if (job.row, job.options.seed) == (name, of.seeds[0]))
+              for name, of in found.items()}
     if not firsts:
         raise RunError(f"none of the {len(asked)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
+    if rows[0].name == "constant":
+        loaded = (data.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
+        found = {"constant": analysis.constant(loaded, tasks), **found}
     of_data = described(base)
     numbers = analysis.compared(found, tasks, {
         "what": what_words(base, folds, len(rows), of_data), "options": result_of(base), "folds": list(folds),
         "asked": {row.name: row.words for row in rows},
         "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
-        **{k: sorted({x[k] for x in left.values() if x}) for k in ("machine", "threads")},
+        **{k: sorted({x[k] for job in asked if (x := job.measured())}) for k in ("machine", "threads")},
         "threads_here": torch.get_num_threads(), **of_data})
     runs = {name: evaluate.load_run(job.folder, device) for name, job in firsts.items()}
     nets = {name: (precision.folded(run.net), base.size) for name, run in runs.items()}

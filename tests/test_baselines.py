@@ -343,15 +343,29 @@ def here(monkeypatch):
         return SimpleNamespace(poll=lambda: status, returncode=status, stdin=io.BytesIO())
     monkeypatch.setattr(jobs, "start", start)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(measurements, "SHIFTS", dict(list(measurements.SHIFTS.items())[:2]))
     return started
 
 
-def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
-    monkeypatch.setattr(measurements, "SHIFTS", dict(list(measurements.SHIFTS.items())[:2]))
+def failing(monkeypatch, which) -> None:
+    """Runs with options of which `which` is true fail."""
+    def finish(job, whole=baselines.finish):
+        if which(job.options):
+            raise RunError("out of memory after step 3")
+        whole(job)
+    monkeypatch.setattr(baselines, "finish", finish)
+
+
+def written(name: str) -> tuple[dict, str]:
+    """Numbers and report of a comparison."""
+    folder = records.HERE / "runs" / name
+    return json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
+
+
+def test_a_comparison_from_the_command_line(here, capsys):
     flags = "--name whole --only constant cls_alone learned --seeds 2 --epochs 1".split()
     baselines.main(flags)
-    folder = records.HERE / "runs" / "whole"
-    found = json.loads((folder / "comparison.json").read_text())
+    folder, (found, text) = records.HERE / "runs" / "whole", written("whole")
     assert here == [f"{name}, seed {s}, fold 1/5" for s in (0, 1) for name in ("cls_alone", "learned")]
     assert list(found["rows"]) == ["constant", "cls_alone", "learned"] and not found["failed"]
     learned = found["rows"]["learned"]
@@ -366,7 +380,6 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
     table = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
     line = next(r for r in table if (r["row"], r["task"], r["metric"]) == ("learned", "cls", "kappa"))
     assert float(line["mean"]) == pytest.approx(learned["tasks"]["cls"]["metrics"]["kappa"]["mean"])
-    text = (folder / "REPORT.md").read_text()
     assert str(records.HERE) not in text + json.dumps(found) and found["threads"] == [torch.get_num_threads()]
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / link).exists()
@@ -388,20 +401,12 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
-    whole = baselines.finish
-
-    def finish(job):
-        if job.options.experts == 1:
-            raise RunError("out of memory after step 3")
-        whole(job)
-    monkeypatch.setattr(baselines, "finish", finish)
-    monkeypatch.setattr(measurements, "SHIFTS", {})
+    failing(monkeypatch, lambda o: o.experts == 1)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "failed", "--only", "hard", "dense", "--seeds", "1", "--epochs", "1"])
-    found = json.loads((records.HERE / "runs" / "failed" / "comparison.json").read_text())
+    found, text = written("failed")
     said = "dense, seed 0, fold 1/5: out of memory after step 3"
     assert ended.value.code == 1 and list(found["rows"]) == ["hard"] and said in capsys.readouterr().out
-    text = (records.HERE / "runs" / "failed" / "REPORT.md").read_text()
     assert said in text and "| dense adapter of equal cost | no seed came to its end | no seed came" in text
     with pytest.raises(RunError, match="none of the 1 runs came to its end; first: dense, seed 0, fold 1/5: out of"):
         baselines.main(["--name", "all_failed", "--only", "constant", "dense", "--seeds", "1", "--epochs", "1"])
@@ -409,37 +414,26 @@ def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, cap
 
 def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
     """Three tasks, two folds; one fold of one seed fails: the other seed stands for the row, on both folds."""
-    whole = baselines.finish
-
-    def finish(job):
-        if (job.options.tasks, job.options.seed, job.options.fold) == (("loc",), 1, "2/5"):
-            raise RunError("out of memory after step 3")
-        whole(job)
-    monkeypatch.setattr(baselines, "finish", finish)
-    monkeypatch.setattr(measurements, "SHIFTS", {})
+    failing(monkeypatch, lambda o: (o.tasks, o.seed, o.fold) == (("loc",), 1, "2/5"))
     with pytest.raises(SystemExit):
         baselines.main("--name folds --tasks cls dme loc --only loc_alone hard --folds 2/5 --epochs 1".split())
-    folder = records.HERE / "runs" / "folds"
-    found = json.loads((folder / "comparison.json").read_text())
+    found, text = written("folds")
     assert [found["rows"][name]["seeds"] for name in ("loc_alone", "hard")] == [[0], [0, 1]]
     # 30 drawings, 24 of them in the other folds
     assert [found["rows"]["hard"]["tasks"][t]["photographs"] for t in ("cls", "dme", "loc")] == [12, 12, 12]
     assert [(d["row"], d["task"], d["seeds"]) for d in found["differences"]] == [("hard", "loc", 1)]
-    text = (folder / "REPORT.md").read_text()
     assert "failed: loc_alone, seed 1, fold 2/5: out of memory" in text and "| loc alone, 1 of 2 seeds | " in text
     assert set(found["rows"]["hard"]["cosines"][0]) == {"cls dme", "cls loc", "dme loc"}
 
 
-def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(measurements, "SHIFTS", {})
+def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path):
     for i in range(24):
         Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
         f"{i}.png,{synthetic.plan(3, i).grade},{'val' if i > 16 else ''}\n" for i in range(24)))
     baselines.main(["--name", "table", "--data", str(tmp_path / "t.csv"), *"--tasks cls --only constant cls_alone "
                     "dense leaky --seeds 1 --epochs 1 --size 64 --weights none".split()])
-    folder = records.HERE / "runs" / "table"
-    found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
+    found, text = written("table")
     assert [(d["row"], d["against"]) for d in found["differences"]] == [("dense", "cls_alone")]
     for said in ("t.csv (the first photograph has 64x64 pixels)", "Validation: the part that the data set names itself",
                  "The row without leak protection is split", "There is but one task here."):
@@ -492,7 +486,6 @@ def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
 
 
 def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
-    monkeypatch.setattr(measurements, "SHIFTS", {})
     flags = ["--name", "other", "--only", "hard", "--seeds", "1", "--epochs", "1"]
     baselines.main(flags)
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 25), "test": (1, 10)})

@@ -7,6 +7,7 @@
 Every number is read from what analysis.compared found. REPORT.md is template.md with its gaps filled.
 """
 
+import collections
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -51,26 +52,6 @@ def usual_rows(found: Mapping, task: str) -> dict[str, Mapping]:
     return {found["rows"][name]["words"]: of[name] for name in usual or of}
 
 
-def sides(found: Mapping, d: Mapping) -> list[str]:
-    """The two rows of a difference, in words."""
-    return [found["rows"][d[k]]["words"] for k in ("row", "against")]
-
-
-def defined(d: Mapping) -> bool:
-    """Whether a difference and its interval are."""
-    return d["difference"] is not None and None not in d["corrected_interval"]
-
-
-def size(d: Mapping, more: str = "") -> str:
-    """A difference with its interval, and what else belongs into the brackets."""
-    return f"{d['difference']:+.3f}{around(d['corrected_interval'], '+.3f', more)}"
-
-
-def direction(d: Mapping) -> str:
-    """Of a difference that is claimed."""
-    return "higher" if d["difference"] > 0 else "lower"
-
-
 def wanted(d: Mapping) -> str:
     """What it would take to show a difference as large as the one seen, or ""."""
     return {"eyes": f"more eyes than {d['eyes']}", "seeds": "more seeds"}.get(d["wants"]) or \
@@ -109,7 +90,8 @@ def scores(found: Mapping) -> list[list[str]]:
 
 # what is measured, its title, its unit, digits
 COSTS = (("parameters", "parameters, M", 1e6, 2), ("multiply_adds", "multiply-adds of a photograph, M", 1e6, 0),
-         ("training_seconds", "training, ms a photograph", 1e-3, 0), ("latency", "answers to a photograph, ms", 1e-3, 1),
+         ("training_seconds", "training, ms a photograph", 1e-3, 0),
+         ("latency", "answers to a photograph, ms", 1e-3, 1),
          ("peak_bytes", "peak memory, GiB", 2 ** 30, 2))
 
 
@@ -131,12 +113,19 @@ def generalization(found: Mapping) -> list[list[str]]:
         for row in found["rows"].values() for t in found["tasks"] if t in row["tasks"] and row["tasks"][t]["gap"]]
 
 
+def difference(found: Mapping, d: Mapping) -> list[str]:
+    """What is told of one: task, rows, number with interval, p, verdict, what it would take; "-": not defined."""
+    known = d["difference"] is not None and None not in d["corrected_interval"]
+    verdict = "none" if not d["claimed"] else "higher" if d["difference"] > 0 else "lower"
+    return [d["task"], *(found["rows"][d[k]]["words"] for k in ("row", "against")),
+            f"{d['difference']:+.3f}{around(d['corrected_interval'], '+.3f')}" if known else "-",
+            f"{d['p_adjusted']:.3f}", verdict, wanted(d) if known and not d["claimed"] else ""]
+
+
 def differences(found: Mapping) -> list[list[str]]:
     """All of them; claim() says each in words."""
-    return [["task", "row", "minus", "difference", "p", "claim", "it would take"]] + [
-        [d["task"], *sides(found, d), size(d) if defined(d) else "-", f"{d['p_adjusted']:.3f}",
-         direction(d) if d["claimed"] else "none", wanted(d) if defined(d) and not d["claimed"] else ""]
-        for d in found["differences"]]
+    return [["task", "row", "minus", "difference", "p", "claim", "it would take"],
+            *(difference(found, d) for d in found["differences"])]
 
 
 def metrics(found: Mapping) -> list[list]:
@@ -149,20 +138,17 @@ def metrics(found: Mapping) -> list[list]:
 
 # ---- sentences ----
 
-def subject(found: Mapping, d: Mapping) -> str:
-    """What a sentence on a difference is about."""
-    return f"{d['task']} {d['metric'].replace('_', ' ')}, {' minus '.join(sides(found, d))}"
-
-
 def claim(found: Mapping, d: Mapping) -> str:
     """What may be said of one difference."""
-    if not defined(d):
-        return f"{subject(found, d)}: not defined on these photographs"
-    said = f"{subject(found, d)}: {size(d, ', p = {:.3f}'.format(d['p_adjusted']))}: "
+    task, row, against, number, p, verdict, takes = difference(found, d)
+    said = f"{task} {d['metric'].replace('_', ' ')}, {row} minus {against}: "
+    if number == "-":
+        return f"{said}not defined on these photographs"
+    said += f"{number.removesuffix(')')}, p = {p}): "
     if d["claimed"]:
         few = f" (these networks: a claim about the ways they were trained needs {FEWEST_RUNS} seeds)"
-        return said + direction(d) + few * (d["seeds"] < FEWEST_RUNS)
-    return f"{said}no difference can be shown" + f"; one as large as this would take {wanted(d)}" * bool(wanted(d))
+        return said + verdict + few * (d["seeds"] < FEWEST_RUNS)
+    return f"{said}no difference can be shown" + f"; one as large as this would take {takes}" * bool(takes)
 
 
 def in_short(found: Mapping) -> list[str]:
@@ -172,7 +158,8 @@ def in_short(found: Mapping) -> list[str]:
         of = usual_rows(found, t)
         primary = next(iter(of.values()))["primary"].replace("_", " ")
         out.append(f"{t}, {primary}: {', '.join(f'{with_sd(x)} ({words})' for words, x in of.items())}.")
-    claimed = [f"{subject(found, d)} {size(d)}" for d in found["differences"] if d["claimed"]]
+    claimed = ["{} {metric}, {} minus {} {}".format(*difference(found, d)[:4], metric=d["metric"].replace("_", " "))
+               for d in found["differences"] if d["claimed"]]
     if found["differences"]:
         out.append(f"{len(claimed) or 'None'} of the {len(found['differences'])} differences between rows can be "
                    f"claimed{': ' * bool(claimed)}{'; '.join(claimed)}.")
@@ -277,45 +264,32 @@ def pictured(found: Mapping) -> list[str]:
     return sorted(runs, key=lambda name: name != "learned")[:8]
 
 
-CAPTIONS = {
-    "comparison": "The metrics that count: mean over seeds, single seeds, 95 % of draws of eyes and seeds.",
-    "overlays": "The first run of \"{first}\": best, median and worst validation photograph by lesion Dice.",
-    "confusion": "Which classes the first run of \"{first}\" takes for which.",
-    "routing": "Which experts the tokens of the first run of \"{first}\" are sent to.",
-    "curves": "Losses and metrics over epochs, the first runs of: {drawn}."}
-CREDIT = "*Photographs: IDRiD, (c) P. Porwal, S. Pachade, M. Kokare, CC BY 4.0; cropped, reduced, drawn upon.*\n\n"
+CREDIT = "*Photographs: IDRiD, (c) P. Porwal, S. Pachade, M. Kokare, CC BY 4.0; cropped, reduced, drawn upon.*"
 
 
 def filled(report: str, width: int = 120) -> str:
-    """The same with its paragraphs and lists wrapped; tables, headings and pictures stay."""
-    out = []
-    for paragraph in report.strip().split("\n\n"):
-        if paragraph.startswith(("|", "#", "!")):
+    """The same with its paragraphs and lists wrapped; tables, headings and pictures stay, those without a path go."""
+    out, paragraphs = [], iter(report.strip().split("\n\n"))
+    for paragraph in paragraphs:
+        if paragraph.endswith("]()"):
+            next(paragraphs)  # its caption
+        elif paragraph.startswith(("|", "#", "!")):
             out.append(paragraph)
-            continue
-        listed = paragraph.startswith("* ")
-        out.append("\n".join(textwrap.fill(part, width, subsequent_indent="  " * listed, break_long_words=False,
-                                           break_on_hyphens=False)
-                             for part in (paragraph.split("\n") if listed else [paragraph])))
+        elif paragraph:
+            listed = paragraph.startswith("* ")
+            out.append("\n".join(textwrap.fill(part, width, subsequent_indent="  " * listed, break_long_words=False,
+                                               break_on_hyphens=False)
+                                 for part in (paragraph.split("\n") if listed else [paragraph])))
     return "\n\n".join(out) + "\n"
 
 
-def text(found: Mapping, pictures: Mapping[str, str]) -> str:
-    """The whole report; `pictures`: name -> path, relative to where it will lie."""
+def circumstances(found: Mapping) -> dict[str, str]:
+    """What the report says of data, machine and training, beside what stands in `found` as it is."""
     o, rows = found["options"], found["rows"]
-    drawn = [rows[name]["words"] for name in pictured(found)]
     seeds = max((len(row["seeds"]) for row in rows.values() if "costs" in row), default=0)
-
-    def show(*names: str) -> str:
-        return "".join(f"![{name}]({pictures[name]})\n\n*{CAPTIONS[name]}*\n\n".format(
-            first=drawn[0], drawn=", ".join(drawn)) for name in names if name in pictures)
-
-    def listed(lines: Sequence[str]) -> str:
-        return "\n".join(f"* {line}" for line in lines)
-
-    return filled(Path(__file__).with_name("template.md").read_text(encoding="utf-8").format(**found | {
+    drawn = [rows[name]["words"] for name in pictured(found)]
+    return {
         "start": "random weights" if o["weights"] == "none" else f"weights {o['weights']}",
-        "short": listed(in_short(found)), "follows": listed(trade_offs(found)),
         "failed": "".join(f"\n* {line}" for line in failures(found)) + "\n" * bool(found["failed"]),
         "machine": "; ".join(found["machine"]), "minutes": found["seconds"] / 60, "variant": o["variant"].upper(),
         "drawn": " **These are drawings: nothing here is a result on IDRiD.**" * (found["data"] is None),
@@ -331,16 +305,26 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         "none." * ("leaky" in rows),
         "unchanged": " (but for the rows without augmentation and without leak protection)" * (
             "plain" in rows or "leaky" in rows),
-        "results": as_markdown(scores(found)), "costs": as_markdown(costs(found)),
-        "generalization": as_markdown(generalization(found)), "number": len(found["differences"]),
-        "differences": as_markdown(differences(found)) if found["differences"] else "There is nothing to compare with.",
-        "comparison": show("comparison"), "fewest": FEWEST_RUNS,
-        "pictures": show("overlays", "confusion", "routing", "curves") + CREDIT * (found["data"] == "IDRiD"),
-        "help": measured_here(found, "hard", ALONE), "routing": measured_here(found, "learned", "dense"),
-        "cosines": cosine_words(found), "weights_rows": rows_of_weights(found),
-        "seeds": f"{seeds} seed{'s' * (seeds != 1)} of each row at most: " + (
+        "first": drawn[0], "curves": ", ".join(drawn), "credit": CREDIT * (found["data"] == "IDRiD"),
+        "fewest": FEWEST_RUNS, "seeds": f"{seeds} seed{'s' * (seeds != 1)} of each row at most: " + (
             f"differences are between these networks; to speak of ways of training, {FEWEST_RUNS} are needed."
-            if seeds < FEWEST_RUNS else "differences are between ways of training, on these data.")}))
+            if seeds < FEWEST_RUNS else "differences are between ways of training, on these data.")}
+
+
+def text(found: Mapping, pictures: Mapping[str, str]) -> str:
+    """The whole report; `pictures`: name -> path, relative to where it will lie."""
+    def listed(lines: Sequence[str]) -> str:
+        return "\n".join(f"* {line}" for line in lines)
+
+    template = Path(__file__).with_name("template.md").read_text(encoding="utf-8")
+    return filled(template.format(**found | circumstances(found) | {
+        "pictures": collections.defaultdict(str, pictures),
+        "short": listed(in_short(found)), "follows": listed(trade_offs(found)), "results": as_markdown(scores(found)),
+        "costs": as_markdown(costs(found)), "generalization": as_markdown(generalization(found)),
+        "differences": as_markdown(differences(found)) if found["differences"] else "There is nothing to compare with.",
+        "number": len(found["differences"]), "help": measured_here(found, "hard", ALONE),
+        "routing": measured_here(found, "learned", "dense"), "cosines": cosine_words(found),
+        "weights_rows": rows_of_weights(found)}))
 
 
 def write(found: Mapping, folder: Path) -> list[str]:

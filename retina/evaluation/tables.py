@@ -12,9 +12,9 @@ from retina.evaluation.task_metrics import Joint, TaskMetrics
 
 # ---- cells ----
 
-def around(limits: Sequence[float] | None, form: str = ".2f", more: str = "") -> str:
-    """An interval, to stand behind its number, and what else belongs into the brackets; "" where there is none."""
-    return "" if limits is None else f" ({limits[0]:{form}} to {limits[1]:{form}}{more})"
+def around(limits: Sequence[float] | None, form: str = ".2f") -> str:
+    """An interval, to stand behind its number; "" where there is none."""
+    return "" if limits is None else f" ({limits[0]:{form}} to {limits[1]:{form}})"
 
 
 def shown(value: float | None, limits: Sequence[float] | None = None) -> str:
