@@ -12,6 +12,7 @@ How runs are started, what their numbers are worth and how they are told: retina
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -23,15 +24,12 @@ import torch
 
 import data
 import evaluate
-
 import train
 import visualize
 from data import Photographs
 from retina import files
-from retina.comparison import analysis, measurements, report
-from retina.comparison.analysis import PICTURES
-from retina.comparison.jobs import Job, run_all
-from retina.comparison.measurements import Shifted, hardware, multiply_adds, peak_bytes
+from retina.comparison import analysis, jobs, measurements, report
+from retina.comparison.jobs import Job
 from retina.datasets import readers, records, splits
 from retina.evaluation import scoring
 from retina.evaluation.scoring import Scores
@@ -89,27 +87,22 @@ def jobs_for(rows: Sequence[Row], base: Config, seeds: int, folds: Sequence[str]
     Reads all photographs once. InputError: some cannot be used; a task without a label on a side of a fold; a run of
     another comparison where one of these is to go.
     """
-    seen, jobs = {}, []
-    for seed in range(seeds):
-        for row in (row for row in rows if row.name != "constant"):
-            for fold in folds:
-                options = replace(base, **row.changes, seed=seed, fold=fold)
-                key = options.tasks, options.streams, options.fold, options.ignore_eyes
-                if key not in seen:
-                    seen[key] = photographs_of(options, make_tasks(options.tasks, options.classes))
-                path = folder / row.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
-                refuse_other(path, options)
-                jobs.append(Job(row, options, path, seen[key]))
-    return jobs
-
-
-def refuse_other(folder: Path, options: Config) -> None:
-    """InputError: a run with other options lies in `folder`."""
-    if (folder / "config.json").exists():
-        before, now = json.loads((folder / "config.json").read_text())["options"], of_result(options)
-        if differ := [k for k in now if before.get(k) != now[k]]:
-            raise InputError(f"{folder}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
-                             "expected the comparison that is asked for; choose another --name, or remove that folder")
+    seen, found = {}, []
+    for seed, row, fold in itertools.product(range(seeds), [row for row in rows if row.name != "constant"], folds):
+        options = replace(base, **row.changes, seed=seed, fold=fold)
+        key = options.tasks, options.streams, options.fold, options.ignore_eyes
+        if key not in seen:
+            parts = data.load_photographs(options, make_tasks(options.tasks, options.classes))[:2]
+            seen[key] = [part.fingerprint() for part in parts]
+        path = folder / row.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
+        if (path / "config.json").exists():
+            before, now = json.loads((path / "config.json").read_text())["options"], of_result(options)
+            if differ := [k for k in now if before.get(k) != now[k]]:
+                raise InputError(f"{path}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
+                                 "expected the comparison that is asked for; choose another --name, or remove that "
+                                 "folder")
+        found.append(Job(row.name, options, path, seen[key]))
+    return found
 
 
 # ---- one run ----
@@ -126,82 +119,84 @@ def primaries(found: Scores) -> dict[str, float]:
             if task.name in found.tallies}
 
 
-def measure(folder: Path, device: torch.device) -> dict:
-    """Of the chosen checkpoint: scores of validation, what counts of training and shifted photographs, costs."""
-    run, log = evaluate.load_run(folder, device), checkpoint.read_log(folder)
-    net, root = precision.folded(run.net), run.options["data"]
-    root = None if root is None else Path(root)
-    here, learned = (Photographs(evaluate.split_records(run, root, part), run.options["size"])
-                     for part in ("val", "train"))
-
-    def score(photographs):
-        return scoring.score(net, data.in_order(photographs, run.tasks, run.options["batch"], device), run.tasks)
-
-    found = score(here)
-    steps = log[-1]["step"]
-    return {"scores": kept(found), "epoch": run.epoch, "training": primaries(score(learned)),
-            "shifts": {shift: primaries(score(Shifted(here, shift))) for shift in measurements.SHIFTS},
-            "plain": primaries(found), "threads": torch.get_num_threads(),
-            "machine": hardware(device),
-            "costs": {"parameters": sum(p.numel() for p in run.net.parameters()),
-                      "multiply_adds": multiply_adds(net, run.options["size"], device),
-                      # of a photograph of the batch, whether or not this network is given it: the same for all rows
-                      "training_seconds": sum(line["seconds"] for line in log) / steps / run.options["batch"],
-                      "seconds": sum(line["seconds"] for line in log)}}
-
-
-def photographs_of(options: Config, tasks: list[Task]) -> list[str]:
-    """Fingerprints of the photographs that a run with these options learns from and is scored on."""
-    return [part.fingerprint() for part in data.load_photographs(options, tasks)[:2]]
-
-
 def finish(job: Job) -> None:
-    """Train, from wherever its run stands, and leave what was measured in measured.pt."""
+    """Train, from wherever its run stands, and leave in measured.pt what the chosen checkpoint is worth.
+
+    Scores of validation; what counts, of training and of shifted photographs too; costs.
+    """
     device = precision.pick_device(job.options.device)
     train.fit(job.options, job.folder, quiet=True, resume=(job.folder / "config.json").exists())
-    peak = peak_bytes(device)  # before scoring
-    found = measure(job.folder, device)
-    found["costs"]["peak_bytes"] = peak
-    checkpoint.save(job.folder / "measured.pt", {"options": of_result(job.options), "photographs": job.photographs,
-                                                 **found})
+    peak = measurements.peak_bytes(device)  # before scoring
+    run, log = evaluate.load_run(job.folder, device), checkpoint.read_log(job.folder)
+    net, size, batch = precision.folded(run.net), job.options.size, job.options.batch
+    root = None if job.options.data is None else Path(job.options.data)
+    here, learned = (Photographs(evaluate.split_records(run, root, part), size) for part in ("val", "train"))
+
+    def score(photographs):
+        return scoring.score(net, data.in_order(photographs, run.tasks, batch, device), run.tasks)
+
+    found, seconds = score(here), sum(line["seconds"] for line in log)
+    checkpoint.save(job.folder / "measured.pt", {
+        "photographs": job.photographs, "scores": kept(found), "epoch": run.epoch, "plain": primaries(found),
+        "training": primaries(score(learned)), "threads": torch.get_num_threads(),
+        "shifts": {shift: primaries(score(measurements.Shifted(here, shift))) for shift in measurements.SHIFTS},
+        "machine": measurements.hardware(device),
+        "costs": {"parameters": sum(p.numel() for p in run.net.parameters()),
+                  "multiply_adds": measurements.multiply_adds(net, size, device),
+                  # of a photograph of the batch, whether or not this network is given it: the same for all rows
+                  "training_seconds": seconds / log[-1]["step"] / batch, "seconds": seconds, "peak_bytes": peak}})
+
+
+def finish_alone(words: str) -> None:
+    """In a process of its own, the job that jobs.start has put into words."""
+    job = json.loads(words)
+    jobs.settle_in(job["threads"])
+    options = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
+    with interrupt.stopped_by_sigterm(ALONE):
+        finish(Job(job["row"], options, Path(job["folder"]), job["photographs"]))
 
 
 # ---- the comparison ----
 
-def summarised(jobs: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Config,
-               folds: Sequence[str]) -> dict:
-    """All numbers of what is finished; a seed of a row of which a fold is missing is left out.
+def gathered(asked: Sequence[Job], rows: Sequence[Row], tasks: Sequence[Task]) -> dict[str, analysis.Measured]:
+    """What is finished of each row, put together; a seed of which a fold is missing is left out."""
+    found = {}
+    for row in rows:
+        runs = {}
+        for job in (job for job in asked if job.row == row.name):
+            runs.setdefault(job.options.seed, []).append(job.measured())
+        if whole := {seed: of for seed, of in runs.items() if all(of)}:
+            found[row.name] = analysis.gather(row.words, whole, tasks)
+    return found
 
-    RunError: nothing is finished.
-    """
-    tasks, device, of_row = make_tasks(base.tasks, base.classes), precision.pick_device(base.device), {}
-    for job in jobs:
-        of_row.setdefault(job.row.name, {}).setdefault(job.options.seed, []).append((job, job.measured()))
-    found, firsts, words = {}, {}, {row.name: row.words for row in rows}
-    if "constant" in words:
-        loaded = (data.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
-        found["constant"] = analysis.constant(loaded, tasks)
-    for name, of_seed in of_row.items():
-        whole = {seed: [left for _, left in runs] for seed, runs in of_seed.items() if all(left for _, left in runs)}
-        if whole:
-            found[name] = analysis.gather(words[name], whole, tasks)
-            firsts[name] = of_seed[next(iter(whole))][0][0]
+
+def summarised(asked: Sequence[Job], rows: Sequence[Row], failed: Mapping[str, str], base: Config,
+               folds: Sequence[str]) -> dict:
+    """All numbers of what is finished. RunError: nothing is."""
+    tasks, device = make_tasks(base.tasks, base.classes), precision.pick_device(base.device)
+    found = gathered(asked, rows, tasks)
+    firsts = {name: next(job for job in asked if (job.row, job.options.seed) == (name, of.seeds[0]))
+              for name, of in found.items()}
     if not firsts:
-        raise RunError(f"none of the {len(jobs)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
+        raise RunError(f"none of the {len(asked)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
+    if rows[0].name == "constant":
+        loaded = (data.load_photographs(replace(base, fold=fold), tasks)[:2] for fold in folds)
+        found = {"constant": analysis.constant(loaded, tasks), **found}
     of_data = described(base)
     numbers = analysis.compared(found, tasks, {
         "what": what_words(base, folds, len(rows), of_data), "options": of_result(base), "folds": list(folds),
-        "asked": words, "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
+        "asked": {row.name: row.words for row in rows},
+        "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
-        **{k: sorted({left[k] for runs in of_row.values() for run in runs.values() for _, left in run if left})
-           for k in ("machine", "threads")}, "threads_here": torch.get_num_threads(), **of_data})
+        **{k: sorted({x[k] for job in asked if (x := job.measured())}) for k in ("machine", "threads")},
+        "threads_here": torch.get_num_threads(), **of_data})
     runs = {name: evaluate.load_run(job.folder, device) for name, job in firsts.items()}
-    nets = {name: (precision.folded(run.net), run.options["size"]) for name, run in runs.items()}
+    nets = {name: (precision.folded(run.net), base.size) for name, run in runs.items()}
     for name, value in measurements.latencies(nets, device).items():
-        log = checkpoint.read_log(firsts[name].folder)
         numbers["rows"][name]["costs"]["latency"] = value
         numbers["rows"][name] |= {"run": "/".join(firsts[name].folder.parts[-2:]),
-                                  "cosines": [line.get("gradient_cosines", {}) for line in log]}
+                                  "cosines": [line.get("gradient_cosines", {})
+                                              for line in checkpoint.read_log(firsts[name].folder)]}
     return numbers
 
 
@@ -229,13 +224,12 @@ REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the repo
 def report_pictures(found: Mapping, folder: Path, base: Config) -> dict[str, str]:
     """Draw what the report shows: of the default model's first run, with the curves of all rows; -> {name: path}."""
     names = report.pictured(found)
-    runs = {name: str(folder / found["rows"][name]["run"]) for name in names}
-    flags_ = ["--device", base.device, *(["--data", base.data] if base.data else [])]
-    m = visualize.gather(visualize.parse([*(runs[name] for name in names), *flags_]))
+    m = visualize.gather(visualize.parse([*(str(folder / found["rows"][name]["run"]) for name in names), "--device",
+                                          base.device, *(["--data", base.data] if base.data else [])]))
     m.logs = dict(zip(names, m.logs.values()))
-    drawn = visualize.draw(m, REPORTED, folder / PICTURES)
+    drawn = visualize.draw(m, REPORTED, folder / report.PICTURES)
     forms = {name: visualize.FIGURES[name][1] for name, content in drawn.items() if isinstance(content, bytes)}
-    return {name: f"{PICTURES}/{name}.{form}" for name, form in {"comparison": "png", **forms}.items()}
+    return {name: f"{report.PICTURES}/{name}.{form}" for name, form in {"comparison": "png", **forms}.items()}
 
 
 def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
@@ -243,12 +237,10 @@ def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
 
     Without data: few epochs of small drawings, so that two seeds of the usual rows are done in a quarter of an hour.
     """
-    drawn, typed = readers.find_data(args.data) is None, ["--tasks", *args.tasks]
-    for flag, value in (("data", args.data), ("size", 64 if drawn and args.size is None else args.size),
-                        ("epochs", 2 if drawn and args.epochs is None else args.epochs), ("weights", args.weights),
-                        ("device", args.device)):
-        typed += [f"--{flag}", str(value)] if value is not None else []
-    options, notes = train.configure(typed)
+    given = {"size": 64, "epochs": 2} if readers.find_data(args.data) is None else {}
+    given |= {k: v for k in ("data", "size", "epochs", "weights", "device") if (v := getattr(args, k)) is not None}
+    options, notes = train.configure(["--tasks", *args.tasks, *(
+        word for k, v in given.items() for word in (f"--{k}", str(v)))])
     return replace(options, log_gradients=len(options.tasks) > 1), notes
 
 
@@ -276,6 +268,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         "(default: baselines, or baselines_ and the name of the data set)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is "
                         "one (default: auto)")
+    parser.add_argument("--finish", metavar="JOB", help="what this program calls itself with, for each run")
     args = parser.parse_args(argv)
     for flag in ("seeds", "epochs", "jobs"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -306,43 +299,33 @@ def choose_rows(args: argparse.Namespace, base: Config) -> list[Row]:
     return [row for row in rows if row.usual or args.all]
 
 
-def jobs_at_once(base: Config) -> int:
-    """How many, if --jobs does not say."""
-    cpu = precision.pick_device(base.device).type == "cpu"
-    return 2 if cpu and base.data is None and torch.get_num_threads() > 1 else 1
-
-
-def settled_folder(args: argparse.Namespace, base: Config) -> Path:
-    """Where the comparison lies."""
-    name = args.name or "_".join(["baselines", *([Path(base.data).stem] if base.data else [])])
-    return records.HERE / "runs" / name
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the comparison."""
     args = parse(argv)
     precision.keep_memory()
+    if args.finish:
+        return finish_alone(args.finish)
     if args.list:
         rows = rows_for(args.tasks, readers.find_data(args.data) is None, args.weights or "imagenet")
         print("\n".join([*(f"{row.name:16}{row.words}{' *' * row.usual}" for row in rows), "* also without --all"]))
         return
     base, notes = base_options(args)
     rows, folds = choose_rows(args, base), read_folds(args.folds, base)
-    folder = settled_folder(args, base)
+    folder = records.HERE / "runs" / (args.name or "baselines" + (f"_{Path(base.data).stem}" if base.data else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    held = files.hold(folder)  # until this process ends
-    jobs = jobs_for(rows, base, args.seeds or (2 if base.data is None else 3), folds, folder)
-    print("\n".join([*notes, f"{len(jobs)} runs in {folder}"]), flush=True)
-    try:
-        with interrupt.stopped_by_sigterm(ALONE):
-            failed = run_all(jobs, finish, args.jobs or jobs_at_once(base))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    with held:
-        found = summarised(jobs, rows, failed, base, folds)
-        print(analysis.lines(found))
-        written = analysis.write(found, folder)
+    with files.hold(folder):
+        asked = jobs_for(rows, base, args.seeds or (2 if base.data is None else 3), folds, folder)
+        print("\n".join([*notes, f"{len(asked)} runs in {folder}"]), flush=True)
+        small = precision.pick_device(base.device).type == "cpu" and base.data is None and torch.get_num_threads() > 1
+        try:
+            with interrupt.stopped_by_sigterm(ALONE):
+                failed = jobs.run_all(asked, __file__, args.jobs or 1 + small)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+        found = summarised(asked, rows, failed, base, folds)
+        print(report.screen(found))
+        written = report.write(found, folder)
         files.write_text(folder / "REPORT.md", report.text(found, report_pictures(found, folder, base)))
     print(f"wrote {', '.join([*written, 'REPORT.md'])} to {folder}")
     if failed:

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=2 train.py --tasks cls seg   # in several processes
     python train.py --resume runs/NAME                     # go on where it was stopped
 
-Read Config for what there is to choose, then train_step for what one step is and fit for the loop around it. A run
-leaves in runs/NAME: config.json, metrics.jsonl (a line per epoch), best.pt (chosen on validation), last.pt, result.json.
+Read Config for what there is to choose, then train_step for what one step is and fit for the loop around it. In
+runs/NAME are then config.json, metrics.jsonl (a line per epoch), best.pt (chosen on validation), last.pt, result.json.
 """
 
 import math
@@ -58,8 +58,8 @@ class Config:
     router: str = flag("learned", NETWORK, "", choices=ROUTERS)
     expert_width: float = flag(0.5, NETWORK, "hidden units of an expert, in multiples of the map's channels",
                                lowest=1e-3)
-    experts_at: str = flag("deepest", NETWORK, "the layer's place: the deepest map, or the decoder's at stride 4, which "
-                           "all tasks then share up to there", choices=PLACES.keys())
+    experts_at: str = flag("deepest", NETWORK, "the layer's place: the deepest map, or the decoder's at stride 4, "
+                           "which all tasks then share up to there", choices=PLACES.keys())
     balance: float = flag(0.01, NETWORK, "weight of the load-balancing loss", shown="0.01 for routers that learn",
                           lowest=0)
     epochs: int = flag(5, TRAINING, "at most", real=40, lowest=1)

@@ -24,8 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import train  # noqa: E402
-from retina.comparison import analysis  # noqa: E402
-from retina.comparison.jobs import run_all  # noqa: E402
+from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
 from retina.files import command  # noqa: E402
 from tasks import make_tasks  # noqa: E402
@@ -64,29 +63,27 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 
 
 def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
-    """Run these rows; -> jobs, and what each row measured."""
-    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--size", str(SIDE),
-                                           "--weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
+    """Run these rows; -> tasks, and what each row measured."""
+    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--size", str(SIDE), "--weights",
+                                  "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
     every = {row.name: row for row in baselines.rows_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all
     every["cls_alone"] = replace(every["cls_alone"], words="masks without weight", changes={
         **every["hard"].changes, "loss_weights": ("seg=0",)})
     rows = [every[name] for name in names]
-    jobs = baselines.jobs_for(rows, replace(options, stochastic_depth=0.05, log_gradients=True), seeds, ["1/5"], folder)
-    failed = run_all(jobs, baselines.finish, min(2, torch.get_num_threads()))
+    base = replace(options, stochastic_depth=0.05, log_gradients=True)
+    asked = baselines.jobs_for(rows, base, seeds, ["1/5"], folder)
+    failed = jobs.run_all(asked, baselines.__file__, min(2, torch.get_num_threads()))
     assert not failed, failed
-    tasks, found = make_tasks(options.tasks), {}
-    for row in rows:
-        runs = {job.options.seed: [job.measured()] for job in jobs if job.row is row}
-        found[row.name] = analysis.gather(row.words, runs, tasks)
-    return tasks, found
+    tasks = make_tasks(options.tasks)
+    return tasks, baselines.gathered(asked, rows, tasks)
 
 
 def told(tasks: list, found: dict) -> None:
     """Print scores and what may be claimed of grades."""
-    numbers = analysis.compared(found, tasks[:1], {"what": "", "tasks": ["cls"], "failed": {}})
-    print(analysis.lines(numbers))
+    asked = {name: row.words for name, row in found.items()}
+    print(report.screen(analysis.compared(found, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
 
 
 def main() -> None:
@@ -99,24 +96,22 @@ def main() -> None:
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
-    if "few" in args.which:
-        print(f"few: {GRADED} grades, {MASKED} masks; sharing must help to grade")
-        told(*compared(write_table(home / "few", False), home / "runs" / "few", ["cls_alone", "hard"], args.seeds,
-                       args.epochs))
-    if "shuffled" in args.which:
-        print("shuffled: grades by lot; kappa must be 0 within its interval")
-        told(*compared(write_table(home / "shuffled", True), home / "runs" / "shuffled", ["cls_alone", "hard"], 1,
-                       args.epochs))
-    if "equal" in args.which:
-        print("equal: two names for one way of training; nothing must be claimed")
-        tasks, found = compared(write_table(home / "few", False), home / "runs" / "few", ["hard"], 2 * args.seeds,
+    for name, words, place, rows, seeds in (
+            ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", ["cls_alone", "hard"],
+             args.seeds),
+            ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", ["cls_alone", "hard"], 1),
+            ("equal", "two names for one way of training; nothing must be claimed", "few", ["hard"], 2 * args.seeds)):
+        if name not in args.which:
+            continue
+        print(f"{name}: {words}")
+        tasks, found = compared(write_table(home / place, place == "shuffled"), home / "runs" / place, rows, seeds,
                                 args.epochs)
-        whole = found["hard"]
-        halves = {name: replace(whole, words=words, seeds=list(range(args.seeds)), scores=whole.scores[part],
-                                gaps=whole.gaps[part], shifts=whole.shifts[part])
-                  for name, words, part in (("cls_alone", "first seeds", slice(0, args.seeds)),
-                                            ("hard", "other seeds", slice(args.seeds, None)))}
-        told(tasks, halves)
+        if name == "equal":
+            found = {name: replace(found["hard"], words=words, seeds=list(range(args.seeds)),
+                                   **{k: getattr(found["hard"], k)[part] for k in ("scores", "gaps", "shifts")})
+                     for name, words, part in (("cls_alone", "first seeds", slice(0, args.seeds)),
+                                               ("hard", "other seeds", slice(args.seeds, None)))}
+        told(tasks, found)
 
 
 if __name__ == "__main__":

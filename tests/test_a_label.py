@@ -10,7 +10,6 @@ import json
 import math
 import pickle
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import evaluate
 import train
 import visualize
 from model import PooledHead
-from retina.comparison import jobs, measurements
 from retina.datasets import leaks, records, splits, synthetic
 from retina.datasets.readers import read_data
 from retina.datasets.records import LABELS, Number, Record
@@ -33,7 +31,7 @@ from retina.evaluation import metrics, scoring
 from retina.figures import answers
 from retina.files import InputError
 from tasks import TASKS, Task, make_tasks
-from test_baselines import InProcess
+from test_baselines import here  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("shallow")
 FLAGS = "--size 64 --batch 6 --experts 4 --weights none --precision fp32".split()
@@ -252,12 +250,9 @@ def test_a_run_is_not_resumed_with_another_age(tmp_path):
 
 # ---- compared ----
 
-def test_it_is_compared_with_a_constant_guess(table, monkeypatch):
-    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: InProcess(job, finish))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(measurements, "SHIFTS", dict(list(measurements.SHIFTS.items())[:1]))
-    baselines.main(["--name", "ages", "--data", str(table), *"--tasks cls age --only constant age_alone learned".split(),
-                    *"--seeds 1 --epochs 1 --size 64 --weights none".split()])
+def test_it_is_compared_with_a_constant_guess(table, here):  # noqa: F811
+    baselines.main(["--name", "ages", "--data", str(table), *"--tasks cls age --only constant age_alone learned "
+                    "--seeds 1 --epochs 1 --size 64 --weights none".split()])
     folder = records.HERE / "runs" / "ages"
     found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
     split = splits.split(leaks.find_eyes(read_data(table).records, 64)[0])

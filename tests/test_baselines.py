@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +20,16 @@ import data
 import evaluate
 import tasks
 import train
-from baselines import Row
-from retina.training.diagnostics import gradient_cosines
-from train import Config
 from retina import files
 from retina.comparison import analysis, jobs, measurements, report
-from retina.comparison.jobs import Job, run_all
+from retina.comparison.jobs import Job
 from retina.datasets import readers, records, synthetic
-from retina.evaluation import scoring, statistics
+from retina.evaluation import scoring, statistics, tables
 from retina.evaluation.scoring import Scores
 from retina.files import InputError, RunError
+from retina.training.diagnostics import gradient_cosines
 from tasks import TASKS, build_net
+from train import Config
 from conftest import ROOT, official_tree
 from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
@@ -187,6 +188,10 @@ def test_shifts_change_pictures_and_nothing_else():
 
 # ---- differences ----
 
+def table_of(found: dict) -> str:
+    return tables.as_markdown(report.differences(found))
+
+
 KNOWN = {"standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "seeds": 2}  # seeds do not differ
 
 
@@ -227,21 +232,21 @@ def test_correction_for_the_number_of_differences():
     (alone,) = analysis.corrected([dict(one)])
     assert alone["claimed"] and alone["wants"] is None
     (few,) = analysis.corrected([{**one, "eyes": 5}])
-    assert few["wants"] == "eyes" and analysis.wanted(few) == "5 eyes are too few to show any"
+    assert few["wants"] == "eyes" and report.wanted(few) == "more eyes than 5"
     # seeds alone make an error that no number of photographs takes away
     (noisy,) = analysis.corrected([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
-    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in analysis.wanted(noisy)
+    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in report.wanted(noisy)
     # p forbids what the interval would allow: nothing is said of photographs
     (odd,) = analysis.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
-    assert not odd["claimed"] and odd["needed"] is None and analysis.wanted(odd) == ""
+    assert not odd["claimed"] and odd["needed"] is None and report.wanted(odd) == ""
     # table and sentence give the same reason: one seed, though photographs would do for the interval
     (single,) = analysis.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
-    assert single["needed"] and "more seeds" in analysis.wanted(single)
+    assert single["needed"] and "more seeds" in report.wanted(single)
     said = {"rows": {n: {"words": n} for n in "ab"},
             "differences": [{**single, "row": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
-    assert report.differences(said)[-1].endswith("| none | more seeds |")
+    assert table_of(said).endswith("| none | more seeds |")
     # an error that draws of eyes leave undefined is not replaced by that of seeds
-    assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], CLS))
+    assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], 5))
 
 
 def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
@@ -258,16 +263,15 @@ def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
 
 def test_seeds_count_as_new_seeds_would():
     """Two seeds a side with known values: the variance of a mean is s^2 / k for each side, whatever the draws say."""
-    rows = [[row_of("", right(share, 400, k)).scores[0] for k, share in enumerate(shares)]
-            for shares in ((0.4, 0.6), (0.5, 0.5))]
-    values = [[s.metrics()["cls"]["accuracy"] for s in side] for side in rows]
+    values = [[float(right(share, 400, k).double().mean()) for k, share in enumerate(shares)]
+              for shares in ((0.4, 0.6), (0.5, 0.5))]
     variances = [(a - b) ** 2 / 2 for a, b in values]  # sd^2 of two
-    error, of_seeds, degrees = analysis.sources(0.2, rows, Accurate())
+    error, of_seeds, degrees = analysis.sources(0.2, values, 400)
     assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 2))
     assert error == pytest.approx(math.sqrt(0.2 ** 2 + sum(variances) / 4))
     of_eyes = 0.2 ** 2 - sum(variances) / 4
     assert degrees == pytest.approx(error ** 4 / (sum((v / 2) ** 2 for v in variances) + of_eyes ** 2 / 399))
-    assert analysis.sources(0.2, [side[:1] for side in rows], Accurate()) == pytest.approx((0.2, 0.0, 399))
+    assert analysis.sources(0.2, [side[:1] for side in values], 400) == pytest.approx((0.2, 0.0, 399))
 
 
 def test_one_seed_a_side_claims_nothing():
@@ -307,8 +311,8 @@ def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     assert bad["needed"] is None and not bad["claimed"] and json.dumps(files.plain(bad), allow_nan=False)
     said = {"rows": {n: {"words": n} for n in "ab"}}
     d = files.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
-    assert "not defined on these photographs" in analysis.claim(said, d)
-    assert report.differences({**said, "differences": [d]})[-1] == "| seg | a | b | - | 1.000 | none |  |"
+    assert "not defined on these photographs" in report.claim(said, d)
+    assert table_of({**said, "differences": [d]}).splitlines()[-1] == "| seg | a | b | - | 1.000 | none |  |"
 
 
 def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
@@ -323,38 +327,46 @@ def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
 
 # ---- all of it ----
 
-class InProcess:
-    """In place of a process: the same work, here."""
-
-    def __init__(self, job, finish):
-        self.job, self.process, self.epochs, self.error = job, self, job.epochs(), ""
-        try:
-            finish(job)
-        except (InputError, RunError) as error:
-            self.error = str(error)
-
-    def is_alive(self):
-        return False
-
-    def failure(self):
-        return self.error
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Jobs run in this process, one after the other; -> the words of those that were started."""
     started = []
-    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: started.append(job.words) or InProcess(job, finish))
+
+    def start(job, script, threads):
+        started.append(job.words)
+        status = 0
+        try:
+            baselines.finish(job)
+        except RunError as error:
+            status = 1
+            job.errors.parent.mkdir(exist_ok=True)
+            job.errors.write_text(f"error: {error}\n")
+        return SimpleNamespace(poll=lambda: status, returncode=status, stdin=io.BytesIO())
+    monkeypatch.setattr(jobs, "start", start)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(measurements, "SHIFTS", dict(list(measurements.SHIFTS.items())[:2]))
     return started
 
 
-def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
-    monkeypatch.setattr(measurements, "SHIFTS", dict(list(measurements.SHIFTS.items())[:2]))
+def failing(monkeypatch, which) -> None:
+    """Runs with options of which `which` is true fail."""
+    def finish(job, whole=baselines.finish):
+        if which(job.options):
+            raise RunError("out of memory after step 3")
+        whole(job)
+    monkeypatch.setattr(baselines, "finish", finish)
+
+
+def written(name: str) -> tuple[dict, str]:
+    """Numbers and report of a comparison."""
+    folder = records.HERE / "runs" / name
+    return json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
+
+
+def test_a_comparison_from_the_command_line(here, capsys):
     flags = "--name whole --only constant cls_alone learned --seeds 2 --epochs 1".split()
     baselines.main(flags)
-    folder = records.HERE / "runs" / "whole"
-    found = json.loads((folder / "comparison.json").read_text())
+    folder, (found, text) = records.HERE / "runs" / "whole", written("whole")
     assert here == [f"{name}, seed {s}, fold 1/5" for s in (0, 1) for name in ("cls_alone", "learned")]
     assert list(found["rows"]) == ["constant", "cls_alone", "learned"] and not found["failed"]
     learned = found["rows"]["learned"]
@@ -369,7 +381,6 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
     table = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
     line = next(r for r in table if (r["row"], r["task"], r["metric"]) == ("learned", "cls", "kappa"))
     assert float(line["mean"]) == pytest.approx(learned["tasks"]["cls"]["metrics"]["kappa"]["mean"])
-    text = (folder / "REPORT.md").read_text()
     assert str(records.HERE) not in text + json.dumps(found) and found["threads"] == [torch.get_num_threads()]
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / link).exists()
@@ -391,20 +402,12 @@ def test_a_comparison_from_the_command_line(here, capsys, monkeypatch):
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
-    whole = baselines.finish
-
-    def finish(job):
-        if job.options.experts == 1:
-            raise RunError("out of memory after step 3")
-        whole(job)
-    monkeypatch.setattr(baselines, "finish", finish)
-    monkeypatch.setattr(measurements, "SHIFTS", {})
+    failing(monkeypatch, lambda o: o.experts == 1)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "failed", "--only", "hard", "dense", "--seeds", "1", "--epochs", "1"])
-    found = json.loads((records.HERE / "runs" / "failed" / "comparison.json").read_text())
+    found, text = written("failed")
     said = "dense, seed 0, fold 1/5: out of memory after step 3"
     assert ended.value.code == 1 and list(found["rows"]) == ["hard"] and said in capsys.readouterr().out
-    text = (records.HERE / "runs" / "failed" / "REPORT.md").read_text()
     assert said in text and "| dense adapter of equal cost | no seed came to its end | no seed came" in text
     with pytest.raises(RunError, match="none of the 1 runs came to its end; first: dense, seed 0, fold 1/5: out of"):
         baselines.main(["--name", "all_failed", "--only", "constant", "dense", "--seeds", "1", "--epochs", "1"])
@@ -412,37 +415,26 @@ def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, cap
 
 def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
     """Three tasks, two folds; one fold of one seed fails: the other seed stands for the row, on both folds."""
-    whole = baselines.finish
-
-    def finish(job):
-        if (job.options.tasks, job.options.seed, job.options.fold) == (("loc",), 1, "2/5"):
-            raise RunError("out of memory after step 3")
-        whole(job)
-    monkeypatch.setattr(baselines, "finish", finish)
-    monkeypatch.setattr(measurements, "SHIFTS", {})
+    failing(monkeypatch, lambda o: (o.tasks, o.seed, o.fold) == (("loc",), 1, "2/5"))
     with pytest.raises(SystemExit):
         baselines.main("--name folds --tasks cls dme loc --only loc_alone hard --folds 2/5 --epochs 1".split())
-    folder = records.HERE / "runs" / "folds"
-    found = json.loads((folder / "comparison.json").read_text())
+    found, text = written("folds")
     assert [found["rows"][name]["seeds"] for name in ("loc_alone", "hard")] == [[0], [0, 1]]
     # 30 drawings, 24 of them in the other folds
     assert [found["rows"]["hard"]["tasks"][t]["photographs"] for t in ("cls", "dme", "loc")] == [12, 12, 12]
     assert [(d["row"], d["task"], d["seeds"]) for d in found["differences"]] == [("hard", "loc", 1)]
-    text = (folder / "REPORT.md").read_text()
     assert "failed: loc_alone, seed 1, fold 2/5: out of memory" in text and "| loc alone, 1 of 2 seeds | " in text
     assert set(found["rows"]["hard"]["cosines"][0]) == {"cls dme", "cls loc", "dme loc"}
 
 
-def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(measurements, "SHIFTS", {})
+def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path):
     for i in range(24):
         Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
         f"{i}.png,{synthetic.plan(3, i).grade},{'val' if i > 16 else ''}\n" for i in range(24)))
     baselines.main(["--name", "table", "--data", str(tmp_path / "t.csv"), *"--tasks cls --only constant cls_alone "
                     "dense leaky --seeds 1 --epochs 1 --size 64 --weights none".split()])
-    folder = records.HERE / "runs" / "table"
-    found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
+    found, text = written("table")
     assert [(d["row"], d["against"]) for d in found["differences"]] == [("dense", "cls_alone")]
     for said in ("t.csv (the first photograph has 64x64 pixels)", "Validation: the part that the data set names itself",
                  "The row without leak protection is split", "There is but one task here."):
@@ -453,14 +445,24 @@ def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path, monkey
 
 
 def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
-    job = Job(Row("hard", ""), replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
-    running = jobs.start(job, baselines.finish, 1)
-    running.process.join()
-    assert "nowhere: no such file or folder" in running.failure() and running.process.exitcode == 1
-    running = jobs.start(job, baselines.finish, 1)
-    running.process.kill()
-    running.process.join()
-    assert "killed by SIGKILL" in running.failure()
+    job = Job("hard", replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
+    assert jobs.start(job, baselines.__file__, 1).wait() == 2 and "nowhere: no such file or folder" in job.failure(2)
+    process = jobs.start(job, baselines.__file__, 1)
+    process.kill()
+    assert "killed by SIGKILL" in job.failure(process.wait())
+
+
+def test_a_process_of_its_own_ends_when_told_to_and_with_the_main_process(tmp_path):
+    job = Job("hard", replace(SMALL, save_every=1), tmp_path / "run", [])
+    process = jobs.start(job, baselines.__file__, 1)
+    assert os.getpgid(process.pid) == process.pid
+    while not (job.folder / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 130 and job.failure(130) == "interrupted"
+    process = jobs.start(job, baselines.__file__, 1)
+    process.stdin.close()  # as it is where the main process is killed
+    assert process.wait() == 1 and job.failure(1) == "ended with status 1" and job.measured() is None
 
 
 def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
@@ -468,27 +470,23 @@ def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
     happened = []
 
     class Process:
-        def is_alive(self):
-            return True
-
         def terminate(self):
             happened.append("terminate")
 
-        def join(self):
-            happened.append("join")
+        def wait(self):
+            happened.append("wait")
 
     def interrupted(seconds):
         raise KeyboardInterrupt
-    monkeypatch.setattr(jobs, "start", lambda job, finish, threads: jobs.Running(job, Process(), None, 0))
+    monkeypatch.setattr(jobs, "start", lambda job, script, threads: Process())
     monkeypatch.setattr(time, "sleep", interrupted)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "stopped", "--only", "hard", "dense", "--seeds", "1", "--jobs", "2"])
-    assert ended.value.code == 130 and happened == ["terminate", "terminate", "join", "join"]
+    assert ended.value.code == 130 and happened == ["terminate", "terminate", "wait", "wait"]
     assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
 def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
-    monkeypatch.setattr(measurements, "SHIFTS", {})
     flags = ["--name", "other", "--only", "hard", "--seeds", "1", "--epochs", "1"]
     baselines.main(flags)
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 25), "test": (1, 10)})
@@ -514,10 +512,10 @@ def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch)
     rows = [row for row in baselines.rows_for(base.tasks) if row.name in ("hard", "cls_alone")]
     left = {}
     for name, number in (("both", 2), ("one", 1)):
-        jobs = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
+        asked = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
-        assert run_all(jobs, baselines.finish, number) == {}
-        left[name] = [job.measured() for job in jobs]
+        assert jobs.run_all(asked, baselines.__file__, number) == {}
+        left[name] = [job.measured() for job in asked]
     for one, other in zip(*left.values()):
         assert one["threads"] == other["threads"] == 1
         assert torch.equal(one["scores"]["tallies"]["cls"], other["scores"]["tallies"]["cls"])
@@ -532,21 +530,21 @@ def test_the_report_claims_only_what_can_be_claimed():
     found = {"rows": {name: analysis.row_numbers(row) for name, row in rows.items()},
              "differences": analysis.differences(rows, [Accurate()])}
     (d,) = found["differences"]
-    said = analysis.claim(found, d)
+    said = report.claim(found, d)
     assert f"{d['difference']:+.3f}" in said and "higher (these networks: a claim about" in said
-    assert "| higher |  |" in report.differences(found)[-1]
+    assert table_of(found).endswith("| higher |  |")
     d["claimed"], d["needed"], d["wants"] = False, 1234, None
-    said = analysis.claim(found, d)
+    said = report.claim(found, d)
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
-    assert report.differences(found)[-1].endswith("| none | 1234 photographs (here 300) |")
+    assert table_of(found).endswith("| none | 1234 photographs (here 300) |")
     assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard minus cls_alone")
 
 
 def test_the_report_of_this_repository_says_what_was_measured():
     """If report.py has changed, write REPORT.md anew: text(comparison.json, pictures), as here."""
     found = json.loads((ROOT / "tests" / "comparison.json").read_text())
-    pictures = {p.stem: f"docs/{analysis.PICTURES}/{p.name}" for p in (ROOT / "docs" / analysis.PICTURES).iterdir()}
+    pictures = {p.stem: f"docs/{report.PICTURES}/{p.name}" for p in (ROOT / "docs" / report.PICTURES).iterdir()}
     assert set(pictures) == {"comparison", *baselines.REPORTED}
     assert (ROOT / "REPORT.md").read_text() == report.text(found, pictures)
 

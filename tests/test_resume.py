@@ -610,7 +610,7 @@ def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
 def test_a_run_that_is_going_on_is_left_alone(tmp_path, whole):
     """Another process holds it, as long as it lives."""
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import time; from pathlib import Path; from retina import files; " \
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from retina import files; " \
            f"held = files.hold(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
@@ -763,7 +763,8 @@ def step(state, *rest):
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 2 == 0
 files.command""")
-    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--size=64", "--name=a"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--size=64", "--name=a"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while "slow" not in (process.stdout.readline() or "slow"):
         pass
     process.send_signal(signal.SIGINT)

@@ -1,10 +1,9 @@
-"""From what the runs of baselines.py left to what may be said: comparison.json, comparison.csv, a chart.
+"""From what the runs of baselines.py left to what may be said, in numbers.
 
     Measured, gather      the scores of a row: one for each seed, its folds put together
     constant              what a guess scores that looks at no photograph
     differences           each row against the single task and against the dense adapter, corrected for their number
-    compared              all numbers of the comparison, as plain types; sentences are made of these alone (report.py)
-    write                 files
+    compared              all numbers of the comparison, as plain types; what is told is made of these alone (report.py)
 
 A difference is claimed where its interval, corrected for the number of differences (Bonferroni), leaves out zero and p,
 adjusted by Holm's method, is below 0.05. One seed a side tells nothing of how much seeds differ: then nothing is
@@ -13,28 +12,19 @@ claimed. The networks of one seed on several folds count as one run.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
-from retina import drawing, files
+from retina import files
 from retina.evaluation import compare, scoring, statistics
 from retina.evaluation.scoring import Scores
-from retina.evaluation.tables import shown
 from retina.evaluation.task_metrics import TaskMetrics
-from retina.figures import charts
-from retina.figures.charts import Axis, Chart
-from retina.files import replacing, write_text
 
 if TYPE_CHECKING:
     from data import Photographs
@@ -42,7 +32,6 @@ if TYPE_CHECKING:
 # n photographs, m comparisons
 LEVEL = 0.05
 ALONE = "_alone"  # how names of rows end that are for one task
-PICTURES = "pictures/comparison"  # where those of the report lie
 
 
 # ---- scores of a row ----
@@ -137,20 +126,20 @@ def differences(rows: Mapping[str, Measured], tasks: Sequence[TaskMetrics]) -> l
         sides = [[alone(rows[r].scores[rows[r].seeds.index(s)], task) for s in seeds] for r in (against, row)]
         scoring.align([s for side in sides for s in side])
         values = compare.compare(*sides, draws=max(statistics.DRAWS, 40 * len(pairs)))[task.name][task.primary]
-        error, of_seeds, degrees = sources(values["standard_error"], sides, task)
+        eyes = len(set(sides[0][0].eyes_of(task.name)))
+        error, of_seeds, degrees = sources(values["standard_error"], values.pop("runs"), eyes)
         found.append({"task": task.name, "metric": task.primary, "row": row, "against": against, "seeds": len(seeds),
-                      "photographs": len(sides[0][0].names[task.name]),
-                      "eyes": len(set(sides[0][0].eyes_of(task.name))), **values,
+                      "photographs": len(sides[0][0].names[task.name]), "eyes": eyes, **values,
                       "standard_error": error, "standard_error_of_seeds": of_seeds, "degrees_of_freedom": degrees})
     return corrected(found)
 
 
-def sources(error: float, sides: Sequence[Sequence[Scores]], task: TaskMetrics) -> tuple[float, float, float]:
+def sources(error: float, sides: Sequence[Sequence[float]], eyes: int) -> tuple[float, float, float]:
     """From the standard error of a difference of means over seeds, of draws of eyes and seeds: that for new seeds,
 
-    the share of seeds in it, and its degrees of freedom (1e5: it is 0); nan where it is not defined. Draws of k seeds
-    vary (k - 1) / k times as much as k new ones would (Davison & Hinkley 1997, section 2.2): that is taken out, and
-    what new seeds would add comes in its place.
+    the share of seeds in it, and its degrees of freedom (1e5: it is 0); nan where it is not defined. `sides`: the value
+    of each seed of both. Draws of k seeds vary (k - 1) / k times as much as k new ones would (Davison & Hinkley 1997,
+    section 2.2): that is taken out, and what new seeds would add comes in its place.
     Variances v of d degrees each, of the seeds of either side and of eyes, together have (Satterthwaite 1946,
     Biometrics Bulletin 2:110, eq. 17)
 
@@ -159,13 +148,11 @@ def sources(error: float, sides: Sequence[Sequence[Scores]], task: TaskMetrics) 
     if not math.isfinite(error):
         return math.nan, math.nan, math.nan
     drawn, parts = 0.0, []  # variance, degrees of freedom
-    for side in sides:
-        k, values = len(side), [float(s.metrics()[task.name][task.primary]) for s in side]
-        if k > 1:
-            parts.append((float(np.var(values, ddof=1)) / k, k - 1))
-            drawn += float(np.var(values)) / k
+    for values in (side for side in sides if len(side) > 1):
+        parts.append((float(np.var(values, ddof=1)) / len(values), len(values) - 1))
+        drawn += float(np.var(values)) / len(values)
     of_seeds = sum(v for v, _ in parts)
-    parts.append((max(0.0, error ** 2 - drawn), len(set(sides[0][0].eyes_of(task.name))) - 1))
+    parts.append((max(0.0, error ** 2 - drawn), eyes - 1))
     whole, below = sum(v for v, _ in parts), sum(v ** 2 / d for v, d in parts if d)
     return math.sqrt(whole), math.sqrt(of_seeds), whole ** 2 / below if below else 1e5
 
@@ -242,93 +229,3 @@ def compared(rows: Mapping[str, Measured], tasks: Sequence[TaskMetrics], setting
         **settings, "tasks": [t.name for t in known],
         "seconds": sum(c["seconds"] for row in rows.values() for c in row.costs),
         "rows": {name: row_numbers(row) for name, row in rows.items()}, "differences": differences(rows, known)})
-
-
-# ---- in words ----
-
-def claim(found: Mapping, d: Mapping) -> str:
-    """What may be said of one difference."""
-    row, other = (found["rows"][d[k]]["words"] for k in ("row", "against"))
-    said = f"{d['task']} {d['metric'].replace('_', ' ')}, {row} minus {other}: "
-    if d["difference"] is None or None in d["corrected_interval"]:
-        return f"{said}not defined on these photographs"
-    said += "{:+.3f} ({:+.3f} to {:+.3f}, p = {:.3f})".format(d["difference"], *d["corrected_interval"],
-                                                             d["p_adjusted"])
-    if d["claimed"]:
-        few = f" (these networks: a claim about the ways they were trained needs {statistics.FEWEST_RUNS} seeds)"
-        return f"{said}: {'higher' if d['difference'] > 0 else 'lower'}" + few * (d["seeds"] < statistics.FEWEST_RUNS)
-    return f"{said}: no difference can be shown" + f"; {wanted(d)}" * bool(wanted(d))
-
-
-def wanted(d: Mapping) -> str:
-    """What it would take to show a difference as large as the one seen, or ""."""
-    if d["wants"] == "eyes":
-        return f"{d['eyes']} eyes are too few to show any"
-    if d["wants"] == "seeds":
-        return "one as large as this would take more seeds"
-    return f"one as large as this would take {d['needed']} photographs to show (here {d['photographs']})" \
-        if d["needed"] else ""
-
-
-def lines(found: Mapping) -> str:
-    """The comparison for the screen."""
-    out = [found["what"]]
-    for t in found["tasks"]:
-        out.append(f"{t:38}{'mean':>8}{'sd':>8}{'95 %':>18}{'gap':>8}")
-        for row in found["rows"].values():
-            if t in row["tasks"]:
-                of = row["tasks"][t]
-                v = of["metrics"][of["primary"]]
-                around = "-" if v["interval"] is None else "{:.3f}..{:.3f}".format(*v["interval"])
-                gap = of["gap"] and of["gap"]["mean"]
-                out.append(f"   {row['words']:35}{shown(v['mean']):>8}{shown(v['sd']):>8}{around:>18}{shown(gap):>8}")
-    out += [claim(found, d) for d in found["differences"]]
-    return "\n".join([*out, *(f"failed: {job}: {why}" for job, why in found["failed"].items())])
-
-
-# ---- files ----
-
-def table(found: Mapping) -> str:
-    """comparison.csv: a line for each row, task and metric."""
-    memory = io.StringIO()
-    writer = csv.writer(memory)
-    writer.writerow(["row", "task", "metric", "counts", "mean", "sd", "low", "high", "seeds", "photographs", "eyes"])
-    for name, row in found["rows"].items():
-        for t, of in row["tasks"].items():
-            for metric, v in of["metrics"].items():
-                writer.writerow([name, t, metric, int(metric == of["primary"]), v["mean"], v["sd"],
-                                 *(v["interval"] or ("", "")), len(row["seeds"]), of["photographs"], of["eyes"]])
-    return memory.getvalue()
-
-
-def chart(found: Mapping) -> Image.Image:
-    """Of each task the metric that counts: a line for each row, with interval, mean and single seeds."""
-    pictures = []
-    for t in found["tasks"]:
-        rows = {name: row["tasks"][t] for name, row in found["rows"].items() if t in row["tasks"]}
-        values = {name: of["metrics"][of["primary"]] for name, of in rows.items()}
-        ends = [v for x in values.values() for v in [x["mean"], *x["values"], *(x["interval"] or [])]]
-        steps = tuple((len(values) - k, found["rows"][name]["words"]) for k, name in enumerate(values))
-        primary = next(iter(rows.values()))["primary"].replace("_", " ")
-        plot = Chart(f"{t}: {primary}, {next(iter(rows.values()))['photographs']} photographs",
-                            charts.axis_of("", ends), Axis("", 0.5, len(values) + 0.5, steps),
-                            340, 26 * len(values))
-        for (y, _), v in zip(steps, values.values()):
-            if v["interval"]:
-                plot.line(v["interval"], [y, y], drawing.COLOURS[4], 3)
-            plot.dots(v["values"], [y] * len(v["values"]), drawing.PALE, 2.5)
-            plot.dots([v["mean"]], [y], drawing.COLOURS[0], 4.5)
-        pictures.append(plot.picture())
-    keys = drawing.legend([("95 % of draws of eyes and seeds", drawing.COLOURS[4], "line"),
-                          ("mean over seeds", drawing.COLOURS[0], "dot"), ("a seed", drawing.PALE, "dot")])
-    return drawing.titled("The comparison", drawing.column([keys, drawing.row(pictures, 24)], 12), found["what"])
-
-
-def write(found: Mapping, folder: Path) -> list[str]:
-    """comparison.json, comparison.csv and a picture; -> their names."""
-    write_text(folder / "comparison.json", json.dumps(found, indent=1))
-    write_text(folder / "comparison.csv", table(found))
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    with replacing(folder / PICTURES / "comparison.png", lasting=False) as file:
-        chart(found).save(file, "PNG", optimize=True)
-    return ["comparison.json", "comparison.csv", f"{PICTURES}/comparison.png"]

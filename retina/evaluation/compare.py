@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 
 def compare(first: Sequence[Scores], second: Sequence[Scores],
             draws: int = statistics.DRAWS) -> dict[str, dict[str, dict]]:
-    """{task: {measure: first, second, difference, interval, p from so many draws, standard_error}} of two sides,
+    """{task: {measure: first, second, difference, interval, p from so many draws, standard_error, runs}} of two sides,
 
-    each a run or as many runs of its kind.
-
-    Their photographs are aligned. Nothing that was chosen on validation enters: thresholds are 0.5, temperatures 1.
+    each a run or as many runs of its kind; `runs`: their values, side by side. Their photographs are aligned. Nothing
+    that was chosen on validation enters: thresholds are 0.5, temperatures 1.
     """
     found, exact = {}, [[s.metrics() for s in side] for side in (first, second)]
     for task in (t for t in first[0].scored() if t.name in second[0].tallies):
@@ -42,12 +41,13 @@ def compare(first: Sequence[Scores], second: Sequence[Scores],
                                draws)
         found[t] = {}
         for name in drawn[0]:
-            one, other = (sum(values[t][name] for values in side) / len(side) for side in exact)
+            runs = [[values[t][name] for values in side] for side in exact]
+            one, other = (sum(side) / len(side) for side in runs)
             gap = drawn[1][name] - drawn[0][name]
             known = gap[1:][~gap[1:].isnan()]
             found[t][name] = {"first": one, "second": other, "difference": other - one,
                               "interval": statistics.limits(gap[1:] - gap[0] + other - one), "p": p[name],
-                              "standard_error": float(known.std()) if len(known) > 1 else math.nan}
+                              "standard_error": float(known.std()) if len(known) > 1 else math.nan, "runs": runs}
         if len(first) == 1 and isinstance(task, (ClassMetrics, Joint)):
             only_first, only_second, p_exact = statistics.mcnemar(*(task.right(side[0]) for side in sides))
             found[t]["accuracy"]["mcnemar"] = {"only_first_right": only_first, "only_second_right": only_second,

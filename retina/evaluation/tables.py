@@ -1,5 +1,7 @@
-"""Scores, differences and changes as lines of text."""
+"""Numbers and tables as text: scores, differences, changes; rows of cells for the screen, Markdown and CSV."""
 
+import csv
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,70 +10,91 @@ from types import MappingProxyType
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 
 
+# ---- cells ----
+
+def around(limits: Sequence[float] | None, form: str = ".2f") -> str:
+    """An interval, to stand behind its number; "" where there is none."""
+    return "" if limits is None else f" ({limits[0]:{form}} to {limits[1]:{form}})"
+
+
 def shown(value: float | None, limits: Sequence[float] | None = None) -> str:
     """A number, with its interval where there is one."""
     if value is None or math.isnan(value):
         return "-"
     digits = 3 if abs(value) < 10 else 0
-    text = f"{value:.{digits}f}"
-    return text if limits is None else text + " ({:.{d}f}..{:.{d}f})".format(*limits, d=2 if digits else 0)
+    return f"{value:.{digits}f}" + around(limits, ".2f" if digits else ".0f")
 
+
+# ---- rows of cells, the first of which is the header ----
+
+def aligned(rows: Sequence[Sequence]) -> str:
+    """For the screen: the first column to the left, the others to the right."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    return "\n".join("   " + "  ".join([f"{row[0]:{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(row[1:], widths[1:]))])
+                     for row in rows)
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """For Markdown."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def as_csv(rows: Sequence[Sequence]) -> str:
+    """For spreadsheets; None is an empty cell."""
+    memory = io.StringIO()
+    csv.writer(memory).writerows(rows)
+    return memory.getvalue()
+
+
+# ---- what is shown ----
 
 def table(found: Mapping[str, dict], tasks: Sequence[TaskMetrics],
           limits: Mapping[str, Mapping] = MappingProxyType({})) -> str:
     """Metrics as lines of text; per task, the primary metric first, then what there is for each kind or class."""
     lines = []
     for task in (t for t in [*tasks, Joint()] if t.name in found):
-        values, around = found[task.name], limits.get(task.name, {})
-        numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+        values, known = found[task.name], limits.get(task.name, {})
+        numbers = {k: shown(v, known.get(k)) for k, v in values.items() if isinstance(v, float)}
         kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
         # the row of a number that belongs to one kind: dice_MA_per_image stands in dice_*_per_image
         row_of = {k: "_".join("*" if word in kinds else word for word in k.split("_")) for k in numbers}
-        rest = [k for k in numbers if k != task.primary and "*" not in row_of[k]]
+        rest = [f"{k} {x}" for k, x in numbers.items() if k != task.primary and "*" not in row_of[k]]
         lines.append(f"{task.name}   {values['photographs']} photographs of {values['eyes']} eyes   {task.primary} "
-                     + shown(numbers[task.primary], around.get(task.primary)))
-        cells = [f"{k} {shown(numbers[k], around.get(k))}".replace(" ", "\0") for k in rest]  # not to be torn apart
-        lines += [line.replace("\0", " ") for line in textwrap.wrap("   ".join(cells), 117, initial_indent="   ",
-                                                                     subsequent_indent="   ")]
-        rows = [row for row in dict.fromkeys(row_of.values()) if "*" in row]
-        if rows:
-            lines.append(" " * 18 + "".join(f"{kind:>20}" for kind in kinds))
-            for row in rows:
-                names = ("_".join(kind if word == "*" else word for word in row.split("_")) for kind in kinds)
-                lines.append(f"   {row.replace('_*', ''):15}" + "".join(
-                    f"{shown(numbers.get(k), around.get(k)):>20}" for k in names))
+                     + numbers[task.primary])
+        cells = textwrap.wrap("   ".join(cell.replace(" ", "\0") for cell in rest), 117)  # not to be torn apart
+        lines += [f"   {line}".replace("\0", " ") for line in cells]
+        if rows := [row for row in dict.fromkeys(row_of.values()) if "*" in row]:
+            lines.append(aligned([["", *kinds]] + [[row.replace("_*", "")] + [
+                numbers.get("_".join(kind if word == "*" else word for word in row.split("_")), "-") for kind in kinds]
+                for row in rows]))
         if values.get("lesions", 4) < 4:
             lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
         if len(values.get("confusion", range(99))) <= 12:
             names = [str(task.word(k))[:12] for k in range(task.classes)]
-            width = max(6, *(len(n) + 2 for n in names))
-            lines.append("   truth \\ predicted" + "".join(f"{n:>{width}}" for n in names))
-            lines += [f"   {n:>17}" + "".join(f"{c:>{width}}" for c in row)
-                      for n, row in zip(names, values["confusion"])]
+            lines.append(aligned([["truth \\ predicted", *names], *([n, *row] for n, row in zip(
+                names, values["confusion"]))]))
     return "\n".join(lines)
 
 
 def table_of_differences(compared: Mapping[str, Mapping]) -> str:
     """What compare() found, as lines of text."""
-    lines = []
-    for task, rows in compared.items():
-        lines.append(f"{task:32}{'first':>9}{'second':>9}{'difference (95 %)':>28}{'p':>8}")
-        for name, row in rows.items():
-            gap = "-" if row["interval"] is None else "{:+.3f} ({:+.3f}..{:+.3f})".format(row["difference"],
-                                                                                       *row["interval"])
-            lines.append(f"   {name:29}{shown(row['first']):>9}{shown(row['second']):>9}{gap:>28}{row['p']:8.3f}")
-        if found := rows.get("accuracy", {}).get("mcnemar"):
-            lines.append(f"   only the first is right {found['only_first_right']} times, only the second "
+    rows, exact = [], []
+    for task, measures in compared.items():
+        rows.append([task, "first", "second", "difference (95 %)", "p"])
+        rows += [[f"   {name}", shown(row["first"]), shown(row["second"]), "-" if row["interval"] is None else
+                  f"{row['difference']:+.3f}{around(row['interval'], '+.3f')}", f"{row['p']:.3f}"]
+                 for name, row in measures.items()]
+        if found := measures.get("accuracy", {}).get("mcnemar"):
+            exact.append(f"   {task}: only the first is right {found['only_first_right']} times, only the second "
                          f"{found['only_second_right']}: McNemar's exact p = {found['p']:.3f} "
                          "(as if no two photographs showed one eye)")
-    return "\n".join(lines)
+    return "\n".join([aligned(rows), *exact])
 
 
 def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[TaskMetrics]) -> str:
     """What rerouted() found, as lines of text."""
-    shown = [t for t in tasks if any(t.name in row for row in changes.values())]
-    lines = [f"   {'change (standard error) of':30}" + "".join(f"{f'{t.name} {t.primary}':>20}" for t in shown)]
-    for title, row in changes.items():
-        cells = (f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in shown)
-        lines.append(f"   {title:30}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
+    known = [t for t in tasks if any(t.name in row for row in changes.values())]
+    return aligned([["change (standard error) of", *(f"{t.name} {t.primary}" for t in known)]] + [
+        [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in known)]
+        for title, row in changes.items()])

@@ -103,7 +103,7 @@ class Predictor:
     retinas: bool  # False: trained on folders of classes, which may show anything
 
     def read(self, path: Path, name: str) -> Photo:
-        """All that is needed of a file: a JPEG is decoded once for each purpose, others once; see preprocess.read_image."""
+        """All that is needed of a file: a JPEG is decoded once for each purpose, others once; see read_image."""
         row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": NOTE}
         shown = folders(self.tasks)
         try:
