@@ -9,7 +9,6 @@
 """
 
 import bisect
-import contextlib
 import functools
 import math
 import unicodedata
@@ -164,26 +163,24 @@ def titled(title: str, picture: Image.Image, below: str = "") -> Image.Image:
 FINER = 4  # curves are drawn so many times larger, then reduced: Pillow's own have steps
 
 
-@contextlib.contextmanager
-def brush(picture: Image.Image, colour: Sequence[int]) -> Iterator[ImageDraw.ImageDraw]:
-    """A pen on a canvas FINER times as large; where it has drawn 255 in the end, the picture is painted."""
-    mask = Image.new("L", (picture.width * FINER, picture.height * FINER))
-    yield ImageDraw.Draw(mask)
-    picture.paste(tuple(colour), (0, 0), mask.reduce(FINER))
+def brushes(picture: Image.Image, colour: Sequence[int], border: float,
+            over: Sequence[tuple[Sequence[int], float]] = ()) -> Iterator[tuple[ImageDraw.ImageDraw, float]]:
+    """A pen for each layer of paint and how much wider it draws, on a canvas FINER times as large; painted is its 255.
 
-
-def bordered(colour: Sequence[int], border: float) -> list[tuple[Sequence[int], float]]:
-    """Colours to paint in turn, and how much wider: a bright one has a dark border, or it would be lost on white."""
-    return [(PALE, border)] * (brightness(colour) > 200) + [(colour, 0.0)]
+    A bright colour has a dark border below it, or it would be lost on white; `over` it lie these colours.
+    """
+    for tone, wider in [*[(PALE, border)] * (brightness(colour) > 200), (colour, 0.0), *over]:
+        mask = Image.new("L", (picture.width * FINER, picture.height * FINER))
+        yield ImageDraw.Draw(mask), wider
+        picture.paste(tuple(tone), (0, 0), mask.reduce(FINER))
 
 
 def stroke(picture: Image.Image, points: Sequence[tuple[float, float]], colour: Sequence[int], width: float = 2.0,
            dashed: bool = False) -> None:
     """A line through points in pixels."""
-    for tone, wider in bordered(colour, 1.5):
-        with brush(picture, tone) as pen:
-            for piece in dashes(points) if dashed else [points]:
-                pen.line([(x * FINER, y * FINER) for x, y in piece], 255, round((width + wider) * FINER), "curve")
+    for pen, wider in brushes(picture, colour, 1.5):
+        for piece in dashes(points) if dashed else [points]:
+            pen.line([(x * FINER, y * FINER) for x, y in piece], 255, round((width + wider) * FINER), "curve")
 
 
 def dashes(points: Sequence[tuple[float, float]], on: float = 6.0, off: float = 4.0) -> list[list]:
@@ -202,11 +199,10 @@ def spots(picture: Image.Image, points: Iterable[tuple[float, float]], colour: S
           ring: bool = False) -> None:
     """Dots, or rings, around points in pixels."""
     points = list(points)
-    for tone, wider in [*bordered(colour, 0.8), *[(PAPER, -0.45 * radius)] * ring]:
+    for pen, wider in brushes(picture, colour, 0.8, [(PAPER, -0.45 * radius)] * ring):
         reach = radius + wider
-        with brush(picture, tone) as pen:
-            for x, y in points:
-                pen.ellipse([v * FINER for v in (x - reach, y - reach, x + reach, y + reach)], 255)
+        for x, y in points:
+            pen.ellipse([v * FINER for v in (x - reach, y - reach, x + reach, y + reach)], 255)
 
 
 # ---- legends ----
