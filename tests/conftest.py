@@ -1,27 +1,50 @@
-"""A small IDRiD in the official layout, with the quirks of the real one, made of drawn photographs."""
+"""What tests begin with: a small IDRiD with the quirks of the real one, small runs, one step, a busy network."""
 
+import json
 import os
 import shutil
 import sys
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from retina.datasets import cache, readers, records, synthetic  # noqa: E402
+from retina.datasets.records import Record  # noqa: E402
+from tasks import build_net  # noqa: E402
+from train import Config  # noqa: E402
 
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-
 STAGES = model.STAGES
+TINY = Config(size=32, epochs=2, batch=6, experts=4, lr=1.5e-3, stochastic_depth=0.1)
+
+# train.py as a process of its own, with few drawings, a shallow encoder and another home:
+# python -c PROGRAM ROOT HOME FLAGS
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import data, model, train
+from retina import files
+from retina.datasets import cache, readers, records
+from retina.training import checkpoint
+model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
+records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
+readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
+files.command(lambda: train.main(sys.argv[3:]))
+"""
 
 
 @pytest.fixture
@@ -162,3 +185,77 @@ def real_idrid(name: str) -> Path:
         if path.name == name and path.is_dir():
             return path
     pytest.fail(f"IDRID={os.environ['IDRID']}: no folder named {name} there")
+
+
+# ---- what several files of tests begin with ----
+
+@pytest.fixture
+def few_drawings(monkeypatch):
+    """Thirty drawn photographs to train and validate on, ten to test on."""
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 30), "test": (1, 10)})
+
+
+def state_and_batch(config: Config = TINY):
+    """What a step changes, a batch to learn from, and the step: learn(state, batch)."""
+    torch.manual_seed(0)
+    net, chosen = build_net(asdict(config))
+    photographs = data.Photographs(readers.read_drawn().records[:6], config.size)
+    batch = data.collate([photographs[i] for i in range(6)], chosen)
+    state = train.make_state(net, chosen, config, 100, torch.device("cpu"))
+    return state, batch, partial(train.train_step, tasks=chosen, config=config)
+
+
+def log(run: Path) -> list[dict]:
+    """metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waiting", "images_per_second")} for line in lines]
+
+
+def ended_alike(one: Path, two: Path) -> None:
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    assert results[0] == results[1] and len(results[0]["weights"]["last.pt"]) == 64
+    assert log(one) == log(two) and [line["epoch"] for line in log(one)] == list(range(1, len(log(one)) + 1))
+    for name in ("best.pt", "last.pt"):
+        nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
+        assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+    assert not list(one.glob("*.part")) + list(two.glob("*.part"))
+
+
+def busy_net(**controls):
+    """A network whose tokens differ and whose experts matter, and the drawn test photographs."""
+    torch.manual_seed(0)
+    net, tasks = build_net(asdict(replace(TINY, **controls)))
+    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "test"], 64)
+    with torch.no_grad():
+        for p in net.experts.parameters():
+            p.normal_(std=0.5)
+        for m in net.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum = 1.0  # running statistics of these photographs; fresh ones would let all look alike
+        net.train()(torch.stack([photographs[i].image for i in range(len(photographs))]))
+    return net.eval(), tasks, photographs
+
+
+def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
+               part="train") -> Record:
+    """A drawn eye as a file of its own, the view turned, zoomed and shifted (in pixels of 300), in another light."""
+    image = Image.fromarray(synthetic.draw(synthetic.plan(11, index), 300)[0])
+    image = image.rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
+    corner = (image.width - 300) // 2
+    pixels = np.asarray(image.crop((corner, corner, corner + 300, corner + 300))).astype(float) * exposure
+    y, x = (np.arange(300) - 149.5 for _ in range(2))
+    inside = np.hypot(x[None], y[:, None])[..., None] < 120  # the camera's own round field, which does not move
+    pixels = np.roll(pixels, shift, (0, 1)) * inside
+    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
+    picture.save(path, quality=quality)
+    grade = synthetic.plan(11, index).grade
+    return Record(path.stem, path, part, {"grade": grade})
+
+
+def fake_records(seed: int, number: int = 200) -> list[Record]:
+    rng = np.random.default_rng(seed)
+    grades = [int(g) for g in rng.choice(5, number, p=[0.4, 0.1, 0.25, 0.15, 0.1])]
+    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema": 0, **({"grade": grades[i]} if i % 9 else
+                                                                     {"masks": {"EX": None}})},
+                   eye=f"eye{rng.integers(number * 2 // 3)}") for i in range(number)]

@@ -23,7 +23,9 @@ from retina.datasets import records
 from retina.files import InputError
 from retina.training import precision, pretrained
 from tasks import make_tasks
-from test_train import few_drawings, weights  # noqa: F401 (a fixture)
+from test_train import weights
+
+pytestmark = pytest.mark.usefixtures("few_drawings")
 
 ALL = ("cls", "dme", "seg", "loc")
 CPU = torch.device("cpu")

@@ -14,13 +14,14 @@ import torch
 import data
 import evaluate
 import train
+from conftest import TINY, official_tree
 from retina.datasets import cache, readers, records
 from retina.evaluation import compare, scoring
 from retina.files import InputError
 from retina.training import precision
 from tasks import TASKS
-from conftest import official_tree
-from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("few_drawings")
 
 
 def run_main(monkeypatch, *arguments):

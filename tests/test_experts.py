@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import benchmark
 import model
-from model import ExpertLayer, Experts, Router, Routing, balance_loss
 from benchmark import multiply_adds
+from model import ExpertLayer, Experts, Router, Routing, balance_loss
 
 C, E = 24, 6
 

@@ -8,56 +8,27 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 import data
 import evaluate
-import model
 import tasks
 import train
+from conftest import PROGRAM, ROOT, TINY, state_and_batch
 from retina import files
 from retina.datasets import readers, records, splits, synthetic
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
-from retina.training import config as config_
-from retina.training import pretrained
 from tasks import TASKS
-from train import Config, LossWeights
-from conftest import ROOT, STAGES
+from train import LossWeights
 
-pytestmark = pytest.mark.usefixtures("shallow")
-TINY = Config(size=32, epochs=2, batch=6, experts=4, lr=1.5e-3, stochastic_depth=0.1)
-
-
-@pytest.fixture(autouse=True)
-def few_drawings(monkeypatch):
-    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 30), "test": (1, 10)})
-
-
-# train.py as a process of its own, with few drawings, a shallow encoder and another home:
-# python -c PROGRAM ROOT HOME FLAGS
-PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import data, model, train
-from retina import files
-from retina.datasets import cache, readers, records
-from retina.training import checkpoint
-model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
-records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
-readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
-files.command(lambda: train.main(sys.argv[3:]))
-"""
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 
 def weights(folder: Path, name: str = "last.pt") -> dict:
@@ -265,15 +236,6 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
 
 # ---- a step ----
 
-def state_and_batch(config: Config = TINY):
-    """What a step changes, a batch to learn from, and the step: learn(state, batch)."""
-    torch.manual_seed(0)
-    net, chosen = tasks.build_net(asdict(config))
-    photographs = data.Photographs(readers.read_drawn().records[:6], config.size)
-    batch = data.collate([photographs[i] for i in range(6)], chosen)
-    state = train.make_state(net, chosen, config, 100, torch.device("cpu"))
-    return state, batch, partial(train.train_step, tasks=chosen, config=config)
-
 
 def test_a_batch_can_be_learned_by_heart():
     state, batch, learn = state_and_batch(replace(TINY, lr=3e-3, stochastic_depth=0.0, expert_dropout=0.0))
@@ -339,134 +301,7 @@ def test_uncertainty_finds_the_loss_as_its_variance():
     assert learned.log_variance["cls"].exp().item() == pytest.approx(3, rel=1e-3)
 
 
-# ---- weights ----
-
-def test_weights_from_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "STAGES", STAGES)
-    torch.manual_seed(0)
-    oracle = torchvision.models.efficientnet_b0(weights=None)
-    torch.save(oracle.state_dict(), tmp_path / "b0.pth")
-    net = tasks.build_net(asdict(TINY))[0]
-    pretrained.load_pretrained(net, pretrained.read_weights(str(tmp_path / "b0.pth"), "b0"))
-    assert torch.equal(net.encoder.features[3][0].block[0][0].weight, oracle.features[3][0].block[0][0].weight)
-    assert torch.equal(net.heads["cls"].conv[0].weight, oracle.features[8][0].weight)
-
-
-@pytest.mark.parametrize("content,message", [
-    (None, "no such file"), (b"garbage", "damaged, or no file of tensors"), ({"a": 1}, "expected a dictionary of ten"),
-    ({"a": Path}, "damaged, or no file of tensors"), ({"a": torch.tensor([1, math.nan])}, "a is not finite"),
-    (".", "Is a directory; expected a file")])
-def test_unusable_weights(tmp_path, content, message):
-    path = tmp_path / "w.pth"
-    if content == ".":
-        path.mkdir()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(InputError, match=f"--weights .*w.pth: {message}"):
-        pretrained.read_weights(str(path), "b0")
-
-
-def test_weights_of_another_variant_are_one_line(tmp_path):
-    torch.save(torchvision.models.efficientnet_b1(weights=None).state_dict(), tmp_path / "b1.pth")
-    with pytest.raises(InputError, match="--weights .*b1.pth, --variant b0: not the weights of this EfficientNet") as e:
-        train.fit(replace(TINY, weights=str(tmp_path / "b1.pth")), tmp_path / "run")
-    assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
-
-
-def test_real_data_without_network_starts_from_random_weights_with_a_warning(shared_tree, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no network")
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    monkeypatch.setenv("TORCH_HOME", "/nonexistent")
-    options, notes = train.configure(["--data", str(shared_tree)])
-    assert options.weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
-    with pytest.raises(InputError, match="--weights imagenet: cannot be downloaded .*; use --weights none"):
-        pretrained.read_weights("imagenet", "b0", "efficientnet_b0")
-
-
 # ---- the command line ----
-
-@pytest.mark.parametrize("arguments,message", [
-    ("--data /nonexistent", "/nonexistent: no such file or folder"),
-    ("--fold 6/5", "--fold 6/5: expected I/N"),
-    ("--name ../x", "--name ../x: expected a name, not a path"),
-    ("--tasks cls,seg", "--tasks cls,seg: no such task; there are cls, dme, seg, loc; separate them by spaces"),
-    ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg, loc"),
-    ("--size 100", "--size 100: expected a multiple of 32"),
-    ("--size 32", "--size 32: expected at least 64"),
-    ("--seed -1", "--seed -1: expected at least 0"),
-    ("--seed 4294967296", "--seed 4294967296: expected less than"),
-    ("--epochs 0", "--epochs 0: expected at least 1"),
-    ("--lr nan", "--lr nan: expected at least"),
-    ("--chosen 9", "--chosen 9: expected 1 to 8, the number of --experts"),
-    ("--chosen 0", "--chosen 0: expected at least 1"),
-    ("--router private --chosen -1", "--chosen -1: expected at least 1"),
-    ("--router uniform --chosen 2", "--chosen 2: --router uniform mixes all 8 experts; leave --chosen out"),
-    ("--router private --experts 9", "--router private: 2 tasks with --chosen 4 experts each need --experts 8; with 9, "
-                                     "1 would have no task"),
-    ("--router private --experts 1", "--router private: 2 tasks with --chosen 1 experts each need --experts 2; with 1, "
-                                     "1 are missing"),
-    ("--router random --balance 0.1", "--balance 0.1: --router random does not learn"),
-    ("--experts 0 --chosen 2", "--experts 0: there is no layer for --chosen; leave one of them out"),
-    ("--experts 0 --router shared", "--experts 0: there is no layer for --router; leave one of them out"),
-    ("--expert-width 0", "--expert-width 0.0: expected at least 0.001"),
-    ("--balance -1", "--balance -1.0: expected at least 0"),
-    ("--loss-weights cls=x", "--loss-weights cls=x: expected 'fixed'"),
-    ("--loss-weights dme=1", "--loss-weights dme=1: 'dme' is not among --tasks cls seg"),
-    ("--weights /nonexistent.pt", "--weights /nonexistent.pt: no such file"),
-])
-def test_bad_flags_are_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        files.command(lambda: train.main(arguments.split()))
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments,experts,chosen,balance", [
-    ("", 8, 2, 0.01), ("--experts 1", 1, 1, 0.01), ("--router shared --balance 0", 8, 2, 0),
-    ("--router uniform", 8, 8, 0), ("--router uniform --experts 3", 3, 3, 0), ("--router random", 8, 2, 0),
-    ("--router private", 4, 2, 0), ("--router private --experts 8", 8, 4, 0), ("--router private --chosen 1", 2, 1, 0),
-    ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--experts 0 --experts-at decoder", 0, 1, 0)])
-def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
-    options = train.configure(arguments.split())[0]
-    assert (options.experts, options.chosen, options.balance) == (experts, chosen, balance)
-
-
-def test_one_chosen_expert_comes_with_its_reason():
-    for arguments, said in (("--chosen 1", True), ("--router shared --chosen 1", True), ("--experts 1", False),
-                            ("--router random --chosen 1", False), ("", False)):
-        notes = train.configure(arguments.split())[1]
-        assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
-
-
-def test_bad_data_stops_the_program_with_status_2(tree):
-    next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
-    result = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tree.parent, f"--data={tree}", "--weights=none"],
-                            capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: ") and ".jpg: not a readable image" in result.stderr
-
-
-def test_a_task_without_labels_names_those_that_work(tree):
-    shutil.rmtree(tree / "B. Disease Grading")
-    options = train.configure(["--data", str(tree), "--weights", "none"])[0]
-    with pytest.raises(InputError, match="--tasks cls: photographs with its label .*: 0 for .*--tasks seg would work"):
-        train.fit(options, tree / "run")
-
-
-def test_an_existing_run_is_not_overwritten():
-    (records.HERE / "runs" / "taken").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(InputError, match="taken: exists already; choose another --name, go on with --resume"):
-        train.main(["--name", "taken"])
-
-
-def test_the_same_command_can_be_typed_twice(tmp_path):
-    assert config_.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_1"
-    (tmp_path / "cls_seg_1").mkdir()
-    assert config_.next_folder(tmp_path, ("cls", "seg")).name == "cls_seg_2"
-
 
 @pytest.mark.parametrize("workers,word", [(0, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGTERM)])
 def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):

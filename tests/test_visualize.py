@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 import evaluate
 import train
 import visualize
+from conftest import TINY, busy_net, real_idrid
 from model import Routing
 from retina import drawing
 from retina.datasets import readers, records, synthetic
@@ -25,11 +26,8 @@ from retina.figures import answers, charts, internals, material, routing
 from retina.files import InputError
 from retina.training import checkpoint
 from tasks import TASKS
-from conftest import real_idrid
-from test_routes import busy_net
-from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), size=64)
 
 

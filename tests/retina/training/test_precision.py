@@ -14,14 +14,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import model
 import tasks
 import train
+from conftest import TINY, log, state_and_batch
 from model import Net, NetConfig
 from retina.files import InputError, RunError
 from retina.training import diagnostics, precision
 from retina.training.checkpoint import RunFolder
 from retina.training.diagnostics import LossMonitor
 from tasks import make_tasks
-from test_resume import log
-from test_train import TINY, few_drawings, state_and_batch  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("few_drawings")
 
 CPU = torch.device("cpu")
 FOUR = make_tasks(["cls", "dme", "seg", "loc"])

@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 import data
+from conftest import ROOT, photograph, real_idrid
 from retina import files
 from retina.datasets import leaks, readers, records, synthetic
 from retina.datasets.readers import read_data, read_idrid
 from retina.files import InputError
-from conftest import ROOT, real_idrid
-from test_eyes import photograph
 
 
 def part_of(root: Path, part: str = "train") -> list[records.Record]:

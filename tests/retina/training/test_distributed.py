@@ -14,15 +14,15 @@ import torch
 import data
 import evaluate
 import train
-from train import Config
+from conftest import PROGRAM, ROOT, ended_alike
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
 from retina.training.distributed import ALONE, Group
 from tasks import TASKS
-from conftest import ROOT
-from test_resume import ended_alike
-from test_train import PROGRAM, few_drawings  # noqa: F401
+from train import Config
+
+pytestmark = pytest.mark.usefixtures("few_drawings")
 
 # two steps in float64 with nothing left to chance, then scores: -> FILE_RANK.pt with all gradients and measures
 STEP = """

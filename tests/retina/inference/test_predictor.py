@@ -20,6 +20,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 import data
 import evaluate
 import train
+from conftest import TINY, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records, synthetic
 from retina.evaluation import metrics, scoring
@@ -27,8 +28,8 @@ from retina.files import InputError
 from retina.inference import full_size, predictor, quality
 from retina.inference.predictor import NOTE, Predictor, predict_all, write_rows
 from tasks import TASKS
-from conftest import official_tree, real_idrid, widen
-from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("few_drawings")
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retina.datasets import synthetic
-from retina.datasets.synthetic import Blob, CENTRE, DISC_DIAMETER, Eye, LESIONS, SEVERE_HAEMORRHAGES
+from retina.datasets.synthetic import CENTRE, DISC_DIAMETER, LESIONS, SEVERE_HAEMORRHAGES, Blob, Eye
 
 
 def eye(**findings) -> Eye:

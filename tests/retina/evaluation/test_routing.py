@@ -3,40 +3,26 @@
 import copy
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 import data
 import train
+from conftest import TINY, busy_net
 from model import ExpertLayer, Routing
-from retina.datasets import readers
 from retina.datasets.records import UNKNOWN
 from retina.evaluation import interventions, routing, scoring
 from retina.files import InputError
-from tasks import TASKS, build_net
+from tasks import TASKS
 from test_evaluate import run_main
 from test_experts import random_layer
-from test_train import TINY, few_drawings  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("few_drawings")
 
 CPU = torch.device("cpu")
 GRID = (1, 1, 1)
-
-
-def busy_net(**controls):
-    """A network whose tokens differ and whose experts matter, and the drawn test photographs."""
-    torch.manual_seed(0)
-    net, tasks = build_net(asdict(replace(TINY, **controls)))
-    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "test"], 64)
-    with torch.no_grad():
-        for p in net.experts.parameters():
-            p.normal_(std=0.5)
-        for m in net.modules():
-            if isinstance(m, torch.nn.BatchNorm2d):
-                m.momentum = 1.0  # running statistics of these photographs; fresh ones would let all look alike
-        net.train()(torch.stack([photographs[i].image for i in range(len(photographs))]))
-    return net.eval(), tasks, photographs
 
 
 # ---- where tokens go ----

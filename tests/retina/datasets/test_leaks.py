@@ -9,29 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from retina.datasets import leaks, preprocess, splits, synthetic, vessels
+from conftest import fake_records, photograph, real_idrid
+from retina.datasets import leaks, preprocess, splits, vessels
 from retina.datasets.leaks import find_eyes
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import Record
 from retina.files import InputError
-from conftest import real_idrid
-
-
-def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
-               part="train") -> Record:
-    """A drawn eye as a file of its own, the view turned, zoomed and shifted (in pixels of 300), in another light."""
-    image = Image.fromarray(synthetic.draw(synthetic.plan(11, index), 300)[0])
-    image = image.rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
-    corner = (image.width - 300) // 2
-    pixels = np.asarray(image.crop((corner, corner, corner + 300, corner + 300))).astype(float) * exposure
-    y, x = (np.arange(300) - 149.5 for _ in range(2))
-    inside = np.hypot(x[None], y[:, None])[..., None] < 120  # the camera's own round field, which does not move
-    pixels = np.roll(pixels, shift, (0, 1)) * inside
-    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
-    picture.save(path, quality=quality)
-    grade = synthetic.plan(11, index).grade
-    return Record(path.stem, path, part, {"grade": grade})
 
 
 def prepared(records, key):
@@ -210,13 +193,6 @@ def test_eyes_are_connected_by_vessels_and_by_the_groups_of_the_data_set():
 
 
 # ---- split ----
-
-def fake_records(seed: int, number: int = 200) -> list[Record]:
-    rng = np.random.default_rng(seed)
-    grades = [int(g) for g in rng.choice(5, number, p=[0.4, 0.1, 0.25, 0.15, 0.1])]
-    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema": 0, **({"grade": grades[i]} if i % 9 else
-                                                                     {"masks": {"EX": None}})},
-                   eye=f"eye{rng.integers(number * 2 // 3)}") for i in range(number)]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -21,16 +21,15 @@ from PIL import Image
 import data
 import evaluate
 import train
+from conftest import PROGRAM, ROOT, TINY, ended_alike, log, state_and_batch
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
 from retina.training import checkpoint, pretrained
 from retina.training.checkpoint import RunFolder
-from conftest import ROOT
-from test_train import PROGRAM, TINY, few_drawings, state_and_batch  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 SHORT = replace(TINY, epochs=2, batch=6)
 
 
@@ -38,22 +37,6 @@ SHORT = replace(TINY, epochs=2, batch=6)
 def often(monkeypatch):
     """A checkpoint after every third step, in place of every few minutes."""
     monkeypatch.setattr(RunFolder, "due", lambda run: run.state.step % 3 == 0)
-
-
-def log(run: Path) -> list[dict]:
-    """metrics.jsonl without what the clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waiting", "images_per_second")} for line in lines]
-
-
-def ended_alike(one: Path, two: Path) -> None:
-    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
-    assert results[0] == results[1] and len(results[0]["weights"]["last.pt"]) == 64
-    assert log(one) == log(two) and [line["epoch"] for line in log(one)] == list(range(1, len(log(one)) + 1))
-    for name in ("best.pt", "last.pt"):
-        nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
-        assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
-    assert not list(one.glob("*.part")) + list(two.glob("*.part"))
 
 
 class Killed(BaseException):
@@ -610,7 +593,7 @@ def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
 def test_a_run_that_is_going_on_is_left_alone(tmp_path, whole):
     """Another process holds it, as long as it lives."""
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from retina import files; " \
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from retina import files; "\
            f"held = files.hold(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:

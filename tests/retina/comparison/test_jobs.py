@@ -1,0 +1,66 @@
+"""Runs of a comparison in processes of their own."""
+
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import baselines
+from conftest import TINY, official_tree
+from retina.comparison import jobs
+from retina.comparison.jobs import Job
+
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
+
+
+# ---- scores of a row ----
+
+def tallies(right: torch.Tensor) -> torch.Tensor:
+    """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
+    return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
+                                  torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
+
+
+def right(share: float, n: int, seed: int) -> torch.Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
+
+
+# ---- all of it ----
+
+def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
+    job = Job("hard", replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
+    assert jobs.start(job, baselines.__file__, 1).wait() == 2 and "nowhere: no such file or folder" in job.failure(2)
+    process = jobs.start(job, baselines.__file__, 1)
+    process.kill()
+    assert "killed by SIGKILL" in job.failure(process.wait())
+
+
+def test_a_process_of_its_own_ends_when_told_to_and_with_the_main_process(tmp_path):
+    job = Job("hard", replace(SMALL, save_every=1), tmp_path / "run", [])
+    process = jobs.start(job, baselines.__file__, 1)
+    assert os.getpgid(process.pid) == process.pid
+    while not (job.folder / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 130 and job.failure(130) == "interrupted"
+    process = jobs.start(job, baselines.__file__, 1)
+    process.stdin.close()  # as it is where the main process is killed
+    assert process.wait() == 1 and job.failure(1) == "ended with status 1" and job.measured() is None
+
+
+def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch):
+    """In processes of their own, with half of the threads each; what one leaves does not hang on the other."""
+    base = replace(SMALL, data=str(official_tree(tmp_path / "IDRiD", test=False)))
+    rows = [row for row in baselines.rows_for(base.tasks) if row.name in ("hard", "cls_alone")]
+    left = {}
+    for name, number in (("both", 2), ("one", 1)):
+        asked = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert jobs.run_all(asked, baselines.__file__, number) == {}
+        left[name] = [job.measured() for job in asked]
+    for one, other in zip(*left.values()):
+        assert one["threads"] == other["threads"] == 1
+        assert torch.equal(one["scores"]["tallies"]["cls"], other["scores"]["tallies"]["cls"])

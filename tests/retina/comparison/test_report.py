@@ -1,0 +1,87 @@
+"""The comparison in words: no more is claimed than can be."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import baselines
+from conftest import ROOT
+from retina.comparison import analysis, report
+from retina.evaluation import statistics, tables
+from retina.evaluation.scoring import Scores
+from tasks import TASKS
+
+CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+
+
+# ---- scores of a row ----
+
+def tallies(right: torch.Tensor) -> torch.Tensor:
+    """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
+    return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
+                                  torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
+
+
+def row_of(name: str, *seeds: torch.Tensor) -> analysis.Measured:
+    """A row with these answers right, one tensor for each seed."""
+    names = [f"p{i}" for i in range(len(seeds[0]))]
+    found = [Scores([Accurate()], {"cls": names}, {"cls": tallies(right)}, eyes={n: n for n in names})
+             for right in seeds]
+    return analysis.Measured(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
+
+
+class Accurate(type(CLS)):
+    """Grading by accuracy, which is a mean, so that what is planted is known."""
+    primary = "accuracy"
+
+
+def right(share: float, n: int, seed: int) -> torch.Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
+
+
+# ---- differences ----
+
+def table_of(found: dict) -> str:
+    return tables.as_markdown(report.differences(found))
+
+
+# ---- the report ----
+
+def test_the_report_claims_only_what_can_be_claimed():
+    first = right(0.5, 300, 1)
+    rows = {"cls_alone": row_of("cls_alone", first, first),
+            "hard": row_of("hard", *[first | right(0.4, 300, 2)] * 2)}
+    found = {"rows": {name: analysis.row_numbers(row) for name, row in rows.items()},
+             "differences": analysis.differences(rows, [Accurate()])}
+    (d,) = found["differences"]
+    said = report.claim(found, d)
+    assert f"{d['difference']:+.3f}" in said and "higher (these networks: a claim about" in said
+    assert table_of(found).endswith("| higher |  |")
+    d["claimed"], d["needed"], d["wants"] = False, 1234, None
+    said = report.claim(found, d)
+    assert "no difference can be shown; one as large as this would take 1234 photographs" in said
+    assert "higher" not in said
+    assert table_of(found).endswith("| none | 1234 photographs (here 300) |")
+    assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard minus cls_alone")
+
+
+def test_the_report_of_this_repository_says_what_was_measured():
+    """If report.py has changed, write REPORT.md anew: text(comparison.json, pictures), as here."""
+    found = json.loads((ROOT / "tests" / "comparison.json").read_text())
+    pictures = {p.stem: f"docs/{report.PICTURES}/{p.name}" for p in (ROOT / "docs" / report.PICTURES).iterdir()}
+    assert set(pictures) == {"comparison", *baselines.REPORTED}
+    assert (ROOT / "REPORT.md").read_text() == report.text(found, pictures)
+
+
+def test_intervals_of_a_row_are_those_of_evaluate():
+    rows = [right(0.6, 80, k) for k in (1, 2)]
+    numbers = analysis.row_numbers(row_of("hard", *rows))["tasks"]["cls"]["metrics"]["accuracy"]
+    means = [float(r.double().mean()) for r in rows]
+    assert numbers["mean"] == pytest.approx(sum(means) / 2) and numbers["values"] == pytest.approx(means)
+    assert numbers["sd"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
+    low, high = numbers["interval"]
+    assert low < numbers["mean"] < high and high - low == pytest.approx(
+        2 * 1.96 * math.sqrt(0.24 / 80), rel=0.5) and statistics.DRAWS == 1000

@@ -1,0 +1,111 @@
+"""The examination of a data set: it finds what was planted, and changes nothing."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from conftest import real_idrid
+from retina.datasets import readers, report, synthetic
+from retina.files import InputError
+
+# ---- the examination ----
+
+def examined(capsys, *arguments) -> str:
+    data.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def troubled(tmp_path, shared_tree) -> Path:
+    """A tree with a copy in the test part, a copy with another grade, and a mask stored in its own way."""
+    root = shutil.copytree(shared_tree, tmp_path / "IDRiD")
+    images = root / "B. Disease Grading" / "1. Original Images"
+    shutil.copy(images / "b. Testing Set" / "IDRiD_003.jpg", images / "a. Training Set" / "IDRiD_005.jpg")
+    shutil.copy(images / "a. Training Set" / "IDRiD_001.jpg", images / "a. Training Set" / "IDRiD_011.jpg")
+    shutil.copy(images / "a. Training Set" / "IDRiD_007.jpg",
+                root / "A. Segmentation" / "1. Original Images" / "a. Training Set" / "IDRiD_02.jpg")
+    mask = root / "A. Segmentation" / "2. All Segmentation Groundtruths" / "a. Training Set" / "5. Optic Disc"
+    values = np.asarray(Image.open(mask / "IDRiD_03_OD.tif"))
+    Image.fromarray(np.stack([values * 255, *[values * 0] * 2, values * 0 + 255], 2)).save(mask / "IDRiD_03_OD.tif")
+    return root
+
+
+def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
+    report = json.loads(examined(capsys, troubled, "--json"))
+    assert {p: (v["photographs"], v["labels"]) for p, v in report["parts"].items()} == {
+        part: (21, {"grade": 15, "edema": 15, "masks": 6, "points": 15}) for part in ("train", "test")}
+    grades = [synthetic.plan(8, i).grade for i in range(15)]
+    common = Counter(grades).most_common(1)[0][1]
+    shares = report["parts"]["train"]["classes"]["grade"]
+    assert shares["counts"] == {str(g): grades.count(g) for g in sorted(set(grades))}
+    assert shares["constant_accuracy"] == round(common / 15, 4)
+    assert report["odd_masks"] == ["segmentation/IDRiD_03 OD RGBA 0 255"] and report["sizes"] == {"144x96": 42}
+    assert sorted(map(sorted, report["copies"])) == [
+        ["grading/IDRiD_001", "grading/IDRiD_011"], ["grading/IDRiD_005", "test/grading/IDRiD_003"],
+        ["grading/IDRiD_007", "segmentation/IDRiD_02"]]
+    assert report["leaks"] == {"validated": [], "training": ["grading/IDRiD_005"],
+                               "test_labels": {"grade": 1, "edema": 1, "points": 1},
+                               "training_labels": {"grade": 1, "edema": 1, "points": 1}}
+    conflicts = {c["label"]: (c["values"], c["used"]) for c in report["conflicts"]}
+    assert conflicts["grade"] == ([2, 3], 3) and {"disc", "fovea"} < set(conflicts)
+    assert report["same_eye"]["photographs"] == 42 - 2 and report["same_eye"]["eyes"] == 42 - 3
+    sides = report["split"]["training"]["photographs"], report["split"]["validation"]["photographs"]
+    assert sum(sides) == 21 - 2 - 1 and min(sides) >= 3
+
+
+def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsys, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    text = examined(capsys, troubled, "--pictures", tmp_path / "sheets" / "new")
+    for words in ("grading/IDRiD_001 = grading/IDRiD_011", "copies: pairs of files that show one photograph: 3",
+                  "training photographs of an eye in the test part: 1; by task: cls (grade) 1, dme (edema) 1",
+                  "labels that contradict each other:", "segmentation/IDRiD_03 OD RGBA 0 255", "the split of train.py"):
+        assert words in text
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "sheets" not in p.parts}
+    assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}
+    sheets = {p.stem: Image.open(p).size for p in (tmp_path / "sheets" / "new").iterdir()}
+    assert {"labels", "copies", "conflicts", "leaks", "odd_masks"} <= set(sheets)
+    side = report.EXAMINED_SIZE  # three pairs, 12 apart; names and captions of 22, a title of 27, margins of 16 and 14
+    assert sheets["copies"] == (6 * side + 2 * 12 + 2 * 16, side + 2 * 22 + 27 + 12 + 2 * 14)
+
+
+def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):
+    images = tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set"
+    for name in ("IDRiD_002", "IDRiD_004"):
+        (images / f"{name}.jpg").write_bytes(b"\xff\xd8no")
+    with pytest.raises(InputError, match="IDRiD: 2 of its photographs cannot be used, see above"):
+        data.main([str(tree)])
+    text = capsys.readouterr().out
+    assert "unreadable files: 2" in text and "IDRiD_002.jpg: not a readable" in text and "IDRiD_004.jpg: not" in text
+    assert "the split of train.py" in text
+    for path in [*images.iterdir(), *(tree / "A. Segmentation" / "1. Original Images" / "a. Training Set").iterdir()]:
+        path.write_bytes(b"no")
+    with pytest.raises(InputError, match="none of its 8 photographs can be read; first: .*not a readable image"):
+        data.main([str(tree)])
+
+
+def test_examination_of_drawn_photographs(capsys, monkeypatch):
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 20), "test": (1, 5)})
+    assert "train: 20 photographs (drawn 20)" in examined(capsys)
+
+
+def test_bad_pictures_folder_is_one_line(tree):
+    with pytest.raises(InputError, match="--pictures .*Labels.csv: a file; expected a folder"):
+        data.main([str(tree), "--pictures", str(next(tree.rglob("*Labels.csv")))])
+
+
+# ---- the real photographs, where they are at hand ----
+
+def test_real_examination(capsys, tmp_path):
+    report = json.loads(examined(capsys, real_idrid("idrid"), "--json", "--pictures", tmp_path))
+    assert report["parts"]["train"]["classes"]["grade"]["counts"] == {"0": 134, "1": 20, "2": 136, "3": 74, "4": 49}
+    assert (len(report["copies"]), len(report["same_eye"]["pairs"]), len(report["conflicts"])) == (47, 11, 3)
+    assert report["sizes"] == {"1072x712": 467} and not report["unreadable"] and not report["without_field_of_view"]
+    assert {p.stem for p in tmp_path.iterdir()} == {"labels", "copies", "same_eye", "just_below", "conflicts"}
+    original = json.loads(examined(capsys, real_idrid("idrid-original"), "--json"))
+    assert original["sizes"] == {"4288x2848": 15} and list(original["mask_formats"]) == ["P 0 1"]

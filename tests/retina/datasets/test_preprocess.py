@@ -1,0 +1,226 @@
+"""From files to samples: masks in every encoding, geometry, reduced decoding."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+import data
+from conftest import photograph, real_idrid, save_palette_mask
+from retina.datasets import preprocess, readers, synthetic
+from retina.datasets.readers import read_idrid
+from retina.datasets.records import Record
+from retina.files import InputError
+
+
+def training_part(root: Path) -> list[Record]:
+    return [r for r in read_idrid(root).records if r.part == "train"]
+
+
+def drawn(number: int) -> list[Record]:
+    return [r for r in readers.read_drawn().records if r.part == "test"][:number]
+
+
+# ---- masks ----
+
+def test_no_mask_file_means_no_lesion(shared_tree):
+    found = [r for r in training_part(shared_tree) if r.masks is not None]
+    photographs = data.Photographs(found, 64)
+    lacking = [(i, k) for i, r in enumerate(found) for k in synthetic.LESIONS if not r.masks[k]]
+    assert lacking
+    for i, kind in lacking:
+        assert not photographs[i].masks[synthetic.LESIONS.index(kind)].any()
+    for i, r in enumerate(found):
+        assert photographs[i].masks[synthetic.LESIONS.index("HE")].any()
+
+
+@pytest.mark.parametrize("encode", [
+    lambda m: Image.fromarray(m.astype(np.uint8) * 76),  # a palette mask that somebody converted to grey
+    lambda m: Image.fromarray(m.astype(np.uint8)),
+    lambda m: Image.fromarray(m.astype(np.uint8) * 255),
+    lambda m: Image.fromarray(m),  # one bit
+    lambda m: Image.fromarray(np.stack([m * 255, m * 0, m * 0, m * 0 + 255], 2).astype(np.uint8)),  # RGBA
+    lambda m: Image.fromarray(np.stack([m * 255, m * 0, m * 0], 2).astype(np.uint8)),
+    lambda m: Image.fromarray(np.stack([m * 0, m * 128, m * 0], 2).astype(np.uint8)),  # drawn in green
+    lambda m: Image.fromarray(np.stack([m * 0, m * 0, m * 0, m * 255], 2).astype(np.uint8)),  # in the opacity
+    lambda m: Image.fromarray(np.stack([m * 255] * 3, 2).astype(np.uint8)).quantize(2),  # palette, white first
+    lambda m: Image.fromarray(m.astype(np.uint16) * 65535),
+    lambda m: Image.fromarray(m.astype(np.float32)),
+    lambda m: Image.fromarray((m * 250 + np.random.default_rng(0).integers(0, 5, m.shape)).astype(np.uint8)),
+])
+def test_every_encoding_of_a_mask_reads_the_same(tmp_path, encode):
+    mask = np.random.default_rng(0).random((40, 60)) > 0.7
+    encode(mask).save(tmp_path / "mask.tif")
+    assert np.array_equal(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
+
+
+def test_palette_mask_reads_its_indices(tmp_path):
+    mask = np.random.default_rng(0).random((40, 60)) > 0.7
+    save_palette_mask(tmp_path / "mask.tif", mask)
+    assert np.unique(np.asarray(Image.open(tmp_path / "mask.tif").convert("L"))).tolist() == [0, 76]
+    assert np.array_equal(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA"])
+def test_masks_of_one_value(tmp_path, mode):
+    for colour, expected in (("black", 0), ("white", 255)):
+        Image.new(mode, (60, 40), colour).save(tmp_path / "mask.tif")
+        assert np.unique(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0])).tolist() == [expected]
+
+
+def test_a_smooth_outline_is_allowed(tmp_path):
+    y, x = np.mgrid[:40, :60]
+    mask = Image.fromarray((np.hypot(x - 30, y - 20) < 4).astype(np.uint8) * 255)
+    mask.filter(ImageFilter.GaussianBlur(0.7)).save(tmp_path / "mask.png")
+    found = np.asarray(preprocess.read_mask(tmp_path / "mask.png", (60, 40))[0]) > 0
+    assert (found != (np.asarray(mask) > 0)).mean() < 0.01
+
+
+@pytest.mark.parametrize("values", [
+    lambda rng: rng.integers(0, 4, (40, 60)).astype(np.uint8),  # a map of labels, or noise
+    lambda rng: rng.integers(0, 256, (40, 60)).astype(np.uint8),  # a photograph
+    lambda rng: np.where(rng.random((40, 60)) > 0.5, np.nan, 1).astype(np.float32),
+])
+def test_what_is_no_mask_is_one_line(tmp_path, values):
+    Image.fromarray(values(np.random.default_rng(0))).save(tmp_path / "mask.tif")
+    with pytest.raises(InputError, match="mask.tif: .* values from .*; expected a mask of two, such as 0 and 255"):
+        preprocess.read_mask(tmp_path / "mask.tif", (60, 40))
+
+
+def test_an_empty_mask_file_is_an_empty_mask(tmp_path):
+    save_palette_mask(tmp_path / "mask.tif", np.zeros((40, 60), bool))
+    assert not np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]).any()
+
+
+# ---- geometry ----
+
+def disc_photograph(width=600, height=400, centre=(330, 190), radius=150) -> tuple[Image.Image, tuple]:
+    y, x = np.mgrid[:height, :width]
+    inside = np.hypot(x + 0.5 - centre[0], y + 0.5 - centre[1]) < radius
+    pixels = np.where(inside[..., None], (180, 90, 40), (4, 3, 3)).astype(np.uint8)
+    box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
+    return Image.fromarray(pixels), box
+
+
+def test_field_of_view_is_the_circle():
+    image, box = disc_photograph()
+    assert np.abs(np.array(preprocess.field_of_view(image)) - box).max() < 600 / 256 * 2
+
+
+@pytest.mark.parametrize("shape", ["whole", "spot", "frame", "bar"])
+def test_pictures_without_a_field_of_view_are_taken_whole(shape):
+    pixels = np.zeros((200, 300, 3), np.uint8)
+    y, x = np.mgrid[:200, :300]
+    x, y = abs(x - 150), abs(y - 100)
+    inside = {"whole": y >= 0, "spot": np.hypot(x, y) < 30, "frame": (x < 90) & (y < 80), "bar": (x < 20) & (y < 80)}
+    pixels[inside[shape]] = 180
+    assert preprocess.field_of_view(Image.fromarray(pixels)) is None
+
+
+def test_field_of_view_of_a_black_image():
+    assert preprocess.field_of_view(Image.new("RGB", (300, 200), (2, 2, 2))) is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_points_and_masks_follow_the_image(tmp_path, suffix):
+    """A white dot: found in the sample where geometry says, found in the mask there too, and mapped back."""
+    image, _ = disc_photograph(2000, 1400, (1100, 650), 500)
+    pixels, mask = np.array(image), np.zeros((1400, 2000), bool)
+    dot = (1240, 470)
+    pixels[dot[1] - 20:dot[1] + 20, dot[0] - 20:dot[0] + 20] = 255
+    mask[dot[1] - 20:dot[1] + 20, dot[0] - 20:dot[0] + 20] = True
+    Image.fromarray(pixels).save(tmp_path / f"photo.{suffix}", quality=95)
+    save_palette_mask(tmp_path / "m.tif", mask)
+    record = Record("x", tmp_path / f"photo.{suffix}", labels={"masks": {"EX": tmp_path / "m.tif"}})
+    sample = data.Photographs([record], 128)[0]
+    assert sample.image.shape == (3, 128, 128) and (sample.geometry.width, sample.geometry.height) == (2000, 1400)
+    for found in (sample.image[2] > 150, sample.masks[synthetic.LESIONS.index("EX")] == 1):
+        y, x = (v.float().mean().item() + 0.5 for v in found.nonzero(as_tuple=True))
+        assert math.dist((x, y), sample.geometry.to_sample(np.array(dot))) < 0.6
+        assert math.dist(dot, sample.geometry.to_file(np.array((x, y)))) < 0.6 * 1000 / 128
+    assert np.allclose(sample.geometry.to_file(sample.geometry.to_sample(np.array([[3.0, 5.0]]))), [[3, 5]])
+    assert abs(sample.geometry.scale_x / sample.geometry.scale_y - 1) < 0.02  # the aspect is kept
+
+
+@pytest.mark.parametrize("size", [4097, 2051, 1025])
+def test_reduced_decoding_moves_nothing(tmp_path, size):
+    """A JPEG reduced to a fraction of a pixel: a dot near the far corner still lies where geometry says."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    at = size - 8 * size // 100
+    pixels[at - size // 50:at + size // 50, at - size // 50:at + size // 50] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    sample = data.Photographs([Record("x", tmp_path / "a.jpg", labels={"points": {"disc": (at, at)}})], 256)[0]
+    light = sample.image.float().mean(0)
+    x = float((light * (torch.arange(256) + 0.5)).sum() / light.sum())
+    assert abs(x - float(sample.points[0, 0])) < 0.05
+
+
+def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
+    disc_photograph()[0].save(tmp_path / "a.png")
+    points = {"disc": (1, 1), "fovea": (330, 190)}
+    sample = data.Photographs([Record("x", tmp_path / "a.png", labels={"points": points})], 64)[0]
+    assert sample.points.isnan().any(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("width,height", [(1000, 667), (1001, 701), (997, 1333)])
+def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
+    image, _ = disc_photograph(width, height, (width // 2, height // 2), max(width, height) // 2)
+    image.save(tmp_path / "photo.jpg", quality=95)
+    save_palette_mask(tmp_path / "m.tif", np.ones((height, width), bool))
+    record = Record("x", tmp_path / "photo.jpg", labels={"masks": {"OD": tmp_path / "m.tif"}})
+    sample = data.Photographs([record], 64)[0]
+    corners = sample.geometry.to_sample(np.array([(0, 0), (width, height)]))
+    inside = sample.masks[-1].nonzero()
+    assert np.abs(corners[0] - inside.min(0).values.flip(0).numpy()).max() < 0.6
+    assert np.abs(corners[1] - inside.max(0).values.flip(0).numpy() - 1).max() < 0.6
+
+
+def test_size_does_not_move_the_split(tmp_path):
+    record = photograph(tmp_path / "a.jpg", 0)
+    for key in ("thumbnail", "vessels"):
+        assert np.array_equal(*(preprocess.prepare(record, size)[key] for size in (64, 512)))
+
+
+def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
+    drawn = Image.fromarray(synthetic.draw(synthetic.plan(0, 3), 1024)[0])
+    drawn.save(tmp_path / "a.jpg", quality=92), Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    fast, full = (preprocess.prepare(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float)
+                  for s in ("jpg", "png"))
+    assert 10 * math.log10(255 ** 2 / ((fast - full) ** 2).mean()) > 38  # dB
+
+
+# ---- the real photographs, where they are at hand ----
+
+@pytest.mark.parametrize("name", ["idrid", "idrid-original"])
+def test_real_photographs_crop_to_the_retina_and_masks_fit(name):
+    root = real_idrid(name)
+    found = [r for r in training_part(root) if r.masks is not None][:6]
+    found += [r for r in training_part(root) if r.masks is None][:6]
+    photographs = data.Photographs(found, 256)
+    for i, record in enumerate(found):
+        sample = photographs[i]
+        lit = sample.image.amax(0) > 30
+        assert 0.6 < lit.float().mean() < 0.9  # a circle that fills its square, cut at top and bottom
+        assert lit.any(0).float().mean() > 0.95
+        assert abs(sample.geometry.scale_x / sample.geometry.scale_y - 1) < 0.01
+        if record.masks is None:
+            continue
+        disc = sample.masks[synthetic.LESIONS.index("OD")] == 1
+        assert 0.01 < disc.float().mean() < 0.05
+        green = sample.image[1].float()
+        assert green[disc].mean() > 1.2 * green[lit].mean()  # the disc is bright where its mask says
+        for path in filter(None, record.masks.values()):
+            original = np.asarray(preprocess.read_mask(path, Image.open(record.image).size)[0]) > 0
+            assert original.any()
+
+
+def test_real_originals_and_reductions_give_the_same_sample():
+    """The same photograph at 4288x2848 and at 1072x712 lands on the same pixels of the sample."""
+    originals = {r.name: r for r in training_part(real_idrid("idrid-original"))}
+    reduced = {r.name: r for r in training_part(real_idrid("idrid"))}
+    for name in list(originals)[:8]:
+        a, b = (preprocess.prepare(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
+        assert 10 * math.log10(255 ** 2 / ((a - b) ** 2).mean()) > 30  # dB
