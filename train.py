@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = "DRAWN photographs, not IDRiD" if asked.config.data is None else asked.config.data
         tell(f"\nchosen: epoch {result['epoch']} of {asked.folder}, validation split of {what}")
         tell(tables.table(result["metrics"], make_tasks(asked.config.tasks, asked.config.classes)))
-        if idle := routing.idle(u["tokens"] for u in result["usage"].values()):
+        if result["usage"] and (idle := routing.idle(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(idle))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))
         tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {asked.folder}")

@@ -10,8 +10,6 @@ from retina.datasets import readers
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 
-# ---- scores of a row ----
-
 def test_shifts_change_pictures_and_nothing_else():
     photographs = data.Photographs(readers.read_drawn().records[:3], 64)
     for shift in measurements.SHIFTS:

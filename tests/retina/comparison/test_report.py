@@ -4,51 +4,19 @@ import json
 import math
 
 import pytest
-import torch
 
 import baselines
 from conftest import ROOT
 from retina.comparison import analysis, report
 from retina.evaluation import statistics, tables
-from retina.evaluation.scoring import Scores
-from tasks import TASKS
+from test_analysis import Accurate, right, row_of
 
-CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
-
-# ---- scores of a row ----
-
-def tallies(right: torch.Tensor) -> torch.Tensor:
-    """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
-    return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
-                                  torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
-
-
-def row_of(name: str, *seeds: torch.Tensor) -> analysis.Measured:
-    """A row with these answers right, one tensor for each seed."""
-    names = [f"p{i}" for i in range(len(seeds[0]))]
-    found = [Scores([Accurate()], {"cls": names}, {"cls": tallies(right)}, eyes={n: n for n in names})
-             for right in seeds]
-    return analysis.Measured(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
-
-
-class Accurate(type(CLS)):
-    """Grading by accuracy, which is a mean, so that what is planted is known."""
-    primary = "accuracy"
-
-
-def right(share: float, n: int, seed: int) -> torch.Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
-
-
-# ---- differences ----
 
 def table_of(found: dict) -> str:
     return tables.as_markdown(report.differences(found))
 
-
-# ---- the report ----
 
 def test_the_report_claims_only_what_can_be_claimed():
     first = right(0.5, 300, 1)

@@ -12,6 +12,7 @@ from retina.datasets.records import UNKNOWN
 from retina.evaluation import task_metrics
 from retina.evaluation.metrics import dice
 from tasks import TASKS
+from test_tasks import LOC, loc_target
 
 
 def test_grading_metrics_from_tallies():
@@ -140,16 +141,7 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     assert row["dice_EX"] == row["true_pixels_EX"] == "" and row["true_pixels_MA"] == 64 and row["dice_MA"] == 1
 
 
-LOC = TASKS["loc"]
-
-
 # ---- points ----
-
-def loc_target(points, original=(4288.0, 4288.0)) -> torch.Tensor:
-    """Targets (n, 4, 2) of photographs whose whole width the sample shows."""
-    points = torch.tensor(points)
-    rows = torch.tensor([[0.0, 0.0], original, original, [1 / tasks.DISC_DIAMETER] * 2])
-    return torch.cat([points, rows.expand(len(points), 4, 2)], 1)
 
 
 def test_distances_by_hand():
