@@ -30,8 +30,8 @@ def shown(value: float | None, limits: Sequence[float] | None = None) -> str:
 def aligned(rows: Sequence[Sequence]) -> str:
     """For the screen: the first column to the left, the others to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    return "\n".join("   " + "  ".join([f"{row[0]:{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(row[1:], widths[1:]))])
-                     for row in rows)
+    lines = ([f"   {first:{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(rest, widths[1:]))] for first, *rest in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
