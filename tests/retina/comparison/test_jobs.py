@@ -39,7 +39,7 @@ def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
 
 
 def test_a_process_of_its_own_ends_when_told_to_and_with_the_main_process(tmp_path):
-    job = Job("hard", replace(SMALL, save_every=1), tmp_path / "run", [])
+    job = Job("hard", SMALL, tmp_path / "run", [])
     process = jobs.start(job, baselines.__file__, 1)
     assert os.getpgid(process.pid) == process.pid
     while not (job.folder / "last.pt").exists() and process.poll() is None:
