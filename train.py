@@ -50,6 +50,14 @@ class Config:
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training part")
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test part too, as most of the literature "
                             "does")
+    epochs: int = flag(5, TRAINING, "at most", real=40, lowest=1)
+    batch: int = flag(8, TRAINING, "photographs in a step", lowest=2)
+    lr: float = flag(2.5e-3, TRAINING, "highest learning rate of AdamW", real=1.5e-3, lowest=1e-12)
+    weight_decay: float = flag(0.01, TRAINING, "of AdamW", lowest=0)
+    patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
+    loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
+    augment: bool = flag(True, TRAINING, "show every photograph as it is")
+    seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0)
     variant: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
     weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
                         shown="none for drawn photographs, else imagenet if it can be had")
@@ -62,14 +70,6 @@ class Config:
                            "which all tasks then share up to there", choices=PLACES.keys())
     balance: float = flag(0.01, NETWORK, "weight of the load-balancing loss", shown="0.01 for routers that learn",
                           lowest=0)
-    epochs: int = flag(5, TRAINING, "at most", real=40, lowest=1)
-    batch: int = flag(8, TRAINING, "photographs in a step", lowest=2)
-    lr: float = flag(2.5e-3, TRAINING, "highest learning rate of AdamW", real=1.5e-3, lowest=1e-12)
-    weight_decay: float = flag(0.01, TRAINING, "of AdamW", lowest=0)
-    patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
-    loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
-    augment: bool = flag(True, TRAINING, "show every photograph as it is")
-    seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0)
     precision: str = flag("fp32", MACHINE, f"of the passes through the network, {' '.join(precision.HALVES)}",
                           shown="bf16 where the device has units for it, fp16 on older GPUs, else fp32",
                           choices=precision.HALVES.keys())

@@ -140,8 +140,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, monkeypatch):
         return whole(self, x)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(ResNet50, "forward", stopped)
-        begin("stopped")
-    folder = records.HERE / "runs" / "stopped"
+        begin("paused")
+    folder = records.HERE / "runs" / "paused"
     assert len(calls) == 3 and not (folder / "best.pt").exists()
     train.main(["--resume", str(folder)])
     one, other = weights(run), weights(folder)
