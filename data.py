@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import gaussian_blur, rgb_to_grayscale
 
 from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
@@ -92,11 +92,6 @@ def moved(pictures: Tensor, forward: Tensor, mode: str) -> Tensor:
     return F.grid_sample(pictures.float(), grid, mode, align_corners=False)
 
 
-def grey(x: Tensor) -> Tensor:
-    """(n, 3, S, S) -> (n, 1, S, S), by the weights of ITU-R BT.601 that torchvision has."""
-    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
-
-
 def blend(x: Tensor, other: Tensor, amount: Tensor) -> Tensor:
     """amount x + (1 - amount) other, within 0..255; amount (n, 1, 1, 1)."""
     return torch.lerp(other, x, amount).clamp_(0, 255)
@@ -116,8 +111,8 @@ def turn_hue(x: Tensor, amount: Tensor) -> Tensor:
 
 
 RECOLOUR = (lambda x, amount: (amount * x).clamp_(0, 255),  # brightness
-            lambda x, amount: blend(x, grey(x).mean((1, 2, 3), keepdim=True), amount),  # contrast
-            lambda x, amount: blend(x, grey(x), amount),  # saturation
+            lambda x, amount: blend(x, rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), amount),  # contrast
+            lambda x, amount: blend(x, rgb_to_grayscale(x), amount),  # saturation
             turn_hue)
 
 
@@ -131,7 +126,7 @@ def recoloured(images: Tensor, changes: Sequence[Change]) -> Tensor:
                 images[which] = recolour(images[which], amount.to(images.device, non_blocking=True))
     for i, c in enumerate(changes):
         if c.sigma:
-            images[i] = v2.functional.gaussian_blur(images[i], [KERNEL, KERNEL], [c.sigma, c.sigma])
+            images[i] = gaussian_blur(images[i], [KERNEL, KERNEL], [c.sigma, c.sigma])
     return images
 
 
@@ -146,7 +141,7 @@ class Photographs(Dataset):
 
     def __init__(self, records: Sequence[Record], size: int):
         self.records, self.size = list(records), size
-        self.paths = cache.want_cache(self.records, size, cache.CACHE)
+        self.paths = cache.want_cache(self.records, size)
         self.files = [cache.files_of(r) for r in self.records]
 
     def __len__(self) -> int:

@@ -1,8 +1,4 @@
-"""From a photograph's files to the square sample that a network sees.
-
-    prepare     record -> arrays: decoded, cropped to the field of view, reduced
-    to_sample   record and arrays -> Sample, its labels in pixels of the sample
-"""
+"""From a photograph's files to the square sample that a network sees: prepare(), then to_sample()."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +17,6 @@ from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
 from retina.datasets.vessels import VESSEL_SIDE, vessel_map
 from retina.files import InputError, SIDEWAYS, open_image, orientation
-
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
 
@@ -240,5 +235,6 @@ def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
     width, height, *affine = arrays["geometry"].tolist()
     geometry = Geometry(int(width), int(height), *affine)
     image = torch.from_numpy(np.ascontiguousarray(arrays["image"]))
-    labels = {name: LABELS[name].to_sample(value, arrays, geometry, size) for name, value in record.labels.items()}
+    labels = {name: LABELS[name].to_sample(value, arrays, geometry.to_sample, size)
+              for name, value in record.labels.items()}
     return Sample(record.name, image, labels, geometry, record.eye or record.name)

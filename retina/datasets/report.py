@@ -1,9 +1,4 @@
-"""What a data set holds and what is wrong with it, before anyone trains on it.
-
-    examine         counts, files, copies, eyes, leaks, conflicts, the split
-    page            the same in words
-    contact_sheets  pictures of each kind of finding
-"""
+"""What a data set holds and what is wrong with it, before anyone trains on it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from retina.datasets import cache, leaks, splits
+from retina.datasets import leaks, splits
 from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
 from retina.datasets.leaks import Comparison, compare
 from retina.datasets.records import DataSet, KINDS, LABELS, Points, Record
@@ -54,7 +49,7 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
     """How masks are stored: counts, those stored unlike most; and the photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE, "stored", "vessels")
+    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "vessels")
                             for r in records))
     masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
@@ -68,7 +63,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
 
     InputError: nothing in it can be read.
     """
-    problems = build_cache(data_set.records, EXAMINED_SIZE, cache.CACHE)
+    problems = build_cache(data_set.records, EXAMINED_SIZE)
     records = [r for r in data_set.records if r.name not in problems]
     if not records:
         raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
@@ -172,7 +167,7 @@ def page(report: Mapping) -> str:
 
 def tile(record: Record, labels: bool) -> Image.Image:
     """The cached sample of a record as a picture with its name, perhaps with its masks and points as they lie in it."""
-    sample = cached_sample(record, cache_path(record, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE)
+    sample = cached_sample(record, cache_path(record, EXAMINED_SIZE), EXAMINED_SIZE)
     picture = photograph(sample.image, EXAMINED_SIZE)
     if labels:
         picture = tinted(picture, masks_of(sample), sample.points)

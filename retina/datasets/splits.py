@@ -1,12 +1,4 @@
-"""Records -> training, validation and test, such that no eye lies on two sides.
-
-    join_copies     one record of all copies of a photograph, with the labels of all
-    name_eyes       connected photographs are one eye
-    split           training photographs of a test eye are left out
-    announcement    what a run is about to learn from, in words
-"""
-
-from __future__ import annotations
+"""Records -> training, validation and test, such that no eye lies on two sides."""
 
 import itertools
 import re
@@ -14,17 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from retina.datasets.records import ClassNumber, Conflict, LABELS, Record
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
-
-if TYPE_CHECKING:
-    from data import Photographs
-    from train import Config
 
 
 # ---- copies ----
@@ -61,10 +48,9 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
             joined.append(records[group[0]])
             continue
         first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
-        members, own = [records[i] for i in group], {records[i].name: sizes[i] for i in group}
-        labels = {}
+        own, labels = {records[i].name: sizes[i] for i in group}, {}
         for name, label in LABELS.items():
-            if known := {r.name: r.labels[name] for r in members if name in r.labels}:
+            if known := {r.name: r.labels[name] for r in (records[i] for i in group) if name in r.labels}:
                 labels[name], contradictions = label.join(known, own, sizes[first])
                 conflicts += contradictions
         joined.append(records[first].with_labels(**labels))
@@ -174,23 +160,21 @@ def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetr
                                                     "no task would work with this data"))
 
 
-def describe(photographs: Photographs, tasks: Sequence[TaskMetrics]) -> str:
-    """How many photographs there are, and how many have a label for each task."""
-    labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
-    return f"{len(photographs)} photographs ({', '.join(labelled)})"
-
-
-def announcement(training: Photographs, validation: Photographs, findings: Mapping, tasks: Sequence[TaskMetrics],
-                 config: Config) -> str:
+def announcement(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
+                 tasks: Sequence[TaskMetrics], fold: str) -> str:
     """What a run is about to learn from, what it left out, and what it had to decide."""
-    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {config.fold}"
-    lines = [f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"]
-    if leaks := findings["leaks"]["photographs"]:
-        lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
-            "kept (--keep-leaks), so test scores say little about new eyes" if config.keep_leaks else "left out"))
-    if validated := len(findings["left_out_for_validation"]):
-        lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
-    if conflicts := len(findings["conflicts"]):
-        lines.append(f"{conflicts} times copies of one photograph carry different labels; config.json lists them and "
-                     "what training goes by")
-    return "\n".join(lines)
+    def described(records):
+        labelled = (f"{t.name} {sum(t.labelled(r) for r in records)}" for t in tasks)
+        return f"{len(records)} photographs ({', '.join(labelled)})"
+
+    how = "as the data set says" if any(r.part == "val" for r in validation) else f"fold {fold}"
+    kept = "kept (--keep-leaks), so test scores say little about new eyes" if findings["leaks"]["kept"] else "left out"
+    found = ((findings["leaks"]["photographs"],
+              f"photographs of the training part show an eye of the test part: {kept}"),
+             (len(findings["left_out_for_validation"]),
+              "photographs of the training part show an eye of the validation part: left out"),
+             (len(findings["conflicts"]),
+              "times copies of one photograph carry different labels; config.json lists them and what training "
+              "goes by"))
+    return "\n".join([f"training on {described(training)}, validation ({how}) on {described(validation)}",
+                      *(f"{number} {words}" for number, words in found if number)])
