@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -225,9 +225,8 @@ class Steps:
                  wanted: Sequence | None = None):
         streams = defaultdict(list)
         for i, record in enumerate(records):
-            labels = tuple(t.name for t in tasks if t.labelled(record))
-            if labels:
-                streams[labels].append(i)
+            streams[tuple(t.name for t in tasks if t.labelled(record))].append(i)
+        streams.pop((), None)
         self.streams = [streams[labels] for labels in sorted(streams)]
         self.seed, self.augmented = seed, augmented
         if batch < len(self.streams):
@@ -277,24 +276,22 @@ def in_order(photographs: Dataset, tasks: Sequence[Task], batch: int, device: to
 
 
 def loader(photographs: Photographs, batches, tasks: Sequence[Task], device: torch.device,
-           workers: int = 0, blanks: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Batch]:
+           workers: int, blanks: Mapping[str, Tensor]) -> Iterator[Batch]:
     """Batches of `photographs` on a device; `batches` are lists of its indices.
 
     Helpers read samples; this process puts them together, where augmentation may run on the device.
     """
     samples = DataLoader(photographs, batch_sampler=batches, collate_fn=list, num_workers=workers,
                          worker_init_fn=as_helper, pin_memory=device.type == "cuda")
-    # begun at once: it draws from torch's generator
-    return collated(iter(samples), partial(collate, tasks=tasks, device=device, blanks=blanks))
+    samples = iter(samples)  # at once: it draws from torch's generator
 
-
-def collated(samples: Iterator[list[Sample]], collate: Callable[[list[Sample]], Batch]) -> Iterator[Batch]:
-    """Batches of what a DataLoader brings; its helpers end when these do, also by an error, which may live longer."""
-    try:
-        for some in samples:
-            yield collate(some)
-    finally:
-        getattr(samples, "_shutdown_workers", lambda: None)()
+    def collated():  # the helpers end when this does, also by an error, which may live longer
+        try:
+            for some in samples:
+                yield collate(some, tasks, device, blanks)
+        finally:
+            getattr(samples, "_shutdown_workers", lambda: None)()
+    return collated()
 
 
 # ---- training and validation ----
@@ -339,12 +336,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pictures is not None and args.pictures.exists() and not args.pictures.is_dir():
         raise InputError(f"--pictures {args.pictures}: a file; expected a folder, which may be new")
     root = readers.find_data(args.data)
-    examined = examine(readers.read_data(root), root, args.fold)
-    print(json.dumps(examined.report, indent=1) if args.json else page(examined.report))
+    report, sheets = examine(readers.read_data(root), root, args.fold)
+    print(json.dumps(report, indent=1) if args.json else page(report))
     if args.pictures is not None:
-        lines = contact_sheets(examined, args.pictures)
-        print("\n".join(["", *lines]), file=sys.stderr if args.json else sys.stdout)
-    if problems := examined.report["unreadable"]:
+        print("\n".join(["", *contact_sheets(sheets, args.pictures)]), file=sys.stderr if args.json else sys.stdout)
+    if problems := report["unreadable"]:
         raise InputError(f"{root}: {len(problems)} of its photographs cannot be used, see above; train.py would refuse "
                          "them: replace the files, or remove them and their labels")
 

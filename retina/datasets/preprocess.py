@@ -213,20 +213,19 @@ def prepare(record: Record, size: int, alone: bool = False, small: Decoded | Non
     left, top, width, height = place(size)
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
-    masks, stored = np.zeros(0, bool), {}
-    if record.masks is not None:
-        masks = np.zeros((len(LESIONS), size, size), bool)
-        for kind, path in record.masks.items():
-            if path is not None:
-                mask, stored[kind] = read_mask(path, full)
-                masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
-    side = VESSEL_SIDE
-    vessels = vessel_map(fit(small.image, small.extent, 2 * side, Image.LANCZOS)) if field and \
-        not alone else np.zeros((side, side), np.uint8)
+    masks, stored = np.zeros((0 if record.masks is None else len(LESIONS), size, size), bool), []
+    for kind, path in (record.masks or {}).items():
+        if path is not None:
+            mask, how = read_mask(path, full)
+            masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
+            stored.append(f"{kind} {how}")
+    vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
+    if field and not alone:
+        vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
             "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
-            "stored": np.array([f"{kind} {how}" for kind, how in stored.items()], str)}
+            "stored": np.array(stored, str)}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:

@@ -234,27 +234,23 @@ def read_table(path: Path) -> DataSet:
     known = ["image", *(column for label in LABELS.values() for column in label.columns), "split", "group"]
     records: dict[Path, Record] = {}
     for where, cells in read_rows(path, ["image"], known):
-        record = read_row(Row(path.parent, where, dict.fromkeys(known, "") | cells))
-        before = records.setdefault(record.image.resolve(), record)
+        cells = dict.fromkeys(known, "") | cells
+        if not cells["image"]:
+            raise InputError(f"{where}: the cell of column 'image' is empty; expected the path of a photograph")
+        row = Row(path.parent, where, cells)
+        image, part = row.file("image"), cells["split"] or "train"
+        if part not in ("train", "val", "test"):
+            raise InputError(f"{where}: split is {part!r}, expected train, val or test")
+        eye = f"group {cells['group']}" if cells["group"] else ""
+        record = Record(cells["image"], image, part, eye=eye, where=where)
+        record = record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
+        before = records.setdefault(image.resolve(), record)
         if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
             raise InputError(f"{where}: {cells['image']} stands at {before.where} already, with other cells; expected "
                              "one row for an image; remove one")
     if not records:
         raise InputError(f"{path}: no row; expected one for each photograph")
     return DataSet(list(records.values()))
-
-
-def read_row(row: Row) -> Record:
-    """One row of a table; see read_table."""
-    cells = row.cells
-    if not cells["image"]:
-        raise InputError(f"{row.where}: the cell of column 'image' is empty; expected the path of a photograph")
-    image = row.file("image")
-    if cells["split"] not in ("", "train", "val", "test"):
-        raise InputError(f"{row.where}: split is {cells['split']!r}, expected train, val or test")
-    record = Record(cells["image"], image, cells["split"] or "train", where=row.where,
-                    eye=f"group {cells['group']}" if cells["group"] else "")
-    return record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
 
 
 # ---- folders of classes ----

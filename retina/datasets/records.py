@@ -58,15 +58,14 @@ class Row:
 
     def file(self, column: str) -> Path:
         """The file that a cell names. InputError: it is not there, or not below the table's folder."""
-        within = Path(os.path.normpath(self.cells[column]))
+        within, what = Path(os.path.normpath(self.cells[column])), f"{self.where}: {column} {self.cells[column]!r}"
         file = self.folder / within
         if within.is_absolute() or within.parts[:1] == ("..",):
-            raise InputError(f"{self.where}: {column} {self.cells[column]!r}: leads out of {self.folder}; expected a "
-                             "path below the folder of the table; move the table above its files")
+            raise InputError(f"{what}: leads out of {self.folder}; expected a path below the folder of the table; move "
+                             "the table above its files")
         if not file.is_file():
             problem = "a folder" if file.is_dir() else "no such file"
-            raise InputError(f"{self.where}: {column} {self.cells[column]!r}: {problem}: {file}; expected a file, its "
-                             "path relative to the table")
+            raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table")
         return file
 
 

@@ -101,17 +101,16 @@ def folds(records: Sequence[Record], number: int) -> list[int]:
         eyes[record.eye].append(i)
     groups = [eyes[eye] for eye in sorted(eyes)]
     order = np.random.default_rng(0).permutation(len(groups))
-    counts = [Counter() for _ in range(number)]
-    fold = [0] * len(records)
-    for g in sorted(order, key=lambda g: -len(groups[g])):
-        members = Counter(strata[i] for i in groups[g])
+    counts, fold = [Counter() for _ in range(number)], [0] * len(records)
+    for group in sorted((groups[g] for g in order), key=len, reverse=True):
+        members = Counter(strata[i] for i in group)
 
         def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
             return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
 
         best = min(range(number), key=crowded)
         counts[best].update(members)
-        for i in groups[g]:
+        for i in group:
             fold[i] = best
     return fold
 
@@ -136,13 +135,11 @@ def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False
     leaks = [r for r in parts["train"] + parts["val"] if r.eye in tested]
     if not keep_leaks:
         parts |= {part: [r for r in parts[part] if r.eye not in tested] for part in ("train", "val")}
-    if parts["val"]:
-        sides = [[r for r in parts["train"] if (r.eye in validated) == side] for side in (False, True)]
-        return Split(sides[0], parts["val"], parts["test"], leaks, sides[1])
-    training, validation = [], []
-    for record, f in zip(parts["train"], folds(parts["train"], number)):
-        (validation if f == index - 1 else training).append(record)
-    return Split(training, validation, parts["test"], leaks, [])
+    given = bool(parts["val"])
+    aside = [r.eye in validated for r in parts["train"]] if given else [
+        f == index - 1 for f in folds(parts["train"], number)]
+    training, others = ([r for r, a in zip(parts["train"], aside) if a == side] for side in (False, True))
+    return Split(training, parts["val"] if given else others, parts["test"], leaks, others if given else [])
 
 
 def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetrics], everything: Sequence[TaskMetrics],
@@ -155,9 +152,9 @@ def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetr
         if not all(labels(task).values()):
             counts = ", ".join(f"{n} for {name}" for name, n in labels(task).items())
             possible = " ".join(t.name for t in everything if all(labels(t).values()))
+            hint = f"--tasks {possible} would work" if possible else "no task would work with this data"
             raise InputError(f"--tasks {task.name}: photographs with its label in {root}: {counts}{why}; expected at "
-                             f"least one each; " + (f"--tasks {possible} would work" if possible else
-                                                    "no task would work with this data"))
+                             f"least one each; {hint}")
 
 
 def announcement(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
