@@ -9,8 +9,6 @@
     python data.py PATH/TO/IDRiD --pictures sheets     # what a data set holds and what is wrong with it
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -21,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,9 +36,6 @@ from retina.datasets.splits import check_labels
 from retina.files import InputError, as_helper, command
 from retina.training.distributed import ALONE, Group
 from tasks import TASKS, Task, make_tasks
-
-if TYPE_CHECKING:
-    from train import Config
 
 
 # ---- augmentation ----
@@ -296,10 +290,10 @@ def loader(photographs: Photographs, batches, tasks: Sequence[Task], device: tor
 
 # ---- training and validation ----
 
-def load_photographs(config: Config, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
+def load_photographs(config, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
     """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
 
-    InputError: a task of which nothing is labelled on either side.
+    `config` is train.py's Config. InputError: a task of which nothing is labelled on either side.
     """
     root = None if config.data is None else Path(config.data)
     found = readers.read_data(root).records

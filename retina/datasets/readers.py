@@ -221,8 +221,6 @@ def read_points(root: Path, part: str, located: Sequence[Record], pictures: Path
     return [r.with_labels(points=points.get(r.image.stem)) for r in located]
 
 
-# ---- a table of one's own ----
-
 def read_table(path: Path) -> DataSet:
     """A CSV file with a row per photograph; columns image, those of LABELS, split, group; only `image` is a must.
 
@@ -252,8 +250,6 @@ def read_table(path: Path) -> DataSet:
         raise InputError(f"{path}: no row; expected one for each photograph")
     return DataSet(list(records.values()))
 
-
-# ---- folders of classes ----
 
 def read_folders(root: Path) -> DataSet:
     """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
@@ -286,8 +282,6 @@ def read_folders(root: Path) -> DataSet:
                         for image in list_images(folder, only=True).values()]
     return DataSet(records, tuple(classes))
 
-
-# ---- drawn photographs ----
 
 DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
 DRAWN_SIDE = 1024  # pixels of a drawing, were it a file: the unit of its points

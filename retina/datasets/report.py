@@ -97,11 +97,8 @@ def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: S
     """{name: (title, groups)} of each kind of finding, of `records` before copies are joined."""
     by_name = {r.name: r for r in records}
 
-    def named(names):
-        return [by_name[name] for name in names]
-
-    def pairs(found):
-        return [(f"score {p['score']:.2f}", named(p["photographs"])) for p in found]
+    def group(names, caption=""):
+        return caption, [by_name[name] for name in names]
 
     eyes, alike = defaultdict(list), defaultdict(list)
     for r in splits.name_eyes(records, found.same_eye()):
@@ -112,18 +109,19 @@ def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: S
         "labels": ("labels as they lie on the photographs", [
             (", ".join(f"{name} {LABELS[name].shown(v, classes)}" for name, v in r.labels.items()
                        if isinstance(v, (int, float))), [r])  # the others are drawn
-            for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]),
-        "copies": ("files that show one photograph", [("", named(names)) for names in report["copies"]]),
-        "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"])),
-        "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"])),
+            for _, similar in sorted(alike.items(), key=lambda item: str(item[0])) for r in similar[:6]]),
+        "copies": ("files that show one photograph", list(map(group, report["copies"]))),
+        **{name: (title, [group(p["photographs"], f"score {p['score']:.2f}") for p in report["same_eye"][key]])
+           for name, title, key in (("same_eye", "photographs of one eye", "pairs"),
+                                    ("just_below", "pairs closest below the threshold", "closest_below"))},
         "conflicts": ("one photograph, different labels", [
-            (f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}", named(c["photographs"]))
+            group(c["photographs"], f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}")
             for c in report["conflicts"]]),
         "leaks": ("an eye of the test part in the training part", [
-            ("", [next(r for r in group if (r.part == "test") == side) for side in (True, False)])
-            for group in eyes.values() if {"test"} < {r.part for r in group}]),
+            ("", [next(r for r in eye if (r.part == "test") == side) for side in (True, False)])
+            for eye in eyes.values() if {"test"} < {r.part for r in eye}]),
         "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in odd]),
-        "no_field": ("no round field of view found", [("", named([n])) for n in report["without_field_of_view"]])}
+        "no_field": ("no round field of view found", [group([name]) for name in report["without_field_of_view"]])}
 
 
 # ---- words ----

@@ -14,8 +14,6 @@ from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
 
 
-# ---- copies ----
-
 def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
     """For each of `number` items the lowest item that it is connected with through `pairs`."""
     leader = list(range(number))
@@ -57,8 +55,6 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
     return joined, conflicts
 
 
-# ---- eyes ----
-
 def name_eyes(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[Record]:
     """Give all photographs that `pairs`, or an `eye` that the data set names, connect the same `eye`."""
     said = defaultdict(list)
@@ -68,8 +64,6 @@ def name_eyes(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> li
     known = [pair for group in said.values() for pair in itertools.pairwise(group)]
     return [replace(r, eye=records[k].name) for r, k in zip(records, connected([*pairs, *known], len(records)))]
 
-
-# ---- split ----
 
 @dataclass(frozen=True)
 class Split:
