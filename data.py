@@ -9,26 +9,23 @@
     python data.py PATH/TO/IDRiD --pictures sheets     # what a data set holds and what is wrong with it
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import gaussian_blur, rgb_to_grayscale
 
 from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
@@ -39,9 +36,6 @@ from retina.datasets.splits import check_labels
 from retina.files import InputError, as_helper, command
 from retina.training.distributed import ALONE, Group
 from tasks import TASKS, Task, make_tasks
-
-if TYPE_CHECKING:
-    from train import Config
 
 
 # ---- augmentation ----
@@ -92,11 +86,6 @@ def moved(pictures: Tensor, forward: Tensor, mode: str) -> Tensor:
     return F.grid_sample(pictures.float(), grid, mode, align_corners=False)
 
 
-def grey(x: Tensor) -> Tensor:
-    """(n, 3, S, S) -> (n, 1, S, S), by the weights of ITU-R BT.601 that torchvision has."""
-    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
-
-
 def blend(x: Tensor, other: Tensor, amount: Tensor) -> Tensor:
     """amount x + (1 - amount) other, within 0..255; amount (n, 1, 1, 1)."""
     return torch.lerp(other, x, amount).clamp_(0, 255)
@@ -116,8 +105,8 @@ def turn_hue(x: Tensor, amount: Tensor) -> Tensor:
 
 
 RECOLOUR = (lambda x, amount: (amount * x).clamp_(0, 255),  # brightness
-            lambda x, amount: blend(x, grey(x).mean((1, 2, 3), keepdim=True), amount),  # contrast
-            lambda x, amount: blend(x, grey(x), amount),  # saturation
+            lambda x, amount: blend(x, rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), amount),  # contrast
+            lambda x, amount: blend(x, rgb_to_grayscale(x), amount),  # saturation
             turn_hue)
 
 
@@ -131,7 +120,7 @@ def recoloured(images: Tensor, changes: Sequence[Change]) -> Tensor:
                 images[which] = recolour(images[which], amount.to(images.device, non_blocking=True))
     for i, c in enumerate(changes):
         if c.sigma:
-            images[i] = v2.functional.gaussian_blur(images[i], [KERNEL, KERNEL], [c.sigma, c.sigma])
+            images[i] = gaussian_blur(images[i], [KERNEL, KERNEL], [c.sigma, c.sigma])
     return images
 
 
@@ -146,7 +135,7 @@ class Photographs(Dataset):
 
     def __init__(self, records: Sequence[Record], size: int):
         self.records, self.size = list(records), size
-        self.paths = cache.want_cache(self.records, size, cache.CACHE)
+        self.paths = cache.want_cache(self.records, size)
         self.files = [cache.files_of(r) for r in self.records]
 
     def __len__(self) -> int:
@@ -230,9 +219,8 @@ class Steps:
                  wanted: Sequence | None = None):
         streams = defaultdict(list)
         for i, record in enumerate(records):
-            labels = tuple(t.name for t in tasks if t.labelled(record))
-            if labels:
-                streams[labels].append(i)
+            streams[tuple(t.name for t in tasks if t.labelled(record))].append(i)
+        streams.pop((), None)
         self.streams = [streams[labels] for labels in sorted(streams)]
         self.seed, self.augmented = seed, augmented
         if batch < len(self.streams):
@@ -282,32 +270,30 @@ def in_order(photographs: Dataset, tasks: Sequence[Task], batch: int, device: to
 
 
 def loader(photographs: Photographs, batches, tasks: Sequence[Task], device: torch.device,
-           workers: int = 0, blanks: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Batch]:
+           workers: int, blanks: Mapping[str, Tensor]) -> Iterator[Batch]:
     """Batches of `photographs` on a device; `batches` are lists of its indices.
 
     Helpers read samples; this process puts them together, where augmentation may run on the device.
     """
     samples = DataLoader(photographs, batch_sampler=batches, collate_fn=list, num_workers=workers,
                          worker_init_fn=as_helper, pin_memory=device.type == "cuda")
-    # begun at once: it draws from torch's generator
-    return collated(iter(samples), partial(collate, tasks=tasks, device=device, blanks=blanks))
+    samples = iter(samples)  # at once: it draws from torch's generator
 
-
-def collated(samples: Iterator[list[Sample]], collate: Callable[[list[Sample]], Batch]) -> Iterator[Batch]:
-    """Batches of what a DataLoader brings; its helpers end when these do, also by an error, which may live longer."""
-    try:
-        for some in samples:
-            yield collate(some)
-    finally:
-        getattr(samples, "_shutdown_workers", lambda: None)()
+    def collated():  # the helpers end when this does, also by an error, which may live longer
+        try:
+            for some in samples:
+                yield collate(some, tasks, device, blanks)
+        finally:
+            getattr(samples, "_shutdown_workers", lambda: None)()
+    return collated()
 
 
 # ---- training and validation ----
 
-def load_photographs(config: Config, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
+def load_photographs(config, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
     """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
 
-    InputError: a task of which nothing is labelled on either side.
+    `config` is train.py's Config. InputError: a task of which nothing is labelled on either side.
     """
     root = None if config.data is None else Path(config.data)
     found = readers.read_data(root).records
@@ -344,12 +330,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pictures is not None and args.pictures.exists() and not args.pictures.is_dir():
         raise InputError(f"--pictures {args.pictures}: a file; expected a folder, which may be new")
     root = readers.find_data(args.data)
-    examined = examine(readers.read_data(root), root, args.fold)
-    print(json.dumps(examined.report, indent=1) if args.json else page(examined.report))
+    report, sheets = examine(readers.read_data(root), root, args.fold)
+    print(json.dumps(report, indent=1) if args.json else page(report))
     if args.pictures is not None:
-        lines = contact_sheets(examined, args.pictures)
-        print("\n".join(["", *lines]), file=sys.stderr if args.json else sys.stdout)
-    if problems := examined.report["unreadable"]:
+        print("\n".join(["", *contact_sheets(sheets, args.pictures)]), file=sys.stderr if args.json else sys.stdout)
+    if problems := report["unreadable"]:
         raise InputError(f"{root}: {len(problems)} of its photographs cannot be used, see above; train.py would refuse "
                          "them: replace the files, or remove them and their labels")
 

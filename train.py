@@ -190,7 +190,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     with group.in_turn():
         train_set, val_set, findings = data.load_photographs(config, tasks)
     if not quiet:
-        print(announcement(train_set, val_set, findings, tasks, config))
+        print(announcement(train_set.records, val_set.records, findings, tasks, config.fold))
     sampler = data.Steps(train_set.records, make_tasks(config.streams, config.classes) or tasks, config.batch,
                          config.seed, config.augment, tasks)
     steps = config.epochs * sampler.per_epoch

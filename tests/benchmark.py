@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 from model import ExpertLayer, Net, NetConfig, balance_loss  # noqa: E402
 from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
-from retina.datasets.cache import build_cache  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, command  # noqa: E402
 from retina.inference import full_size  # noqa: E402
@@ -337,9 +337,9 @@ def scaling() -> None:
 def loading(folder: Path, size: int) -> None:
     """An epoch over the photographs of a folder, from nothing and once they are cached."""
     found = [r for r in readers.read_data(folder).records if r.part == "train"]
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as empty, mock.patch.object(cache, "CACHE", Path(empty)):
         begun = time.perf_counter()
-        build_cache(found, size, Path(cache))
+        cache.build_cache(found, size)
         build = time.perf_counter() - begun
     ways = {"plain": {"measures": [PLAIN]}, "ours": {"measures": BEST}}
     ways = {f"{name}{', loading alone' * part}": {"kind": "trained", "folder": str(folder), "size": size, "part": part}

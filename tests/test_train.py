@@ -200,7 +200,7 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     training, validation, findings = data.load_photographs(replace(options, data=str(tmp_path / "u.csv")),
                                                             [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
-    said = splits.announcement(training, validation, findings, [TASKS["cls"]], options)
+    said = splits.announcement(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
     assert "1 photographs of the training part show an eye of the validation part: left out" in said
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
         train.configure(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"])

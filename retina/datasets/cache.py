@@ -1,9 +1,4 @@
-"""Photographs are decoded once: what prepare() makes of each is kept below data/cache.
-
-    build_cache     makes what is missing, in parallel
-    cached          arrays of a record; made anew where they were damaged
-    check_files     that the files are still those that were there at first
-"""
+"""Photographs are decoded once: what prepare() makes of each is kept below data/cache."""
 
 import functools
 import hashlib
@@ -33,16 +28,15 @@ def files_of(record: Record) -> list[tuple[Path, int, int]]:
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
-def cache_path(record: Record, size: int, cache: Path) -> Path:
+def cache_path(record: Record, size: int) -> Path:
     """File of the cache for this record: its name changes with every input that prepare() reads."""
     kinds = sorted(kind for kind, path in (record.masks or {}).items() if path is not None)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
         inputs = [(str(path.resolve()), *rest) for path, *rest in files_of(record)]
-    key = repr((size, record.masks is not None, kinds, inputs))
-    name = hashlib.sha256(key.encode()).hexdigest()
-    return cache / name[:2] / f"{name[2:34]}.npz"
+    name = hashlib.sha256(repr((size, record.masks is not None, kinds, inputs)).encode()).hexdigest()
+    return CACHE / name[:2] / f"{name[2:34]}.npz"
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -66,6 +60,15 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
     return arrays
 
 
+def intact(path: Path, *keys: str) -> list[np.ndarray] | None:
+    """Arrays of a cache file; None, and said, where they are to be made anew: it is damaged, or not there."""
+    try:
+        return read_arrays(path, *keys)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"cache: {error}: made anew", file=sys.stderr)
+        return None
+
+
 def fill_cache(record: Record, path: Path, size: int) -> str:
     """Prepare one record and store it; -> what is wrong with its files, "" if nothing."""
     try:
@@ -80,19 +83,17 @@ def cached(record: Record, path: Path, size: int, *keys: str) -> list[np.ndarray
 
     InputError: made anew, that is, but its photograph cannot be read any more.
     """
-    try:
-        return read_arrays(path, *keys)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"cache: {error}: made anew", file=sys.stderr)
+    if (arrays := intact(path, *keys)) is not None:
+        return arrays
     if problem := fill_cache(record, path, size):
         raise InputError(problem)
     return read_arrays(path, *keys)
 
 
-def build_cache(records: Sequence[Record], size: int, cache: Path) -> dict[str, str]:
+def build_cache(records: Sequence[Record], size: int) -> dict[str, str]:
     """Prepare all records that the cache lacks, in parallel; -> {name: what is wrong} for those that cannot be used."""
     todo, spoiled = [], []
-    for record, path in ((r, cache_path(r, size, cache)) for r in records):
+    for record, path in ((r, cache_path(r, size)) for r in records):
         try:
             read_arrays(path)
         except (FileNotFoundError, ValueError) as error:
@@ -102,7 +103,7 @@ def build_cache(records: Sequence[Record], size: int, cache: Path) -> dict[str, 
         return {}
     if spoiled:
         print(f"cache: {spoiled[0]}{f', and {len(spoiled) - 1} more' * (len(spoiled) > 1)}: made anew", file=sys.stderr)
-    for part in cache.glob("*/*.part"):  # of a process that was killed
+    for part in CACHE.glob("*/*.part"):  # of a process that was killed
         if time.time() - part.stat().st_mtime > 24 * 3600:
             part.unlink()
     verb = "drawing" if todo[0][0].drawing is not None else "reading"
@@ -117,11 +118,11 @@ def build_cache(records: Sequence[Record], size: int, cache: Path) -> dict[str, 
     return {r.name: problem for (r, _), problem in zip(todo, problems) if problem}
 
 
-def want_cache(records: Sequence[Record], size: int, cache: Path) -> list[Path]:
+def want_cache(records: Sequence[Record], size: int) -> list[Path]:
     """Cache files of all records. InputError: the first of them that cannot be used."""
-    for problem in build_cache(records, size, cache).values():
+    for problem in build_cache(records, size).values():
         raise InputError(problem)
-    return [cache_path(r, size, cache) for r in records]
+    return [cache_path(r, size) for r in records]
 
 
 SAMPLE = "image", "masks", "geometry"  # the arrays of which samples are made
@@ -148,10 +149,9 @@ def check_files(files: Sequence[tuple[Path, int, int]]) -> None:
     for path, *before in files:
         try:
             status = path.stat()
-        except FileNotFoundError:
-            raise InputError(f"{path}: removed while it was in use; expected the file to stay; put it back") from None
-        except OSError as error:  # a drive that is gone
-            raise InputError(f"{path}: {error.strerror} while it was in use; expected the file to stay") from None
-        if [status.st_size, status.st_mtime_ns] != before:
-            raise InputError(f"{path}: changed while it was in use; expected the file to stay as it was; put it "
+            problem = "changed" if [status.st_size, status.st_mtime_ns] != before else ""
+        except OSError as error:  # the other errors: a drive that is gone
+            problem = "removed" if isinstance(error, FileNotFoundError) else error.strerror
+        if problem:
+            raise InputError(f"{path}: {problem} while it was in use; expected the file to stay as it was; put it "
                              "back, with its time of change")

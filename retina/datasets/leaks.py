@@ -1,19 +1,13 @@
-"""Which files show one photograph, and which photographs show one eye.
-
-    copies      pairs of thumbnails that show one photograph
-    compare     all photographs with each other: copies, and pairs of one eye by their vessels
-    find_eyes   copies joined, the eye of each photograph named
-"""
+"""Which files show one photograph, and which photographs show one eye."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from retina.datasets import cache, splits
-from retina.datasets.cache import cached, read_arrays, want_cache, write_arrays
+from retina.datasets.cache import cached, intact, want_cache, write_arrays
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
 from retina.datasets.vessels import COARSE_VIEWS, FINE_VIEWS, REACH, SCREEN, same_eye_scores
@@ -62,23 +56,19 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
 
     Copies are compared by their thumbnails, vessels of one copy of each. Drawn photographs are of one eye each.
     """
-    number = len(records)
     if all(r.drawing is not None for r in records):
-        return Comparison(np.zeros((0, 2), int), np.zeros((0, 2), int), np.zeros(0), np.full((number, 2), DRAWN_SIDE))
-    paths = want_cache(records, size, cache.CACHE)
+        none = np.zeros((0, 2), int)
+        return Comparison(none, none, np.zeros(0), np.full((len(records), 2), DRAWN_SIDE))
+    paths = want_cache(records, size)
     settings = COPY_RMSE, SCREEN, REACH, COARSE_VIEWS, FINE_VIEWS
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
     stored, names = cache.CACHE / f"eyes_{key[:32]}.npz", [f.name for f in fields(Comparison)]
-    try:
-        return Comparison(*read_arrays(stored, *names))
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        print(f"cache: {error}: made anew", file=sys.stderr)
+    if stored.exists() and (arrays := intact(stored, *names)) is not None:
+        return Comparison(*arrays)
     thumbnails, vessels, geometry = (np.stack(arrays) for arrays in zip(*(
         cached(r, path, size, "thumbnail", "vessels", "geometry") for r, path in zip(records, paths))))
     same = np.array(copies(thumbnails), int).reshape(-1, 2)
-    different = np.unique(splits.connected(same.tolist(), number))
+    different = np.unique(splits.connected(same.tolist(), len(records)))
     pairs, scores = same_eye_scores(vessels[different])
     found = Comparison(same, different[pairs], scores, geometry[:, :2].astype(int))
     write_arrays(stored, **{name: getattr(found, name) for name in names})

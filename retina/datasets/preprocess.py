@@ -1,8 +1,4 @@
-"""From a photograph's files to the square sample that a network sees.
-
-    prepare     record -> arrays: decoded, cropped to the field of view, reduced
-    to_sample   record and arrays -> Sample, its labels in pixels of the sample
-"""
+"""From a photograph's files to the square sample that a network sees: prepare(), then to_sample()."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +17,6 @@ from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
 from retina.datasets.vessels import VESSEL_SIDE, vessel_map
 from retina.files import InputError, SIDEWAYS, open_image, orientation
-
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
 
@@ -218,20 +213,19 @@ def prepare(record: Record, size: int, alone: bool = False, small: Decoded | Non
     left, top, width, height = place(size)
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
-    masks, stored = np.zeros(0, bool), {}
-    if record.masks is not None:
-        masks = np.zeros((len(LESIONS), size, size), bool)
-        for kind, path in record.masks.items():
-            if path is not None:
-                mask, stored[kind] = read_mask(path, full)
-                masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
-    side = VESSEL_SIDE
-    vessels = vessel_map(fit(small.image, small.extent, 2 * side, Image.LANCZOS)) if field and \
-        not alone else np.zeros((side, side), np.uint8)
+    masks, stored = np.zeros((0 if record.masks is None else len(LESIONS), size, size), bool), []
+    for kind, path in (record.masks or {}).items():
+        if path is not None:
+            mask, how = read_mask(path, full)
+            masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
+            stored.append(f"{kind} {how}")
+    vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
+    if field and not alone:
+        vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
             "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
-            "stored": np.array([f"{kind} {how}" for kind, how in stored.items()], str)}
+            "stored": np.array(stored, str)}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
@@ -240,5 +234,6 @@ def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
     width, height, *affine = arrays["geometry"].tolist()
     geometry = Geometry(int(width), int(height), *affine)
     image = torch.from_numpy(np.ascontiguousarray(arrays["image"]))
-    labels = {name: LABELS[name].to_sample(value, arrays, geometry, size) for name, value in record.labels.items()}
+    labels = {name: LABELS[name].to_sample(value, arrays, geometry.to_sample, size)
+              for name, value in record.labels.items()}
     return Sample(record.name, image, labels, geometry, record.eye or record.name)

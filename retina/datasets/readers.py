@@ -1,7 +1,4 @@
-"""A data set's files and tables -> records.
-
-    read_idrid, read_table, read_folders, read_drawn    one reader for each kind of data set
-    read_data                                           the reader that a path means
+"""A data set's files and tables -> records; read_data knows which reader a path means.
 
 Every mistake in files or tables is an InputError: one line that says what, where, what was expected, what to do.
 
@@ -10,14 +7,14 @@ IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 
 import csv
 import io
-import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from retina.datasets import records, synthetic
-from retina.datasets.records import DataSet, LABELS, POINTS, Record, read_point
+from retina.datasets.records import DataSet, LABELS, POINTS, Record, Row, read_point
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError
 
@@ -58,12 +55,12 @@ def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
 
 # ---- cells of tables ----
 
-def read_rows(path: Path, exact: bool = False) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
-    """A CSV file with a header -> its columns, and its rows as (where, {column: text}).
+def read_rows(path: Path, wanted: Sequence[str], known: Collection[str] = ()) -> list[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file with a header, as (where, {column: text}).
 
-    Spaces around cells, rows of empty cells and empty columns without a name are dropped. InputError: not UTF-8, two
-    columns of one name, a cell in no named column, a quote that is not closed, a cell of two lines, and, if `exact`,
-    more cells than columns.
+    Spaces around cells, rows of empty cells and empty columns without a name are dropped. InputError: not UTF-8, no
+    `wanted` column, two columns of one name, a cell in no named column, a quote that is not closed, a cell of two
+    lines, and, where the `known` columns are given, another column or more cells than columns.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -82,7 +79,7 @@ def read_rows(path: Path, exact: bool = False) -> tuple[list[str], list[tuple[st
             row = dict.fromkeys(filter(None, columns), "")
             if any("\n" in cell for cell in cells):
                 raise InputError(f"{where}: a cell of more than one line; expected one, look for a missing quote")
-            if exact and len(cells) > len(columns):
+            if known and len(cells) > len(columns):
                 raise InputError(f"{where}: {len(cells)} cells, expected {len(columns)}, one for each column")
             for k, cell in enumerate(cell.strip() for cell in cells):
                 if k < len(columns) and columns[k]:
@@ -94,14 +91,13 @@ def read_rows(path: Path, exact: bool = False) -> tuple[list[str], list[tuple[st
     except csv.Error as error:
         raise InputError(f"{path} line {lines.line_num}: not CSV ({error}); expected cells separated by "
                          "commas") from None
-    return list(filter(None, columns)), rows
-
-
-def want_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    """InputError: one of the `wanted` columns is not there."""
+    columns = list(filter(None, columns))
     if lacking := [name for name in wanted if name not in columns]:
         raise InputError(f"{path}: no column {lacking[0]!r}; found {', '.join(columns) or 'no header'}; expected a "
                          "header line, cells separated by commas")
+    if unknown := [c for c in columns if known and c not in known]:
+        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(known)}; rename or remove it")
+    return rows
 
 
 # ---- IDRiD ----
@@ -135,14 +131,14 @@ def read_idrid(root: Path) -> DataSet:
             records += read_segmentation(root / "A. Segmentation", part)
         graded = read_grading(grading, part) if present("B. Disease Grading") else []
         if (localization / IMAGES / folder).is_dir():
-            graded += read_localization(localization, part)
+            images = list_images(localization / IMAGES / folder)
+            located = [Record(named(part, "localization", name), image, part) for name, image in images.items()]
+            graded += read_points(localization, part, located, localization)
         elif graded and (localization / TABLES).is_dir():
-            points = read_points(localization, part, {r.image.stem: r.image for r in graded}, grading)
-            graded = [r.with_labels(points=points.get(r.image.stem)) for r in graded]
+            graded = read_points(localization, part, graded, grading)
         records += graded
-    missing = [f"{root} has no '{subset}': nothing to learn {tasks} from"
-               for subset, tasks in SUBSETS.items() if subset not in there]
-    return DataSet(records, notes=tuple(missing))
+    return DataSet(records, notes=tuple(f"{root} has no '{subset}': nothing to learn {tasks} from"
+                                        for subset, tasks in SUBSETS.items() if subset not in there))
 
 
 def named(part: str, subset: str, name: str) -> str:
@@ -171,84 +167,58 @@ def read_segmentation(root: Path, part: str) -> list[Record]:
     return [Record(named(part, "segmentation", name), images[name], part, {"masks": masks[name]}) for name in images]
 
 
-def read_grading(root: Path, part: str) -> list[Record]:
-    """Graded photographs. Column names carry stray spaces and rows empty cells in the official files."""
-    letter = PARTS[part][0][0]
-    path = root / TABLES / f"{letter}. IDRiD_Disease Grading_{PARTS[part][1]} Labels.csv"
-    images = list_images(root / IMAGES / PARTS[part][0])
-    grades: dict[str, dict[str, int]] = {}
-    columns, rows = read_rows(path)
-    wanted = ("Image name", "Retinopathy grade", "Risk of macular edema")
-    want_columns(path, columns, wanted)
-    for where, row in rows:
-        name, *labels = (row[column] for column in wanted)
+def read_by_name(path: Path, columns: Sequence[str], what: str, images: Mapping[str, Path], folder: Path,
+                 read: Callable[[str, str, dict[str, str]], Any]) -> dict[str, Any]:
+    """{image name: what `read` makes of (where, name, row)} of the official table at `path`, but for None.
+
+    The first of its `columns` names the image, one of `images`, which lie in `folder`. Column names carry stray spaces
+    and rows empty cells in the official files.
+    """
+    found = {}
+    for where, row in read_rows(path, columns):
+        name = row[columns[0]]
         if name not in images:
-            raise InputError(f"{where}: a grade for {name}, but no {name}.jpg in {root / IMAGES}")
-        if name in grades:
+            raise InputError(f"{where}: a {what} for {name}, but no {name}.jpg in {folder}")
+        if name in found:
             raise InputError(f"{where}: a second row for {name}; expected one")
-        grades[name] = {label: LABELS[label].parse(text, f"{where}: {column} of {name}")
-                        for label, text, column in zip(("grade", "edema"), labels, wanted[1:])}
+        value = read(where, name, row)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def read_grading(root: Path, part: str) -> list[Record]:
+    """Graded photographs."""
+    path = root / TABLES / f"{PARTS[part][0][0]}. IDRiD_Disease Grading_{PARTS[part][1]} Labels.csv"
+    images = list_images(root / IMAGES / PARTS[part][0])
+    columns = {"grade": "Retinopathy grade", "edema": "Risk of macular edema"}
+
+    def read(where, name, row):
+        return {label: LABELS[label].parse(row[column], f"{where}: {column} of {name}")
+                for label, column in columns.items()}
+
+    grades = read_by_name(path, ["Image name", *columns.values()], "grade", images, root / IMAGES, read)
     for name, image in images.items():
         if name not in grades:
             raise InputError(f"{image}: a photograph without its row in {path}")
     return [Record(named(part, "grading", name), images[name], part, grades[name]) for name in images]
 
 
-def read_localization(root: Path, part: str) -> list[Record]:
-    """Photographs with points, from the localization part's own image folder."""
-    images = list_images(root / IMAGES / PARTS[part][0])
-    points = read_points(root, part, images, root)
-    return [Record(named(part, "localization", name), image, part).with_labels(points=points.get(name))
-            for name, image in images.items()]
-
-
-def read_points(root: Path, part: str, images: dict[str, Path], pictures: Path) -> dict[str, dict]:
-    """{image name: {point: (x, y)}} from the two tables below `root`; `images` are those of `pictures`."""
+def read_points(root: Path, part: str, located: Sequence[Record], pictures: Path) -> list[Record]:
+    """The same records, whose images lie in `pictures`, with the points of the two tables below `root`."""
     letter, word = PARTS[part][0][0], PARTS[part][1]
     tables = {"disc": f"1. Optic Disc Center Location/{letter}. IDRiD_OD_Center_{word} Set_Markups.csv",
               "fovea": f"2. Fovea Center Location/IDRiD_Fovea_Center_{word} Set_Markups.csv"}
+    images, columns = {r.image.stem: r.image for r in located}, ("Image No", "X- Coordinate", "Y - Coordinate")
     points: dict[str, dict] = defaultdict(dict)
     for kind, table in tables.items():
-        path = root / TABLES / table
-        columns, rows = read_rows(path)
-        wanted = ("Image No", "X- Coordinate", "Y - Coordinate")
-        want_columns(path, columns, wanted)
-        for where, row in rows:
-            name, x, y = (row[column] for column in wanted)
-            if name not in images:
-                raise InputError(f"{where}: a point for {name}, but no {name}.jpg in {pictures / IMAGES}")
-            if kind in points[name]:
-                raise InputError(f"{where}: a second row for {name}; expected one")
-            if point := read_point(x, y, images[name], f"{where}: the {kind} of {name}"):
-                points[name][kind] = point
-    return points
+        def read(where, name, row):
+            return read_point(row[columns[1]], row[columns[2]], images[name], f"{where}: the {kind} of {name}")
 
-
-# ---- a table of one's own ----
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table."""
-    folder: Path  # of the table
-    where: str  # for messages
-    cells: Mapping[str, str]  # column -> text, also of columns that the table does not have
-
-    def what(self, column: str) -> str:
-        """A cell, for messages."""
-        return f"{self.where}: {column} of {self.cells['image']}"
-
-    def file(self, column: str) -> Path:
-        """The file that a cell names. InputError: it is not there, or not below the table's folder."""
-        within = Path(os.path.normpath(self.cells[column]))
-        file = self.folder / within
-        if within.is_absolute() or within.parts[:1] == ("..",):
-            raise InputError(f"{self.where}: {column} {self.cells[column]!r}: leads out of {self.folder}; expected a "
-                             "path below the folder of the table; move the table above its files")
-        if not file.is_file():
-            problem = "a folder" if file.is_dir() else "no such file"
-            raise InputError(f"{self.where}: {column} {self.cells[column]!r}: {problem}: {file}; expected a file, its "
-                             "path relative to the table")
-        return file
+        found = read_by_name(root / TABLES / table, columns, "point", images, pictures / IMAGES, read)
+        for name, point in found.items():
+            points[name][kind] = point
+    return [r.with_labels(points=points.get(r.image.stem)) for r in located]
 
 
 def read_table(path: Path) -> DataSet:
@@ -260,14 +230,19 @@ def read_table(path: Path) -> DataSet:
     that is not there, two rows for one image with different labels.
     """
     known = ["image", *(column for label in LABELS.values() for column in label.columns), "split", "group"]
-    columns, rows = read_rows(path, exact=True)
-    want_columns(path, columns, ["image"])
-    if unknown := [c for c in columns if c not in known]:
-        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(known)}; rename or remove it")
     records: dict[Path, Record] = {}
-    for where, cells in rows:
-        record = read_row(Row(path.parent, where, dict.fromkeys(known, "") | cells))
-        before = records.setdefault(record.image.resolve(), record)
+    for where, cells in read_rows(path, ["image"], known):
+        cells = dict.fromkeys(known, "") | cells
+        if not cells["image"]:
+            raise InputError(f"{where}: the cell of column 'image' is empty; expected the path of a photograph")
+        row = Row(path.parent, where, cells)
+        image, part = row.file("image"), cells["split"] or "train"
+        if part not in ("train", "val", "test"):
+            raise InputError(f"{where}: split is {part!r}, expected train, val or test")
+        eye = f"group {cells['group']}" if cells["group"] else ""
+        record = Record(cells["image"], image, part, eye=eye, where=where)
+        record = record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
+        before = records.setdefault(image.resolve(), record)
         if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
             raise InputError(f"{where}: {cells['image']} stands at {before.where} already, with other cells; expected "
                              "one row for an image; remove one")
@@ -275,21 +250,6 @@ def read_table(path: Path) -> DataSet:
         raise InputError(f"{path}: no row; expected one for each photograph")
     return DataSet(list(records.values()))
 
-
-def read_row(row: Row) -> Record:
-    """One row of a table; see read_table."""
-    cells = row.cells
-    if not cells["image"]:
-        raise InputError(f"{row.where}: the cell of column 'image' is empty; expected the path of a photograph")
-    image = row.file("image")
-    if cells["split"] not in ("", "train", "val", "test"):
-        raise InputError(f"{row.where}: split is {cells['split']!r}, expected train, val or test")
-    record = Record(cells["image"], image, cells["split"] or "train", where=row.where,
-                    eye=f"group {cells['group']}" if cells["group"] else "")
-    return record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
-
-
-# ---- folders of classes ----
 
 def read_folders(root: Path) -> DataSet:
     """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
@@ -323,8 +283,6 @@ def read_folders(root: Path) -> DataSet:
     return DataSet(records, tuple(classes))
 
 
-# ---- drawn photographs ----
-
 DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
 DRAWN_SIDE = 1024  # pixels of a drawing, were it a file: the unit of its points
 
@@ -335,8 +293,7 @@ def read_drawn() -> DataSet:
     for part, (series, number) in DRAWN.items():
         for i in range(number):
             eye = synthetic.plan(series, i)
-            points = {kind: tuple(float(DRAWN_SIDE * v) for v in p)
-                      for kind, p in zip(POINTS, (eye.disc, eye.fovea))}
+            points = {kind: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, kind)) for kind in POINTS}
             labels = {"grade": eye.grade, "edema": eye.edema, "masks": dict.fromkeys(LESIONS), "points": points}
             records.append(Record(f"drawn/{series}_{i:04d}", None, part, labels, drawing=(series, i)))
     return DataSet(records)
@@ -348,7 +305,8 @@ def find_data(path: str | None) -> Path | None:
     """The data set that a command means: `path`, else data/IDRiD where it exists, else None for drawn photographs."""
     if path is not None:
         return Path(path)
-    return records.HERE / "data" / "IDRiD" if (records.HERE / "data" / "IDRiD").is_dir() else None
+    usual = records.HERE / "data" / "IDRiD"
+    return usual if usual.is_dir() else None
 
 
 def read_data(root: Path | None) -> DataSet:

@@ -1,19 +1,15 @@
-"""What is known of each photograph before it is opened: paths and labels.
-
-    Label               what may be known of a photograph, and all that is done with it
-    LABELS              the labels that there are; to add one, declare it there
-    Record, DataSet     a photograph's paths and labels; all photographs, and what their reader has to say
-"""
+"""What is known of each photograph before it is opened: paths and labels. To add a label, declare it in LABELS."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +17,6 @@ from torch import Tensor
 
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError, image_size
-
-if TYPE_CHECKING:
-    from retina.datasets.preprocess import Geometry
-    from retina.datasets.readers import Row
 
 HERE = Path(__file__).parents[2]  # the project's folder: data/ and runs/ lie in it
 POINTS = ("disc", "fovea")  # centres of the optic disc and of the fovea
@@ -51,6 +43,30 @@ class Conflict:
         label = LABELS.get(self.label)
         values = [v if v is None or label is None else label.shown(v, classes) for v in (*self.values, self.used)]
         return {"label": self.label, "photographs": list(self.names), "values": values[:-1], "used": values[-1]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table."""
+    folder: Path  # of the table
+    where: str  # for messages
+    cells: Mapping[str, str]  # column -> text, also of columns that the table does not have
+
+    def what(self, column: str) -> str:
+        """A cell, for messages."""
+        return f"{self.where}: {column} of {self.cells['image']}"
+
+    def file(self, column: str) -> Path:
+        """The file that a cell names. InputError: it is not there, or not below the table's folder."""
+        within, what = Path(os.path.normpath(self.cells[column])), f"{self.where}: {column} {self.cells[column]!r}"
+        file = self.folder / within
+        if within.is_absolute() or within.parts[:1] == ("..",):
+            raise InputError(f"{what}: leads out of {self.folder}; expected a path below the folder of the table; move "
+                             "the table above its files")
+        if not file.is_file():
+            problem = "a folder" if file.is_dir() else "no such file"
+            raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table")
+        return file
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,11 @@ class Label:
         used = self.settle(values)
         return used, [Conflict(self.name, tuple(known), values, used)]
 
-    def to_sample(self, value: Any, arrays: Mapping[str, np.ndarray], geometry: Geometry, size: int) -> Any:
-        """What a Sample of `size` pixels holds, from a record's value and what the cache has of it."""
+    def to_sample(self, value: Any, arrays: Mapping[str, np.ndarray], place: Callable, size: int) -> Any:
+        """What a Sample of `size` pixels holds, from a record's value and what the cache has of it.
+
+        `place` makes points (..., 2) in pixels of the sample of those in pixels of the file.
+        """
         return value
 
     def moved(self, values: Sequence, forward: Tensor, size: int, move: Callable) -> Sequence:
@@ -224,9 +243,9 @@ class Points(Label):
                 conflicts.append(Conflict(kind, tuple(places), values, points[kind]))
         return points, conflicts
 
-    def to_sample(self, value, arrays, geometry, size):
+    def to_sample(self, value, arrays, place, size):
         there = np.array([value.get(kind, (math.nan, math.nan)) for kind in self.kinds])
-        return inside(torch.from_numpy(geometry.to_sample(there)).float(), size)
+        return inside(torch.from_numpy(place(there)).float(), size)
 
     def moved(self, values, forward, size, move):
         return [inside(((2 / size * p - 1) @ f[:, :2].T + f[:, 2] + 1) * (size / 2), size)
@@ -259,7 +278,7 @@ class Masks(Label):
                 conflicts.append(Conflict(kind, tuple(files), values, str(masks[kind])))
         return masks or None, conflicts
 
-    def to_sample(self, value, arrays, geometry, size):
+    def to_sample(self, value, arrays, place, size):
         bits = np.unpackbits(arrays["masks"], count=len(self.kinds) * size * size)
         masks = torch.from_numpy(bits.reshape(len(self.kinds), size, size))
         masks[[kind not in value for kind in self.kinds]] = UNKNOWN

@@ -1,19 +1,13 @@
-"""What a data set holds and what is wrong with it, before anyone trains on it.
-
-    examine         counts, files, copies, eyes, leaks, conflicts, the split
-    page            the same in words
-    contact_sheets  pictures of each kind of finding
-"""
+"""What a data set holds and what is wrong with it, before anyone trains on it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from retina.datasets import cache, leaks, splits
+from retina.datasets import leaks, splits
 from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
 from retina.datasets.leaks import Comparison, compare
 from retina.datasets.records import DataSet, KINDS, LABELS, Points, Record
@@ -21,16 +15,8 @@ from retina.drawing import captioned, column, grid, label_legend, masks_of, phot
 from retina.files import InputError
 
 EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
-
-
-@dataclass
-class Examined:
-    """What `page` and `contact_sheets` need."""
-    report: dict  # plain types, for --json
-    records: list[Record]  # those that can be read, before copies are joined
-    found: Comparison
-    odd: list[tuple[Record, str]]  # masks that are stored unlike most
-    classes: Sequence[str]  # names of the data set's own
+MOST = 36  # groups on a contact sheet
+Group = tuple[str, Sequence[Record]]  # photographs to be seen together, and their caption
 
 
 def labelled(records: Sequence[Record]) -> dict[str, int]:
@@ -54,7 +40,7 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
     """How masks are stored: counts, those stored unlike most; and the photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE, "stored", "vessels")
+    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "vessels")
                             for r in records))
     masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
@@ -63,12 +49,13 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
             [r.name for r, v in zip(records, vessels) if not v.any()])
 
 
-def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined:
+def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict[str, tuple[str, list[Group]]]]:
     """Look at a data set as training would: counts, files, copies, eyes, leaks, conflicts, the split.
 
+    -> A report of plain types, see `page`; {name: (title, groups)} of what there is to see, see `contact_sheets`.
     InputError: nothing in it can be read.
     """
-    problems = build_cache(data_set.records, EXAMINED_SIZE, cache.CACHE)
+    problems = build_cache(data_set.records, EXAMINED_SIZE)
     records = [r for r in data_set.records if r.name not in problems]
     if not records:
         raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
@@ -84,10 +71,10 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
     pairs = [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
              for k in np.argsort(-found.scores, kind="stable")]
     same = int((found.scores >= leaks.SAME_EYE).sum())
-    parts = [part for part in ("train", "val", "test") if any(r.part == part for r in data_set.records)]
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
-        "parts": {p: overview([r for r in data_set.records if r.part == p], data_set.classes) for p in parts},
+        "parts": {part: overview(members, data_set.classes) for part in ("train", "val", "test")
+                  if (members := [r for r in data_set.records if r.part == part])},
         "unreadable": problems,
         "sizes": dict(Counter(f"{w}x{h}" for w, h in found.sizes.tolist()).most_common()),
         "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
@@ -102,7 +89,39 @@ def examine(data_set: DataSet, root: Path | None, fold: str = "1/5") -> Examined
                   "test_labels": labelled([r for r in split.test if r.eye in trained])},
         "split": {"fold": fold, "training": overview(split.training, data_set.classes),
                   "validation": overview(split.validation, data_set.classes)}}
-    return Examined(report, records, found, odd, data_set.classes)
+    return report, sights(report, records, found, odd, data_set.classes)
+
+
+def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: Sequence[tuple[Record, str]],
+           classes: Sequence[str]) -> dict[str, tuple[str, list[Group]]]:
+    """{name: (title, groups)} of each kind of finding, of `records` before copies are joined."""
+    by_name = {r.name: r for r in records}
+
+    def group(names, caption=""):
+        return caption, [by_name[name] for name in names]
+
+    eyes, alike = defaultdict(list), defaultdict(list)
+    for r in splits.name_eyes(records, found.same_eye()):
+        eyes[r.eye].append(r)
+    for r in records:
+        alike[splits.stratum(r)].append(r)
+    return {
+        "labels": ("labels as they lie on the photographs", [
+            (", ".join(f"{name} {LABELS[name].shown(v, classes)}" for name, v in r.labels.items()
+                       if isinstance(v, (int, float))), [r])  # the others are drawn
+            for _, similar in sorted(alike.items(), key=lambda item: str(item[0])) for r in similar[:6]]),
+        "copies": ("files that show one photograph", list(map(group, report["copies"]))),
+        **{name: (title, [group(p["photographs"], f"score {p['score']:.2f}") for p in report["same_eye"][key]])
+           for name, title, key in (("same_eye", "photographs of one eye", "pairs"),
+                                    ("just_below", "pairs closest below the threshold", "closest_below"))},
+        "conflicts": ("one photograph, different labels", [
+            group(c["photographs"], f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}")
+            for c in report["conflicts"]]),
+        "leaks": ("an eye of the test part in the training part", [
+            ("", [next(r for r in eye if (r.part == "test") == side) for side in (True, False)])
+            for eye in eyes.values() if {"test"} < {r.part for r in eye}]),
+        "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in odd]),
+        "no_field": ("no round field of view found", [group([name]) for name in report["without_field_of_view"]])}
 
 
 # ---- words ----
@@ -164,65 +183,35 @@ def page(report: Mapping) -> str:
                          leaks["validated"])
     how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
     lines += ["", f"the split of train.py, {how}, copies joined:"]
-    lines += part_lines("  training", report["split"]["training"])
-    return "\n".join(lines + part_lines("  validation", report["split"]["validation"]))
+    for side in ("training", "validation"):
+        lines += part_lines(f"  {side}", report["split"][side])
+    return "\n".join(lines)
 
 
 # ---- contact sheets ----
 
-def tile(record: Record, labels: bool) -> Image.Image:
-    """The cached sample of a record as a picture with its name, perhaps with its masks and points as they lie in it."""
-    sample = cached_sample(record, cache_path(record, EXAMINED_SIZE, cache.CACHE), EXAMINED_SIZE)
-    picture = photograph(sample.image, EXAMINED_SIZE)
-    if labels:
-        picture = tinted(picture, masks_of(sample), sample.points)
-    return captioned(picture, record.name)
+def contact_sheet(title: str, groups: Sequence[Group], labels: bool) -> Image.Image:
+    """Pictures of records in groups that belong together, each group with a caption, each picture with a name.
 
+    With `labels`, masks and points are drawn as they lie in the samples.
+    """
+    def tile(record):
+        sample = cached_sample(record, cache_path(record, EXAMINED_SIZE), EXAMINED_SIZE)
+        picture = photograph(sample.image, EXAMINED_SIZE)
+        return captioned(tinted(picture, masks_of(sample), sample.points) if labels else picture, record.name)
 
-def contact_sheet(title: str, groups: Sequence[tuple[str, Sequence[Record]]], labels: bool = False) -> Image.Image:
-    """Pictures of records in groups that belong together, each group with a caption, each picture with a name."""
     wide = max(len(members) for _, members in groups)
-    tiles = [captioned(row([tile(r, labels) for r in members], 0), caption) for caption, members in groups]
+    tiles = [captioned(row([tile(r) for r in members], 0), caption) for caption, members in groups]
     return titled(title, column([*[label_legend()] * labels, grid(tiles, max(1, 6 // wide))]))
 
 
-def contact_sheets(examined: Examined, folder: Path, most: int = 36) -> list[str]:
+def contact_sheets(sheets: Mapping[str, tuple[str, Sequence[Group]]], folder: Path) -> list[str]:
     """One sheet for each kind of finding, in `folder`; -> their names and what they show."""
-    records, report = examined.records, examined.report
-    by_name = {r.name: r for r in records}
-
-    def named(names):
-        return [by_name[name] for name in names]
-
-    def pairs(found):
-        return [(f"score {p['score']:.2f}", named(p["photographs"])) for p in found]
-
-    eyes, alike = defaultdict(list), defaultdict(list)
-    for r in splits.name_eyes(records, examined.found.same_eye()):
-        eyes[r.eye].append(r)
-    for r in records:
-        alike[splits.stratum(r)].append(r)
-    sheets = {
-        "labels": ("labels as they lie on the photographs", [
-            (", ".join(f"{name} {LABELS[name].shown(v, examined.classes)}" for name, v in r.labels.items()
-                       if isinstance(v, (int, float))), [r])  # the others are drawn
-            for _, group in sorted(alike.items(), key=lambda item: str(item[0])) for r in group[:6]]),
-        "copies": ("files that show one photograph", [("", named(names)) for names in report["copies"]]),
-        "same_eye": ("photographs of one eye", pairs(report["same_eye"]["pairs"])),
-        "just_below": ("pairs closest below the threshold", pairs(report["same_eye"]["closest_below"])),
-        "conflicts": ("one photograph, different labels", [
-            (f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}", named(c["photographs"]))
-            for c in report["conflicts"]]),
-        "leaks": ("an eye of the test part in the training part", [
-            ("", [next(r for r in group if (r.part == "test") == side) for side in (True, False)])
-            for group in eyes.values() if {"test"} < {r.part for r in group}]),
-        "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in examined.odd]),
-        "no_field": ("no round field of view found", [("", named([n])) for n in report["without_field_of_view"]])}
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, (title, found) in sheets.items():
         if found:
-            title += f" ({min(len(found), most)} of {len(found)})"
-            contact_sheet(title, found[:most], name in ("labels", "odd_masks")).save(folder / f"{name}.png")
+            title += f" ({min(len(found), MOST)} of {len(found)})"
+            contact_sheet(title, found[:MOST], name in ("labels", "odd_masks")).save(folder / f"{name}.png")
             lines.append(f"{folder / name}.png: {title}")
     return lines

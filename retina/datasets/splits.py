@@ -1,12 +1,4 @@
-"""Records -> training, validation and test, such that no eye lies on two sides.
-
-    join_copies     one record of all copies of a photograph, with the labels of all
-    name_eyes       connected photographs are one eye
-    split           training photographs of a test eye are left out
-    announcement    what a run is about to learn from, in words
-"""
-
-from __future__ import annotations
+"""Records -> training, validation and test, such that no eye lies on two sides."""
 
 import itertools
 import re
@@ -14,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,12 +13,6 @@ from retina.datasets.records import ClassNumber, Conflict, LABELS, Record
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
 
-if TYPE_CHECKING:
-    from data import Photographs
-    from train import Config
-
-
-# ---- copies ----
 
 def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
     """For each of `number` items the lowest item that it is connected with through `pairs`."""
@@ -61,17 +46,14 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
             joined.append(records[group[0]])
             continue
         first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
-        members, own = [records[i] for i in group], {records[i].name: sizes[i] for i in group}
-        labels = {}
+        own, labels = {records[i].name: sizes[i] for i in group}, {}
         for name, label in LABELS.items():
-            if known := {r.name: r.labels[name] for r in members if name in r.labels}:
+            if known := {r.name: r.labels[name] for r in (records[i] for i in group) if name in r.labels}:
                 labels[name], contradictions = label.join(known, own, sizes[first])
                 conflicts += contradictions
         joined.append(records[first].with_labels(**labels))
     return joined, conflicts
 
-
-# ---- eyes ----
 
 def name_eyes(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[Record]:
     """Give all photographs that `pairs`, or an `eye` that the data set names, connect the same `eye`."""
@@ -82,8 +64,6 @@ def name_eyes(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> li
     known = [pair for group in said.values() for pair in itertools.pairwise(group)]
     return [replace(r, eye=records[k].name) for r, k in zip(records, connected([*pairs, *known], len(records)))]
 
-
-# ---- split ----
 
 @dataclass(frozen=True)
 class Split:
@@ -115,17 +95,16 @@ def folds(records: Sequence[Record], number: int) -> list[int]:
         eyes[record.eye].append(i)
     groups = [eyes[eye] for eye in sorted(eyes)]
     order = np.random.default_rng(0).permutation(len(groups))
-    counts = [Counter() for _ in range(number)]
-    fold = [0] * len(records)
-    for g in sorted(order, key=lambda g: -len(groups[g])):
-        members = Counter(strata[i] for i in groups[g])
+    counts, fold = [Counter() for _ in range(number)], [0] * len(records)
+    for group in sorted((groups[g] for g in order), key=len, reverse=True):
+        members = Counter(strata[i] for i in group)
 
         def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
             return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
 
         best = min(range(number), key=crowded)
         counts[best].update(members)
-        for i in groups[g]:
+        for i in group:
             fold[i] = best
     return fold
 
@@ -150,13 +129,11 @@ def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False
     leaks = [r for r in parts["train"] + parts["val"] if r.eye in tested]
     if not keep_leaks:
         parts |= {part: [r for r in parts[part] if r.eye not in tested] for part in ("train", "val")}
-    if parts["val"]:
-        sides = [[r for r in parts["train"] if (r.eye in validated) == side] for side in (False, True)]
-        return Split(sides[0], parts["val"], parts["test"], leaks, sides[1])
-    training, validation = [], []
-    for record, f in zip(parts["train"], folds(parts["train"], number)):
-        (validation if f == index - 1 else training).append(record)
-    return Split(training, validation, parts["test"], leaks, [])
+    given = bool(parts["val"])
+    aside = [r.eye in validated for r in parts["train"]] if given else [
+        f == index - 1 for f in folds(parts["train"], number)]
+    training, others = ([r for r, a in zip(parts["train"], aside) if a == side] for side in (False, True))
+    return Split(training, parts["val"] if given else others, parts["test"], leaks, others if given else [])
 
 
 def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetrics], everything: Sequence[TaskMetrics],
@@ -169,28 +146,26 @@ def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetr
         if not all(labels(task).values()):
             counts = ", ".join(f"{n} for {name}" for name, n in labels(task).items())
             possible = " ".join(t.name for t in everything if all(labels(t).values()))
+            hint = f"--tasks {possible} would work" if possible else "no task would work with this data"
             raise InputError(f"--tasks {task.name}: photographs with its label in {root}: {counts}{why}; expected at "
-                             f"least one each; " + (f"--tasks {possible} would work" if possible else
-                                                    "no task would work with this data"))
+                             f"least one each; {hint}")
 
 
-def describe(photographs: Photographs, tasks: Sequence[TaskMetrics]) -> str:
-    """How many photographs there are, and how many have a label for each task."""
-    labelled = (f"{t.name} {sum(t.labelled(r) for r in photographs.records)}" for t in tasks)
-    return f"{len(photographs)} photographs ({', '.join(labelled)})"
-
-
-def announcement(training: Photographs, validation: Photographs, findings: Mapping, tasks: Sequence[TaskMetrics],
-                 config: Config) -> str:
+def announcement(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
+                 tasks: Sequence[TaskMetrics], fold: str) -> str:
     """What a run is about to learn from, what it left out, and what it had to decide."""
-    how = "as the data set says" if any(r.part == "val" for r in validation.records) else f"fold {config.fold}"
-    lines = [f"training on {describe(training, tasks)}, validation ({how}) on {describe(validation, tasks)}"]
-    if leaks := findings["leaks"]["photographs"]:
-        lines.append(f"{leaks} photographs of the training part show an eye of the test part: " + (
-            "kept (--keep-leaks), so test scores say little about new eyes" if config.keep_leaks else "left out"))
-    if validated := len(findings["left_out_for_validation"]):
-        lines.append(f"{validated} photographs of the training part show an eye of the validation part: left out")
-    if conflicts := len(findings["conflicts"]):
-        lines.append(f"{conflicts} times copies of one photograph carry different labels; config.json lists them and "
-                     "what training goes by")
-    return "\n".join(lines)
+    def described(records):
+        labelled = (f"{t.name} {sum(t.labelled(r) for r in records)}" for t in tasks)
+        return f"{len(records)} photographs ({', '.join(labelled)})"
+
+    how = "as the data set says" if any(r.part == "val" for r in validation) else f"fold {fold}"
+    kept = "kept (--keep-leaks), so test scores say little about new eyes" if findings["leaks"]["kept"] else "left out"
+    found = ((findings["leaks"]["photographs"],
+              f"photographs of the training part show an eye of the test part: {kept}"),
+             (len(findings["left_out_for_validation"]),
+              "photographs of the training part show an eye of the validation part: left out"),
+             (len(findings["conflicts"]),
+              "times copies of one photograph carry different labels; config.json lists them and what training "
+              "goes by"))
+    return "\n".join([f"training on {described(training)}, validation ({how}) on {described(validation)}",
+                      *(f"{number} {words}" for number, words in found if number)])

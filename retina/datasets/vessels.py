@@ -1,8 +1,5 @@
 """Photographs of one eye are known by their vessels, whatever light and view.
 
-    vessel_map          where a photograph has dark lines
-    same_eye_scores     how well the maps of all pairs correlate at their best shift, turn and zoom
-
 Normalised correlation by Fourier transform: Lewis 1995, "Fast normalized cross-correlation"
 """
 
@@ -149,15 +146,13 @@ def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(usable) < 2:
         return none
     full = standardise(torch.from_numpy(maps[usable]).float())
-    number = len(full)
     field = (torch.from_numpy(maps[usable] > 0).float().mean(0) > 0.5).float()
-    small = shrink(full)
     coarse = Correlation((F.avg_pool2d(field[None], 3)[0] > 0.5).float())
-    spectra, scores = coarse.spectra(small), torch.zeros(number, number)
+    spectra, scores = coarse.spectra(shrink(full)), torch.zeros(len(full), len(full))
     for view in tqdm(COARSE_VIEWS, desc="comparing vessels, once", leave=False, disable=None):
         turned = coarse.spectra(shrink(seen_at(full, *view)))
-        for i in range(number - 1):
-            for j in range(i + 1, number, 512):
+        for i in range(len(full) - 1):
+            for j in range(i + 1, len(full), 512):
                 row = scores[i, j:j + 512]
                 torch.maximum(row, coarse.best(spectra[i], turned[j:j + 512]), out=row)
     first, second = (scores >= SCREEN).triu(1).nonzero().unbind(1)

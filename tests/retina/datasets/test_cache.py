@@ -37,9 +37,9 @@ def test_cache_is_used_and_follows_the_file(tree, monkeypatch):
     assert first[0].image.shape == (3, 64, 64)
     path = found[0].image
     Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
-    cache.build_cache(found, 64, cache.CACHE)
+    cache.build_cache(found, 64)
     assert [r.name for r in calls] == [found[0].name]
-    assert cache.cache_path(found[1], 64, cache.CACHE) != cache.cache_path(found[1], 96, cache.CACHE)
+    assert cache.cache_path(found[1], 64) != cache.cache_path(found[1], 96)
 
 
 class InProcess:
