@@ -1,13 +1,7 @@
-"""Answers for photographs without labels: a table, overlays, masks.
+"""Answers for photographs without labels: a table, overlays, masks. Research use only: this is no medical device.
 
-    find_photographs    what is to be answered for
-    Predictor           one photograph: read, asked, written
-    predict_all         python evaluate.py RUN --images ... --out FOLDER
-
-Research use only: this is no medical device.
+    python evaluate.py RUN --images ... --out FOLDER
 """
-
-from __future__ import annotations
 
 import csv
 from collections import deque
@@ -16,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.datasets import preprocess
@@ -33,9 +26,6 @@ from retina.evaluation.task_metrics import MaskMetrics, PointMetrics, TaskMetric
 from retina.files import InputError
 from retina.inference.full_size import answer, in_file_pixels, in_tiles, sample_of
 from retina.inference.quality import refusal
-
-if TYPE_CHECKING:
-    from model import Net
 
 NOTE = "research use only, no medical device"
 AHEAD, BEHIND = 2, 2  # photographs read before the network is at them, and still written after it: see overlapped
@@ -92,7 +82,7 @@ class Photo:
 @dataclass
 class Predictor:
     """What turns photographs into rows of predictions.csv and pictures: write(ask(read(path, name))) for each."""
-    net: Net
+    net: nn.Module
     tasks: Sequence[TaskMetrics]
     chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
     size: int
@@ -168,27 +158,28 @@ def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
 
 def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
     """Write rows as they come, so that none is lost; -> all of them. The header is that of the first answered one."""
-    done, waiting, writer = [], [], None
+    done, waiting = [], []
     # names of files need not be text
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, (), restval="")
+
         def write(columns):
-            new = csv.DictWriter(file, columns, restval="")
-            new.writeheader()
-            return new
+            if not writer.fieldnames:
+                writer.fieldnames = columns
+                writer.writeheader()
+            writer.writerows(waiting)
+            waiting.clear()
+            file.flush()
 
         try:
             for row in rows:
                 done.append(row)
                 waiting.append(row)
-                if writer is None and row["status"] == "answered":
-                    writer = write(row)
-                if writer is not None:
-                    writer.writerows(waiting)
-                    waiting.clear()
-                    file.flush()
+                if writer.fieldnames or row["status"] == "answered":
+                    write(list(row))
         finally:
             if waiting:
-                (writer or write(max(waiting, key=len))).writerows(waiting)
+                write(list(max(waiting, key=len)))
     return done
 
 
@@ -198,13 +189,6 @@ def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) ->
     After an error or Ctrl-C, what is being written is written to its end and has its row.
     """
     waiting, reading, writing = iter(photographs), deque(), deque()
-
-    def settled(most):  # rows of what is written, until no more than `most` photographs are being written
-        while len(writing) > most or writing and writing[0].done():
-            row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
-            writing.popleft()
-            yield row
-
     # one reader: open_image turns a warning into an error, and two threads would undo that for each other
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(BEHIND) as writers:
         try:
@@ -213,8 +197,10 @@ def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) ->
                 if not reading:
                     break
                 writing.append(writers.submit(predictor.write, predictor.ask(reading.popleft().result())))
-                yield from settled(BEHIND)
-            yield from settled(0)
+                while len(writing) > (BEHIND if reading else 0) or writing and writing[0].done():
+                    row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
+                    writing.popleft()
+                    yield row
         except (Exception, KeyboardInterrupt):
             for unwanted in reading:
                 unwanted.cancel()
