@@ -129,8 +129,6 @@ def score_at_full_size(net: nn.Module, tasks: Sequence[TaskMetrics], records: Se
     records = [r for r in records if r.masks is not None and r.image is not None]
     if task is None or not records:
         return None
-    scores = Scores([task], pools={task.name: task.pool()}, eyes={r.name: r.eye or r.name for r in records})
-    net.eval()
-    scores.names[task.name], scores.tallies[task.name] = tally_at_full_size(
-        net, task, records, size, tiles, device, batch, scores.pools[task.name])
-    return scores
+    t, pool = task.name, task.pool()
+    names, tallies = tally_at_full_size(net.eval(), task, records, size, tiles, device, batch, pool)
+    return Scores([task], {t: names}, {t: tallies}, pools={t: pool}, eyes={r.name: r.eye or r.name for r in records})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.datasets import preprocess
-from retina.datasets.preprocess import Geometry, Sample
+from retina.datasets.preprocess import Sample
 from retina.datasets.readers import IMAGE_SUFFIXES, files_in
 from retina.datasets.records import Record
 from retina.drawing import overlay
@@ -120,16 +120,19 @@ class Predictor:
         return replace(photo, found=found)
 
     def write(self, photo: Photo) -> dict:
-        """The row of a photograph, with columns of all tasks; its pictures are written."""
+        """The row of a photograph, with columns of all tasks; its pictures are written, masks as PNG of 0 and 255."""
         if photo.found is None:
             return photo.row
         row, masks, points, lines = photo.row, {}, None, []
         for task in self.tasks:
             found = photo.found[task.name]
             if isinstance(task, MaskMetrics):
-                masks = self.write_masks(row["name"], task, found.numpy(), (photo.large or photo.sample).geometry)
-                row |= {f"area_{kind}": round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
-                        for kind, mask in masks.items()}
+                geometry = (photo.large or photo.sample).geometry
+                for kind, map_ in zip(task.classes, found.numpy()):
+                    masks[kind] = mask = in_file_pixels(map_, geometry) >= self.chosen[task.name][kind]  # (H, W) bool
+                    Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{kind}.png",
+                                                            compress_level=1)
+                    row[f"area_{kind}"] = round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
                 continue
             columns = task.answers(found, photo.sample, self.chosen[task.name])
             row |= columns
@@ -140,14 +143,6 @@ class Predictor:
             overlay(photo.picture, masks, points, [*lines, NOTE]).save(
                 self.out / "overlays" / f"{row['name']}.png", compress_level=1)
         return row
-
-    def write_masks(self, name: str, task: MaskMetrics, maps: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
-        """{kind: (H, W) bool} at the chosen thresholds, each written as a PNG of 0 and 255."""
-        masks = {}
-        for kind, map_ in zip(task.classes, maps):
-            masks[kind] = in_file_pixels(map_, geometry) >= self.chosen[task.name][kind]
-            Image.fromarray(masks[kind]).convert("L").save(self.out / "masks" / f"{name}_{kind}.png", compress_level=1)
-        return masks
 
 
 def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
