@@ -6,7 +6,6 @@ Routes are those of model.Routing, the layer is a model.ExpertLayer.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,8 @@ class Tape:
         others = iter(torch.empty_like(order).scatter(0, order, order.roll(1)).tolist())
 
         def play(r):
-            indices, weights = (torch.cat(x) for x in zip(*(self.routes[i] for i in islice(others, r.grid[0]))))
+            taken = [self.routes[next(others)] for _ in range(r.grid[0])]
+            indices, weights = map(torch.cat, zip(*taken))
             return r._replace(indices=indices, weights=weights)
         return play
 
@@ -96,19 +96,18 @@ def interventions(layer: nn.Module, tapes: Mapping[str, Tape]) -> Iterator[tuple
         yield {t: f"by the router of {o}" for t, o in other.items()}, {t: own[o] for t, o in other.items()}
 
 
-def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes_: Sequence[str]) -> tuple[float, float]:
+def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes: Sequence[str]) -> tuple[float, float]:
     """Change of a task's primary metric between two tallies of the same photographs (n, ...), and its standard error
 
     from a paired bootstrap over eyes.
     """
-    one, other = (statistics.bootstrap([partial(task.measures, tally, chosen={})], eyes_)[task.primary]
+    one, other = (statistics.bootstrap([partial(task.measures, tally, chosen={})], eyes)[task.primary]
                   for tally in (before, after))
     difference = other - one
     return float(difference[0]), float(difference[1:].std())
 
 
-def rerouted(net: nn.Module, batches: Iterable,
-             tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
+def rerouted(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
     """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
 
     Nothing is trained again; see `interventions`. `batches` are passed once for each.

@@ -134,8 +134,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 FEWEST_RUNS = 5
 
 
-def claim(name: str, difference: float, interval: Sequence[float] | None, p: float, photographs: int,
-          runs: int) -> str:
+def claim(name: str, difference: float, interval: Sequence[float] | None, p: float, photographs: int, runs: int) -> str:
     """What may be said of one measure of two sides of so many `runs` each; p adjusted already.
 
     Swapping the answers of networks tells about these networks; about the ways they were trained only many can.
