@@ -1,8 +1,7 @@
 """Score a run, compare runs, answer for new photographs.
 
-    load_run(folder) -> Run         a network as it was chosen, with what it was trained for
-    split_records                   the photographs that it is scored on
-    main                            python evaluate.py RUN [RUN ...] [--split test], or RUN --images PATH --out FOLDER
+    python evaluate.py RUN [RUN ...] [--split test]
+    python evaluate.py RUN --images PATH --out FOLDER
 
 Scores and what they are worth: retina/evaluation. Answers for new photographs: retina/inference.
 """
@@ -12,6 +11,7 @@ import datetime
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -65,7 +65,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
-                [key for key in ("chosen",) if key not in state]:
+                ["chosen"] * ("chosen" not in state):
             raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):
@@ -114,20 +114,9 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
     return records
 
 
-# ---- what the experts do ----
-
-def routing_report(run: Run, photographs: Photographs, device: torch.device, batch: int) -> dict:
-    """Where the tokens of all photographs go, for every task; see routing.describe."""
-    uses = routing.collect(run.net, in_order(photographs, [TASKS["seg"]], batch, device))
-    records = photographs.records
-    return routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
-                           "class" if run.options["classes"] else "grade")
-
-
 def announce_opening(run: Run, root: Path | str | None) -> None:
     """Write down in the run that the test part is opened now, and with what; say how often it has been by now."""
-    path = run.folder / "test_opened.jsonl"
-    checkpoint = run.folder / "best.pt"
+    path, checkpoint = run.folder / "test_opened.jsonl", run.folder / "best.pt"
     line = {"when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "data": "drawn" if root is None else str(root), "checkpoint": checkpoint.name, "epoch": run.epoch,
             "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
@@ -177,12 +166,13 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     if args.tiles is not None and not 1 <= args.tiles <= 16:
         raise InputError(f"--tiles {args.tiles:g}: expected 1 to 16, times the size of training")
     for run in runs:
-        if args.tiles is not None and round(run.options["size"] * args.tiles) > LARGEST:
-            raise InputError(f"--tiles {args.tiles:g}: {round(run.options['size'] * args.tiles)} pixels at the size "
-                             f"{run.options['size']} of {run.folder}; expected at most {LARGEST}")
-        if args.tiles is not None and "seg" not in run.options["tasks"]:
-            raise InputError(f"--tiles: {run.folder} was trained for {' '.join(run.options['tasks'])}; only seg, the "
-                             "outlines of lesions, is predicted in tiles; leave --tiles out")
+        size, learned = run.options["size"], run.options["tasks"]
+        if args.tiles is not None and round(size * args.tiles) > LARGEST:
+            raise InputError(f"--tiles {args.tiles:g}: {round(size * args.tiles)} pixels at the size {size} of "
+                             f"{run.folder}; expected at most {LARGEST}")
+        if args.tiles is not None and "seg" not in learned:
+            raise InputError(f"--tiles: {run.folder} was trained for {' '.join(learned)}; only seg, the outlines of "
+                             "lesions, is predicted in tiles; leave --tiles out")
         if args.routing and run.net.experts is None:
             raise InputError(f"--routing: {run.folder} was trained with --experts 0 and has no routing; leave "
                              "--routing out")
@@ -194,37 +184,39 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     if args.images is not None and (args.routing or args.split == "test" or args.data):
         raise InputError("--images: new photographs belong to no split and no data set; leave --split, --data and "
                          "--routing out")
-    if twice := [run.folder for k, run in enumerate(runs) if run.folder.resolve() in
-                 [r.folder.resolve() for r in runs[:k]]]:
-        raise InputError(f"{twice[0]}: named twice; expected different runs")
-    for run in runs:
+    for k, run in enumerate(runs):
+        if run.folder.resolve() in [r.folder.resolve() for r in runs[:k]]:
+            raise InputError(f"{run.folder}: named twice; expected different runs")
         if not {t.name for t in run.tasks} & {t.name for t in runs[0].tasks}:
             here, there = (" ".join(r.options["tasks"]) for r in (runs[0], run))
             raise InputError(f"{runs[0].folder} was trained for {here}, {run.folder} for {there}; expected runs with a "
                              "task in common")
 
 
-def score_run(run: Run, args: argparse.Namespace,
-              device: torch.device) -> tuple[Photographs, Scores, Scores | None]:
+def score_run(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[Photographs, Scores, Scores | None]:
     """Score one run at the size it was trained with and, where there are masks of files, at theirs; on what, first."""
-    root = args.data or run.options["data"]
+    root, size, batch = args.data or run.options["data"], run.options["size"], args.batch or run.options["batch"]
     root = None if root is None else Path(root)
     if root is None and args.tiles is not None:
         raise InputError("--tiles: drawn photographs have no files of a larger size; leave --tiles out")
     records = split_records(run, root, args.split)
     if args.split == "test":
         announce_opening(run, root)
-    photographs = Photographs(records, run.options["size"])
-    batches = in_order(photographs, run.tasks, args.batch or run.options["batch"], device)
-    scores = score(run.net, batches, run.tasks, f"scoring {args.split}")
-    return photographs, scores, score_at_full_size(run.net, run.tasks, records, run.options["size"], args.tiles, device,
-                                                   args.batch or run.options["batch"])
+    photographs = Photographs(records, size)
+    scores = score(run.net, in_order(photographs, run.tasks, batch, device), run.tasks, f"scoring {args.split}")
+    return photographs, scores, score_at_full_size(run.net, run.tasks, records, size, args.tiles, device, batch)
 
 
 def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores | None],
            args: argparse.Namespace) -> dict:
     """Print the measures of one run, or of several that count as one; -> the same for JSON."""
     chosen = [run.chosen for run in runs]
+
+    def measured(of):
+        values, limits = summary(of, chosen)
+        print(table(values, runs[0].tasks, limits))
+        return {"metrics": values, "intervals": limits}
+
     what = "DRAWN photographs (not IDRiD)" if runs[0].options["data"] is None else args.data or runs[0].options["data"]
     for run in runs:
         print(f"{run.folder}, epoch {run.epoch}, {args.split} split of {what}")
@@ -232,15 +224,11 @@ def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores 
             print("trained with --keep-leaks: it may have seen eyes of the test part")
     if len(runs) > 1:
         print(f"means over {len(runs)} runs, intervals over eyes and runs")
-    values, limits = summary(scores, chosen)
-    print(table(values, runs[0].tasks, limits))
-    found = {"metrics": values, "intervals": limits, "chosen": chosen[0] if len(runs) == 1 else chosen}
+    found = measured(scores) | {"chosen": chosen[0] if len(runs) == 1 else chosen}
     if all(full):
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
         print(f"masks in the pixels of the original files{how}:")
-        values, limits = summary(full, chosen)
-        print(table(values, runs[0].tasks, limits))
-        found["full_size"] = {"metrics": values, "intervals": limits, "tiles": args.tiles}
+        found["full_size"] = measured(full) | {"tiles": args.tiles}
     print("\n".join(chosen_line(run) for run in runs))
     if args.split == "val":
         print("the checkpoint, temperatures and thresholds (_chosen, _at_temperature, referable_) were chosen on these "
@@ -249,11 +237,12 @@ def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores 
     return found
 
 
-def show_routes(run: Run, photographs: Photographs, args: argparse.Namespace, device: torch.device,
-                write) -> None:
+def show_routes(run: Run, photographs: Photographs, args: argparse.Namespace, device: torch.device, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
-    batch = args.batch or run.options["batch"]
-    found = routing_report(run, photographs, device, batch)
+    batch, records = args.batch or run.options["batch"], photographs.records
+    uses = routing.collect(run.net, in_order(photographs, [TASKS["seg"]], batch, device))
+    found = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
+                             "class" if run.options["classes"] else "grade")
     print(routing.table(found, details=args.routing))
     write("routing", found)
     if args.routing:
@@ -265,16 +254,15 @@ def show_routes(run: Run, photographs: Photographs, args: argparse.Namespace, de
 def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> None:
     """--images: predict, and say what happened; exit status 1 if a file could not be read."""
     paths, notes = find_photographs(args.images)
-    retinas = not run.options["classes"]
     predictor = Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles,
-                                  args.batch or run.options["batch"], device, args.out, retinas)
+                          args.batch or run.options["batch"], device, args.out, retinas=not run.options["classes"])
     print("\n".join([*notes, chosen_line(run)]))
     try:
         rows = predict_all(predictor, paths)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {args.out / 'predictions.csv'} has the photographs that were done", file=sys.stderr)
         sys.exit(130)
-    number = {status: sum(row["status"] == status for row in rows) for status in ("answered", "refused", "unreadable")}
+    number = Counter(row["status"] for row in rows)
     for row in rows:
         if row["status"] != "answered":
             print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
@@ -312,19 +300,17 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
         (folder / f"{name}{suffix}.json").write_text(json.dumps(plain(head | content), indent=1))
         written.append(f"{name}{suffix}.json")
 
-    found = [score_run(run, args, device) for run in runs]
-    photographs, scores, full = zip(*found)
+    photographs, scores, full = zip(*(score_run(run, args, device) for run in runs))
     align(scores)
     if all(full):
         align(full)
     members = [[[x[i] for i in side] for side in sides] for x in (runs, scores, full)]
     for side in zip(*members):
         content = report(*side, args)
-        if len(runs) == 1:
-            write("metrics", content)
     if len(runs) == 1:
         write_predictions(folder / f"predictions{suffix}.csv", scores[0])
-        written.insert(0, f"predictions{suffix}.csv")
+        written.append(f"predictions{suffix}.csv")
+        write("metrics", content)
         if runs[0].net.experts is not None:
             show_routes(runs[0], photographs[0], args, device, write)
     elif len(sides) == 1:

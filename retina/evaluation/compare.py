@@ -1,16 +1,9 @@
-"""Two runs, or two sides of several runs, on the same photographs.
-
-    sides_of            which runs differ in their seed alone
-    compare, claims     differences with intervals and p; what may be said of them
-"""
-
-from __future__ import annotations
+"""Two runs, or two sides of several runs, on the same photographs. Runs are those of evaluate.py."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +12,6 @@ from retina.evaluation.scoring import Scores
 from retina.evaluation.tables import table_of_differences
 from retina.evaluation.task_metrics import ClassMetrics, Joint
 from retina.files import InputError
-
-if TYPE_CHECKING:
-    from evaluate import Run
 
 
 def compare(first: Sequence[Scores], second: Sequence[Scores],
@@ -49,9 +39,8 @@ def compare(first: Sequence[Scores], second: Sequence[Scores],
                               "interval": statistics.limits(gap[1:] - gap[0] + other - one), "p": p[name],
                               "standard_error": float(known.std()) if len(known) > 1 else math.nan, "runs": runs}
         if len(first) == 1 and isinstance(task, (ClassMetrics, Joint)):
-            only_first, only_second, p_exact = statistics.mcnemar(*(task.right(side[0]) for side in sides))
-            found[t]["accuracy"]["mcnemar"] = {"only_first_right": only_first, "only_second_right": only_second,
-                                               "p": p_exact}
+            exact_test = statistics.mcnemar(*(task.right(side[0]) for side in sides))
+            found[t]["accuracy"]["mcnemar"] = dict(zip(("only_first_right", "only_second_right", "p"), exact_test))
     return found
 
 
@@ -65,7 +54,7 @@ def claims(compared: Mapping[str, Mapping], scores: Scores, runs: int) -> list[s
             for t, row, p in zip(tasks, rows, adjusted)]
 
 
-def sides_of(runs: Sequence[Run]) -> list[list[int]]:
+def sides_of(runs: Sequence) -> list[list[int]]:
     """Which runs count as one: those whose options differ in their seed alone. Two runs are two sides.
 
     InputError: more than two sides, or two that do not have as many runs.
@@ -92,7 +81,7 @@ def sides_of(runs: Sequence[Run]) -> list[list[int]]:
     return found
 
 
-def show_comparison(runs: Sequence[Sequence[Run]], scores: Sequence[Sequence[Scores]],
+def show_comparison(runs: Sequence[Sequence], scores: Sequence[Sequence[Scores]],
                     full: Sequence[Sequence[Scores | None]]) -> dict:
     """Print how two sides differ and what may be claimed; -> the same for JSON."""
     compared = compare(*scores)
@@ -108,11 +97,11 @@ def show_comparison(runs: Sequence[Sequence[Run]], scores: Sequence[Sequence[Sco
     print(table_of_differences(compared))
     sentences = claims(compared, scores[0][0], len(runs[0]))
     print("\n".join([f"p of these {len(sentences)} adjusted for their number (Holm):", *sentences]))
-    return {"first": [str(r.folder) for r in runs[0]], "second": [str(r.folder) for r in runs[1]],
-            "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
+    first, second = ([str(r.folder) for r in side] for side in runs)
+    return {"first": first, "second": second, "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
 
 
-def chosen_line(run: Run) -> str:
+def chosen_line(run) -> str:
     """Temperatures and thresholds in words."""
     found = (f"{task} " + " ".join(f"{k} {v:.3g}" for k, v in values.items())
              for task, values in run.chosen.items() if values)

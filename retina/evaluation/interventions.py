@@ -1,15 +1,11 @@
 """What do answers owe to routes? A trained network with other ones: knocked out, shuffled, swapped.
 
-    interventions   which routes are changed, one pass over the split for each
-    rerouted        what becomes of the scores
+Routes are those of model.Routing, the layer is a model.ExpertLayer.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +15,19 @@ from retina.evaluation import statistics
 from retina.evaluation.scoring import score
 from retina.evaluation.task_metrics import TaskMetrics
 
-if TYPE_CHECKING:
-    from data import Batch
-    from model import ExpertLayer, Net, Routing
-
 
 class Rerouted(nn.Module):
     """A router whose routing is changed by a function."""
 
-    def __init__(self, router: nn.Module, change: Callable[[Routing], Routing]):
+    def __init__(self, router: nn.Module, change: Callable):
         super().__init__()
         self.router, self.change = router, change
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
+    def forward(self, u, grid):
         return self.change(self.router(u, grid))
 
 
-def knock_out(r: Routing, expert: int) -> Routing:
+def knock_out(r, expert: int):
     """Routing without noise as if `expert` were not there: the K best of the others, weighted as the router would.
 
     Where fewer than K others have any weight, the places left over have none.
@@ -54,26 +46,25 @@ class Tape:
     def __init__(self):
         self.routes: list[tuple[Tensor, Tensor]] = []  # of each photograph: indices and weights, (h * w, K)
 
-    def record(self, r: Routing) -> Routing:
+    def record(self, r):
         """Remember; changes nothing."""
         self.routes += zip(*(x.view(r.grid[0], -1, x.shape[1]) for x in (r.indices, r.weights)))
         return r
 
-    def shuffled(self) -> Callable[[Routing], Routing]:
+    def shuffled(self) -> Callable:
         """Routes of another photograph for each, from a random cycle through all of them (seed 0)."""
         order = torch.randperm(len(self.routes), generator=torch.Generator().manual_seed(0))
-        other = torch.empty_like(order).scatter(0, order, order.roll(1)).tolist()
-        next_ = iter(other)
+        others = iter(torch.empty_like(order).scatter(0, order, order.roll(1)).tolist())
 
         def play(r):
-            taken = [self.routes[next(next_)] for _ in range(r.grid[0])]
-            indices, weights = (torch.cat(x) for x in zip(*taken))
+            taken = [self.routes[next(others)] for _ in range(r.grid[0])]
+            indices, weights = map(torch.cat, zip(*taken))
             return r._replace(indices=indices, weights=weights)
         return play
 
 
 @contextlib.contextmanager
-def routed_by(layer: ExpertLayer, routers: Mapping[str, nn.Module]) -> Iterator[None]:
+def routed_by(layer: nn.Module, routers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside, the layer routes each task by `routers`; afterwards by its own again."""
     own, layer.routers = layer.routers, nn.ModuleDict(routers)
     try:
@@ -82,7 +73,7 @@ def routed_by(layer: ExpertLayer, routers: Mapping[str, nn.Module]) -> Iterator[
         layer.routers = own
 
 
-def interventions(layer: ExpertLayer, tapes: Mapping[str, Tape]) -> Iterator[tuple[dict, dict]]:
+def interventions(layer: nn.Module, tapes: Mapping[str, Tape]) -> Iterator[tuple[dict, dict]]:
     """-> ({task: what is changed}, {task: router}), one for each pass that is to be scored; see routed_by.
 
     `tapes` hold, for each task that is scored, the routes of an unchanged pass over the same photographs.
@@ -105,26 +96,24 @@ def interventions(layer: ExpertLayer, tapes: Mapping[str, Tape]) -> Iterator[tup
         yield {t: f"by the router of {o}" for t, o in other.items()}, {t: own[o] for t, o in other.items()}
 
 
-def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes_: Sequence[str]) -> tuple[float, float]:
+def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes: Sequence[str]) -> tuple[float, float]:
     """Change of a task's primary metric between two tallies of the same photographs (n, ...), and its standard error
 
     from a paired bootstrap over eyes.
     """
-    one, other = (statistics.bootstrap([partial(task.measures, tally, chosen={})], eyes_)[task.primary]
+    one, other = (statistics.bootstrap([partial(task.measures, tally, chosen={})], eyes)[task.primary]
                   for tally in (before, after))
     difference = other - one
     return float(difference[0]), float(difference[1:].std())
 
 
-def rerouted(net: Net, batches: Iterable[Batch],
-             tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
+def rerouted(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
     """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
 
     Nothing is trained again; see `interventions`. `batches` are passed once for each.
     """
     tapes = {t: Tape() for t in net.experts.routers}
-    with routed_by(net.experts, {t: Rerouted(router, tapes[t].record)
-                                        for t, router in net.experts.routers.items()}):
+    with routed_by(net.experts, {t: Rerouted(router, tapes[t].record) for t, router in net.experts.routers.items()}):
         before = score(net, batches, tasks)
     by_name, changes = {t.name: t for t in tasks}, {}
     passes = list(interventions(net.experts, {t: tapes[t] for t in tapes if t in before.tallies}))

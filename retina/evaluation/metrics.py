@@ -1,9 +1,5 @@
 """Every measure, with its definition and its source, as a function of what is known of each photograph.
 
-    of classes          accuracy, balanced accuracy, quadratic kappa, macro F1, areas under ROC curves
-    of probabilities    calibration error, temperature, sensitivity, specificity, the threshold between them
-    of masks            Dice, IoU, areas under precision-recall curves over all pixels (Ranking)
-
 A measure takes `weights` (D, n), how often each photograph counts in each of D splits, and answers for all D at once:
 ones give the measure of the split itself, multiplicities those of its resamples (statistics.py). Where a measure is not
 defined (a class that does not occur, nothing known) it is nan, and means leave it out.

@@ -1,30 +1,18 @@
 """What do the experts do? Where tokens go, and what that has to do with task, grade and lesion.
 
-    collect -> Use                  one task's tallies over a split
-    mutual_information, Information what the choice of an expert tells of a label, beside what it would by chance
-    describe -> table               all of this in numbers, and in lines of text
-
     python evaluate.py runs/NAME --routing
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from retina.datasets.records import Record, UNKNOWN
 from retina.datasets.synthetic import LESIONS
-
-if TYPE_CHECKING:
-    from data import Batch
-    from evaluate import Run
-    from model import Net, Routing
 
 # n photographs, T tasks, N tokens, E experts, K chosen, L kinds of mask, G grades or classes; h w token grid
 
@@ -44,8 +32,8 @@ class Use:
     tokens: Tensor  # (L + 2,) how many these are
 
 
-def per_token(r: Routing) -> Tensor:
-    """(n, h * w, 2, E): whether a token went to an expert, 0 or 1, and with which weight."""
+def per_token(r) -> Tensor:
+    """A model.Routing -> (n, h * w, 2, E): whether a token went to an expert, 0 or 1, and with which weight."""
     both = torch.stack([r.spread(1.0), r.spread(r.weights)], 1)  # (N, 2, E)
     return both.view(r.grid[0], -1, *both.shape[1:])
 
@@ -65,7 +53,7 @@ def kinds_below(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def collect(net: Net, batches: Iterable[Batch]) -> dict[str, Use]:
+def collect(net: nn.Module, batches: Iterable) -> dict[str, Use]:
     """Route every photograph for every task, labelled or not; `batches` are collated for the task of masks alone."""
     net.eval()
     seen: dict[str, list[Use]] = {}
@@ -218,8 +206,8 @@ def table(found: Mapping, details: bool) -> str:
     return "\n".join(lines)
 
 
-def labels_of(run: Run, records: Sequence[Record]) -> list[str | None]:
-    """The grade, or the class, of each photograph in words; None where it is not known."""
-    if run.options["classes"]:
-        return [None if r.category is None else run.options["classes"][r.category] for r in records]
+def labels_of(run, records: Sequence[Record]) -> list[str | None]:
+    """The grade, or the class, of each photograph in words; None where it is not known. `run`: see evaluate.py."""
+    if classes := run.options["classes"]:
+        return [None if r.category is None else classes[r.category] for r in records]
     return [None if r.grade is None else f"grade {r.grade}" for r in records]

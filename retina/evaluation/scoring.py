@@ -1,11 +1,4 @@
-"""What one pass over a split leaves.
-
-    score(net, batches, tasks) -> Scores    tallies of every photograph, losses, use of the experts
-    summary                                 measures of one run or several, with their intervals (statistics.py)
-    write_predictions                       a row for each photograph
-"""
-
-from __future__ import annotations
+"""What one pass over a split leaves, and the measures of one run or several with their intervals (statistics.py)."""
 
 import csv
 import itertools
@@ -14,10 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.evaluation import statistics
@@ -26,10 +18,6 @@ from retina.evaluation.routing import per_token
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 from retina.files import InputError
 from retina.training.distributed import ALONE, Group
-
-if TYPE_CHECKING:
-    from data import Batch
-    from model import Net
 
 
 @dataclass
@@ -78,42 +66,33 @@ class Scores:
             self.tallies["joint"] = torch.tensor([float(right[0][n] and right[1][n]) for n in names]).double()
 
 
-@dataclass
-class Answered:
-    """What a batch leaves of one task."""
-    names: list[str]  # of its labelled photographs
-    tally: Tensor  # (n, ...), see Task.tally
-    loss: float  # mean
-    usage: Tensor | None  # (n, 2, E) share of the tokens and mean weight of each expert
-
-
 @torch.inference_mode()
-def score(net: Net, batches: Iterable[Batch], tasks: Sequence[TaskMetrics], progress: str = "",
+def score(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics], progress: str = "",
           group: Group = ALONE) -> Scores | None:
     """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label.
 
     Each process of `group` is given every so many-th of the batches; the first gets the scores of all, the others None.
     """
     net.eval()
-    pools, found = {t.name: t.pool() for t in tasks}, []
-    eyes = {}
+    pools, found, eyes = {t.name: t.pool() for t in tasks}, [], {}
     for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
         eyes |= zip(b.names, b.eyes)
         outputs, routing = net(b.images, b.rows)
         found.append({})
         for task in (t for t in tasks if t.name in outputs):
             t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]
-            found[-1][t] = Answered([b.names[i] for i in b.rows[t].tolist()],
-                                    task.tally(task.decode(output), target, pools[t]).cpu(),
-                                    float(task.loss(output, target)),
-                                    per_token(routing[t]).mean(1).cpu() if routing else None)
+            found[-1][t] = ([b.names[i] for i in b.rows[t].tolist()],
+                            task.tally(task.decode(output), target, pools[t]).cpu(), float(task.loss(output, target)),
+                            per_token(routing[t]).mean(1).cpu() if routing else None)  # (n, 2, E)
     parts = group.gather((found, pools, eyes))
     return parts and assemble(tasks, parts)
 
 
-def assemble(tasks: Sequence[TaskMetrics],
-             parts: Sequence[tuple[list[dict[str, Answered]], dict, dict[str, str]]]) -> Scores:
-    """Scores of a split from batches, pools and eyes of each process; batches are those of one in its order."""
+def assemble(tasks: Sequence[TaskMetrics], parts: Sequence[tuple[list[dict], dict, dict[str, str]]]) -> Scores:
+    """Scores of a split from batches, pools and eyes of each process; batches are those of one in its order.
+
+    A batch leaves of each task: names, tallies and mean loss of its labelled photographs, and their use of the experts.
+    """
     (_, pools, _), *others = parts
     for _, more, _ in others:
         for t, pool in pools.items():
@@ -125,12 +104,12 @@ def assemble(tasks: Sequence[TaskMetrics],
         answered = [b[t] for b in batches if t in b]
         if not answered:
             continue
-        scores.names[t] = [name for a in answered for name in a.names]
-        scores.tallies[t] = torch.cat([a.tally for a in answered])
-        scores.losses[t] = sum(len(a.names) * a.loss for a in answered) / len(scores.names[t])
-        if answered[0].usage is not None:
-            usage = torch.cat([a.usage for a in answered]).mean(0)
-            scores.usage[t] = dict(zip(("tokens", "weight"), usage.tolist()))
+        names, tallies, losses, usage = zip(*answered)
+        scores.names[t] = [name for some in names for name in some]
+        scores.tallies[t] = torch.cat(tallies)
+        scores.losses[t] = sum(len(some) * loss for some, loss in zip(names, losses)) / len(scores.names[t])
+        if usage[0] is not None:
+            scores.usage[t] = dict(zip(("tokens", "weight"), torch.cat(usage).mean(0).tolist()))
     scores.join_grades()
     return scores
 

@@ -1,9 +1,5 @@
 """How far a number can be trusted: intervals, and what may be claimed from two runs on the same photographs.
 
-    resamples, bootstrap    95 % intervals over eyes and, where there are several runs, over seeds
-    swaps, p_values         are two runs exchangeable? A permutation test that serves every measure
-    mcnemar, holm, claim    accuracy of two single runs; several comparisons at once; one sentence
-
 Photographs of one eye are no independent witnesses, so that eyes are drawn and swapped, never photographs. A measure is
 a function of weights (D, n) that answers for D splits at once; see metrics.py.
 
@@ -24,23 +20,12 @@ DRAWS = 1000
 Measures = Callable[[Tensor], dict[str, Tensor]]  # weights (D, n) -> {measure: (D,)}
 
 
-def groups(eyes: Sequence[str]) -> np.ndarray:
-    """The number of each photograph's eye, 0..G-1 (n,)."""
-    return np.unique(eyes, return_inverse=True)[1]
-
-
 def resamples(eyes: Sequence[str], draws: int = DRAWS) -> Tensor:
     """How often each photograph counts when as many eyes as there are, are drawn with replacement: (D, n)."""
-    group = groups(eyes)
-    number = group.max() + 1
+    names, group = np.unique(eyes, return_inverse=True)  # (G,), (n,)
+    number = len(names)
     drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=draws)
     return torch.from_numpy(drawn[:, group]).double()
-
-
-def over_runs(values: Tensor, side: int) -> Tensor:
-    """(R, D) -> (D,): the mean of R runs drawn with replacement, anew for each of the D draws and for each side."""
-    generator = torch.Generator().manual_seed(side)
-    return values.gather(0, torch.randint(len(values), values.shape, generator=generator)).mean(0)
 
 
 def limits(drawn: Tensor) -> list[float] | None:
@@ -68,8 +53,10 @@ def bootstrap(measures: Sequence[Measures], eyes: Sequence[str], side: int = 0) 
     """
     weights = torch.cat([torch.ones(1, len(eyes), dtype=torch.float64), resamples(eyes)])
     found = [in_parts(measure, weights) for measure in measures]
-    stacked = {name: torch.stack([run[name] for run in found]) for name in found[0]}
-    return {name: torch.cat([v[:, :1].mean(0), over_runs(v[:, 1:], side)]) for name, v in stacked.items()}
+    stacked = {name: torch.stack([run[name] for run in found]) for name in found[0]}  # (R, 1 + D)
+    # as many runs as there are, with replacement, anew for each draw
+    drawn = torch.randint(len(found), (len(found), len(weights) - 1), generator=torch.Generator().manual_seed(side))
+    return {name: torch.cat([v[:, :1].mean(0), v[:, 1:].gather(0, drawn).mean(0)]) for name, v in stacked.items()}
 
 
 def swaps(eyes: Sequence[str], draws: int = DRAWS) -> tuple[Tensor, bool]:
@@ -77,8 +64,8 @@ def swaps(eyes: Sequence[str], draws: int = DRAWS) -> tuple[Tensor, bool]:
 
     -> the swaps and whether they are all.
     """
-    group = groups(eyes)
-    number = int(group.max() + 1)
+    names, group = np.unique(eyes, return_inverse=True)  # (G,), (n,)
+    number = len(names)
     every = 2 ** number <= draws
     flips = np.arange(2 ** number)[:, None] >> np.arange(number) & 1 if every else \
         np.random.default_rng(1).integers(0, 2, (draws, number))
@@ -147,8 +134,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 FEWEST_RUNS = 5
 
 
-def claim(name: str, difference: float, interval: Sequence[float] | None, p: float, photographs: int,
-          runs: int) -> str:
+def claim(name: str, difference: float, interval: Sequence[float] | None, p: float, photographs: int, runs: int) -> str:
     """What may be said of one measure of two sides of so many `runs` each; p adjusted already.
 
     Swapping the answers of networks tells about these networks; about the ways they were trained only many can.

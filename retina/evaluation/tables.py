@@ -57,17 +57,20 @@ def table(found: Mapping[str, dict], tasks: Sequence[TaskMetrics],
         values, known = found[task.name], limits.get(task.name, {})
         numbers = {k: shown(v, known.get(k)) for k, v in values.items() if isinstance(v, float)}
         kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
-        # the row of a number that belongs to one kind: dice_MA_per_image stands in dice_*_per_image
-        row_of = {k: "_".join("*" if word in kinds else word for word in k.split("_")) for k in numbers}
-        rest = [f"{k} {x}" for k, x in numbers.items() if k != task.primary and "*" not in row_of[k]]
+        rows, rest = {}, []  # dice_MA_per_image stands in the row dice_per_image, in the column MA
+        for k, x in numbers.items():
+            words = k.split("_")
+            if kind := next((word for word in words if word in kinds), None):
+                rows.setdefault("_".join(word for word in words if word != kind), {})[kind] = x
+            elif k != task.primary:
+                rest.append(f"{k} {x}")
         lines.append(f"{task.name}   {values['photographs']} photographs of {values['eyes']} eyes   {task.primary} "
                      + numbers[task.primary])
         cells = textwrap.wrap("   ".join(cell.replace(" ", "\0") for cell in rest), 117)  # not to be torn apart
         lines += [f"   {line}".replace("\0", " ") for line in cells]
-        if rows := [row for row in dict.fromkeys(row_of.values()) if "*" in row]:
-            lines.append(aligned([["", *kinds]] + [[row.replace("_*", "")] + [
-                numbers.get("_".join(kind if word == "*" else word for word in row.split("_")), "-") for kind in kinds]
-                for row in rows]))
+        if rows:
+            lines.append(aligned([["", *kinds], *([row, *(of.get(kind, "-") for kind in kinds)]
+                                                  for row, of in rows.items())]))
         if values.get("lesions", 4) < 4:
             lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
         if len(values.get("confusion", range(99))) <= 12:

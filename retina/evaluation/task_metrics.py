@@ -1,8 +1,5 @@
 """How the answers of each kind of task are scored: what is remembered of a photograph, and measures of a whole split.
 
-    TaskMetrics     the interface
-    ClassMetrics, GradeMetrics, Joint, MaskMetrics, PointMetrics
-
 Measures (metrics.py) are functions of per-photograph tallies collected over a split, never means of batches.
 """
 
@@ -18,7 +15,6 @@ from retina.datasets.records import UNKNOWN
 from retina.evaluation import metrics
 from retina.evaluation.metrics import Ranking
 from retina.files import InputError
-
 
 # n photographs with the label, D weightings of them, L lesion classes, G grades, P points, K levels of a pixel's score,
 # S side of the photograph in pixels
@@ -140,7 +136,6 @@ class ClassMetrics(TaskMetrics):
         p = metrics.at_temperature(answer[None], chosen["temperature"])[0]
         return {self.label: self.word(int(p.argmax())),
                 **{f"{self.label}_{self.prefix}{self.word(i)}": round(v, 4) for i, v in enumerate(p.tolist())}}
-
 
     def caption(self, columns):
         word = columns[self.label]

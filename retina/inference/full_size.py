@@ -1,20 +1,12 @@
-"""Answers in the pixels of the photograph's own file, and masks scored there.
-
-    answer, in_tiles    one photograph through the network: whole, or its lesions in overlapping tiles
-    in_file_pixels      a map of the sample -> the pixels of the file
-    score_at_full_size  masks against masks, in those pixels
-"""
-
-from __future__ import annotations
+"""Answers in the pixels of the photograph's own file, and masks scored there."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.datasets import preprocess
@@ -24,9 +16,6 @@ from retina.evaluation.metrics import Ranking
 from retina.evaluation.scoring import Scores
 from retina.evaluation.task_metrics import MaskMetrics, TaskMetrics
 
-if TYPE_CHECKING:
-    from model import Net
-
 
 def sample_of(record: Record, size: int, small: Decoded | None = None) -> Sample:
     """A photograph as the network sees it, without labels; `small`: see preprocess.prepare."""
@@ -34,21 +23,22 @@ def sample_of(record: Record, size: int, small: Decoded | None = None) -> Sample
     return preprocess.to_sample(plain, preprocess.prepare(plain, size, alone=True, small=small))
 
 
-def rows(net: Net, tasks: Sequence[TaskMetrics], number: int, device: torch.device) -> dict[str, Tensor]:
+def rows(net: nn.Module, tasks: Sequence[TaskMetrics], number: int, device: torch.device) -> dict[str, Tensor]:
     """For Net.forward: these tasks answer for all of `number` photographs, the others for none."""
     wanted = {t.name for t in tasks}
     return {name: torch.arange(number if name in wanted else 0, device=device) for name in net.heads}
 
 
 @torch.inference_mode()
-def answer(net: Net, tasks: Sequence[TaskMetrics], image: Tensor, device: torch.device) -> dict[str, Tensor]:
+def answer(net: nn.Module, tasks: Sequence[TaskMetrics], image: Tensor, device: torch.device) -> dict[str, Tensor]:
     """What the network says of one sample (3, S, S) uint8: {task: decoded answer, one row}."""
     outputs, _ = net(image[None].to(device), rows(net, tasks, 1, device))
     return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
 
 
 @torch.inference_mode()
-def in_tiles(net: Net, task: TaskMetrics, image: Tensor, size: int, device: torch.device, batch: int = 8) -> Tensor:
+def in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int, device: torch.device,
+             batch: int = 8) -> Tensor:
     """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles (size, size) that overlap by half.
 
     Where tiles overlap, their probabilities are averaged with weights that fall off towards a tile's border, where the
@@ -71,7 +61,7 @@ def in_tiles(net: Net, task: TaskMetrics, image: Tensor, size: int, device: torc
     return total.div_(weight)
 
 
-def masks_of(net: Net, task: TaskMetrics, record: Record, size: int, tiles: float | None, device: torch.device,
+def masks_of(net: nn.Module, task: TaskMetrics, record: Record, size: int, tiles: float | None, device: torch.device,
              batch: int) -> tuple[np.ndarray, Geometry]:
     """Masks (L, Z, Z) of a photograph and where they lie in its file: predicted whole, or in tiles of a larger one."""
     sample = sample_of(record, size if tiles is None else round(size * tiles))
@@ -107,7 +97,7 @@ def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
     return found
 
 
-def tally_at_full_size(net: Net, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
+def tally_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
                        device: torch.device, batch: int, pool: Ranking) -> tuple[list[str], Tensor]:
     """Names and tallies (see Lesions.tally) of photographs with masks, in the pixels of their files."""
     tallies = []
@@ -128,7 +118,7 @@ def tally_at_full_size(net: Net, task: MaskMetrics, records: Sequence[Record], s
     return [r.name for r in records], torch.stack(tallies)
 
 
-def score_at_full_size(net: Net, tasks: Sequence[TaskMetrics], records: Sequence[Record], size: int,
+def score_at_full_size(net: nn.Module, tasks: Sequence[TaskMetrics], records: Sequence[Record], size: int,
                        tiles: float | None, device: torch.device, batch: int) -> Scores | None:
     """Masks in the pixels of their files; None where there are no masks of files, as with drawn photographs.
 
@@ -139,8 +129,6 @@ def score_at_full_size(net: Net, tasks: Sequence[TaskMetrics], records: Sequence
     records = [r for r in records if r.masks is not None and r.image is not None]
     if task is None or not records:
         return None
-    scores = Scores([task], pools={task.name: task.pool()}, eyes={r.name: r.eye or r.name for r in records})
-    net.eval()
-    scores.names[task.name], scores.tallies[task.name] = tally_at_full_size(
-        net, task, records, size, tiles, device, batch, scores.pools[task.name])
-    return scores
+    t, pool = task.name, task.pool()
+    names, tallies = tally_at_full_size(net.eval(), task, records, size, tiles, device, batch, pool)
+    return Scores([task], {t: names}, {t: tallies}, pools={t: pool}, eyes={r.name: r.eye or r.name for r in records})

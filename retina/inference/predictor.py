@@ -1,13 +1,7 @@
-"""Answers for photographs without labels: a table, overlays, masks.
+"""Answers for photographs without labels: a table, overlays, masks. Research use only: this is no medical device.
 
-    find_photographs    what is to be answered for
-    Predictor           one photograph: read, asked, written
-    predict_all         python evaluate.py RUN --images ... --out FOLDER
-
-Research use only: this is no medical device.
+    python evaluate.py RUN --images ... --out FOLDER
 """
-
-from __future__ import annotations
 
 import csv
 from collections import deque
@@ -16,16 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.datasets import preprocess
-from retina.datasets.preprocess import Geometry, Sample
+from retina.datasets.preprocess import Sample
 from retina.datasets.readers import IMAGE_SUFFIXES, files_in
 from retina.datasets.records import Record
 from retina.drawing import overlay
@@ -33,9 +26,6 @@ from retina.evaluation.task_metrics import MaskMetrics, PointMetrics, TaskMetric
 from retina.files import InputError
 from retina.inference.full_size import answer, in_file_pixels, in_tiles, sample_of
 from retina.inference.quality import refusal
-
-if TYPE_CHECKING:
-    from model import Net
 
 NOTE = "research use only, no medical device"
 AHEAD, BEHIND = 2, 2  # photographs read before the network is at them, and still written after it: see overlapped
@@ -92,7 +82,7 @@ class Photo:
 @dataclass
 class Predictor:
     """What turns photographs into rows of predictions.csv and pictures: write(ask(read(path, name))) for each."""
-    net: Net
+    net: nn.Module
     tasks: Sequence[TaskMetrics]
     chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
     size: int
@@ -130,16 +120,19 @@ class Predictor:
         return replace(photo, found=found)
 
     def write(self, photo: Photo) -> dict:
-        """The row of a photograph, with columns of all tasks; its pictures are written."""
+        """The row of a photograph, with columns of all tasks; its pictures are written, masks as PNG of 0 and 255."""
         if photo.found is None:
             return photo.row
         row, masks, points, lines = photo.row, {}, None, []
         for task in self.tasks:
             found = photo.found[task.name]
             if isinstance(task, MaskMetrics):
-                masks = self.write_masks(row["name"], task, found.numpy(), (photo.large or photo.sample).geometry)
-                row |= {f"area_{kind}": round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
-                        for kind, mask in masks.items()}
+                geometry = (photo.large or photo.sample).geometry
+                for kind, map_ in zip(task.classes, found.numpy()):
+                    masks[kind] = mask = in_file_pixels(map_, geometry) >= self.chosen[task.name][kind]  # (H, W) bool
+                    Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{kind}.png",
+                                                            compress_level=1)
+                    row[f"area_{kind}"] = round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
                 continue
             columns = task.answers(found, photo.sample, self.chosen[task.name])
             row |= columns
@@ -151,14 +144,6 @@ class Predictor:
                 self.out / "overlays" / f"{row['name']}.png", compress_level=1)
         return row
 
-    def write_masks(self, name: str, task: MaskMetrics, maps: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
-        """{kind: (H, W) bool} at the chosen thresholds, each written as a PNG of 0 and 255."""
-        masks = {}
-        for kind, map_ in zip(task.classes, maps):
-            masks[kind] = in_file_pixels(map_, geometry) >= self.chosen[task.name][kind]
-            Image.fromarray(masks[kind]).convert("L").save(self.out / "masks" / f"{name}_{kind}.png", compress_level=1)
-        return masks
-
 
 def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
     """Of the pictures that answers to these tasks are shown in."""
@@ -168,27 +153,28 @@ def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
 
 def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
     """Write rows as they come, so that none is lost; -> all of them. The header is that of the first answered one."""
-    done, waiting, writer = [], [], None
+    done, waiting = [], []
     # names of files need not be text
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, (), restval="")
+
         def write(columns):
-            new = csv.DictWriter(file, columns, restval="")
-            new.writeheader()
-            return new
+            if not writer.fieldnames:
+                writer.fieldnames = columns
+                writer.writeheader()
+            writer.writerows(waiting)
+            waiting.clear()
+            file.flush()
 
         try:
             for row in rows:
                 done.append(row)
                 waiting.append(row)
-                if writer is None and row["status"] == "answered":
-                    writer = write(row)
-                if writer is not None:
-                    writer.writerows(waiting)
-                    waiting.clear()
-                    file.flush()
+                if writer.fieldnames or row["status"] == "answered":
+                    write(list(row))
         finally:
             if waiting:
-                (writer or write(max(waiting, key=len))).writerows(waiting)
+                write(list(max(waiting, key=len)))
     return done
 
 
@@ -198,13 +184,6 @@ def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) ->
     After an error or Ctrl-C, what is being written is written to its end and has its row.
     """
     waiting, reading, writing = iter(photographs), deque(), deque()
-
-    def settled(most):  # rows of what is written, until no more than `most` photographs are being written
-        while len(writing) > most or writing and writing[0].done():
-            row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
-            writing.popleft()
-            yield row
-
     # one reader: open_image turns a warning into an error, and two threads would undo that for each other
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(BEHIND) as writers:
         try:
@@ -213,8 +192,10 @@ def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) ->
                 if not reading:
                     break
                 writing.append(writers.submit(predictor.write, predictor.ask(reading.popleft().result())))
-                yield from settled(BEHIND)
-            yield from settled(0)
+                while len(writing) > (BEHIND if reading else 0) or writing and writing[0].done():
+                    row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
+                    writing.popleft()
+                    yield row
         except (Exception, KeyboardInterrupt):
             for unwanted in reading:
                 unwanted.cancel()

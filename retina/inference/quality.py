@@ -1,7 +1,5 @@
 """Is it a photograph of a retina that can be graded? `refusal` says why not."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from PIL import Image
@@ -14,17 +12,12 @@ SMALLEST = 64  # pixels of the field of view
 DARKEST, PALEST, PLAINEST, SOFTEST = 30, 1.1, 0.006, 0.33  # see refusal
 
 
-@dataclass
-class Look:
-    """How a picture looks within its field of view, without the rim."""
-    brightness: float  # median of the brightest channel, of 255
-    redness: float  # mean red / mean green
-    structure: float  # deviation of what is 1 to 2 % of the field wide, over the mean green
-    sharpness: float  # deviation of what is half as wide / the same
+def look(image: Image.Image, field: tuple[float, float, float, float]) -> tuple[float, float, float, float] | None:
+    """How the field of view (left, top, right, bottom) of a picture looks, without the rim; None: too little is lit.
 
-
-def look(image: Image.Image, field: tuple[float, float, float, float]) -> Look | None:
-    """Judge the field of view (left, top, right, bottom) of a picture; None where too little of it is lit."""
+    Brightness, the median of the brightest channel, of 255; redness, mean red / mean green; structure, the deviation of
+    what is 1 to 2 % of the field wide, over the mean green; sharpness, that of what is half as wide / the same.
+    """
     picture = image.convert("RGB").resize((LOOK, LOOK), Image.BOX, field)
     lit = torch.from_numpy(preprocess.lit_pixels(picture)).float()
     pixels = torch.from_numpy(np.array(picture)).float()  # (LOOK, LOOK, 3)
@@ -43,8 +36,8 @@ def look(image: Image.Image, field: tuple[float, float, float, float]) -> Look |
     fine, middle, coarse = (local_mean(sigma) for sigma in (1.0, 2.5, 6.0))
     red, green, _ = pixels[inside].mean(0).clamp(min=1e-3).tolist()
     structure = float((middle - coarse)[inside].std())
-    return Look(float(pixels[inside].amax(1).median()), red / green, structure / green,
-                float((fine - middle)[inside].std()) / max(structure, 1e-6))
+    return (float(pixels[inside].amax(1).median()), red / green, structure / green,
+            float((fine - middle)[inside].std()) / max(structure, 1e-6))
 
 
 def refusal(image: Image.Image) -> str:
@@ -58,17 +51,15 @@ def refusal(image: Image.Image) -> str:
     found = None if field is None else look(image, field)
     if found is None:
         return "no field of view found: expected the lit circle of a fundus photograph on a dark ground"
-    if min(field[2] - field[0], field[3] - field[1]) < SMALLEST:
-        return (f"too small: its field of view measures {field[2] - field[0]:.0f}x{field[3] - field[1]:.0f} pixels, "
-                f"expected at least {SMALLEST} a side")
-    if found.brightness < DARKEST:
-        return f"too dark: the median brightness is {found.brightness:.0f} of 255, expected at least {DARKEST}"
-    if found.redness < PALEST:
-        return f"not the colours of a retina: red is {found.redness:.2f} times green, expected at least {PALEST}"
-    if found.structure < PLAINEST:
-        return (f"nothing to be seen: brightness varies by {found.structure:.2%} of its mean, expected at least "
-                f"{PLAINEST:.1%}")
-    if found.sharpness < SOFTEST:
-        return (f"too blurred: fine detail is {found.sharpness:.2f} of what is twice as wide, expected at least "
-                f"{SOFTEST}")
+    width, height, (brightness, redness, structure, sharpness) = field[2] - field[0], field[3] - field[1], found
+    for value, least, reason, expected in (
+            (min(width, height), SMALLEST, f"too small: its field of view measures {width:.0f}x{height:.0f} pixels",
+             f"{SMALLEST} a side"),
+            (brightness, DARKEST, f"too dark: the median brightness is {brightness:.0f} of 255", DARKEST),
+            (redness, PALEST, f"not the colours of a retina: red is {redness:.2f} times green", PALEST),
+            (structure, PLAINEST, f"nothing to be seen: brightness varies by {structure:.2%} of its mean",
+             f"{PLAINEST:.1%}"),
+            (sharpness, SOFTEST, f"too blurred: fine detail is {sharpness:.2f} of what is twice as wide", SOFTEST)):
+        if value < least:
+            return f"{reason}, expected at least {expected}"
     return ""
