@@ -206,11 +206,11 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
             net.train()
             left = (state.epoch + 1) * sampler.per_epoch - state.step
             for batch in run.progress(islice(batches, left), left, sampler.per_epoch):
-                train_step(state, batch, tasks, config, group)
                 if stop.agree(device, run.due()):
                     break
                 if stop.due:
                     run.save_last()
+                train_step(state, batch, tasks, config, group)
             run.save_last()
             if stop.agree(device):
                 raise KeyboardInterrupt
@@ -234,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             result = fit(*asked, group=group)
         except KeyboardInterrupt as stopped:
-            tell("\ninterrupted; " + (f"go on with: {stopped}" if str(stopped) else "nothing was trained yet"))
+            tell("\ninterrupted; " + (f"go on with: {stopped}" if str(stopped) else "the same command goes on"
+                                      if asked.resume else "nothing was trained yet"))
             sys.exit(130)
         what = "DRAWN photographs, not IDRiD" if asked.config.data is None else asked.config.data
         tell(f"\nchosen: epoch {result['epoch']} of {asked.folder}, validation split of {what}")
