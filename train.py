@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import data
-from model import ENCODERS, LEARNED, PLACES, ROUTERS, Net, balance_loss
+import model
+from model import ENCODERS, PLACES, ROUTERS, Net, balance_loss
 from retina.datasets.splits import announcement
 from retina.evaluation import routing, scoring, tables
 from retina.files import command
@@ -152,7 +153,7 @@ def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, devi
                group: Group = ALONE) -> TrainState:
     """A network with what it takes to improve it over so many steps: AdamW, linear warm-up, then a cosine to zero."""
     net.to(device)
-    model = distributed.spread(net, [t.name for t in tasks], group, device)
+    called = distributed.spread(net, group, device)
     loss_weights = LossWeights(tasks, config.loss_weights, config.balance).to(device)
     # weight decay on matrices and kernels only: on norms and biases it merely fights the data
     parts = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -165,7 +166,8 @@ def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, devi
         return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(
             math.pi * (step - warm) / max(1, steps - warm))
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    return TrainState(net, model, loss_weights, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), scaler,
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return TrainState(net, called, loss_weights, optimizer, schedule, scaler,
                       LossMonitor(net, scaler, device, config.lr, steps // config.epochs))
 
 
@@ -210,25 +212,27 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
                     break
                 if stop.due:
                     run.save_last()
-                train_step(state, batch, tasks, config, group)
+                with state.monitor.working():
+                    train_step(state, batch, tasks, config, group)
             run.save_last()
             if stop.agree(device):
                 raise KeyboardInterrupt
-            scores = scoring.score(net, data.in_order(val_set, tasks, config.batch, device, group), tasks, group=group)
-            run.end_epoch(scores, tasks, sampler.per_epoch * sampler.photographs)
+            val_batches = data.in_order(val_set, tasks, config.batch, device, group)
+            run.end_epoch(scoring.score(net, val_batches, tasks, group=group), tasks,
+                          sampler.per_epoch * sampler.photographs)
         return run.finish()
 
 
 def configure(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """The configuration that a command line means, and notes; see resolve_defaults."""
-    return resolve_defaults(Config, parse(Config, argv), LEARNED, ENCODERS)
+    return resolve_defaults(Config, parse(Config, argv), model)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
     precision.keep_memory()
     with distributed.join() as group, stopped_by_sigterm(group):
-        asked = group.share(read_request(Config, argv, LEARNED, ENCODERS) if group.rank == 0 else None)
+        asked = group.share(read_request(Config, argv, model) if group.rank == 0 else None)
         tell, begun = print if group.rank == 0 else lambda *_: None, time.perf_counter()
         tell("\n".join([*asked.notes, opening(asked.config, asked.folder, group)]))
         try:

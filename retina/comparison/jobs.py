@@ -68,7 +68,8 @@ class Job:
         if status < 0:
             return f"killed by {signal.Signals(-status).name}, perhaps for want of memory"
         said = self.errors.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.removeprefix("error: ") for line in reversed(said) if line), f"ended with status {status}")
+        lines = [line for line in said if line.startswith("error: ")] or [line for line in said if line]
+        return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"
 
 
 def start(job: Job, script: str, threads: int) -> subprocess.Popen:
@@ -80,7 +81,7 @@ def start(job: Job, script: str, threads: int) -> subprocess.Popen:
     what = json.dumps({**asdict(job), "threads": threads}, default=str)
     with open(job.errors, "wb") as errors:
         return subprocess.Popen([sys.executable, script, "--finish", what], stdin=subprocess.PIPE, stderr=errors,
-                                process_group=0)
+                                start_new_session=True)
 
 
 def settle_in(threads: int) -> None:
@@ -120,6 +121,8 @@ def run_all(jobs: Sequence[Job], script: str, number: int) -> dict[str, str]:
                     if process.returncode:
                         failed[job.words] = job.failure(process.returncode)
                         bar.write(f"failed: {job.words}: {failed[job.words]}")
+                    else:
+                        job.errors.unlink(missing_ok=True)
                     minutes = (time.monotonic() - begun) / max(1, trained) * left() / 60
                     bar.write(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} runs: {job.words} after "
                               f"{job.epochs()} epochs" + f"; about {minutes:.0f} minutes left" * (left() > 0))

@@ -261,6 +261,11 @@ class Masks(Label):
     kinds: tuple[str, ...] = ()
     picture, section = True, "masks"
 
+    def __post_init__(self):
+        if self.name != "masks":
+            raise ValueError(f"LABELS: {self.name}: the cache keeps pictures of one label, which is 'masks'; expected "
+                             "another lesion class in it, or a label that is no picture")
+
     def read(self, row):
         return {kind: None if row.cells[column].lower() == "none" else row.file(column)
                 for kind, column in zip(self.kinds, self.columns) if row.cells[column]} or None

@@ -25,11 +25,11 @@ class Scores:
     """What one pass over a split leaves."""
     tasks: list[TaskMetrics]
     names: dict[str, list[str]] = field(default_factory=dict)  # task -> its labelled photographs
-    tallies: dict[str, Tensor] = field(default_factory=dict)  # task -> (n, ...), see Task.tally
+    tallies: dict[str, Tensor] = field(default_factory=dict)  # task -> (n, ...), see TaskMetrics.tally
     losses: dict[str, float] = field(default_factory=dict)  # task -> mean loss
     # task -> (E,) share of its "tokens" and mean "weight" of each expert
     usage: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    pools: dict[str, Ranking | None] = field(default_factory=dict)  # task -> see Task.pool
+    pools: dict[str, Ranking | None] = field(default_factory=dict)  # task -> see TaskMetrics.pool
     eyes: dict[str, str] = field(default_factory=dict)  # photograph -> its eye
 
     def scored(self) -> list[TaskMetrics]:

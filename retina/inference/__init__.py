@@ -1,4 +1,4 @@
 """Answers in the pixels of a photograph's own file.
 
-Leaves out: labels; nothing here needs any.
+Leaves out: measures; labels are read only to score masks at full size.
 """

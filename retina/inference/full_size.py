@@ -99,7 +99,7 @@ def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 def tally_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
                        device: torch.device, batch: int, pool: Ranking) -> tuple[list[str], Tensor]:
-    """Names and tallies (see Lesions.tally) of photographs with masks, in the pixels of their files."""
+    """Names and tallies (see MaskMetrics.tally) of photographs with masks, in the pixels of their files."""
     tallies = []
     with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
         for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):

@@ -114,7 +114,7 @@ class TrainState:
     def end_epoch(self, score: float, metrics: Mapping, usage: Mapping) -> bool:
         """Count an epoch, of these validation scores; -> whether it is the best so far."""
         self.epoch += 1
-        if score <= self.best["score"]:
+        if not score > self.best["score"]:  # nan is no better
             return False
         self.best = {"epoch": self.epoch, "score": score, "metrics": metrics, "usage": usage,
                      "weights": weights_hash(self.net)}
@@ -338,8 +338,7 @@ class RunFolder:
                     raise
                 if batch is None:
                     return
-                with monitor.working():
-                    yield batch
+                yield batch
                 bar.update()
                 bar.set_postfix(monitor.recent(), refresh=False)
 
@@ -357,13 +356,13 @@ class RunFolder:
                 "images_per_second": round(photographs / monitor.seconds, 2)}
         if self.config["log_gradients"]:
             line["gradient_cosines"] = {pair: float(np.mean(v)) for pair, v in monitor.cosines.items()}
-        if not self.quiet:
-            print(epoch_line(state.epoch, self.config["epochs"], losses, metrics, tasks, score, better,
-                             monitor.seconds))
+        said = epoch_line(state.epoch, self.config["epochs"], losses, metrics, tasks, score, better, monitor.seconds)
         if self.group.rank == 0:
             self.log(line)
         monitor.new_epoch()
         self.save_last()
+        if not self.quiet:
+            print(said)
         if self.ended() and state.epoch < self.config["epochs"] and not self.quiet:
             print(f"no better validation score for {self.config['patience']} epochs: stopped early")
 

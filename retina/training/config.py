@@ -17,6 +17,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, asdict, field, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.datasets import readers, records, splits
@@ -24,7 +25,6 @@ from retina.files import InputError
 from retina.training import checkpoint, precision, pretrained
 
 if TYPE_CHECKING:
-    from model import EncoderSpec
     from retina.training.distributed import Group
     from train import Config
 
@@ -137,18 +137,21 @@ def read_loss_weights(words: Sequence[str], tasks: Sequence[str]) -> dict[str, f
 
 
 def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequence[str],
-                    learned: Sequence[str]) -> dict[str, Any]:
+                    model: ModuleType) -> dict[str, Any]:
     """How many experts, how many chosen, and the weight of the balance loss, as the router needs them.
 
-    `learned`: the routers that learn. InputError: a flag that means nothing here.
+    `model` is model.py, which knows the routers. InputError: a flag that means nothing here, numbers that do not fit.
     """
     router = given.get("router", kind.router)
     if given.get("experts") == 0:
-        if alien := [name for name in ("chosen", "balance", "router", "expert_width") if name in given]:
+        unusual = [name for name in ("router", "expert_width") if given.get(name, getattr(kind, name)) !=
+                   getattr(kind, name)]
+        if alien := [name for name in ("chosen", "balance") if name in given] + unusual:
             raise InputError(f"--experts 0: there is no layer for --{alien[0].replace('_', '-')}; leave one of them "
                              "out")
         return {"experts": 0, "chosen": 1, "balance": 0.0}
-    if router not in learned and given.get("balance"):
+    learns = router in model.LEARNED
+    if not learns and given.get("balance"):
         raise InputError(f"--balance {given['balance']}: --router {router} does not learn, so there is nothing to "
                          "balance; leave --balance out")
     experts, chosen = given.get("experts"), given.get("chosen")
@@ -157,12 +160,14 @@ def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequenc
         experts = experts or chosen * len(tasks)
     experts = experts or kind.experts
     chosen = chosen or (experts if router == "uniform" else min(kind.chosen, experts))
-    return {"experts": experts, "chosen": chosen,
-            "balance": given.get("balance", kind.balance) if router in learned else 0.0}
+    try:
+        model.make_routers(router, 1, tasks, experts, chosen)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return {"experts": experts, "chosen": chosen, "balance": given.get("balance", kind.balance) if learns else 0.0}
 
 
-def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequence[str],
-                     encoders: Mapping[str, EncoderSpec]) -> tuple[Config, list[str]]:
+def resolve_defaults(kind: type[Config], given: Mapping[str, Any], model: ModuleType) -> tuple[Config, list[str]]:
     """What was typed, and for the rest the defaults; -> configuration, notes to print and to keep.
 
     InputError: the data cannot be read, or flags that do not go with them or with each other.
@@ -170,14 +175,14 @@ def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequ
     tasks = given.get("tasks", kind.tasks)
     read_loss_weights(given.get("loss_weights", kind.loss_weights), tasks)
     splits.read_fold(given.get("fold", kind.fold))
-    values = resolve_experts(kind, given, tasks, learned)
+    values = resolve_experts(kind, given, tasks, model)
     root = readers.find_data(given.get("data"))
     # a wrong folder is told before anything is downloaded; drawings are never wrong
     found = records.DataSet([]) if root is None else readers.read_data(root)
     if "fold" in given and any(r.part == "val" for r in found.records):
         raise InputError(f"--fold {given['fold']}: {root} names its own validation part; leave --fold out")
     notes = list(found.notes)
-    if values["chosen"] == 1 < values["experts"] and given.get("router", kind.router) in learned:
+    if values["chosen"] == 1 < values["experts"] and given.get("router", kind.router) in model.LEARNED:
         notes.append("--chosen 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
                      "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
     if root is None:
@@ -188,7 +193,7 @@ def resolve_defaults(kind: type[Config], given: Mapping[str, Any], learned: Sequ
         if "weights" not in given:
             try:
                 variant = given.get("variant", kind.variant)
-                pretrained.read_weights("imagenet", variant, encoders[variant].weights)
+                pretrained.read_weights("imagenet", variant, model.ENCODERS[variant].weights)
                 values["weights"] = "imagenet"
             except InputError as error:
                 notes.append(f"warning: starting from random weights; {error}")
@@ -208,8 +213,8 @@ def check_group(config: Config, group: Group) -> None:
         raise InputError(f"--batch {config.batch}: {group.size} processes share it; expected at least one photograph "
                          "for each")
     if config.log_gradients and group.size > 1:
-        raise InputError("log_gradients: in several processes the gradients of single tasks are not summed; expected "
-                         "one process")
+        raise InputError("comparing gradients: in several processes those of single tasks are not summed; expected one "
+                         "process")
 
 
 # ---- a run that is resumed ----
@@ -270,9 +275,8 @@ def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
     return runs / f"{'_'.join(tasks)}_{number}"
 
 
-def read_request(kind: type[Config], argv: Sequence[str] | None, learned: Sequence[str],
-                 encoders: Mapping[str, EncoderSpec]) -> Request:
-    """Read the command line, and look at the data and at the run that it names. InputError: see above."""
+def read_request(kind: type[Config], argv: Sequence[str] | None, model: ModuleType) -> Request:
+    """Read the command line, and look at the data and at the run that it names. InputError: see the functions above."""
     given = parse(kind, argv)
     if "resume" in given:
         run = given["resume"]
@@ -284,7 +288,7 @@ def read_request(kind: type[Config], argv: Sequence[str] | None, learned: Sequen
         note = f"going on with {run}" + ", from its beginning: it was stopped before its first checkpoint" * (
             state is None)
         return Request(config, run, [note], True, False)
-    config, notes = resolve_defaults(kind, given, learned, encoders)
+    config, notes = resolve_defaults(kind, given, model)
     runs, name, overwrite = records.HERE / "runs", given.get("name"), "overwrite" in given
     if name is None and overwrite:
         raise InputError("--overwrite: expected --name as well, of the run to replace")

@@ -143,7 +143,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return (wide * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def spread(net: nn.Module, tasks: Sequence[str], group: Group, device: torch.device) -> nn.Module:
+def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
     """Make `net` one that several processes train: same parameters, norms over the whole batch.
 
     -> what to call instead of it in training. One backward pass of zeros has been done with it, which leaves nothing
@@ -158,11 +158,11 @@ def spread(net: nn.Module, tasks: Sequence[str], group: Group, device: torch.dev
                 setattr(module, name, shared(norm))
     called = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     before = copy.deepcopy(net.state_dict())
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         net.train()
         images, row = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device), torch.zeros(
             1, dtype=torch.int64, device=device)
-        sum(0 * x.sum() for x in called(images, dict.fromkeys(tasks, row))[0].values()).backward()
+        sum(0 * x.sum() for x in called(images, dict.fromkeys(net.heads, row))[0].values()).backward()
     net.zero_grad(set_to_none=True)
     net.load_state_dict(before)
     return called

@@ -144,6 +144,21 @@ def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
     ended_alike(tmp_path / "run", whole(SHORT))
 
 
+def test_a_stop_during_scoring_ends_before_another_step(tmp_path, monkeypatch, whole):
+    score = scoring.score
+
+    def stopped(*arguments, **how):
+        os.kill(os.getpid(), signal.SIGINT)
+        return score(*arguments, **how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
+        patch.setattr(scoring, "score", stopped)
+        train.fit(SHORT, tmp_path / "run", quiet=True)
+    stored = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]
+    assert (stored["epoch"], stored["step"]) == (1, 4) and len(log(tmp_path / "run")) == 1
+    train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
+    ended_alike(tmp_path / "run", whole(SHORT))
+
+
 @pytest.mark.parametrize("name,time_", [("best.pt", 1), ("metrics.jsonl", 2), ("last.pt", 1), ("last.pt", 4),
                                         ("config.json", 1)])
 def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whole, name, time_):
