@@ -17,7 +17,7 @@ from retina.evaluation import interventions, routing, scoring
 from retina.files import InputError
 from tasks import TASKS
 from test_evaluate import run_main
-from test_experts import random_layer
+from test_model_experts import random_layer
 
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
