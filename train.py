@@ -58,7 +58,7 @@ class Config:
     patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
     loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
     augment: bool = flag(True, TRAINING, "show every photograph as it is")
-    seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0)
+    seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0, below=1 << 32)
     variant: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
     weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
                         shown="none for drawn photographs, else imagenet if it can be had")

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | None = None,
          choices: Collection[str] | Mapping[str, str] | None = None, lowest: float | None = None,
-         multiple: int | None = None, machine: bool = False) -> Any:
+         below: float = math.inf, multiple: int | None = None, machine: bool = False) -> Any:
     """A field that is declared once. `real`: the default on real data, where it is another than on drawings.
 
-    `shown` tells of a default that depends on more; `lowest` and `multiple` bound numbers; `machine`: it may be another
-    when a run is resumed, since the result does not hang on it.
+    `shown` tells of a default that depends on more; `lowest`, `below` and `multiple` bound numbers; `machine`: it may be
+    another when a run is resumed, since the result does not hang on it.
     """
     if isinstance(choices, Mapping):
         text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
@@ -47,7 +47,7 @@ def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | 
         shown = f"{words} drawn, else {real:g}" if real is not None else words
     return field(default=default, metadata={
         "group": group, "help": text if shown is None else f"{text} (default: {shown})", "real": real,
-        "choices": choices, "lowest": lowest, "multiple": multiple, "machine": machine})
+        "choices": choices, "lowest": lowest, "below": below, "multiple": multiple, "machine": machine})
 
 
 def spelled(f: Field) -> str:
@@ -64,8 +64,8 @@ def parse(kind: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
     """What was typed, by name; nothing that was not. InputError: a number is out of its range, a word unknown."""
     parser = argparse.ArgumentParser(description="Train one network on several tasks at once.",
                                      argument_default=argparse.SUPPRESS)
-    types, groups = typing.get_type_hints(kind), {}
-    for f in flags_of(kind).values():
+    types, known, groups = typing.get_type_hints(kind), flags_of(kind), {}
+    for f in known.values():
         if f.metadata["group"] not in groups:
             groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
         if isinstance(f.default, bool):
@@ -81,14 +81,14 @@ def parse(kind: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
     group.add_argument("--overwrite", action="store_true", help="with --name: replace the run of that name")
     given = {k: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     for name, value in given.items():
-        if name in flags_of(kind):
-            check(flags_of(kind)[name], value)
+        if name in known:
+            check(known[name], value)
     return given
 
 
 def check(f: Field, value: Any) -> None:
     """InputError: a number is out of its range, a word is none of the choices."""
-    known, lowest, multiple = (f.metadata[k] for k in ("choices", "lowest", "multiple"))
+    known, lowest, below, multiple = (f.metadata[k] for k in ("choices", "lowest", "below", "multiple"))
     words = value if isinstance(value, tuple) else (value,)
     if known and (unknown := [word for word in words if word not in known]):
         several = isinstance(value, tuple)
@@ -98,8 +98,8 @@ def check(f: Field, value: Any) -> None:
         raise InputError(f"{spelled(f)} {value}: expected at least {lowest}")
     if multiple and value % multiple:
         raise InputError(f"{spelled(f)} {value}: expected a multiple of {multiple}, the stride of the deepest map")
-    if f.name == "seed" and value >= 1 << 32:
-        raise InputError(f"{spelled(f)} {value}: expected less than {1 << 32}")
+    if below < math.inf and value >= below:
+        raise InputError(f"{spelled(f)} {value}: expected less than {below}")
 
 
 def plain(config: Config) -> dict:
@@ -109,7 +109,8 @@ def plain(config: Config) -> dict:
 
 def of_result(config: Config) -> dict:
     """The same without what the result does not hang on."""
-    return {f.name: plain(config)[f.name] for f in fields(config) if not f.metadata.get("machine")}
+    values = plain(config)
+    return {f.name: values[f.name] for f in fields(config) if not f.metadata.get("machine")}
 
 
 # ---- defaults that depend on the data and the device ----
