@@ -36,8 +36,8 @@ def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | 
          below: float = math.inf, multiple: int | None = None, machine: bool = False) -> Any:
     """A field that is declared once. `real`: the default on real data, where it is another than on drawings.
 
-    `shown` tells of a default that depends on more; `lowest`, `below` and `multiple` bound numbers; `machine`: it may be
-    another when a run is resumed, since the result does not hang on it.
+    `shown` tells of a default that depends on more; `lowest`, `below` and `multiple` bound numbers; `machine`: it may
+    be another when a run is resumed, since the result does not hang on it.
     """
     if isinstance(choices, Mapping):
         text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
