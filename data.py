@@ -33,8 +33,8 @@ from retina.datasets.preprocess import Sample
 from retina.datasets.records import LABELS, Record
 from retina.datasets.report import contact_sheets, examine, page
 from retina.datasets.splits import check_labels
-from retina.files import InputError, as_helper, command
-from retina.training.distributed import ALONE, Group
+from retina.files import InputError, init_worker, run_cli
+from retina.training.distributed import SINGLE_PROCESS, World
 from tasks import TASKS, Task, make_tasks
 
 
@@ -126,7 +126,7 @@ def recoloured(images: Tensor, changes: Sequence[Change]) -> Tensor:
 
 # ---- samples ----
 
-class Photographs(Dataset):
+class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels from the cache, by their number.
 
     With (number, draw) in its place the sample will be augmented, and the draw is the seed: the same pair gives the
@@ -142,9 +142,9 @@ class Photographs(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Sample:
-        i, draw = index if isinstance(index, tuple) else (index, None)
+        i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
-        return replace(cache.cached_sample(self.records[i], self.paths[i], self.size), draw=draw)
+        return replace(cache.cached_sample(self.records[i], self.paths[i], self.size), aug_seed=aug_seed)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
@@ -155,42 +155,42 @@ class Photographs(Dataset):
 
 @dataclass
 class Batch:
-    """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph rows[t][k].
+    """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph indices[t][k].
 
     A task without a labelled photograph is in neither; in a group of processes it is in both, with no row: norms and
     sums over all processes need everyone.
     """
     images: Tensor  # (B, 3, S, S) uint8
     targets: dict[str, Tensor]  # task -> (n_t, ...)
-    rows: dict[str, Tensor]  # task -> (n_t,) int64, ascending
+    indices: dict[str, Tensor]  # task -> (n_t,) int64, ascending
     names: list[str]
     eyes: list[str]  # which eye each shows
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = torch.device("cpu"),
-            blanks: Mapping[str, Tensor] = MappingProxyType({})) -> Batch:
-    """Bring samples to a device, augment those that have a draw there, and stack them; see `blank_targets`."""
+            empty_targets: Mapping[str, Tensor] = MappingProxyType({})) -> Batch:
+    """Bring samples to a device, augment those that have a draw there, and stack them; see `make_empty_targets`."""
     def move(x):
         return x.to(device, non_blocking=True)
 
     samples = [s.pictures(move) for s in samples]
     images = torch.stack([s.image for s in samples])
-    if samples[0].draw is not None:
+    if samples[0].aug_seed is not None:
         images, samples = augmented(images, samples)
-    rows, targets = {}, {}
+    indices, targets = {}, {}
     for t in tasks:
         if labelled := [i for i, s in enumerate(samples) if t.labelled(s)]:
-            rows[t.name] = move(torch.tensor(labelled))
+            indices[t.name] = move(torch.tensor(labelled))
             targets[t.name] = move(torch.stack([t.target(samples[i]) for i in labelled]))
-        elif t.name in blanks:
-            rows[t.name], targets[t.name] = move(torch.zeros(0, dtype=torch.int64)), move(blanks[t.name])
-    return Batch(images, targets, rows, [s.name for s in samples], [s.eye for s in samples])
+        elif t.name in empty_targets:
+            indices[t.name], targets[t.name] = move(torch.zeros(0, dtype=torch.int64)), move(empty_targets[t.name])
+    return Batch(images, targets, indices, [s.name for s in samples], [s.eye for s in samples])
 
 
 def augmented(images: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[Sample]]:
     """All samples, whose images are (B, 3, S, S) uint8, changed as their draws say; labels follow, see Label.moved."""
     size = images.shape[-1]
-    changes = [draw(s.draw, size) for s in samples]
+    changes = [draw(s.aug_seed, size) for s in samples]
     forward = matrices(changes)
     images = recoloured(moved(images, forward, "bilinear"), changes).round_().to(torch.uint8)
     found = [replace(s, image=image, labels=dict(s.labels)) for s, image in zip(samples, images)]
@@ -202,14 +202,14 @@ def augmented(images: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[S
     return images, found
 
 
-class Steps:
+class MultiTaskBatchSampler:
     """Which photographs meet in which training step; a step is a list of (record, draw).
 
-    Records fall into streams by the labels they carry for `tasks`; those that carry none are left out. Every step
-    takes from every stream, in proportion to the square root of its size: proportional sampling would show too few of
-    the rare photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of Arivazhagan
-    et al. 2019, arXiv 1907.05019, section 4.2). A stream runs through its photographs in a new order each time around.
-    Everything is a function of (seed, step): a step can be reproduced without those before it.
+    Records fall into label patterns by the labels they carry for `tasks`; those that carry none are left out. Every
+    step takes from every pattern, in proportion to the square root of its size: proportional sampling would show too
+    few of the rare photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of
+    Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). A pattern runs through its photographs in a new order each
+    time around. Everything is a function of (seed, step): a step can be reproduced without those before it.
 
     `wanted`: of each step only the photographs with a label for one of these tasks; a network for one task then sees
     those of its photographs that a network for all `tasks` sees, changed in the same ways.
@@ -217,38 +217,38 @@ class Steps:
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
                  wanted: Sequence | None = None):
-        streams = defaultdict(list)
+        patterns = defaultdict(list)
         for i, record in enumerate(records):
-            streams[tuple(t.name for t in tasks if t.labelled(record))].append(i)
-        streams.pop((), None)
-        self.streams = [streams[labels] for labels in sorted(streams)]
+            patterns[tuple(t.name for t in tasks if t.labelled(record))].append(i)
+        patterns.pop((), None)
+        self.patterns = [patterns[labels] for labels in sorted(patterns)]
         self.seed, self.augmented = seed, augmented
-        if batch < len(self.streams):
-            raise InputError(f"--batch {batch}: every step takes from each of the {len(self.streams)} groups of "
-                             f"differently labelled photographs; use at least {len(self.streams)}")
-        weights = np.sqrt([len(s) for s in self.streams])
-        spare = batch - len(self.streams)  # one each, the rest by the largest remainder
+        if batch < len(self.patterns):
+            raise InputError(f"--batch-size {batch}: every step takes from each of the {len(self.patterns)} groups of "
+                             f"differently labelled photographs; use at least {len(self.patterns)}")
+        weights = np.sqrt([len(s) for s in self.patterns])
+        spare = batch - len(self.patterns)  # one each, the rest by the largest remainder
         shares = spare * weights / weights.sum()
         self.quota = 1 + np.floor(shares).astype(int)
         for k in np.argsort(np.floor(shares) - shares, kind="stable")[:batch - self.quota.sum()]:
             self.quota[k] += 1
-        # an epoch: each photograph of the stream that takes longest has come once
-        self.per_epoch = max(math.ceil(len(s) / q) for s, q in zip(self.streams, self.quota))
+        # an epoch: each photograph of the pattern that takes longest has come once
+        self.per_epoch = max(math.ceil(len(s) / q) for s, q in zip(self.patterns, self.quota))
         wanted = {t.name for t in (tasks if wanted is None else wanted)}
-        self.kept = [bool(wanted & set(labels)) for labels in sorted(streams)]
+        self.kept = [bool(wanted & set(labels)) for labels in sorted(patterns)]
         self.photographs = int(self.quota[self.kept].sum())  # of a step
 
     def step(self, number: int) -> list[tuple[int, int | None]]:
         """The photographs of training step `number`, counted from 0."""
         chosen = []
-        for k, (stream, quota, kept) in enumerate(zip(self.streams, self.quota, self.kept)):
+        for k, (pattern, quota, kept) in enumerate(zip(self.patterns, self.quota, self.kept)):
             if not kept:
                 continue
             for position in range(number * quota, (number + 1) * quota):
-                around, place = divmod(position, len(stream))
-                order = np.random.default_rng((self.seed, k, around)).permutation(len(stream))
-                draw = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
-                chosen.append((stream[order[place]], draw if self.augmented else None))
+                around, place = divmod(position, len(pattern))
+                order = np.random.default_rng((self.seed, k, around)).permutation(len(pattern))
+                aug_seed = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
+                chosen.append((pattern[order[place]], aug_seed if self.augmented else None))
         return chosen
 
     def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[tuple[int, int | None]]]:
@@ -256,33 +256,33 @@ class Steps:
         return (self.step(number)[rank::size] for number in range(start, stop))
 
 
-def blank_targets(photographs: Photographs, tasks: Sequence) -> dict[str, Tensor]:
+def make_empty_targets(photographs: FundusDataset, tasks: Sequence) -> dict[str, Tensor]:
     """{task: target of no photograph (0, ...)}, for the process that has none in a step in which others have some."""
     firsts = {t: next(i for i, r in enumerate(photographs.records) if t.labelled(r)) for t in tasks}
     return {t.name: t.target(photographs[i])[None][:0] for t, i in firsts.items()}
 
 
-def in_order(photographs: Dataset, tasks: Sequence[Task], batch: int, device: torch.device = torch.device("cpu"),
-             group: Group = ALONE) -> DataLoader:
+def eval_loader(photographs: Dataset, tasks: Sequence[Task], batch: int, device: torch.device = torch.device("cpu"),
+                world: World = SINGLE_PROCESS) -> DataLoader:
     """Batches of all photographs once, as they are; each process of a group has every so many-th of them."""
-    batches = list(BatchSampler(SequentialSampler(photographs), batch, drop_last=False))[group.rank::group.size]
+    batches = list(BatchSampler(SequentialSampler(photographs), batch, drop_last=False))[world.rank::world.size]
     return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks, device=device))
 
 
-def loader(photographs: Photographs, batches, tasks: Sequence[Task], device: torch.device,
-           workers: int, blanks: Mapping[str, Tensor]) -> Iterator[Batch]:
+def train_loader(photographs: FundusDataset, batches, tasks: Sequence[Task], device: torch.device,
+                 workers: int, empty_targets: Mapping[str, Tensor]) -> Iterator[Batch]:
     """Batches of `photographs` on a device; `batches` are lists of its indices.
 
     Helpers read samples; this process puts them together, where augmentation may run on the device.
     """
     samples = DataLoader(photographs, batch_sampler=batches, collate_fn=list, num_workers=workers,
-                         worker_init_fn=as_helper, pin_memory=device.type == "cuda")
+                         worker_init_fn=init_worker, pin_memory=device.type == "cuda")
     samples = iter(samples)  # at once: it draws from torch's generator
 
     def collated():  # the helpers end when this does, also by an error, which may live longer
         try:
             for some in samples:
-                yield collate(some, tasks, device, blanks)
+                yield collate(some, tasks, device, empty_targets)
         finally:
             getattr(samples, "_shutdown_workers", lambda: None)()
     return collated()
@@ -290,7 +290,7 @@ def loader(photographs: Photographs, batches, tasks: Sequence[Task], device: tor
 
 # ---- training and validation ----
 
-def load_photographs(config, tasks: Sequence[Task]) -> tuple[Photographs, Photographs, dict]:
+def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
     """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
 
     `config` is train.py's Config. InputError: a task of which nothing is labelled on either side.
@@ -298,20 +298,20 @@ def load_photographs(config, tasks: Sequence[Task]) -> tuple[Photographs, Photog
     root = None if config.data is None else Path(config.data)
     found = readers.read_data(root).records
     everything = make_tasks(TASKS, config.classes)
-    check_labels({"training": [r for r in found if r.part != "test"]}, tasks, everything, root)  # before decoding
-    joined, conflicts = find_eyes(found, config.size, config.ignore_eyes)
+    check_labels({"training": [r for r in found if r.split != "test"]}, tasks, everything, root)  # before decoding
+    joined, conflicts = find_eyes(found, config.image_size, config.ignore_eyes)
     split = splits.split(joined, config.fold, config.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
-                 f" (of {sum(r.part != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
-                 "test part)")
-    sampled = [*tasks, *make_tasks(config.streams, config.classes)]
+                 f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
+                 "test split)")
+    sampled = [*tasks, *make_tasks(config.sampling_tasks, config.classes)]
     training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in wanted)] for part, wanted in (
         (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "left_out_for_validation": validated, "conflicts": [c.plain(config.classes) for c in conflicts]}
-    return Photographs(training, config.size), Photographs(validation, config.size), findings
+                "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts]}
+    return FundusDataset(training, config.image_size), FundusDataset(validation, config.image_size), findings
 
 
 # ---- command line ----
@@ -340,4 +340,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import torch
 
-from data import Photographs, in_order
+from data import FundusDataset, eval_loader
 from model import Net, NetConfig
 from retina.datasets import leaks, splits
 from retina.datasets.readers import read_data
 from retina.datasets.records import Record
 from retina.evaluation import routing, statistics
-from retina.evaluation.compare import chosen_line, show_comparison, sides_of
-from retina.evaluation.interventions import rerouted
+from retina.evaluation.compare import arms_of, calibration_line, show_comparison
+from retina.evaluation.interventions import score_interventions
 from retina.evaluation.routing import labels_of
-from retina.evaluation.scoring import Scores, align, score, summary, write_predictions
+from retina.evaluation.scoring import SplitScores, align, evaluate_split, summary, write_per_photograph
 from retina.evaluation.tables import table, table_of_changes
-from retina.files import InputError, command, load_tensors, plain
+from retina.files import InputError, jsonable, load_tensors, run_cli
 from retina.inference.full_size import score_at_full_size
 from retina.inference.predictor import NOTE, Predictor, find_photographs, folders, predict_all
 from retina.training import precision
@@ -49,7 +49,7 @@ class Run:
     options: dict
     epoch: int
     validation: list[str]  # names of the photographs that it was chosen on
-    chosen: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
+    calibration: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
     learned_from: str | None  # fingerprint of the training photographs, see data.py
 
 
@@ -65,7 +65,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
-                ["chosen"] * ("chosen" not in state):
+                ["calibration"] * ("calibration" not in state):
             raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):
@@ -78,11 +78,11 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: "
                          f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
-               state["chosen"], state.get("data", [None])[0])
+               state["calibration"], state.get("data", [None])[0])
 
 
-def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
-    """Records of the test part, of the validation split ("val") that `run` was chosen on, or what it learned from.
+def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
+    """Records of the test split, of the validation split ("val") that `run` was chosen on, or what it learned from.
 
     The validation split goes by the names that the run stored, not by cutting again: a file more or less below `root`
     would move the cut. The training split ("train") is cut again, and has none of them. InputError: one of the names
@@ -93,10 +93,10 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
                          f"{there}; expected the same")
-    records, _ = leaks.find_eyes(found.records, run.options["size"], run.options.get("ignore_eyes", False))
-    if part == "test":
+    records, _ = leaks.find_eyes(found.records, run.options["image_size"], run.options.get("ignore_eyes", False))
+    if split == "test":
         records = splits.split(records).test
-    elif part == "train":
+    elif split == "train":
         records = [r for r in splits.split(records, run.options["fold"], run.options["keep_leaks"]).training
                    if r.name not in run.validation]
     else:
@@ -106,16 +106,16 @@ def split_records(run: Run, root: Path | None, part: str) -> list[Record]:
                              f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
                              f"was trained on, {run.options['data'] or 'drawn photographs'}")
         records = [known[name] for name in run.validation]
-    sampled = make_tasks(run.options.get("streams", ()), run.options["classes"]) if part == "train" else []
+    sampled = make_tasks(run.options.get("sampling_tasks", ()), run.options["classes"]) if split == "train" else []
     records = [r for r in records if any(t.labelled(r) for t in [*run.tasks, *sampled])]
     if not records:
-        raise InputError(f"{root}: no photograph of its {part} part has a label for {' '.join(run.options['tasks'])}; "
-                         "expected at least one")
+        raise InputError(f"{root}: no photograph of its {split} split has a label for "
+                         f"{' '.join(run.options['tasks'])}; expected at least one")
     return records
 
 
 def announce_opening(run: Run, root: Path | str | None) -> None:
-    """Write down in the run that the test part is opened now, and with what; say how often it has been by now."""
+    """Write down in the run that the test split is opened now, and with what; say how often it has been by now."""
     path, checkpoint = run.folder / "test_opened.jsonl", run.folder / "best.pt"
     line = {"when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "data": "drawn" if root is None else str(root), "checkpoint": checkpoint.name, "epoch": run.epoch,
@@ -123,7 +123,7 @@ def announce_opening(run: Run, root: Path | str | None) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     times = len(path.read_text(encoding="utf-8").splitlines())
-    print(f"{run.folder}: the test part is opened; {path.name} in it counts {times} time{'s' * (times > 1)}")
+    print(f"{run.folder}: the test split is opened; {path.name} in it counts {times} time{'s' * (times > 1)}")
 
 
 # ---- command line ----
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
                         help="folder made by train.py. Two are compared; several that differ in nothing but their seed "
                              "count as one side")
     parser.add_argument("--split", choices=("val", "test"), default="val",
-                        help="test: the test part of the data set (default: val, what the run was chosen on)")
+                        help="test: the test split of the data set (default: val, what the run was chosen on)")
     parser.add_argument("--tiles", type=float, metavar="SCALE",
                         help="outline lesions in overlapping tiles of the photograph at SCALE times the size of "
                              "training, 1 to 16; for small ones")
@@ -150,8 +150,8 @@ def parse() -> argparse.Namespace:
                              "an expert, with the routes of other photographs, with the routers of other tasks (E + T "
                              "+ 2 passes more)")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
-    parser.add_argument("--batch", type=int, help="photographs, or tiles, at a time (default: as in training)")
-    parser.add_argument("--precision", choices=precision.HALVES, default="fp32",
+    parser.add_argument("--batch-size", type=int, help="photographs, or tiles, at a time (default: as in training)")
+    parser.add_argument("--precision", choices=precision.DTYPES, default="fp32",
                         help="of the network: bf16 (or fp16, on a GPU) is faster where the device has units for it, "
                              "and answers differ in the third digit (default: fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -161,12 +161,12 @@ def parse() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """InputError: flags that do not go together, or do not fit the runs."""
-    if args.batch is not None and args.batch < 1:
-        raise InputError(f"--batch {args.batch}: expected at least 1")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: expected at least 1")
     if args.tiles is not None and not 1 <= args.tiles <= 16:
         raise InputError(f"--tiles {args.tiles:g}: expected 1 to 16, times the size of training")
     for run in runs:
-        size, learned = run.options["size"], run.options["tasks"]
+        size, learned = run.options["image_size"], run.options["tasks"]
         if args.tiles is not None and round(size * args.tiles) > LARGEST:
             raise InputError(f"--tiles {args.tiles:g}: {round(size * args.tiles)} pixels at the size {size} of "
                              f"{run.folder}; expected at most {LARGEST}")
@@ -174,7 +174,7 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
             raise InputError(f"--tiles: {run.folder} was trained for {' '.join(learned)}; only seg, the outlines of "
                              "lesions, is predicted in tiles; leave --tiles out")
         if args.routing and run.net.experts is None:
-            raise InputError(f"--routing: {run.folder} was trained with --experts 0 and has no routing; leave "
+            raise InputError(f"--routing: {run.folder} was trained with --num-experts 0 and has no routing; leave "
                              "--routing out")
     if (args.images is None) != (args.out is None):
         raise InputError("--images and --out go together: the photographs, and the folder to write answers to")
@@ -193,27 +193,30 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
                              "task in common")
 
 
-def score_run(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[Photographs, Scores, Scores | None]:
+def score_run(run: Run, args: argparse.Namespace,
+              device: torch.device) -> tuple[FundusDataset, SplitScores, SplitScores | None]:
     """Score one run at the size it was trained with and, where there are masks of files, at theirs; on what, first."""
-    root, size, batch = args.data or run.options["data"], run.options["size"], args.batch or run.options["batch"]
+    root, size, batch = (args.data or run.options["data"], run.options["image_size"],
+                         args.batch_size or run.options["batch_size"])
     root = None if root is None else Path(root)
     if root is None and args.tiles is not None:
         raise InputError("--tiles: drawn photographs have no files of a larger size; leave --tiles out")
     records = split_records(run, root, args.split)
     if args.split == "test":
         announce_opening(run, root)
-    photographs = Photographs(records, size)
-    scores = score(run.net, in_order(photographs, run.tasks, batch, device), run.tasks, f"scoring {args.split}")
+    photographs = FundusDataset(records, size)
+    scores = evaluate_split(run.net, eval_loader(photographs, run.tasks, batch, device), run.tasks,
+                            f"scoring {args.split}")
     return photographs, scores, score_at_full_size(run.net, run.tasks, records, size, args.tiles, device, batch)
 
 
-def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores | None],
+def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[SplitScores | None],
            args: argparse.Namespace) -> dict:
     """Print the measures of one run, or of several that count as one; -> the same for JSON."""
-    chosen = [run.chosen for run in runs]
+    calibration = [run.calibration for run in runs]
 
     def measured(of):
-        values, limits = summary(of, chosen)
+        values, limits = summary(of, calibration)
         print(table(values, runs[0].tasks, limits))
         return {"metrics": values, "intervals": limits}
 
@@ -221,42 +224,43 @@ def report(runs: Sequence[Run], scores: Sequence[Scores], full: Sequence[Scores 
     for run in runs:
         print(f"{run.folder}, epoch {run.epoch}, {args.split} split of {what}")
         if args.split == "test" and run.options["keep_leaks"]:
-            print("trained with --keep-leaks: it may have seen eyes of the test part")
+            print("trained with --keep-leaks: it may have seen eyes of the test split")
     if len(runs) > 1:
         print(f"means over {len(runs)} runs, intervals over eyes and runs")
-    found = measured(scores) | {"chosen": chosen[0] if len(runs) == 1 else chosen}
+    found = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
         print(f"masks in the pixels of the original files{how}:")
         found["full_size"] = measured(full) | {"tiles": args.tiles}
-    print("\n".join(chosen_line(run) for run in runs))
+    print("\n".join(calibration_line(run) for run in runs))
     if args.split == "val":
         print("the checkpoint, temperatures and thresholds (_chosen, _at_temperature, referable_) were chosen on these "
               "photographs: optimistic")
-    print(f"(in brackets: 95 % of {statistics.DRAWS} draws of eyes)")
+    print(f"(in brackets: 95 % of {statistics.RESAMPLES} draws of eyes)")
     return found
 
 
-def show_routes(run: Run, photographs: Photographs, args: argparse.Namespace, device: torch.device, write) -> None:
+def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, device: torch.device, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
-    batch, records = args.batch or run.options["batch"], photographs.records
-    uses = routing.collect(run.net, in_order(photographs, [TASKS["seg"]], batch, device))
+    batch, records = args.batch_size or run.options["batch_size"], photographs.records
+    uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch, device))
     found = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                              "class" if run.options["classes"] else "grade")
     print(routing.table(found, details=args.routing))
     write("routing", found)
     if args.routing:
-        changes = rerouted(run.net, in_order(photographs, run.tasks, batch, device), run.tasks)
+        changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch, device), run.tasks)
         print(table_of_changes(changes, run.tasks))
-        write("rerouted", changes)
+        write("interventions", changes)
 
 
 def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> None:
     """--images: predict, and say what happened; exit status 1 if a file could not be read."""
     paths, notes = find_photographs(args.images)
-    predictor = Predictor(run.net, run.tasks, run.chosen, run.options["size"], args.tiles,
-                          args.batch or run.options["batch"], device, args.out, retinas=not run.options["classes"])
-    print("\n".join([*notes, chosen_line(run)]))
+    predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles,
+                          args.batch_size or run.options["batch_size"], device, args.out,
+                          retinas=not run.options["classes"])
+    print("\n".join([*notes, calibration_line(run)]))
     try:
         rows = predict_all(predictor, paths)
     except KeyboardInterrupt:
@@ -277,12 +281,12 @@ def main() -> None:
     """Score runs on validation or test; or answer for new photographs, see --images."""
     args = parse()
     device = pick_device(args.device)
-    precision.keep_memory()
+    precision.tune_malloc()
     check_precision(args.precision, device)
     runs = [load_run(folder, device) for folder in args.runs]
     check(args, runs)
     for run in runs:
-        run.net = precision.folded(run.net)
+        run.net = precision.fuse_conv_bn(run.net)
     with precision.autocast(device, args.precision):
         if args.images is not None:
             return answer_for_new(runs[0], args, device)
@@ -291,34 +295,34 @@ def main() -> None:
 
 def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> None:
     """All but --images: print what is found and write it into the first run's folder."""
-    sides = sides_of(runs)
+    arms = arms_of(runs)
     folder, written = args.runs[0], []
     suffix = "_test" * (args.split == "test") + ("" if args.tiles is None else f"_tiles{args.tiles:g}")
 
     def write(name, content):
         head = {"split": args.split, "data": args.data or runs[0].options["data"] or "drawn", "epoch": runs[0].epoch}
-        (folder / f"{name}{suffix}.json").write_text(json.dumps(plain(head | content), indent=1))
+        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1))
         written.append(f"{name}{suffix}.json")
 
     photographs, scores, full = zip(*(score_run(run, args, device) for run in runs))
     align(scores)
     if all(full):
         align(full)
-    members = [[[x[i] for i in side] for side in sides] for x in (runs, scores, full)]
-    for side in zip(*members):
-        content = report(*side, args)
+    members = [[[x[i] for i in arm] for arm in arms] for x in (runs, scores, full)]
+    for arm in zip(*members):
+        content = report(*arm, args)
     if len(runs) == 1:
-        write_predictions(folder / f"predictions{suffix}.csv", scores[0])
-        written.append(f"predictions{suffix}.csv")
+        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0])
+        written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
         if runs[0].net.experts is not None:
             show_routes(runs[0], photographs[0], args, device, write)
-    elif len(sides) == 1:
+    elif len(arms) == 1:
         write("seeds", content | {"runs": [str(r.folder) for r in runs]})
     else:
-        write(f"against_{args.runs[sides[1][0]].name}", show_comparison(*members))
+        write(f"against_{args.runs[arms[1][0]].name}", show_comparison(*members))
     print(f"wrote {', '.join(written)} to {folder}")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

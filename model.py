@@ -1,10 +1,11 @@
 """One network for several answers about one retina photograph. Read it from top to bottom:
 
     MBConv -> EfficientNet -> ENCODERS               Tan & Le 2019, arXiv 1905.11946
-    Router, Experts, balance_loss -> ExpertLayer     noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538),
+    NoisyTopKRouter, Experts, load_balancing_loss -> MoELayer
+                                                     noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538),
                                                      one per task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
     UpBlock -> Decoder                               U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
-    PooledHead, MaskHead, PointHead                  maps -> classes, masks, points
+    ClassifierHead, MaskHead, LandmarkHead           maps -> classes, masks, points
     Net                                              all of it in one forward pass
 
     python -c "import model; print(model.EfficientNet('b0'))"
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 
 # B batch (n_t of them with a label for task t), C channels, H W image, h w token grid
-# N tokens, E experts, K chosen, D hidden units of an expert
+# N tokens, E experts, K experts of each token (top_k), D hidden units of an expert
 
 
 # ---- encoders: a photograph -> five maps ----
@@ -90,7 +91,8 @@ def round_channels(channels: float) -> int:
 class EfficientNet(nn.Module):
     """EfficientNet without its classifier: (B, 3, H, W) -> five maps at strides 2, 4, 8, 16, 32.
 
-    Names mirror torchvision's (`features.0` ... `features.7`). `pooled_head` is how the classifier starts, see MapSpec.
+    Names mirror torchvision's (`features.0` ... `features.7`). `classifier_head` is how the classifier starts, see
+    FeatureSpec.
     """
 
     def __init__(self, variant: str = "b0", drop: float = 0.2):
@@ -110,7 +112,7 @@ class EfficientNet(nn.Module):
             inputs = outputs
         self.features = nn.Sequential(*stages)
         self.channels = tuple(round_channels(STAGES[i][3] * width) for i in (0, 1, 2, 4, 6))
-        self.pooled_head = {"pooled": 4 * inputs, "norm": norm, "dropout": dropout}
+        self.classifier_head = {"last_channels": 4 * inputs, "norm": norm, "dropout": dropout}
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -135,49 +137,49 @@ class EncoderSpec(NamedTuple):
     """An encoder, (B, 3, H, W) -> five maps at strides 2 to 32 of `channels`, and the published weights that fit it."""
     build: Callable[[float], nn.Module]  # takes the chance of stochastic depth
     weights: str | None = None  # torchvision's name of the model that they are of; None: there are none
-    to_head: tuple[str, ...] = ()  # how keys start that belong to the first convolution of a PooledHead
+    to_head: tuple[str, ...] = ()  # how keys start that belong to the first convolution of a ClassifierHead
     left_out: tuple[str, ...] = ()  # how keys start that belong nowhere; all others are the encoder's
 
 
 ENCODERS = {name: EncoderSpec(partial(EfficientNet, name), f"efficientnet_{name}", ("features.8.",), ("classifier.",))
-            for name in VARIANTS}  # what --variant knows; another encoder is a class and a line
+            for name in VARIANTS}  # what --encoder knows; another encoder is a class and a line
 
 
 # ---- experts: each token of each task is sent to K of E small networks ----
 
 class Routing(NamedTuple):
     """Where one task's tokens went. N = n_t * h * w; row i is token i of the grid, photograph by photograph."""
-    indices: Tensor  # (N, K) the chosen experts, best first
-    weights: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
+    experts: Tensor  # (N, K) which, best first
+    gates: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
     probabilities: Tensor  # (N, E) softmax of the clean logits
-    load: Tensor  # (N, E) the chance that expert i is chosen were its noise drawn again; over the noise of training a
-    #               row sums to K on average; 0 or 1 without noise: in evaluation, and of fixed or frozen routers
+    load: Tensor  # (N, E) the chance that expert i is among the K were its noise drawn again; over the noise of
+    #               training a row sums to K on average; 0 or 1 without noise: in evaluation, of fixed or frozen routers
     grid: tuple[int, int, int]  # n_t, h, w
 
-    def spread(self, values: Tensor | float) -> Tensor:
-        """Values of the chosen experts, (N, K) or one for all -> (N, E), 0 for the others."""
+    def to_dense(self, values: Tensor | float) -> Tensor:
+        """Values of each token's K experts, (N, K) or one for all -> (N, E), 0 for the others."""
         empty = torch.zeros_like(self.probabilities)
-        return empty.scatter(1, self.indices, values)
+        return empty.scatter(1, self.experts, values)
 
 
-class Router(nn.Module):
-    """Noisy top-k gate (Shazeer et al. 2017, section 2.1): tokens (N, C) -> which experts, with which weight.
+class NoisyTopKRouter(nn.Module):
+    """Noisy top-k gate (Shazeer et al. 2017, section 2.1): tokens (N, C) -> which experts, with which gates.
 
     `frozen` makes a control of it, the frozen random router: drawn once, without noise, and no gradient passes.
     """
 
-    def __init__(self, channels: int, experts: int, chosen: int, frozen: bool = False):
+    def __init__(self, channels: int, num_experts: int, top_k: int, frozen: bool = False):
         super().__init__()
-        self.chosen, self.frozen = chosen, frozen
+        self.top_k, self.frozen = top_k, frozen
         # zeros: at the start every expert is as good as any other, and noise alone decides
-        self.gate = nn.Parameter(torch.zeros(channels, experts))
-        self.noise = nn.Parameter(torch.zeros(channels, experts))
+        self.gate = nn.Parameter(torch.zeros(channels, num_experts))
+        self.noise = nn.Parameter(torch.zeros(channels, num_experts))
         if frozen:
             nn.init.normal_(self.gate, std=channels ** -0.5)  # logits of variance 1
             self.requires_grad_(False)
 
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
-        k, experts = self.chosen, self.gate.shape[1]
+        k, num_experts = self.top_k, self.gate.shape[1]
         with torch.autocast(u.device.type, enabled=False):  # which expert wins must not hang on bf16 rounding
             u = (u.detach() if self.frozen else u).to(self.gate.dtype)  # float32
             # clean = u gate ;  scale = softplus(u noise) + 0.01 ;  noisy = clean + scale * N(0, 1)      (eqs. 3, 4)
@@ -185,28 +187,28 @@ class Router(nn.Module):
             scale = F.softplus(raw) + 0.01
             draws = self.training and not self.frozen
             noisy = clean + scale * torch.randn_like(clean) if draws else clean
-            # indices: the K largest of noisy ;  weights = softmax over these alone                      (eqs. 3, 5)
-            top, best = noisy.topk(min(k + 1, experts), dim=1)  # (N, K + 1)
-            indices = best[:, :k]
+            # experts: the K largest of noisy ;  gates = softmax over these only                         (eqs. 3, 5)
+            top, best = noisy.topk(min(k + 1, num_experts), dim=1)  # (N, K + 1)
+            experts = best[:, :k]
             # with K = 1 that softmax is the constant 1 and teaches the router nothing: take the one over all experts
-            weights = top[:, :k].softmax(1) if k > 1 else noisy.softmax(1).gather(1, indices)
+            gates = top[:, :k].softmax(1) if k > 1 else noisy.softmax(1).gather(1, experts)
             # load_i = Phi((clean_i - K-th largest of the *other* noisy logits) / scale_i)               (eqs. 8, 9)
-            inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, indices, True)
-            if draws and k < experts:
+            inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, experts, True)
+            if draws and k < num_experts:
                 kth_excluding_i = torch.where(inside, top[:, k:k + 1], top[:, k - 1:k])
                 load = torch.special.ndtr((clean - kth_excluding_i) / scale)
             else:
                 load = inside.to(clean.dtype)
-            return Routing(indices, weights, clean.softmax(1), load, grid)
+            return Routing(experts, gates, clean.softmax(1), load, grid)
 
 
 class FixedRouter(nn.Module):
     """A control: every token goes to the experts `own` of E, whose answers are averaged; nothing is learned."""
 
-    def __init__(self, experts: int, own: Sequence[int]):
+    def __init__(self, num_experts: int, own: Sequence[int]):
         super().__init__()
         self.register_buffer("own", torch.tensor(own), persistent=False)  # (K,)
-        self.register_buffer("serves", torch.zeros(experts).index_fill(0, self.own, 1.0), persistent=False)  # (E,)
+        self.register_buffer("serves", torch.zeros(num_experts).index_fill(0, self.own, 1.0), persistent=False)  # (E,)
 
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Routing:
         n, k = len(u), len(self.own)
@@ -221,75 +223,75 @@ ROUTERS = {"learned": "one noisy top-k gate for each task", "shared": "one gate 
 LEARNED = ("learned", "shared")  # those of them that learn
 
 
-def make_routers(kind: str, channels: int, tasks: Sequence[str], experts: int, chosen: int) -> dict[str, nn.Module]:
+def make_routers(kind: str, channels: int, tasks: Sequence[str], num_experts: int, top_k: int) -> dict[str, nn.Module]:
     """The router of each task, one of ROUTERS. ValueError, in words of the command line: the numbers do not fit."""
     if kind not in ROUTERS:
         raise ValueError(f"--router {kind}: expected one of {', '.join(ROUTERS)}")
-    if not 1 <= chosen <= experts:
-        raise ValueError(f"--chosen {chosen}: expected 1 to {experts}, the number of --experts")
-    if kind == "uniform" and chosen < experts:
-        raise ValueError(f"--chosen {chosen}: --router uniform mixes all {experts} experts; leave --chosen out")
-    if kind == "private" and chosen * len(tasks) != experts:
-        spare = experts - chosen * len(tasks)
-        raise ValueError(f"--router private: {len(tasks)} tasks with --chosen {chosen} experts each need --experts "
-                         f"{chosen * len(tasks)}; with {experts}, " + (f"{spare} would have no task" if spare > 0 else
-                                                                       f"{-spare} are missing"))
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"--top-k {top_k}: expected 1 to {num_experts}, the number of --num-experts")
+    if kind == "uniform" and top_k < num_experts:
+        raise ValueError(f"--top-k {top_k}: --router uniform mixes all {num_experts} experts; leave --top-k out")
+    if kind == "private" and top_k * len(tasks) != num_experts:
+        spare = num_experts - top_k * len(tasks)
+        raise ValueError(f"--router private: {len(tasks)} tasks with --top-k {top_k} experts each need --num-experts "
+                         f"{top_k * len(tasks)}; with {num_experts}, "
+                         + (f"{spare} would have no task" if spare > 0 else f"{-spare} are missing"))
     if kind == "shared":
-        return dict.fromkeys(tasks, Router(channels, experts, chosen))
+        return dict.fromkeys(tasks, NoisyTopKRouter(channels, num_experts, top_k))
     if kind == "uniform":
-        return {t: FixedRouter(experts, range(experts)) for t in tasks}
+        return {t: FixedRouter(num_experts, range(num_experts)) for t in tasks}
     if kind == "private":
-        return {t: FixedRouter(experts, range(i * chosen, (i + 1) * chosen)) for i, t in enumerate(tasks)}
-    return {t: Router(channels, experts, chosen, frozen=kind == "random") for t in tasks}
+        return {t: FixedRouter(num_experts, range(i * top_k, (i + 1) * top_k)) for i, t in enumerate(tasks)}
+    return {t: NoisyTopKRouter(channels, num_experts, top_k, frozen=kind == "random") for t in tasks}
 
 
 class Experts(nn.Module):
-    """E independent two-layer networks over tokens, of which each token meets only those that it chose.
+    """E independent two-layer networks over tokens, of which each token meets only its K.
 
-    y = D^-1/2 * sum over the chosen i of weights_i * silu(u w1_i) w2_i; w2 starts at zero: at first the layer adds
+    y = D^-1/2 * sum over its K experts i of gates_i * silu(u w1_i) w2_i; w2 starts at zero: at first the layer adds
     nothing. Adam moves every entry of w2 by about the learning rate whatever the gradient, so that y would move by D of
     these; the factor leaves the root of that (compare Yang et al. 2022, arXiv 2203.03466). Without it, experts outgrew
     the map that they add to by a factor of forty, and heads turned away from it.
     """
 
-    def __init__(self, channels: int, experts: int, hidden: int, dropout: float):
+    def __init__(self, channels: int, num_experts: int, hidden: int, dropout: float):
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(experts, channels, hidden).normal_(std=math.sqrt(2 / channels)))
-        self.w2 = nn.Parameter(torch.zeros(experts, hidden, channels))
+        self.w1 = nn.Parameter(torch.empty(num_experts, channels, hidden).normal_(std=math.sqrt(2 / channels)))
+        self.w2 = nn.Parameter(torch.zeros(num_experts, hidden, channels))
         self.dropout = dropout
 
-    def forward(self, u: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """u (N, C), indices and weights (N, K) -> (N, C). Computes N * K expert rows, whatever E is."""
-        owner, order = indices.flatten().sort(stable=True)  # (N*K,) pairs (token, choice) grouped by expert
+    def forward(self, u: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """u (N, C), experts and gates (N, K) -> (N, C). Computes N * K expert rows, whatever E is."""
+        owner, order = experts.flatten().sort(stable=True)  # (N*K,) pairs (token, choice) grouped by expert
         # where the next expert's begin; the one place at which the host has to wait for a GPU
         ends = torch.searchsorted(owner, torch.arange(1, len(self.w1), device=owner.device)).tolist()
-        token = order // indices.shape[1]  # of each pair
+        token = order // experts.shape[1]  # of each pair
 
         def by_owner(rows, w):  # unbind, since w[i] would allocate a gradient of the size of *all* experts each time
             return torch.cat([r @ w_i for r, w_i in zip(rows.tensor_split(ends), w.unbind(0)) if len(r)])
 
         hidden = F.silu(by_owner(u.index_select(0, token), self.w1))  # (N*K, D)
         hidden = F.dropout(hidden, self.dropout, self.training)
-        # weights_i * (hidden_i w2_i) = (weights_i * hidden_i) w2_i, by default half as much to multiply
-        weights = weights.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
-        y = by_owner(weights / math.sqrt(hidden.shape[1]) * hidden, self.w2)  # (N*K, C)
+        # gates_i * (hidden_i w2_i) = (gates_i * hidden_i) w2_i, by default half as much to multiply
+        gates = gates.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
+        y = by_owner(gates / math.sqrt(hidden.shape[1]) * hidden, self.w2)  # (N*K, C)
         return torch.zeros_like(u).index_add(0, token, y.to(u.dtype))
 
 
-class ExpertLayer(nn.Module):
+class MoELayer(nn.Module):
     """Experts behind the router of each task: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
 
-    A token is a position of the map. The tokens of all tasks are dispatched together. `width` is that of an expert's
-    hidden layer in multiples of C: one expert of width K * `width` is the dense adapter of equal cost, one of
-    E * `width` that of equal parameters.
+    A token is a position of the map. The tokens of all tasks are dispatched together. `ratio` is that of an expert's
+    hidden layer in multiples of C: one expert of width K * `ratio` is the dense adapter of equal cost, one of
+    E * `ratio` that of equal parameters.
     """
 
-    def __init__(self, channels: int, tasks: Sequence[str], experts: int = 8, chosen: int = 2,
-                 router: str = "learned", width: float = 0.5, dropout: float = 0.1):
+    def __init__(self, channels: int, tasks: Sequence[str], num_experts: int = 8, top_k: int = 2,
+                 router: str = "learned", ratio: float = 0.5, dropout: float = 0.1):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.routers = nn.ModuleDict(make_routers(router, channels, tasks, experts, chosen))
-        self.experts = Experts(channels, experts, max(1, round(width * channels)), dropout)
+        self.routers = nn.ModuleDict(make_routers(router, channels, tasks, num_experts, top_k))
+        self.experts = Experts(channels, num_experts, max(1, round(ratio * channels)), dropout)
 
     def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Routing]]:
         tokens = {t: x.flatten(2).transpose(1, 2).flatten(0, 1) for t, x in maps.items()}  # (N_t, C)
@@ -299,30 +301,31 @@ class ExpertLayer(nn.Module):
             normed = {t: self.norm(x.to(self.norm.weight.dtype)) for t, x in tokens.items()}
             routing = {t: self.routers[t](u, (len(maps[t]), *maps[t].shape[2:])) for t, u in normed.items()}
             mixed = self.experts(torch.cat(list(normed.values())),
-                                 torch.cat([r.indices for r in routing.values()]),
-                                 torch.cat([r.weights for r in routing.values()]))  # (sum of N_t, C)
+                                 torch.cat([r.experts for r in routing.values()]),
+                                 torch.cat([r.gates for r in routing.values()]))  # (sum of N_t, C)
         parts = mixed.split([len(x) for x in tokens.values()])
         # y = x + experts(LayerNorm(x)), back on the grid
         return {t: x + y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).to(x.dtype)
                 for (t, x), y in zip(maps.items(), parts)}, routing
 
 
-def alone(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     """The sum of x over all processes where there is but one; see retina/training/distributed.py."""
     return x
 
 
-def balance_loss(routing: Mapping[str, Routing], total: Callable[[Tensor], Tensor] = alone) -> Tensor:
+def load_balancing_loss(routing: Mapping[str, Routing],
+                        all_reduce_sum: Callable[[Tensor], Tensor] = identity) -> Tensor:
     """CV^2(importance) + CV^2(load) over experts (Shazeer et al. 2017, eqs. 6, 7, 11); 0 when all are used equally.
 
     Importance and load are averaged over a task's tokens, then over tasks: the tasks *together* should use all experts.
-    Balancing every task on its own would forbid what the layer is for, that tasks differ in their experts. `total` sums
-    over the processes that share a batch, whose tokens are balanced together.
+    Balancing every task on its own would forbid what the layer is for, that tasks differ in their experts.
+    `all_reduce_sum` sums over the processes that share a batch, whose tokens are balanced together.
     """
     of_tasks = []
     for r in routing.values():
-        sums = total(torch.stack([r.spread(r.weights), r.load]).sum(1))  # (2, E): importance, load
-        of_tasks.append(sums / total(sums.new_tensor(float(len(r.load)))))
+        sums = all_reduce_sum(torch.stack([r.to_dense(r.gates), r.load]).sum(1))  # (2, E): importance, load
+        of_tasks.append(sums / all_reduce_sum(sums.new_tensor(float(len(r.load)))))
     means = torch.stack(of_tasks).mean(0)  # (2, E)
     return (means.var(1, correction=0) / means.mean(1).square()).sum()
 
@@ -361,31 +364,32 @@ WIDTHS = (128, 64, 32, 16, 16)  # of the decoder's maps at strides 16, 8, 4, 2, 
 
 # ---- heads: maps -> one task's raw output ----
 
-class MapSpec(NamedTuple):
+class FeatureSpec(NamedTuple):
     """What a head is told of the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
     channels: tuple[int, ...]
     routed: int  # which of them comes from the task's experts: 4, the deepest, or 1, the decoder's map at stride 4
-    pooled: int = 1280  # channels, norm and dropout of a PooledHead; the encoder's `pooled_head` may say others
+    # channels, norm and dropout of a ClassifierHead; the encoder's `classifier_head` may say others
+    last_channels: int = 1280
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     dropout: float = 0.2
 
 
-class PooledHead(nn.Module):
+class ClassifierHead(nn.Module):
     """Classify the whole photograph: 1x1 convolution, global average, dropout, linear; maps -> (n_t, outputs).
 
-    So EfficientNet classifies its deepest map. The maps at strides 4, 8 and 16 join it by a convolution each: a lesion
-    of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps alive.
+    So EfficientNet classifies its bottleneck map. The maps at strides 4, 8 and 16 join it by a convolution each: a
+    lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps alive.
     """
     pretrained = "conv"  # what published weights may have of a head, see EncoderSpec.to_head
 
-    def __init__(self, spec: MapSpec, outputs: int):
+    def __init__(self, spec: FeatureSpec, outputs: int):
         super().__init__()
         self.reads = slice(1, 5)
         between = spec.channels[1:-1]
-        self.conv = ConvNormAct(spec.channels[-1], spec.pooled, 1, norm=spec.norm)
+        self.conv = ConvNormAct(spec.channels[-1], spec.last_channels, 1, norm=spec.norm)
         self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
         self.dropout = nn.Dropout(spec.dropout)
-        self.linear = nn.Linear(spec.pooled + sum(between), outputs)
+        self.linear = nn.Linear(spec.last_channels + sum(between), outputs)
         initialise(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -403,7 +407,7 @@ class PooledHead(nn.Module):
 class MaskHead(nn.Module):
     """Go on up the U-Net from the routed map; maps -> logits (n_t, outputs, H, W), one yes/no per pixel and mask."""
 
-    def __init__(self, spec: MapSpec, outputs: int):
+    def __init__(self, spec: FeatureSpec, outputs: int):
         super().__init__()
         self.reads = slice(0, spec.routed + 1)  # and as many steps from the routed map to the image
         self.decoder = Decoder(spec.channels[self.reads], WIDTHS[-self.reads.stop:])
@@ -416,7 +420,7 @@ class MaskHead(nn.Module):
         return self.conv(self.decoder(maps[self.reads]))
 
 
-class PointHead(nn.Module):
+class LandmarkHead(nn.Module):
     """Find points: a light way down from the routed map to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
 
     1x1 convolutions bring the maps at strides 8, 16 and 32 to one width, each is added to the next deeper one at twice
@@ -424,7 +428,7 @@ class PointHead(nn.Module):
     task reads off. A routed map at stride 4 has been that way already; it is read alone, halved.
     """
 
-    def __init__(self, spec: MapSpec, points: int, width: int = 64):
+    def __init__(self, spec: FeatureSpec, points: int, width: int = 64):
         super().__init__()
         self.reads = slice(min(2, spec.routed), spec.routed + 1)  # strides 8, 16, 32, or 4
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in spec.channels[self.reads][::-1])
@@ -442,18 +446,18 @@ class PointHead(nn.Module):
 
 # ---- the net ----
 
-PLACES = {"deepest": 4, "decoder": 1}  # where --experts-at puts the layer, as the number of one of the five maps
+MOE_PLACES = {"bottleneck": 4, "decoder": 1}  # where --moe-at puts the layer, as the number of one of the five maps
 
 
 @dataclass(frozen=True)
 class NetConfig:
     """What determines the network's shape, beside its tasks."""
-    variant: str = "b0"  # one of ENCODERS
-    experts: int = 8  # 0: no expert layer, every head reads the shared map itself
-    chosen: int = 2
+    encoder: str = "b0"  # one of ENCODERS
+    num_experts: int = 8  # 0: no expert layer, every head reads the shared map itself
+    top_k: int = 2
     router: str = "learned"  # one of ROUTERS
-    expert_width: float = 0.5  # of an expert's hidden layer, in multiples of the map's channels
-    experts_at: str = "deepest"  # one of PLACES
+    expert_ratio: float = 0.5  # of an expert's hidden layer, in multiples of the map's channels
+    moe_at: str = "bottleneck"  # one of MOE_PLACES
     expert_dropout: float = 0.1
     stochastic_depth: float = 0.1
 
@@ -461,34 +465,34 @@ class NetConfig:
 class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
-    `tasks` are objects with a `name` and a `head(spec)`, see MapSpec. `rows` names, per task, the photographs (n_t,)
-    that are wanted, ascending and each once; a task's output has n_t rows, perhaps none. A task that it does not name
-    is left out. None: all for all tasks. ValueError: H or W is no multiple of 32; numbers of experts do not fit.
+    `tasks` are objects with a `name` and a `head(spec)`, see FeatureSpec. `indices` names, per task, the photographs
+    (n_t,) that are wanted, ascending and each once; a task's output has n_t rows, perhaps none. A task that it does not
+    name is left out. None: all for all tasks. ValueError: H or W is no multiple of 32; numbers of experts do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
         super().__init__()
-        self.encoder_spec = ENCODERS[config.variant]
+        self.encoder_spec = ENCODERS[config.encoder]
         self.encoder = self.encoder_spec.build(config.stochastic_depth)
-        self.decoder, self.routed, channels = None, PLACES[config.experts_at], list(self.encoder.channels)
-        if config.experts_at == "decoder":  # all tasks share the way up to stride 4; its map replaces the encoder's
+        self.decoder, self.routed, channels = None, MOE_PLACES[config.moe_at], list(self.encoder.channels)
+        if config.moe_at == "decoder":  # all tasks share the way up to stride 4; its map replaces the encoder's
             self.decoder = Decoder(self.encoder.channels, WIDTHS[:3])
             initialise(self.decoder)
             channels[self.routed] = WIDTHS[2]
-        spec = MapSpec(tuple(channels), self.routed, **getattr(self.encoder, "pooled_head", {}))
+        spec = FeatureSpec(tuple(channels), self.routed, **getattr(self.encoder, "classifier_head", {}))
         self.heads = nn.ModuleDict({task.name: task.head(spec) for task in tasks})
-        self.experts = None if config.experts == 0 else ExpertLayer(
-            channels[self.routed], list(self.heads), config.experts, config.chosen, config.router, config.expert_width,
-            config.expert_dropout)
+        self.experts = None if config.num_experts == 0 else MoELayer(
+            channels[self.routed], list(self.heads), config.num_experts, config.top_k, config.router,
+            config.expert_ratio, config.expert_dropout)
         # the statistics with which torchvision's ImageNet weights were trained, on the 0..255 scale
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
-        maps, routing = self.routed_maps(images, rows)
+    def forward(self, images: Tensor, indices: Mapping[str, Tensor] | None = None):
+        maps, routing = self.routed_maps(images, indices)
         return {t: self.heads[t](m) for t, m in maps.items()}, routing
 
-    def routed_maps(self, images: Tensor, rows: Mapping[str, Tensor] | None = None):
+    def routed_maps(self, images: Tensor, indices: Mapping[str, Tensor] | None = None):
         """All but the heads: -> ({task: five maps of its photographs}, {task: Routing})."""
         if images.shape[2] % 32 or images.shape[3] % 32:
             raise ValueError(f"photographs of {images.shape[3]}x{images.shape[2]}: both sides must be multiples of 32")
@@ -498,10 +502,10 @@ class Net(nn.Module):
 
         def of(task: str) -> list[Tensor | None]:  # what this task wants: maps that its head reads, of its photographs
             read = range(5)[getattr(self.heads[task], "reads", slice(None))]
-            whole = rows is None or len(rows[task]) == len(images)  # no copy then
-            return [(m if whole else m[rows[task]]) if i in read else None for i, m in enumerate(maps)]
+            whole = indices is None or len(indices[task]) == len(images)  # no copy then
+            return [(m if whole else m[indices[task]]) if i in read else None for i, m in enumerate(maps)]
 
-        wanted = [t for t in self.heads if rows is None or t in rows]
+        wanted = [t for t in self.heads if indices is None or t in indices]
         mine, routing = {t: of(t) for t in wanted}, {}
         if self.experts is not None and wanted:
             mixed, routing = self.experts({t: mine[t][self.routed] for t in wanted})

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model
-from model import MapSpec, MaskHead, Net, NetConfig, PointHead, PooledHead
+from model import ClassifierHead, FeatureSpec, LandmarkHead, MaskHead, Net, NetConfig
 from retina.datasets.records import LABELS, UNKNOWN
-from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, MaskMetrics, PointMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError
 from retina.training import precision
+
 
 # n photographs with the label, L lesion classes, G grades, P points, S side of the photograph in pixels
 
@@ -34,7 +35,7 @@ class Task(TaskMetrics):
         """Whether a record or sample carries this task's label."""
         return self.label in record.labels
 
-    def head(self, spec: MapSpec) -> nn.Module:
+    def head(self, spec: FeatureSpec) -> nn.Module:
         """The layer that turns five maps, which `spec` describes, into this task's raw output."""
         raise NotImplementedError
 
@@ -42,8 +43,9 @@ class Task(TaskMetrics):
         """What the loss compares with, from a sample whose label is present."""
         raise NotImplementedError
 
-    def loss(self, output: Tensor, target: Tensor, total: Callable[[Tensor], Tensor] = model.alone) -> Tensor:
-        """Scalar, a mean over the rows: over those of all processes that share a batch, whose sum is `total` of a sum.
+    def loss(self, output: Tensor, target: Tensor,
+             all_reduce_sum: Callable[[Tensor], Tensor] = model.identity) -> Tensor:
+        """Scalar, a mean over the rows: over those of all processes that share a batch, by `all_reduce_sum` of a sum.
 
         There may be none here, as long as there is one in another process.
         """
@@ -60,14 +62,14 @@ class Classification(ClassMetrics, Task):
     """A label 0..classes-1 from the whole photograph."""
 
     def head(self, spec):
-        return PooledHead(spec, self.classes)
+        return ClassifierHead(spec, self.classes)
 
     def target(self, sample):
         return torch.tensor(sample.labels[self.label])
 
-    def loss(self, output, target, total=model.alone):
+    def loss(self, output, target, all_reduce_sum=model.identity):
         number = output.new_tensor(float(len(target)))
-        return total(F.cross_entropy(output, target, reduction="sum")) / total(number)
+        return all_reduce_sum(F.cross_entropy(output, target, reduction="sum")) / all_reduce_sum(number)
 
     def decode(self, output):
         return output.softmax(1)  # (n, G)
@@ -80,7 +82,7 @@ class Grading(GradeMetrics, Classification):
 
 class Edema(Classification):
     """Risk of macular edema, 0 to 2."""
-    name, label, primary, classes, title = "dme", "edema", "accuracy", 3, "edema risk"
+    name, label, primary, classes, title = "dme", "edema_risk", "accuracy", 3, "edema risk"
 
 
 class Categories(Classification):
@@ -104,7 +106,7 @@ class Lesions(MaskMetrics, Task):
     def target(self, sample):
         return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
 
-    def loss(self, output, target, total=model.alone):
+    def loss(self, output, target, all_reduce_sum=model.identity):
         """Cross-entropy of each pixel, and soft Dice (Milletari et al. 2016, arXiv 1606.04797, section 3).
 
         The overlap is taken over all rows of a batch: most photographs lack some lesion, and their own Dice would
@@ -112,10 +114,11 @@ class Lesions(MaskMetrics, Task):
         """
         known, truth = ((target != UNKNOWN).to(output.dtype), (target == 1).to(output.dtype))
         p = output.sigmoid() * known
-        overlap, predicted, true = total(torch.stack([x.sum((0, 2, 3)) for x in (p * truth, p, truth)]))  # (L,) each
+        overlap, predicted, true = all_reduce_sum(
+            torch.stack([x.sum((0, 2, 3)) for x in (p * truth, p, truth)]))  # (L,) each
         soft_dice = (2 * overlap + 1) / (predicted + true + 1)
         entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
-        return total(entropy) / total(known.sum()) + 1 - soft_dice.mean()
+        return all_reduce_sum(entropy) / all_reduce_sum(known.sum()) + 1 - soft_dice.mean()
 
     def decode(self, output):
         return output.sigmoid()
@@ -123,7 +126,7 @@ class Lesions(MaskMetrics, Task):
 
 # ---- points ----
 
-DISC_DIAMETER = 0.154  # of the side of a sample: 54 discs of IDRiD's training part measure 0.154 +- 0.014
+DISC_DIAMETER = 0.154  # of the side of a sample: 54 discs of IDRiD's training split measure 0.154 +- 0.014
 ORIGINAL_WIDTH = 4288  # of IDRiD's photographs in pixels, the unit of its literature
 
 
@@ -156,13 +159,13 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     return 0.5 * kl(p) + 0.5 * kl(q)
 
 
-class Landmarks(PointMetrics, Task):
+class Landmarks(LandmarkMetrics, Task):
     """Centres of the optic disc and of the fovea."""
-    name, label, primary = "loc", "points", "within_radius"
+    name, label, primary = "loc", "landmarks", "within_radius"
     classes = ("disc", "fovea")  # the order of a sample's points
 
     def head(self, spec):
-        return PointHead(spec, len(self.classes))
+        return LandmarkHead(spec, len(self.classes))
 
     def target(self, sample):
         """(P + 4, 2): the points as shares of the side, nan where not known; then what turns shares into other units.
@@ -173,9 +176,9 @@ class Landmarks(PointMetrics, Task):
         g, side = sample.geometry, sample.image.shape[-1]
         begin, pixels = (-g.shift_x / g.scale_x, -g.shift_y / g.scale_y), (side / g.scale_x, side / g.scale_y)
         original = [ORIGINAL_WIDTH / g.width * p for p in pixels]
-        return torch.cat([sample.points / side, torch.tensor([begin, pixels, original, [1 / DISC_DIAMETER] * 2])])
+        return torch.cat([sample.landmarks / side, torch.tensor([begin, pixels, original, [1 / DISC_DIAMETER] * 2])])
 
-    def loss(self, output, target, total=model.alone):
+    def loss(self, output, target, all_reduce_sum=model.identity):
         """Smooth L1 of the expected point, and divergence of its heatmap from a Gaussian of one cell around the truth
 
         (Nibali et al. 2018, arXiv 1801.07372, whose first term is the Euclidean distance). Points that are not known
@@ -188,8 +191,8 @@ class Landmarks(PointMetrics, Task):
         # coordinates -1 to 1 as in the paper; quadratic within one cell, linear beyond
         distance = F.smooth_l1_loss(2 * points, 2 * truth, beta=2 / output.shape[3], reduction="none").sum(2)
         divergence = js_divergence(p, gaussian_heatmap(truth, *output.shape[2:]))
-        number = total(known.sum().to(output.dtype)).clamp(min=1)
-        return total(((distance + divergence) * known).sum()) / number
+        number = all_reduce_sum(known.sum().to(output.dtype)).clamp(min=1)
+        return all_reduce_sum(((distance + divergence) * known).sum()) / number
 
     def decode(self, output):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
@@ -219,10 +222,10 @@ def build_net(options: Mapping) -> tuple[Net, list[Task]]:
     """
     tasks = make_tasks(options["tasks"], options["classes"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
-    if config.variant not in model.ENCODERS:
-        raise InputError(f"trained with the encoder {config.variant!r}, which model.py does not list "
+    if config.encoder not in model.ENCODERS:
+        raise InputError(f"trained with the encoder {config.encoder!r}, which model.py does not list "
                          f"({', '.join(model.ENCODERS)})")
     try:
-        return precision.fast(Net(config, tasks)), tasks
+        return precision.channels_last(Net(config, tasks)), tasks
     except ValueError as error:
         raise InputError(str(error)) from None

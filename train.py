@@ -6,7 +6,7 @@
     python train.py --resume runs/NAME                     # go on where it was stopped
 
 Read Config for what there is to choose, then train_step for what one step is and fit for the loop around it. In
-runs/NAME are then config.json, metrics.jsonl (a line per epoch), best.pt (chosen on validation), last.pt, result.json.
+runs/NAME are then config.json, log.jsonl (a line per epoch), best.pt (chosen on validation), last.pt, result.json.
 """
 
 import math
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 import data
 import model
-from model import ENCODERS, PLACES, ROUTERS, Net, balance_loss
+from model import ENCODERS, MOE_PLACES, ROUTERS, Net, load_balancing_loss
 from retina.datasets.splits import announcement
 from retina.evaluation import routing, scoring, tables
-from retina.files import command
+from retina.files import run_cli
 from retina.training import checkpoint, distributed, precision, pretrained
 from retina.training.checkpoint import RunFolder, TrainState
-from retina.training.config import check_group, flag, parse, plain, read_loss_weights, read_request, read_same, \
+from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
     resolve_defaults
 from retina.training.diagnostics import LossMonitor, opening
-from retina.training.distributed import ALONE, Group
+from retina.training.distributed import SINGLE_PROCESS, World
 from retina.training.interrupt import StopSignal, explain_failures, stopped_by_sigterm
 from tasks import TASKS, Task, build_net, make_tasks
 
@@ -47,33 +47,34 @@ class Config:
     tasks: tuple[str, ...] = flag(("cls", "seg"), WHAT, f"any of {' '.join(TASKS)}", choices=TASKS.keys())
     data: str | None = flag(None, WHAT, "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see "
                             "README", shown="data/IDRiD if it exists, else drawn photographs", machine=True)
-    size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
-    fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training part")
-    keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test part too, as most of the literature "
-                            "does")
+    image_size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
+    fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training split")
+    keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
+                            "literature does")
     epochs: int = flag(5, TRAINING, "at most", real=40, lowest=1)
-    batch: int = flag(8, TRAINING, "photographs in a step", lowest=2)
+    batch_size: int = flag(8, TRAINING, "photographs in a step", lowest=2)
     lr: float = flag(2.5e-3, TRAINING, "highest learning rate of AdamW", real=1.5e-3, lowest=1e-12)
     weight_decay: float = flag(0.01, TRAINING, "of AdamW", lowest=0)
     patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
     loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
     augment: bool = flag(True, TRAINING, "show every photograph as it is")
     seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0, below=1 << 32)
-    variant: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
-    weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
-                        shown="none for drawn photographs, else imagenet if it can be had")
-    experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", shown="8; private: tasks x chosen", lowest=0)
-    chosen: int = flag(2, NETWORK, "experts that each token is sent to", shown="2; uniform: all", lowest=1)
+    encoder: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
+    encoder_weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
+                                shown="none for drawn photographs, else imagenet if it can be had")
+    num_experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", shown="8; private: tasks x chosen",
+                            lowest=0)
+    top_k: int = flag(2, NETWORK, "experts that each token is sent to", shown="2; uniform: all", lowest=1)
     router: str = flag("learned", NETWORK, "", choices=ROUTERS)
-    expert_width: float = flag(0.5, NETWORK, "hidden units of an expert, in multiples of the map's channels",
+    expert_ratio: float = flag(0.5, NETWORK, "hidden units of an expert, in multiples of the map's channels",
                                lowest=1e-3)
-    experts_at: str = flag("deepest", NETWORK, "the layer's place: the deepest map, or the decoder's at stride 4, "
-                           "which all tasks then share up to there", choices=PLACES.keys())
-    balance: float = flag(0.01, NETWORK, "weight of the load-balancing loss", shown="0.01 for routers that learn",
-                          lowest=0)
-    precision: str = flag("fp32", MACHINE, f"of the passes through the network, {' '.join(precision.HALVES)}",
+    moe_at: str = flag("bottleneck", NETWORK, "the layer's place: the bottleneck, or the decoder's at stride 4, "
+                       "which all tasks then share up to there", choices=MOE_PLACES.keys())
+    balance_weight: float = flag(0.01, NETWORK, "weight of the load-balancing loss",
+                                 shown="0.01 for routers that learn", lowest=0)
+    precision: str = flag("fp32", MACHINE, f"of the passes through the network, {' '.join(precision.DTYPES)}",
                           shown="bf16 where the device has units for it, fp16 on older GPUs, else fp32",
-                          choices=precision.HALVES.keys())
+                          choices=precision.DTYPES.keys())
     workers: int = flag(0, MACHINE, "processes that load photographs", shown="0 on CPU, else up to 8", lowest=0,
                         machine=True)
     device: str = flag("auto", MACHINE, "auto, cpu or cuda; auto: the GPU if there is one",
@@ -86,7 +87,8 @@ class Config:
     stochastic_depth: float = field(default=0.05, metadata={"real": 0.1})
     log_gradients: bool = False  # write down the cosines of the tasks' gradients at eight steps of each epoch
     ignore_eyes: bool = False  # split as if each file showed an eye of its own
-    streams: tuple[str, ...] = ()  # the tasks by which photographs are sampled, where these are more than are learned
+    # the tasks by which photographs are sampled, where these are more than are learned
+    sampling_tasks: tuple[str, ...] = ()
 
 
 # ---- the loss of several tasks ----
@@ -99,10 +101,10 @@ class LossWeights(nn.Module):
     adds nothing, neither its loss nor its s_t. "balance" is added with its own weight.
     """
 
-    def __init__(self, tasks: Sequence[Task], words: Sequence[str], balance: float):
+    def __init__(self, tasks: Sequence[Task], words: Sequence[str], balance_weight: float):
         super().__init__()
         read = read_loss_weights(words, [t.name for t in tasks])
-        self.learned, self.balance = read is None, balance
+        self.learned, self.balance_weight = read is None, balance_weight
         self.fixed = {t.name: t.weight for t in tasks} | (read or {})
         self.log_variance = nn.ParameterDict({t.name: nn.Parameter(torch.zeros(())) for t in tasks} if self.learned
                                              else {})
@@ -113,26 +115,26 @@ class LossWeights(nn.Module):
             total = sum((-self.log_variance[t]).exp() * loss + self.log_variance[t] for t, loss in of_tasks.items())
         else:
             total = sum(self.fixed[t] * loss for t, loss in of_tasks.items())
-        return total + self.balance * losses["balance"] if "balance" in losses else total
+        return total + self.balance_weight * losses["balance"] if "balance" in losses else total
 
 
 def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
-                group: Group = ALONE) -> dict[str, Tensor]:
+                world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
     """The loss of each task on its labelled rows, and of balance; of the whole batch in every process of a group."""
     with precision.autocast(state.device, config.precision):
-        outputs, routed = state.model(batch.images, batch.rows)
+        outputs, routed = state.model(batch.images, batch.indices)
     kind = next(state.net.parameters()).dtype  # float32, whatever the precision of the pass
-    losses = {t.name: t.loss(outputs[t.name].to(kind), batch.targets[t.name], group.total)
+    losses = {t.name: t.loss(outputs[t.name].to(kind), batch.targets[t.name], world.all_reduce_sum)
               for t in tasks if t.name in outputs}
-    return losses | ({"balance": balance_loss(routed, group.total)} if routed else {})
+    return losses | ({"balance": load_balancing_loss(routed, world.all_reduce_sum)} if routed else {})
 
 
 # ---- one step ----
 
 def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
-               group: Group = ALONE) -> dict[str, float]:
+               world: World = SINGLE_PROCESS) -> dict[str, float]:
     """Learn from one batch; -> its losses, on a GPU those of the step before. RunError: see LossMonitor.check."""
-    losses = task_losses(state, batch, tasks, config, group)
+    losses = task_losses(state, batch, tasks, config, world)
     if config.log_gradients:
         state.monitor.look(losses, state.net.encoder)
     state.optimizer.zero_grad(set_to_none=True)
@@ -150,11 +152,11 @@ def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], conf
 
 
 def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, device: torch.device,
-               group: Group = ALONE) -> TrainState:
+               world: World = SINGLE_PROCESS) -> TrainState:
     """A network with what it takes to improve it over so many steps: AdamW, linear warm-up, then a cosine to zero."""
     net.to(device)
-    called = distributed.spread(net, group, device)
-    loss_weights = LossWeights(tasks, config.loss_weights, config.balance).to(device)
+    called = distributed.parallelize(net, world, device)
+    loss_weights = LossWeights(tasks, config.loss_weights, config.balance_weight).to(device)
     # weight decay on matrices and kernels only: on norms and biases it merely fights the data
     parts = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
              {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -174,35 +176,35 @@ def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, devi
 # ---- the loop ----
 
 def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = False, overwrite: bool = False,
-        quiet: bool = False, group: Group = ALONE) -> dict:
+        quiet: bool = False, world: World = SINGLE_PROCESS) -> dict:
     """Train as `config` says and leave everything in `folder`; -> what result.json holds.
 
     With `resume` the run in `folder` goes on from its last.pt, and ends as if it had never been stopped. InputError:
     unusable data or configuration, before anything is trained; a file that is not there any more. RunError: see
     LossMonitor.check; a process or memory that is not there any more.
     """
-    check_group(config, group)
-    quiet = quiet or group.rank > 0
-    device = group.device(precision.pick_device(config.device))
+    check_world(config, world)
+    quiet = quiet or world.rank > 0
+    device = world.device(precision.pick_device(config.device))
     checkpoint.make_repeatable(config.seed, device.type == "cpu" or config.deterministic)
     saved = read_same(folder, config) if resume else None
     net, tasks = build_net(asdict(config))
-    if saved is None and group.rank == 0:  # the other processes take over its weights
-        pretrained.start_from(net, config.weights, config.variant)
-    with group.in_turn():
-        train_set, val_set, findings = data.load_photographs(config, tasks)
+    if saved is None and world.rank == 0:  # the other processes take over its weights
+        pretrained.start_from(net, config.encoder_weights, config.encoder)
+    with world.main_process_first():
+        train_set, val_set, findings = data.load_datasets(config, tasks)
     if not quiet:
         print(announcement(train_set.records, val_set.records, findings, tasks, config.fold))
-    sampler = data.Steps(train_set.records, make_tasks(config.streams, config.classes) or tasks, config.batch,
-                         config.seed, config.augment, tasks)
+    sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
+                                         config.batch_size, config.seed, config.augment, tasks)
     steps = config.epochs * sampler.per_epoch
-    with explain_failures(folder, config, group) as failure, StopSignal(group) as stop:
-        state = failure.state = make_state(net, tasks, config, steps, device, group)
-        run = RunFolder(folder, plain(config), state, train_set, val_set, group, quiet)
+    with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
+        state = failure.state = make_state(net, tasks, config, steps, device, world)
+        run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet)
         run.open(saved, {"notes": list(notes), **findings}, resume, overwrite)
         failure.begun = True
-        batches = data.loader(train_set, sampler.range(state.step, steps, group.rank, group.size), tasks, device,
-                              config.workers, data.blank_targets(train_set, tasks) if group.size > 1 else {})
+        batches = data.train_loader(train_set, sampler.range(state.step, steps, world.rank, world.size), tasks, device,
+                                    config.workers, data.make_empty_targets(train_set, tasks) if world.size > 1 else {})
         run.start(saved)  # after the loader, which draws from torch's generator
         while not run.ended():
             net.train()
@@ -213,12 +215,12 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
                 if stop.due:
                     run.save_last()
                 with state.monitor.working():
-                    train_step(state, batch, tasks, config, group)
+                    train_step(state, batch, tasks, config, world)
             run.save_last()
             if stop.agree(device):
                 raise KeyboardInterrupt
-            val_batches = data.in_order(val_set, tasks, config.batch, device, group)
-            run.end_epoch(scoring.score(net, val_batches, tasks, group=group), tasks,
+            val_batches = data.eval_loader(val_set, tasks, config.batch_size, device, world)
+            run.end_epoch(scoring.evaluate_split(net, val_batches, tasks, world=world), tasks,
                           sampler.per_epoch * sampler.photographs)
         return run.finish()
 
@@ -230,13 +232,13 @@ def configure(argv: Sequence[str]) -> tuple[Config, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
-    precision.keep_memory()
-    with distributed.join() as group, stopped_by_sigterm(group):
-        asked = group.share(read_request(Config, argv, model) if group.rank == 0 else None)
-        tell, begun = print if group.rank == 0 else lambda *_: None, time.perf_counter()
-        tell("\n".join([*asked.notes, opening(asked.config, asked.folder, group)]))
+    precision.tune_malloc()
+    with distributed.init_world() as world, stopped_by_sigterm(world):
+        asked = world.broadcast(read_request(Config, argv, model) if world.rank == 0 else None)
+        tell, begun = print if world.rank == 0 else lambda *_: None, time.perf_counter()
+        tell("\n".join([*asked.notes, opening(asked.config, asked.folder, world)]))
         try:
-            result = fit(*asked, group=group)
+            result = fit(*asked, world=world)
         except KeyboardInterrupt as stopped:
             tell("\ninterrupted; " + (f"go on with: {stopped}" if str(stopped) else "the same command goes on"
                                       if asked.resume else "nothing was trained yet"))
@@ -244,11 +246,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = "DRAWN photographs, not IDRiD" if asked.config.data is None else asked.config.data
         tell(f"\nchosen: epoch {result['epoch']} of {asked.folder}, validation split of {what}")
         tell(tables.table(result["metrics"], make_tasks(asked.config.tasks, asked.config.classes)))
-        if result["usage"] and (idle := routing.idle(u["tokens"] for u in result["usage"].values())):
-            tell(routing.warning(idle))
+        if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
+            tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))
         tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {asked.folder}")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

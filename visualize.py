@@ -17,21 +17,22 @@ import numpy as np
 from PIL import Image
 
 import evaluate
-from data import Photographs, in_order
+from data import FundusDataset, eval_loader
 from retina import drawing
-from retina.figures import answers, internals, material, routing
-from retina.figures.material import Material, Missing
+from retina.figures import answers, context, internals, routing
+from retina.figures.context import FigureContext, FigureUnavailable
 from retina.figures.page import page
-from retina.files import InputError, command, replacing, write_text
+from retina.files import InputError, atomic_write, run_cli, write_text
 from retina.training import precision
 from retina.training.checkpoint import read_log
 from tasks import TASKS
+
 
 # name -> the function, and the format: photographs as JPEG, lines and dots as PNG
 FIGURES = {"overlays": (answers.overlays, "jpg"), "curves": (answers.curves, "png"),
            "confusion": (answers.confusion, "jpg"), "reliability": (answers.reliability, "png"),
            "routing": (routing.routing, "jpg"), "tsne": (internals.tsne_map, "png"),
-           "gradcam": (internals.gradcam, "jpg"), "filters": (internals.filters, "jpg")}
+           "gradcam": (internals.gradcam, "jpg"), "feature_maps": (internals.feature_maps, "jpg")}
 
 
 def logs_of(folders: Sequence[Path]) -> dict[str, list[dict]]:
@@ -46,26 +47,27 @@ def logs_of(folders: Sequence[Path]) -> dict[str, list[dict]]:
             for p, folder in zip(paths, folders)}
 
 
-def gather(args: argparse.Namespace) -> Material:
+def gather(args: argparse.Namespace) -> FigureContext:
     """All that figures need of the runs that are named. InputError: see load_run, split_records, read_log."""
     device = precision.pick_device(args.device)
     run = evaluate.load_run(args.runs[0], device)
     logs = logs_of(args.runs)
-    run.net = precision.folded(run.net)
+    run.net = precision.fuse_conv_bn(run.net)
     root = Path(where) if (where := args.data or run.options["data"]) else None
-    photographs = Photographs(evaluate.split_records(run, root, args.split), run.options["size"])
-    learned = Photographs(evaluate.split_records(run, root, "train"), run.options["size"])
+    photographs = FundusDataset(evaluate.split_records(run, root, args.split), run.options["image_size"])
+    learned = FundusDataset(evaluate.split_records(run, root, "train"), run.options["image_size"])
     if run.learned_from not in (None, learned.fingerprint()):
-        print("warning: the training part is not what it was when this run was trained; what is called training "
+        print("warning: the training split is not what it was when this run was trained; what is called training "
               "photographs may hold some that it has not seen")
-    some = sorted(np.random.default_rng(0).permutation(len(learned))[:material.MOST].tolist())
-    training = Photographs([learned.records[i] for i in some], run.options["size"])
-    points = len(training) + min(material.MOST, len(photographs))
+    some = sorted(np.random.default_rng(0).permutation(len(learned))[:context.MOST].tolist())
+    training = FundusDataset([learned.records[i] for i in some], run.options["image_size"])
+    points = len(training) + min(context.MOST, len(photographs))
     if args.perplexity is not None and not 1 <= args.perplexity < points - 1:
         raise InputError(f"--perplexity {args.perplexity:g}: expected at least 1 and less than {points - 1}, with "
                          f"{points} photographs; leave it out for {min(30, points // 3)}")
-    batches = functools.partial(in_order, batch=run.options["batch"], device=device)
-    return Material(run, args.split, photographs, training, device, batches, TASKS, logs, args.perplexity, args.seed)
+    batches = functools.partial(eval_loader, batch=run.options["batch_size"], device=device)
+    return FigureContext(run, args.split, photographs, training, device, batches, TASKS, logs, args.perplexity,
+                         args.seed)
 
 
 # ---- command line ----
@@ -77,20 +79,20 @@ def encoded(picture: Image.Image, form: str) -> bytes:
     return memory.getvalue()
 
 
-def draw(m: Material, names: Sequence[str], folder: Path, suffix: str = "") -> dict[str, bytes | str]:
+def draw_figures(ctx: FigureContext, names: Sequence[str], folder: Path, suffix: str = "") -> dict[str, bytes | str]:
     """Draw figures into a folder and say so; -> {name: content of the file, or why there is none}."""
     drawn = {}
     folder.mkdir(exist_ok=True)
     for name in names:
         figure, form = FIGURES[name]
         try:
-            drawn[name] = encoded(figure(m), form)
-        except Missing as reason:
+            drawn[name] = encoded(figure(ctx), form)
+        except FigureUnavailable as reason:
             drawn[name] = str(reason)
             print(f"not drawn: {name}: {reason}", flush=True)
             continue
         path = folder / f"{name}{suffix}.{form}"
-        with replacing(path, lasting=False) as file:
+        with atomic_write(path, lasting=False) as file:
             file.write(drawn[name])
         print(path, flush=True)
     return drawn
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME",
                         help=f"of {', '.join(FIGURES)} (default: all, and index.html)")
     parser.add_argument("--split", choices=("val", "test"), default="val",
-                        help="test: the test part of the data set (default: val, what the run was chosen on)")
+                        help="test: the test split of the data set (default: val, what the run was chosen on)")
     parser.add_argument("--perplexity", type=float,
                         help="of t-SNE: how many neighbours count (default: 30, or a third of the photographs)")
     parser.add_argument("--seed", type=int, default=0, help="of t-SNE's random start (default: 0)")
@@ -120,16 +122,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what is asked for; say what cannot be drawn, and why."""
     args = parse(argv)
-    precision.keep_memory()
-    m = gather(args)
+    precision.tune_malloc()
+    ctx = gather(args)
     if args.split == "test":
-        evaluate.announce_opening(m.run, args.data or m.run.options["data"])
+        evaluate.announce_opening(ctx.run, args.data or ctx.run.options["data"])
     folder, suffix = args.runs[0] / "pictures", "_test" * (args.split == "test")
-    drawn = draw(m, args.only or list(FIGURES), folder, suffix)
+    drawn = draw_figures(ctx, args.only or list(FIGURES), folder, suffix)
     if not args.only:
-        write_text(folder / f"index{suffix}.html", page(m, drawn, FIGURES))
+        write_text(folder / f"index{suffix}.html", page(ctx, drawn, FIGURES))
         print(f"{folder / f'index{suffix}.html'}: all of them, the measures and the configuration, for any browser")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -21,6 +21,7 @@ from torch import Tensor
 from retina.datasets import records
 from retina.datasets.preprocess import Sample
 
+
 INK, PALE, GRID, PAPER = (33, 37, 41), (95, 103, 112), (222, 226, 230), (255, 255, 255)
 TITLE, BODY, SMALL = 20, 15, 13  # pixels
 # for things without an order, eight that colour-blind people tell apart (Okabe & Ito 2008, "Color universal design")
@@ -243,7 +244,7 @@ LANDMARKS = "+ optic disc, x fovea"
 
 def label_legend(masks: bool = True, points: bool = True) -> Image.Image:
     """The colours of lesions and optic disc; what stands for which point."""
-    colours = legend((words, records.COLOURS[kind], "square") for kind, words in records.KINDS.items())
+    colours = legend((words, records.LESION_COLOURS[kind], "square") for kind, words in records.LESION_NAMES.items())
     return row([colours] * masks + [text(LANDMARKS, SMALL)] * points, 18, 0.5)
 
 
@@ -254,7 +255,7 @@ def photograph(image: Tensor, side: int, resample: Image.Resampling = Image.LANC
 
 def masks_of(sample: Sample) -> dict[str, np.ndarray]:
     """{kind: (S, S) bool} of the kinds that are known."""
-    known = zip(records.KINDS, () if sample.masks is None else sample.masks)
+    known = zip(records.LESION_NAMES, () if sample.masks is None else sample.masks)
     return {kind: (mask == 1).numpy() for kind, mask in known if (mask != records.UNKNOWN).all()}
 
 
@@ -279,7 +280,7 @@ def tinted(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence
         inner = np.zeros_like(mask)  # less an outline on all sides
         inner[middle, middle] = mask[middle, middle] & mask[:-2 * s, middle] & mask[2 * s:, middle] & \
             mask[middle, :-2 * s] & mask[middle, 2 * s:]
-        colour = np.array(records.COLOURS[kind], np.float32)
+        colour = np.array(records.LESION_COLOURS[kind], np.float32)
         if kind != "OD":
             inside = np.flatnonzero(inner)  # numbers of pixels find the few of a mask faster than truth values do
             flat[inside] = (0.7 * flat[inside] + 0.3 * colour).astype(np.uint8)
@@ -295,7 +296,7 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
     picture = tinted(image, masks, points)
     pen, height = ImageDraw.Draw(picture), max(9, round(min(image.size) / 45))
     entries = [(line, "white") for line in [*lines, *[LANDMARKS] * (points is not None)]]
-    entries += [(f"{kind} {records.KINDS[kind]}", records.COLOURS[kind]) for kind in masks]
+    entries += [(f"{kind} {records.LESION_NAMES[kind]}", records.LESION_COLOURS[kind]) for kind in masks]
     if 2.6 * height * len(entries) > picture.height:  # it would hide what there is to see
         entries = entries[:1]
     for k, (line, colour) in enumerate(entries):

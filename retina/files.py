@@ -24,6 +24,7 @@ from typing import BinaryIO
 import torch
 from PIL import ExifTags, Image
 
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -48,7 +49,7 @@ class RunError(OneLine, RuntimeError):
     """What ends a run that was set up well: a number that is not finite, memory that is not there, a killed helper."""
 
 
-def command(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None]) -> None:
     """Run a program's main function; what goes wrong becomes one line on stderr and an exit status, no traceback."""
     try:
         main()
@@ -74,7 +75,7 @@ def command(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def as_helper(*worker) -> None:
+def init_worker(*worker) -> None:
     """For helper processes: only the main process answers Ctrl-C, and they do not outlive it, even if it is killed.
 
     `worker` is given by a loader, of whose workers none may end before the main process has saved what it learned. A
@@ -106,7 +107,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
     """A file to write in; it takes the place of `path` when the block ends, and never exists there in part.
 
     A process that is killed leaves what was there before, and a file of another name that ends in .part. If `lasting`,
@@ -129,7 +130,7 @@ def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
-def hold(folder: Path) -> contextlib.AbstractContextManager:
+def lock_folder(folder: Path) -> contextlib.AbstractContextManager:
     """Claim a folder until this context, or the process, ends, however it ends. InputError: another process has."""
     if fcntl is None:
         return contextlib.nullcontext()
@@ -146,16 +147,16 @@ def hold(folder: Path) -> contextlib.AbstractContextManager:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
-def plain(value):
+def jsonable(value):
     """For JSON, which has no nan and no infinity: the same with None in their place."""
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [jsonable(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

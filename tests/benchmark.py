@@ -34,17 +34,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from model import ExpertLayer, Net, NetConfig, balance_loss  # noqa: E402
+from conftest import save_palette_mask  # noqa: E402
+from model import MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
 from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
-from retina.files import RunError, command  # noqa: E402
+from retina.files import RunError, run_cli  # noqa: E402
 from retina.inference import full_size  # noqa: E402
 from retina.training import precision  # noqa: E402
 from retina.training.precision import autocast  # noqa: E402
 from tasks import TASKS, make_tasks  # noqa: E402
-from conftest import save_palette_mask  # noqa: E402
+
 
 CPU, SEG = torch.device("cpu"), TASKS["seg"]
 LIBRARY = "segmentation_models_pytorch"
@@ -55,7 +57,7 @@ def machine() -> str:
     """What was measured on."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    half = ", bf16" * (precision.pick(CPU) == "bf16")
+    half = ", bf16" * (precision.default_precision(CPU) == "bf16")
     return (f"{names[0] if names else platform.processor()}{half}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, Python {platform.python_version()}")
 
@@ -115,14 +117,14 @@ def library(size: int, graded: int, masked: int) -> tuple[Callable, Callable]:
 def made(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
     """A network with these measures, and its tasks."""
     tasks = make_tasks(names)
-    net = Net(NetConfig(experts=experts), tasks)
+    net = Net(NetConfig(num_experts=experts), tasks)
     if MEMORY in measures:
-        precision.keep_memory()
+        precision.tune_malloc()
     if LAYOUT in measures:
-        net = precision.fast(net)
+        net = precision.channels_last(net)
     if DEPTHWISE not in measures:
         precision.DepthwiseConv.forward = nn.Conv2d.forward
-    return precision.folded(net) if FOLDED in measures else net, tasks
+    return precision.fuse_conv_bn(net) if FOLDED in measures else net, tasks
 
 
 def taught(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: str, batch: data.Batch) -> None:
@@ -130,9 +132,9 @@ def taught(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: s
     net.train()
     optimizer.zero_grad()
     with autocast(CPU, precision):
-        outputs, routing = net(batch.images, batch.rows)
+        outputs, routing = net(batch.images, batch.indices)
     losses = [t.loss(outputs[t.name].float(), batch.targets[t.name]) for t in tasks if t.name in outputs]
-    (sum(losses) + (0.01 * balance_loss(routing) if routing else 0)).backward()
+    (sum(losses) + (0.01 * load_balancing_loss(routing) if routing else 0)).backward()
     optimizer.step()
 
 
@@ -187,11 +189,11 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
 
 def trained(folder: str, size: int, measures: Sequence[str], batch: int = 8) -> tuple[Callable, Callable]:
     """Steps over real files -> step with loading, loading alone; each photograph comes once, masks where there are."""
-    found = [r for r in readers.read_data(Path(folder)).records if r.part == "train"]
+    found = [r for r in readers.read_data(Path(folder)).records if r.split == "train"]
     order = np.random.default_rng(0).permutation(len(found))
     net, tasks = made(measures)
     optimizer, precision = torch.optim.AdamW(net.parameters(), 1e-4), "bf16" if HALF in measures else "fp32"
-    photographs = None if PLAIN in measures else data.Photographs(found, size)
+    photographs = None if PLAIN in measures else data.FundusDataset(found, size)
     turn = iter(range(10 ** 9))
 
     def load():
@@ -210,12 +212,12 @@ def reading(number: int) -> tuple[Callable]:
     place = Path(tempfile.mkdtemp(prefix="photographs_"))
     for i in range(number):
         if i < 20:
-            Image.fromarray(synthetic.draw(synthetic.plan(3, i), 128)[0]).save(place / f"{i}.jpg")
+            Image.fromarray(synthetic.render(synthetic.plan(3, i), 128)[0]).save(place / f"{i}.jpg")
         else:
             os.link(place / f"{i % 20}.jpg", place / f"{i}.jpg")
     cache.CACHE = place / "cache"
     atexit.register(shutil.rmtree, place)
-    photographs = data.Photographs([records.Record(str(i), place / f"{i}.jpg") for i in range(number)], 128)
+    photographs = data.FundusDataset([records.Record(str(i), place / f"{i}.jpg") for i in range(number)], 128)
     turn = iter(range(10 ** 9))
 
     def read():
@@ -279,7 +281,7 @@ def shared(title: str, how: Mapping, repetitions: int) -> None:
          [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
 
 
-BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if precision.pick(CPU) == "bf16" else ()))  # what train.py does here
+BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if precision.default_precision(CPU) == "bf16" else ()))  # what train.py does here
 
 
 def step() -> None:
@@ -321,7 +323,7 @@ def scaling() -> None:
             "resolution, 2 and 2 photographs": {size: {"size": size, "graded": 2, "masked": 2}
                                                 for size in (256, 512, 768, 1024)},
             "photographs in a step, half of them masked": {2 * n: {"graded": n, "masked": n} for n in (1, 2, 4, 8, 16)},
-            "experts": {e: {"experts": e} for e in (0, 2, 8, 32, 64)},
+            "num_experts": {e: {"num_experts": e} for e in (0, 2, 8, 32, 64)},
             "tasks, 8 photographs with all labels": {k: {"names": FOUR[:k], "graded": 0, "masked": 8}
                                                      for k in (1, 2, 3, 4)}}.items():
         found = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
@@ -336,7 +338,7 @@ def scaling() -> None:
 
 def loading(folder: Path, size: int) -> None:
     """An epoch over the photographs of a folder, from nothing and once they are cached."""
-    found = [r for r in readers.read_data(folder).records if r.part == "train"]
+    found = [r for r in readers.read_data(folder).records if r.split == "train"]
     with tempfile.TemporaryDirectory() as empty, mock.patch.object(cache, "CACHE", Path(empty)):
         begun = time.perf_counter()
         cache.build_cache(found, size)
@@ -359,7 +361,7 @@ def data_(folder: Path | None) -> None:
     if folder is not None:
         return loading(folder, 256)
     with tempfile.TemporaryDirectory() as place:
-        lines = ["image,cls,split," + ",".join(f"mask_{k.lower()}" for k in synthetic.LESIONS)]
+        lines = ["image,grade,split," + ",".join(f"mask_{k.lower()}" for k in synthetic.LESIONS)]
         for r in originals(Path(place), 24):
             masked = int(r.name) % 8 == 0  # as many as IDRiD has
             lines.append(f"{r.name}.jpg,1,train," + ",".join(
@@ -370,7 +372,7 @@ def data_(folder: Path | None) -> None:
 
 # ---- experts, evaluation ----
 
-C, SIDE, PHOTOGRAPHS = 320, 16, 8  # EfficientNet-B0's deepest map at 512 pixels: 2048 tokens
+C, SIDE, PHOTOGRAPHS = 320, 16, 8  # EfficientNet-B0's bottleneck at 512 pixels: 2048 tokens
 
 
 def multiply_adds(f: Callable, *arguments) -> int:
@@ -396,7 +398,7 @@ class Dense(nn.Module):
 class AllExperts(nn.Module):
     """The same layer computed as many do: every expert for every token, then weighted, most of them by zero."""
 
-    def __init__(self, layer: ExpertLayer):
+    def __init__(self, layer: MoELayer):
         super().__init__()
         self.layer = layer
 
@@ -405,7 +407,7 @@ class AllExperts(nn.Module):
         r = self.layer.routers["a"](u, (len(x), *x.shape[2:]))
         each = [F.silu(u @ w1) @ w2 for w1, w2 in zip(self.layer.experts.w1.unbind(0),
                                                       self.layer.experts.w2.unbind(0))]  # E x (N, C)
-        y = sum(w.unsqueeze(1) * y for w, y in zip((r.spread(r.weights) * (C / 2) ** -0.5).unbind(1), each))
+        y = sum(w.unsqueeze(1) * y for w, y in zip((r.to_dense(r.gates) * (C / 2) ** -0.5).unbind(1), each))
         return x + y.view(len(x), *x.shape[2:], C).permute(0, 3, 1, 2)
 
 
@@ -415,7 +417,7 @@ def experts() -> None:
     x = torch.randn(PHOTOGRAPHS, C, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
 
     def layer(e, k=2, width=0.5):
-        made = ExpertLayer(C, ["a"], e, k, width=width, dropout=0.0)
+        made = MoELayer(C, ["a"], e, k, ratio=width, dropout=0.0)
         for p in made.parameters():
             nn.init.normal_(p, std=0.05)  # not its neutral start: tokens differ in their experts
         return made.train()
@@ -447,10 +449,10 @@ def experts() -> None:
 
     print("\none photograph, tasks cls and seg, forward           multiply-adds      parameters")
     tasks = make_tasks(["cls", "seg"])
-    for place in ("deepest", "decoder"):
+    for place in ("bottleneck", "decoder"):
         for size in (256, 512):
             image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-            without, with_ = (Net(NetConfig(experts=e, experts_at=place), tasks).eval() for e in (0, 8))
+            without, with_ = (Net(NetConfig(num_experts=e, moe_at=place), tasks).eval() for e in (0, 8))
             work = [multiply_adds(net, image) for net in (without, with_)]
             size_ = [sum(p.numel() for p in net.parameters()) for net in (without, with_)]
             print(f"{place}, {size} px: without, with experts{'':8}{work[0] / 1e6:9,.0f} M {work[1] / 1e6:7,.0f} M "
@@ -461,7 +463,7 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
     """Drawn photographs enlarged to the size of IDRiD's, with five masks each, as files."""
     found = []
     for i in range(number):
-        picture, masks = synthetic.draw(synthetic.plan(3, i), 712)
+        picture, masks = synthetic.render(synthetic.plan(3, i), 712)
         border = ((0, 0), (180, 180))
         Image.fromarray(np.pad(picture, (*border, (0, 0)))).resize(size).save(folder / f"{i}.jpg", quality=92)
         paths = {}
@@ -476,18 +478,18 @@ def evaluation() -> None:
     """What scoring adds to the forward passes, at the size of training and in the pixels of original files."""
     device, tasks = CPU, make_tasks(["cls", "seg"])
     net = Net(NetConfig(), tasks).to(memory_format=torch.channels_last).eval()
-    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "train"][:240], 128)
-    batches = list(data.in_order(photographs, tasks, 8))
+    photographs = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "train"][:240], 128)
+    batches = list(data.eval_loader(photographs, tasks, 8))
 
     @torch.inference_mode()
     def forward():
         for batch in batches:
-            net(batch.images, batch.rows)
+            net(batch.images, batch.indices)
 
     def scored():
-        scoring.score(net, data.in_order(photographs, tasks, 8, device), tasks).metrics()
+        scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8, device), tasks).metrics()
 
-    found = scoring.score(net, data.in_order(photographs, tasks, 8, device), tasks)
+    found = scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8, device), tasks)
     times = medians({"forward": forward, "scored": scored, "intervals": lambda: scoring.summary([found], [{}])}, 5)
     FOUND["evaluation"] = [{"": name, "s": seconds} for name, seconds in times.items()]
     print(f"{len(photographs)} drawn photographs at 128 pixels, {' '.join(t.name for t in tasks)}: forward passes "
@@ -497,7 +499,7 @@ def evaluation() -> None:
         large = originals(Path(folder), 4)
 
         def full():
-            full_size.tally_at_full_size(net, SEG, large, 256, None, device, 8, SEG.pool())
+            full_size.stats_at_full_size(net, SEG, large, 256, None, device, 8, SEG.accumulator())
 
         def network():
             for _ in large:
@@ -521,7 +523,7 @@ def main() -> None:
         return work(args.work)
     print(machine())
     jobs = {"step": step, "data": partial(data_, args.data), "inference": inference, "scaling": scaling,
-            "experts": experts, "evaluation": evaluation}
+            "num_experts": experts, "evaluation": evaluation}
     for name, job in jobs.items():
         if args.what in (name, "all"):
             job()
@@ -530,4 +532,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

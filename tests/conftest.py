@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -24,11 +25,12 @@ from retina.datasets.records import Record  # noqa: E402
 from tasks import build_net  # noqa: E402
 from train import Config  # noqa: E402
 
+
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 STAGES = model.STAGES
-TINY = Config(size=32, epochs=2, batch=6, experts=4, lr=1.5e-3, stochastic_depth=0.1)
+TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1)
 
 # train.py as a process of its own, with few drawings, a shallow encoder and another home:
 # python -c PROGRAM ROOT HOME FLAGS
@@ -43,7 +45,7 @@ from retina.training import checkpoint
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
 readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
-files.command(lambda: train.main(sys.argv[3:]))
+files.run_cli(lambda: train.main(sys.argv[3:]))
 """
 
 
@@ -76,9 +78,9 @@ def save_palette_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bool = True) -> Path:
-    """Write photographs 144x96 and labels below `root`; the numbers are those of the training part."""
+    """Write photographs 144x96 and labels below `root`; the numbers are those of the training split."""
     series = 7
-    for part, (folder, word) in readers.PARTS.items():
+    for part, (folder, word) in readers.SPLITS.items():
         if part == "test" and not test:
             continue
         a, b, c = (root / subset for subset in readers.SUBSETS)
@@ -90,7 +92,7 @@ def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bo
         for i in range(segmentation):
             name = f"IDRiD_{i + 1 + (54 if part == 'test' else 0):02d}"
             eye = ill_eye(series, 100 * i + (10000 if part == "test" else 0))
-            picture, truth = synthetic.draw(eye, 96)
+            picture, truth = synthetic.render(eye, 96)
             widen(picture).save(images / f"{name}.jpg", quality=92)
             for kind, mask in zip(synthetic.LESIONS, truth):
                 if mask.any():
@@ -99,13 +101,13 @@ def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bo
         images = b / "1. Original Images" / folder
         images.mkdir(parents=True)
         rows = ["Image name,Retinopathy grade,Risk of macular edema ,,,"]
-        points = {kind: ["Image No,X- Coordinate,Y - Coordinate,,,"] for kind in records.POINTS}
+        points = {kind: ["Image No,X- Coordinate,Y - Coordinate,,,"] for kind in records.LANDMARKS}
         for i in range(grading):
             name = f"IDRiD_{i + 1:03d}"  # the same names in both parts
             eye = synthetic.plan(series + 1, i + (1000 if part == "test" else 0))
-            widen(synthetic.draw(eye, 96)[0]).save(images / f"{name}.jpg", quality=92)
-            rows.append(f"{name},{eye.grade},{eye.edema},,,")
-            for kind, (x, y) in zip(records.POINTS, (eye.disc, eye.fovea)):
+            widen(synthetic.render(eye, 96)[0]).save(images / f"{name}.jpg", quality=92)
+            rows.append(f"{name},{eye.grade},{eye.edema_risk},,,")
+            for kind, (x, y) in zip(records.LANDMARKS, (eye.disc, eye.fovea)):
                 points[kind].append(f"{name},{24 + 96 * x:.2f},{96 * y:.2f},,,")
         letter, tables = folder[0], c / "2. Groundtruths"
         for path, lines in (
@@ -199,15 +201,15 @@ def state_and_batch(config: Config = TINY):
     """What a step changes, a batch to learn from, and the step: learn(state, batch)."""
     torch.manual_seed(0)
     net, chosen = build_net(asdict(config))
-    photographs = data.Photographs(readers.read_drawn().records[:6], config.size)
+    photographs = data.FundusDataset(readers.read_drawn().records[:6], config.image_size)
     batch = data.collate([photographs[i] for i in range(6)], chosen)
     state = train.make_state(net, chosen, config, 100, torch.device("cpu"))
     return state, batch, partial(train.train_step, tasks=chosen, config=config)
 
 
 def log(run: Path) -> list[dict]:
-    """metrics.jsonl without what the clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """log.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "waiting", "images_per_second")} for line in lines]
 
 
@@ -218,14 +220,14 @@ def ended_alike(one: Path, two: Path) -> None:
     for name in ("best.pt", "last.pt"):
         nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
         assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
-    assert not list(one.glob("*.part")) + list(two.glob("*.part"))
+    assert not list(one.glob("*.split")) + list(two.glob("*.split"))
 
 
 def busy_net(**controls):
     """A network whose tokens differ and whose experts matter, and the drawn test photographs."""
     torch.manual_seed(0)
     net, tasks = build_net(asdict(replace(TINY, **controls)))
-    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "test"], 64)
+    photographs = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "test"], 64)
     with torch.no_grad():
         for p in net.experts.parameters():
             p.normal_(std=0.5)
@@ -237,9 +239,9 @@ def busy_net(**controls):
 
 
 def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
-               part="train") -> Record:
+               split="train") -> Record:
     """A drawn eye as a file of its own, the view turned, zoomed and shifted (in pixels of 300), in another light."""
-    image = Image.fromarray(synthetic.draw(synthetic.plan(11, index), 300)[0])
+    image = Image.fromarray(synthetic.render(synthetic.plan(11, index), 300)[0])
     image = image.rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
     corner = (image.width - 300) // 2
     pixels = np.asarray(image.crop((corner, corner, corner + 300, corner + 300))).astype(float) * exposure
@@ -250,12 +252,12 @@ def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, b
     picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
     picture.save(path, quality=quality)
     grade = synthetic.plan(11, index).grade
-    return Record(path.stem, path, part, {"grade": grade})
+    return Record(path.stem, path, split, {"grade": grade})
 
 
 def fake_records(seed: int, number: int = 200) -> list[Record]:
     rng = np.random.default_rng(seed)
     grades = [int(g) for g in rng.choice(5, number, p=[0.4, 0.1, 0.25, 0.15, 0.1])]
-    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema": 0, **({"grade": grades[i]} if i % 9 else
-                                                                     {"masks": {"EX": None}})},
+    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema_risk": 0, **({"grade": grades[i]} if i % 9 else
+                                                                          {"masks": {"EX": None}})},
                    eye=f"eye{rng.integers(number * 2 // 3)}") for i in range(number)]

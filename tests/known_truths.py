@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import train  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
-from retina.files import command  # noqa: E402
+from retina.files import run_cli  # noqa: E402
 from tasks import make_tasks  # noqa: E402
+
 
 SIDE, GRADED, MASKED, JUDGED = 64, 24, 400, 240
 
@@ -38,11 +40,11 @@ def write_table(folder: Path, shuffled: bool) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True)
-    header = f"image,cls,split,{','.join(f'mask_{kind.lower()}' for kind in synthetic.LESIONS)}"
+    header = f"image,grade,split,{','.join(f'mask_{kind.lower()}' for kind in synthetic.LESIONS)}"
     masks_of, grades = [], []
     for i in range(MASKED + JUDGED):
         eye = synthetic.plan(11, i)
-        picture, masks = synthetic.draw(eye, SIDE)
+        picture, masks = synthetic.render(eye, SIDE)
         Image.fromarray(picture).save(folder / f"{i}.png")
         cells = []
         for kind, mask in zip(synthetic.LESIONS, masks):
@@ -64,12 +66,12 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 
 def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Run these rows; -> tasks, and what each row measured."""
-    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--size", str(SIDE), "--weights",
+    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE), "--encoder-weights",
                                   "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
-    every = {row.name: row for row in baselines.rows_for(options.tasks)}
+    every = {row.name: row for row in baselines.configurations_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all
-    every["cls_alone"] = replace(every["cls_alone"], words="masks without weight", changes={
+    every["cls_single"] = replace(every["cls_single"], words="masks without weight", changes={
         **every["hard"].changes, "loss_weights": ("seg=0",)})
     rows = [every[name] for name in names]
     base = replace(options, stochastic_depth=0.05, log_gradients=True)
@@ -97,9 +99,9 @@ def main() -> None:
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
     for name, words, place, rows, seeds in (
-            ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", ["cls_alone", "hard"],
+            ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", ["cls_single", "hard"],
              args.seeds),
-            ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", ["cls_alone", "hard"], 1),
+            ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", ["cls_single", "hard"], 1),
             ("equal", "two names for one way of training; nothing must be claimed", "few", ["hard"], 2 * args.seeds)):
         if name not in args.which:
             continue
@@ -109,10 +111,10 @@ def main() -> None:
         if name == "equal":
             found = {name: replace(found["hard"], words=words, seeds=list(range(args.seeds)),
                                    **{k: getattr(found["hard"], k)[part] for k in ("scores", "gaps", "shifts")})
-                     for name, words, part in (("cls_alone", "first seeds", slice(0, args.seeds)),
+                     for name, words, part in (("cls_single", "first seeds", slice(0, args.seeds)),
                                                ("hard", "other seeds", slice(args.seeds, None)))}
         told(tasks, found)
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -21,6 +21,7 @@ from retina.files import InputError
 from retina.training import precision
 from tasks import TASKS
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
 
@@ -37,8 +38,8 @@ def run(tmp_path):
 
 def test_metrics_do_not_depend_on_the_batch(run):
     loaded = evaluate.load_run(run, torch.device("cpu"))
-    photographs = data.Photographs([r for r in readers.read_drawn().records if r.part == "test"], 32)
-    results = [scoring.score(loaded.net, data.in_order(photographs, loaded.tasks, b), loaded.tasks).metrics()
+    photographs = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "test"], 32)
+    results = [scoring.evaluate_split(loaded.net, data.eval_loader(photographs, loaded.tasks, b), loaded.tasks).metrics()
                for b in (3, 10)]
     for task in results[0]:
         assert results[0][task].keys() == results[1][task].keys()
@@ -57,11 +58,11 @@ def test_main_writes_metrics_and_predictions(run, monkeypatch, capsys, split, su
     assert f"{split} split of DRAWN photographs (not IDRiD)" in text and "truth \\ predicted" in text
     stored = json.loads((run / f"metrics{suffix}.json").read_text())
     assert stored["split"] == split and stored["data"] == "drawn"
-    rows = list(csv.DictReader(open(run / f"predictions{suffix}.csv")))
+    rows = list(csv.DictReader(open(run / f"per_photograph{suffix}.csv")))
     assert len(rows) == number == stored["metrics"]["cls"]["photographs"]
-    right = sum(r["cls_truth"] == r["cls_predicted"] for r in rows) / number
+    right = sum(r["grade_true"] == r["grade"] for r in rows) / number
     assert right == pytest.approx(stored["metrics"]["cls"]["accuracy"])
-    assert {"seg_dice_MA", "seg_predicted_pixels_OD", "seg_true_pixels_OD", "cls_p4"} <= set(rows[0])
+    assert {"dice_MA", "pixels_OD", "pixels_OD_true", "grade_p4"} <= set(rows[0])
 
 
 def test_validation_goes_by_the_names_that_the_run_stored(tmp_path, tree, monkeypatch):
@@ -81,18 +82,26 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     shutil.rmtree(tree / "A. Segmentation")
     images = tree / "B. Disease Grading" / "1. Original Images"
-    shutil.copytree(images / readers.PARTS["train"][0], images / readers.PARTS["test"][0])
+    shutil.copytree(images / readers.SPLITS["train"][0], images / readers.SPLITS["test"][0])
     for table in list(tree.rglob("*Training*.csv")):
         copy = table.name.replace("a. ", "b. ").replace("Training", "Testing")
         shutil.copy(table, table.with_name(copy))
-    with pytest.raises(InputError, match="no photograph of its test part has a label for seg"):
+    with pytest.raises(InputError, match="no photograph of its test split has a label for seg"):
         evaluate.split_records(run, tree, "test")
 
 
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
-    test = [r for r in readers.read_drawn().records if r.part == "test"]
-    found = scoring.score(stored.net, data.in_order(data.Photographs(test, 32), stored.tasks, 16), stored.tasks)
+    test = [r for r in readers.read_drawn().records if r.split == "test"]
+    found = scoring.evaluate_split(
+    stored.net,
+    data.eval_loader(
+        data.FundusDataset(
+            test,
+            32),
+            stored.tasks,
+            16),
+             stored.tasks)
     confusion = found.metrics()["cls"]["confusion"]
     assert [sum(row) for row in confusion] == [sum(r.grade == g for r in test) for g in range(5)]
 
@@ -109,7 +118,7 @@ def change(run, how):
     (lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000]), "best.pt: damaged"),
     (lambda run: torch.save({"net": {}, "code": Path}, run / "best.pt"), "best.pt: damaged, or no file of tensors"),
     (lambda run: torch.save({"net": {}}, run / "best.pt"), "not a checkpoint of this project"),
-    (lambda run: change(run, lambda state: state["options"].update(variant="b1")), "of another network than its options"
+    (lambda run: change(run, lambda state: state["options"].update(encoder="b1")), "of another network than its options"
                                                                                    " describe"),
 ])
 def test_what_is_no_run_is_one_line(run, spoil, message):
@@ -160,8 +169,8 @@ def runs(tmp_path_factory):
     tree = official_tree(home / "IDRiD", segmentation=6, grading=20)
     for experts in (4, 0):
         for seed in range(3):
-            options = replace(TINY, tasks=ALL, data=str(tree), epochs=1, experts=experts, seed=seed, fold="1/2",
-                              keep_leaks=True, chosen=2 if experts else 1, balance=0.01 * bool(experts))
+            options = replace(TINY, tasks=ALL, data=str(tree), epochs=1, num_experts=experts, seed=seed, fold="1/2",
+                              keep_leaks=True, calibration=2 if experts else 1, balance_weight=0.01 * bool(experts))
             train.fit(options, home / f"e{experts}_s{seed}", quiet=True)
     patch.undo()
     return home
@@ -193,14 +202,14 @@ def test_every_number_has_its_interval(runs, monkeypatch, capsys):
     assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
     assert stored["chosen"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).chosen
     assert "masks in the pixels of the original files" in text and "optimistic" in text
-    assert "referable_sensitivity" in text and "five_masks_dice_of_disc_alone" in text
+    assert "referable_sensitivity" in text and "five_masks_dice_of_true_disc" in text
 
 
 def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypatch):
     run_main(monkeypatch, runs / "e4_s0")
-    with open(runs / "e4_s0" / "predictions.csv", newline="") as file:
+    with open(runs / "e4_s0" / "per_photograph.csv", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["cls_truth"] and r["dme_truth"]]
-    right = [r["cls_truth"] == r["cls_predicted"] and r["dme_truth"] == r["dme_predicted"] for r in rows]
+    right = [r["grade_true"] == r["grade"] and r["dme_truth"] == r["dme_predicted"] for r in rows]
     stored = strict(runs / "e4_s0" / "metrics.json")["metrics"]["joint"]
     assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
 
@@ -208,14 +217,14 @@ def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypa
 def test_the_chosen_checkpoint_carries_what_validation_chose(runs):
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     split = evaluate.split_records(run, Path(run.options["data"]), "val")
-    found = scoring.score(run.net, data.in_order(data.Photographs(split, 32), run.tasks, 6), run.tasks)
-    assert found.choose() == run.chosen and set(run.chosen["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
+    found = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(split, 32), run.tasks, 6), run.tasks)
+    assert found.calibrate() == run.calibration and set(run.calibration["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
 
 
 def test_opening_the_test_part_is_written_down(runs, monkeypatch, capsys):
     for times in ("1 time", "2 times"):
         run_main(monkeypatch, runs / "e4_s0", "--split", "test")
-        assert f"test part is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
+        assert f"test split is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
     lines = [json.loads(line) for line in (runs / "e4_s0" / "test_opened.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["checkpoint"] == "best.pt" and len(lines[0]["sha256"]) == 64
     assert lines[0]["when"] <= lines[1]["when"] and lines[0]["epoch"] == 1
@@ -234,12 +243,21 @@ def test_two_runs_are_compared(runs, monkeypatch, capsys):
         for row in rows.values():
             if row["first"] is not None and row["second"] is not None:
                 assert row["difference"] == pytest.approx(row["second"] - row["first"]) and 0 <= row["p"] <= 1
-    tallies = []
+    stats = []
     for name in ("e4_s0", "e0_s0"):
         run = evaluate.load_run(runs / name, torch.device("cpu"))
         split = evaluate.split_records(run, Path(run.options["data"]), "val")
-        tallies.append(scoring.score(run.net, data.in_order(data.Photographs(split, 32), run.tasks, 16), run.tasks))
-    first, second = (s.metrics()["cls"]["kappa"] for s in tallies)
+        stats.append(
+    scoring.evaluate_split(
+        run.net,
+        data.eval_loader(
+            data.FundusDataset(
+                split,
+                32),
+                run.tasks,
+                16),
+                 run.tasks))
+    first, second = (s.metrics()["cls"]["kappa"] for s in stats)
     row = stored["compared"]["cls"]["kappa"]
     assert (row["first"], row["second"]) == pytest.approx((first, second), abs=1e-6)
 
@@ -280,10 +298,10 @@ def test_two_sets_of_seeds_are_compared(runs, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments,message", [
     (["e4_s0", "e4_s1", "e0_s0"], "2 runs against 1; expected as many on both sides"),
     (["e4_s0", "e4_s0"], "e4_s0: named twice"),
-    (["e4_s0", "e0_s0", "--routing"], "e0_s0 was trained with --experts 0 and has no routing"),
+    (["e4_s0", "e0_s0", "--routing"], "e0_s0 was trained with --num-experts 0 and has no routing"),
     (["e4_s0", "e4_s1", "--routing"], "--routing: expected one run, got 2"),
     (["e4_s0", "--tiles", "99"], "--tiles 99: expected 1 to 16"),
-    (["e4_s0", "--batch", "0"], "--batch 0: expected at least 1"),
+    (["e4_s0", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
 ])
 def test_mistakes_in_runs_are_one_line(runs, monkeypatch, arguments, message):
     with pytest.raises(InputError, match=message) as caught:
@@ -322,7 +340,7 @@ def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
 def test_routes_of_all_tasks_can_be_changed(runs, monkeypatch, capsys):
     """With both grades there is a joint score, which has no router."""
     run_main(monkeypatch, runs / "e4_s0", "--routing")
-    assert set(strict(runs / "e4_s0" / "rerouted.json")["without the experts"]) == set(ALL)
+    assert set(strict(runs / "e4_s0" / "interventions.json")["without the experts"]) == set(ALL)
 
 
 def test_referable_by_hand():
@@ -330,13 +348,13 @@ def test_referable_by_hand():
     p = torch.tensor([[0.9, 0, 0.1, 0, 0], [0.2, 0.5, 0.3, 0, 0], [0.6, 0, 0, 0, 0.4], [0.1, 0, 0, 0.9, 0],
                       [0.3, 0.2, 0.5, 0, 0]])
     task, truth = TASKS["cls"], torch.tensor([0, 1, 2, 3, 4])
-    tally = torch.cat([p, truth[:, None]], 1)
-    found = task.metrics(tally, {"temperature": 1.0, "referable": 0.45})
+    stats = torch.cat([p, truth[:, None]], 1)
+    found = task.metrics(stats, {"temperature": 1.0, "referable": 0.45})
     assert (found["referable_sensitivity"], found["referable_specificity"]) == pytest.approx((2 / 3, 1))
     assert found["referable_auc"] == 1  # 0.4, 0.9, 0.5 against 0.1, 0.3
-    found = task.metrics(tally, {"temperature": 1.0, "referable": 0.2})
+    found = task.metrics(stats, {"temperature": 1.0, "referable": 0.2})
     assert (found["referable_sensitivity"], found["referable_specificity"]) == pytest.approx((1, 0.5))
-    warm = task.metrics(tally, {"temperature": 1e6, "referable": 0.45})  # all alike: three of the fifth of each grade
+    warm = task.metrics(stats, {"temperature": 1e6, "referable": 0.45})  # all alike: three of the fifth of each grade
     assert (warm["referable_sensitivity"], warm["referable_specificity"]) == (1, 0)
 
 
@@ -345,10 +363,10 @@ def test_the_test_part_is_judged_by_what_validation_chose(runs, monkeypatch):
     stored = strict(runs / "e4_s0" / "metrics_test.json")["metrics"]["cls"]
     loaded = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     chosen, split = loaded.chosen["cls"], evaluate.split_records(loaded, Path(loaded.options["data"]), "test")
-    batches = data.in_order(data.Photographs(split, 32), loaded.tasks, 16)
-    tally = scoring.score(loaded.net, batches, loaded.tasks).tallies["cls"]
-    found, ill = [], [row[5] >= 2 for row in tally.tolist()]
-    for row in tally.tolist():
+    batches = data.eval_loader(data.FundusDataset(split, 32), loaded.tasks, 16)
+    stats = scoring.evaluate_split(loaded.net, batches, loaded.tasks).stats["cls"]
+    found, ill = [], [row[5] >= 2 for row in stats.tolist()]
+    for row in stats.tolist():
         p = [v ** (1 / chosen["temperature"]) for v in row[:5]]
         found.append(sum(p[2:]) / sum(p) >= chosen["referable"])
     hit = sum(f and i for f, i in zip(found, ill)) / sum(ill)
@@ -361,20 +379,20 @@ def two_sides():
     torch.manual_seed(0)
     names, truth = [f"p{i}" for i in range(80)], torch.arange(80) % 5
     eyes = {name: f"eye {i // 2}" for i, name in enumerate(names)}
-    tallies = [torch.cat([(torch.randn(80, 5) + 2 * torch.nn.functional.one_hot(truth, 5)).softmax(1), truth[:, None]],
-                         1).double() for _ in range(2)]
-    first = scoring.Scores([TASKS["cls"]], {"cls": names}, {"cls": tallies[0]}, {}, {}, {}, eyes)
+    stats = [torch.cat([(torch.randn(80, 5) + 2 * torch.nn.functional.one_hot(truth, 5)).softmax(1), truth[:, None]],
+                       1).double() for _ in range(2)]
+    first = scoring.SplitScores([TASKS["cls"]], {"cls": names}, {"cls": stats[0]}, {}, {}, {}, eyes)
     order = torch.randperm(80)
-    second = scoring.Scores([TASKS["cls"]], {"cls": [names[i] for i in order]}, {"cls": tallies[1][order]}, {}, {}, {},
-                           eyes)
-    return first, second, tallies, truth
+    second = scoring.SplitScores([TASKS["cls"]], {"cls": [names[i] for i in order]}, {"cls": stats[1][order]}, {}, {}, {},
+                                 eyes)
+    return first, second, stats, truth
 
 
 def test_a_comparison_equals_loops_over_eyes():
-    first, second, tallies, truth = two_sides()
+    first, second, stats, truth = two_sides()
     scoring.align([first, second])
     row = compare.compare([first], [second])["cls"]["accuracy"]
-    right = [t[:, :5].argmax(1) == truth for t in tallies]
+    right = [t[:, :5].argmax(1) == truth for t in stats]
     assert row["difference"] == pytest.approx(float(right[1].double().mean() - right[0].double().mean()))
     assert row["mcnemar"]["only_first_right"] == sum(bool(a and not b) for a, b in zip(*right))
     gap = (right[1].double() - right[0].double()).view(40, 2).mean(1)  # of each eye
@@ -390,8 +408,8 @@ def test_intervals_of_the_calibration_error_hold_its_value():
     p = (2 * torch.randn(100, 3)).softmax(1).double()
     truth = torch.multinomial(p, 1)  # calibrated: the error is chance alone
     names = [str(i) for i in range(100)]
-    one = scoring.Scores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth], 1)}, {}, {}, {},
-                        dict(zip(names, names)))
+    one = scoring.SplitScores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth], 1)}, {}, {}, {},
+                              dict(zip(names, names)))
     values, limits = scoring.summary([one], [{}])
     low, high = limits["dme"]["calibration_error"]
     assert 0 <= low <= values["dme"]["calibration_error"] <= high and low < 0.03

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+
 ROOT = Path(__file__).parent.parent
 # each may import those before it; evaluate and train know nothing of each other
 TOP = {"model": set(), "tasks": {"model"}, "data": {"model", "tasks"}, "train": {"model", "tasks", "data"},

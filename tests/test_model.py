@@ -6,7 +6,7 @@ import torchvision
 from torchvision.transforms import v2
 
 import model
-from model import EfficientNet, MaskHead, Net, NetConfig, PointHead, PooledHead, balance_loss
+from model import ClassifierHead, EfficientNet, LandmarkHead, MaskHead, Net, NetConfig, load_balancing_loss
 from retina.training import pretrained
 from tasks import TASKS
 
@@ -16,8 +16,8 @@ def small_net(**config) -> Net:
     return Net(NetConfig(**config), [TASKS["cls"], TASKS["seg"]])
 
 
-def spec_of(encoder: EfficientNet) -> model.MapSpec:
-    return model.MapSpec(encoder.channels, 4, **encoder.pooled_head)
+def spec_of(encoder: EfficientNet) -> model.FeatureSpec:
+    return model.FeatureSpec(encoder.channels, 4, **encoder.classifier_head)
 
 
 # ---- encoder ----
@@ -32,7 +32,7 @@ def test_encoder_equals_torchvision(variant, training):
             if isinstance(m, torch.nn.BatchNorm2d):
                 m.running_mean.normal_(std=0.1), m.running_var.uniform_(0.5, 1.5)
                 m.weight.uniform_(0.5, 1.5), m.bias.normal_(std=0.1)
-    net = Net(NetConfig(variant=variant, experts=0, stochastic_depth=0.0), [TASKS["cls"]])
+    net = Net(NetConfig(encoder=variant, num_experts=0, stochastic_depth=0.0), [TASKS["cls"]])
     pretrained.load_pretrained(net, oracle.state_dict())
     for m in oracle.modules():
         if isinstance(m, torchvision.ops.StochasticDepth):
@@ -54,7 +54,7 @@ def test_state_dict_fits_torchvision(variant):
     """Strictly: the encoder and the first convolution of the head together have exactly torchvision's entries."""
     with torch.device("meta"):
         oracle = getattr(torchvision.models, f"efficientnet_{variant}")(weights=None).state_dict()
-        net = Net(NetConfig(variant=variant, experts=0), [TASKS["cls"]])
+        net = Net(NetConfig(encoder=variant, num_experts=0), [TASKS["cls"]])
     ours = {k: v.shape for k, v in net.encoder.state_dict().items()}
     ours |= {f"features.8.{k}": v.shape for k, v in net.heads["cls"].conv.state_dict().items()}
     assert ours == {k: v.shape for k, v in oracle.items() if not k.startswith("classifier.")}
@@ -84,7 +84,7 @@ def test_shapes_rows_and_partial_labels():
     x = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     full, routing = net(x)
     assert full["cls"].shape == (3, 5) and full["seg"].shape == (3, 5, 64, 96)
-    assert routing["cls"].grid == (3, 2, 3) and len(routing["cls"].indices) == 18
+    assert routing["cls"].grid == (3, 2, 3) and len(routing["cls"].experts) == 18
     part, routing = net(x, {"cls": torch.tensor([0, 2])})
     assert list(part) == ["cls"] == list(routing)
     torch.testing.assert_close(part["cls"], full["cls"][[0, 2]])
@@ -95,15 +95,15 @@ def test_shapes_rows_and_partial_labels():
 def test_photographs_are_normalised_as_torchvision_does():
     torch.manual_seed(0)
     oracle = torchvision.models.efficientnet_b0(weights=None).eval()
-    net = Net(NetConfig(experts=0), [TASKS["cls"]]).eval()
+    net = Net(NetConfig(num_experts=0), [TASKS["cls"]]).eval()
     pretrained.load_pretrained(net, oracle.state_dict())
     kept = {}
-    net.encoder.register_forward_hook(lambda module, inputs, maps: kept.update(deepest=maps[-1]))
+    net.encoder.register_forward_hook(lambda module, inputs, maps: kept.update(bottleneck=maps[-1]))
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     net(x)
     weights = torchvision.models.EfficientNet_B0_Weights.DEFAULT.transforms()
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(weights.mean, weights.std)])
-    torch.testing.assert_close(kept["deepest"], oracle.features[:8](normalise(x)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept["bottleneck"], oracle.features[:8](normalise(x)), rtol=1e-4, atol=1e-4)
 
 
 def test_size_must_be_a_multiple_of_32():
@@ -112,10 +112,10 @@ def test_size_must_be_a_multiple_of_32():
 
 
 @pytest.mark.parametrize("layer", [
-    {"experts": 1, "chosen": 1}, {}, {"experts": 4, "chosen": 4}, {"experts_at": "decoder"}, {"router": "random"},
-    {"router": "shared"}, {"router": "uniform", "chosen": 8}, {"router": "private", "chosen": 4}], ids=str)
+    {"num_experts": 1, "top_k": 1}, {}, {"num_experts": 4, "top_k": 4}, {"moe_at": "decoder"}, {"router": "random"},
+    {"router": "shared"}, {"router": "uniform", "top_k": 8}, {"router": "private", "top_k": 4}], ids=str)
 def test_equals_the_dense_net_at_step_0(layer):
-    net, dense = small_net(**layer), small_net(**layer | {"experts": 0})
+    net, dense = small_net(**layer), small_net(**layer | {"num_experts": 0})
     dense.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("experts.")})
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     for mode in (False, True):
@@ -130,9 +130,9 @@ def test_equals_the_dense_net_at_step_0(layer):
         assert all(torch.equal(outputs[0][t], outputs[1][t]) for t in outputs[0])
 
 
-@pytest.mark.parametrize("place", model.PLACES)
+@pytest.mark.parametrize("place", model.MOE_PLACES)
 def test_batchmates_do_not_change_an_answer(place):
-    net = small_net(experts_at=place).eval().double()
+    net = small_net(moe_at=place).eval().double()
     with torch.no_grad():
         for p in net.experts.parameters():
             p.normal_(std=0.3)
@@ -146,19 +146,19 @@ def test_absent_task_gets_no_gradient():
     net = small_net()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     outputs, routing = net(images, {"cls": torch.tensor([0, 1])})
-    (outputs["cls"].sum() + balance_loss(routing)).backward()
+    (outputs["cls"].sum() + load_balancing_loss(routing)).backward()
     assert net.experts.routers["cls"].gate.grad is not None
     assert all(p.grad is None for p in [*net.experts.routers["seg"].parameters(), *net.heads["seg"].parameters()])
 
 
-@pytest.mark.parametrize("place,grid", [("deepest", (2, 3)), ("decoder", (16, 24))])
+@pytest.mark.parametrize("place,grid", [("bottleneck", (2, 3)), ("decoder", (16, 24))])
 def test_every_answer_passes_the_experts(place, grid):
     """Wherever the layer sits: experts that answer nan leave no output of any task untouched."""
     torch.manual_seed(0)
-    net = Net(NetConfig(experts_at=place), [TASKS[t] for t in ("cls", "seg", "loc")]).eval()
+    net = Net(NetConfig(moe_at=place), [TASKS[t] for t in ("cls", "seg", "loc")]).eval()
     torch.nn.init.constant_(net.experts.experts.w2, torch.nan)
     outputs, routing = net(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
-    assert all(r.grid == (2, *grid) and len(r.indices) == 2 * grid[0] * grid[1] for r in routing.values())
+    assert all(r.grid == (2, *grid) and len(r.experts) == 2 * grid[0] * grid[1] for r in routing.values())
     assert all(output.isnan().all() for output in outputs.values())
 
 
@@ -176,7 +176,7 @@ def test_only_labelled_pairs_are_dispatched():
 
 def test_pooled_head_ignores_where():
     encoder = EfficientNet("b0")
-    head = PooledHead(spec_of(encoder), 3).eval()
+    head = ClassifierHead(spec_of(encoder), 3).eval()
     maps = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(encoder.channels)]
     torch.testing.assert_close(head(maps), head([m.flip(2, 3) for m in maps]))
     for i in range(1, 5):  # strides 4 to 32 all count
@@ -195,7 +195,7 @@ def test_point_head_is_a_feature_pyramid():
     """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
     torch.manual_seed(0)
     encoder = EfficientNet("b0")
-    head = PointHead(spec_of(encoder), 2).eval().double()
+    head = LandmarkHead(spec_of(encoder), 2).eval().double()
     maps = [torch.randn(3, c, 64 >> i, 96 >> i, dtype=torch.float64) for i, c in enumerate(encoder.channels)]
 
     def lateral(k, x):  # a 1x1 convolution is a matrix product over channels
@@ -211,10 +211,10 @@ def test_point_head_is_a_feature_pyramid():
 def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
     """Points are read from it alone, masks from it and the map at stride 2, classes from strides 4 to 32."""
     encoder = EfficientNet("b0")
-    spec = model.MapSpec((16, 32, *encoder.channels[2:]), 1, **encoder.pooled_head)
+    spec = model.FeatureSpec((16, 32, *encoder.channels[2:]), 1, **encoder.classifier_head)
     maps = [torch.randn(2, c, 32 >> i, 64 >> i) for i, c in enumerate(spec.channels)]
-    for head, shape, reads in ((PointHead(spec, 2), (2, 2, 8, 16), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
-                               (PooledHead(spec, 3), (2, 3), {1, 2, 3, 4})):
+    for head, shape, reads in ((LandmarkHead(spec, 2), (2, 2, 8, 16), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
+                               (ClassifierHead(spec, 3), (2, 3), {1, 2, 3, 4})):
         head.eval()
         assert head(maps).shape == shape
         other = [[m + (k == i) for k, m in enumerate(maps)] for i in range(5)]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from test_train import weights
 from torch import Tensor, nn
 
 import evaluate
@@ -23,7 +24,7 @@ from retina.datasets import records
 from retina.files import InputError
 from retina.training import precision, pretrained
 from tasks import make_tasks
-from test_train import weights
+
 
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
@@ -53,7 +54,7 @@ class ResNet50(nn.Module):
 class Tiny(nn.Module):
     """Five convolutions of stride 2, some in groups and with a bias, and a word on how its maps are pooled."""
     channels = (4, 8, 8, 16, 12)
-    pooled_head = {"pooled": 24, "norm": nn.InstanceNorm2d, "dropout": 0.5}
+    classifier_head = {"pooled": 24, "norm": nn.InstanceNorm2d, "dropout": 0.5}
 
     def __init__(self, stochastic_depth: float):
         super().__init__()
@@ -76,8 +77,8 @@ def encoders(monkeypatch):
 
 def begin(name: str, *flags: str) -> Path:
     """python train.py with ResNet-50, few drawings and small experts; -> the run's folder."""
-    train.main(["--tasks", *ALL, "--variant", "resnet50", "--size", "64", "--epochs", "1", "--batch", "4",
-                "--experts", "4", "--expert-width", "0.1", "--precision", "fp32", "--name", name, *flags])
+    train.main(["--tasks", *ALL, "--encoder", "resnet50", "--image-size", "64", "--epochs", "1", "--batch-size", "4",
+                "--num-experts", "4", "--expert-ratio", "0.1", "--precision", "fp32", "--name", name, *flags])
     return records.HERE / "runs" / name
 
 
@@ -97,7 +98,7 @@ def evaluated(monkeypatch, capsys, *arguments) -> str:
 
 def net_of(variant: str, tasks=ALL, **config) -> Net:
     torch.manual_seed(0)
-    return Net(NetConfig(variant=variant, **config), make_tasks(tasks))
+    return Net(NetConfig(encoder=variant, **config), make_tasks(tasks))
 
 
 # ---- every command ----
@@ -105,15 +106,15 @@ def net_of(variant: str, tasks=ALL, **config) -> Net:
 def test_it_trains_and_is_scored(run, monkeypatch, capsys):
     assert {k for k in weights(run, "best.pt") if k.startswith("encoder.layer4.2.")}
     said = evaluated(monkeypatch, capsys, run)
-    found, log = json.loads((run / "metrics.json").read_text()), json.loads((run / "metrics.jsonl").read_text())
-    assert set(found["metrics"]) == {*ALL, "joint"} and "wrote predictions.csv" in said
+    found, log = json.loads((run / "metrics.json").read_text()), json.loads((run / "log.jsonl").read_text())
+    assert set(found["metrics"]) == {*ALL, "joint"} and "wrote per_photograph.csv" in said
     # the folded network is the one that was trained
     assert found["metrics"]["seg"]["dice"] == pytest.approx(log["val"]["seg"]["dice"], abs=1e-4)
 
 
 def test_its_experts_are_described(run, monkeypatch, capsys):
     evaluated(monkeypatch, capsys, run, "--routing")
-    assert (run / "routing.json").exists() and (run / "rerouted.json").exists()
+    assert (run / "routing.json").exists() and (run / "interventions.json").exists()
 
 
 def test_it_answers_for_new_photographs(run, tmp_path, monkeypatch, capsys, shared_tree):
@@ -150,10 +151,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, monkeypatch):
 
 # ---- its maps, and what heads make of them ----
 
-@pytest.mark.parametrize("place", model.PLACES)
+@pytest.mark.parametrize("place", model.MOE_PLACES)
 @pytest.mark.parametrize("variant", ["resnet50", "tiny"])
 def test_maps_and_outputs_have_the_right_shapes(variant, place):
-    net = net_of(variant, experts_at=place).eval()
+    net = net_of(variant, moe_at=place).eval()
     x = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     maps = net.encoder(x.float())
     assert [tuple(m.shape) for m in maps] == [(2, c, 32 >> i, 48 >> i) for i, c in enumerate(net.encoder.channels)]
@@ -161,7 +162,7 @@ def test_maps_and_outputs_have_the_right_shapes(variant, place):
         outputs, routing = net(x)
     assert {t: tuple(y.shape) for t, y in outputs.items()} == {
         "cls": (2, 5), "dme": (2, 3), "seg": (2, 5, 64, 96), "loc": (2, 2, 8, 12)}
-    assert {r.grid for r in routing.values()} == {(2, 2, 3) if place == "deepest" else (2, 16, 24)}
+    assert {r.grid for r in routing.values()} == {(2, 2, 3) if place == "bottleneck" else (2, 16, 24)}
 
 
 def test_the_first_convolution_of_a_head_is_as_the_encoder_says_or_a_sane_one():
@@ -185,8 +186,8 @@ def test_what_makes_it_faster_changes_no_answer(variant):
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         expected = net(x)[0]
-        quick = precision.fast(net)
-        for n in (quick, precision.folded(quick)):
+        quick = precision.channels_last(net)
+        for n in (quick, precision.fuse_conv_bn(quick)):
             found = n(x)[0]
             for t in expected:
                 torch.testing.assert_close(found[t], expected[t], rtol=1e-9, atol=1e-9)
@@ -197,7 +198,7 @@ def test_only_depthwise_convolutions_as_ours_are_replaced():
     x, encoder = torch.randn(2, 3, 64, 64), Tiny(0.0)
     with precision.autocast(CPU, "bf16"):  # ours differs in this precision alone
         expected = encoder(x)[-1]
-        found = precision.fast(encoder)(x)[-1]
+        found = precision.channels_last(encoder)(x)[-1]
     assert expected.requires_grad and not any(isinstance(m, precision.DepthwiseConv) for m in encoder.modules())
     torch.testing.assert_close(found, expected)
 
@@ -206,13 +207,13 @@ def test_only_depthwise_convolutions_as_ours_are_replaced():
 
 @pytest.mark.parametrize("variant", list(ENCODERS))
 def test_torchvision_publishes_what_is_listed(variant):
-    assert torchvision.models.get_model_weights(ENCODERS[variant].weights).DEFAULT.url.endswith(".pth")
+    assert torchvision.models.get_model_weights(ENCODERS[variant].gates).DEFAULT.url.endswith(".pth")
 
 
 def test_weights_that_are_not_published_are_one_line():
-    with pytest.raises(InputError, match="^--weights imagenet: model.py names none for --variant resnet50; use "
-                                         "--weights none, or --weights FILE") as caught:
-        begin("none_published", "--weights", "imagenet")
+    with pytest.raises(InputError, match="^--encoder-weights imagenet: model.py names none for --encoder resnet50; use "
+                                         "--encoder-weights none, or --encoder-weights FILE") as caught:
+        begin("none_published", "--encoder-weights", "imagenet")
     assert "\n" not in str(caught.value) and not (records.HERE / "runs" / "none_published").exists()
 
 
@@ -233,14 +234,14 @@ def test_a_file_of_weights_loads_but_for_what_is_left_out(tmp_path, monkeypatch)
     torch.manual_seed(1)
     oracle, path = torchvision.models.resnet50(weights=None), tmp_path / "resnet50.pth"
     torch.save(oracle.state_dict(), path)
-    with pytest.raises(InputError, match="resnet50.pth, --variant resnet50: not the weights of this ResNet50: "
+    with pytest.raises(InputError, match="resnet50.pth, --encoder resnet50: not the weights of this ResNet50: "
                                          "fc.weight is not part of this network; fc.bias is not part of this network$"):
         pretrained.start_from(net_of("resnet50"), str(path), "resnet50")
     monkeypatch.setitem(ENCODERS, "resnet50", EncoderSpec(ResNet50, left_out=("fc.",)))
     net = net_of("resnet50")
     pretrained.start_from(net, str(path), "resnet50")
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():  # torchvision's own classifier says the same of our deepest map
+    with torch.no_grad():  # torchvision's own classifier says the same of our bottleneck
         deepest = net.eval().encoder(x)[-1]
         torch.testing.assert_close(oracle.eval()(x), oracle.fc(deepest.mean((2, 3))))
 
@@ -285,5 +286,5 @@ def test_a_run_of_an_unknown_encoder_is_one_line(run, monkeypatch):
 
 
 def test_an_unknown_encoder_on_the_command_line_is_told_what_there_is():
-    with pytest.raises(InputError, match="--variant b9: no such variant; there are b0, .*, resnet50"):
-        begin("unknown", "--variant", "b9")
+    with pytest.raises(InputError, match="--encoder b9: no such variant; there are b0, .*, resnet50"):
+        begin("unknown", "--encoder", "b9")

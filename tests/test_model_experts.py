@@ -3,22 +3,23 @@
 import copy
 import math
 
+import benchmark
 import pytest
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-
-import benchmark
-import model
 from benchmark import multiply_adds
-from model import ExpertLayer, Experts, Router, Routing, balance_loss
+
+import model
+from model import Experts, MoELayer, NoisyTopKRouter, Routing, load_balancing_loss
+
 
 C, E = 24, 6
 
 
-def random_layer(experts=E, chosen=2, tasks=("a", "b"), channels=C, **controls) -> ExpertLayer:
+def random_layer(experts=E, top_k=2, tasks=("a", "b"), channels=C, **controls) -> MoELayer:
     """A layer that is not in its neutral starting state."""
-    layer = ExpertLayer(channels, tasks, experts, chosen, dropout=0.0, **controls)
+    layer = MoELayer(channels, tasks, experts, top_k, dropout=0.0, **controls)
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_(std=0.5)
@@ -27,85 +28,85 @@ def random_layer(experts=E, chosen=2, tasks=("a", "b"), channels=C, **controls) 
 
 # ---- the router ----
 
-@pytest.mark.parametrize("chosen", [1, 2, 3, E])
+@pytest.mark.parametrize("top_k", [1, 2, 3, E])
 @pytest.mark.parametrize("training", [False, True])
-def test_router_chooses_k_distinct_experts(chosen, training):
+def test_router_chooses_k_distinct_experts(top_k, training):
     torch.manual_seed(0)
-    router = random_layer(chosen=chosen).routers["a"].train(training)
+    router = random_layer(top_k=top_k).routers["a"].train(training)
     r = router(torch.randn(200, C), (200, 1, 1))
-    assert all(len(set(row)) == chosen for row in r.indices.tolist())
+    assert all(len(set(row)) == top_k for row in r.experts.tolist())
     torch.testing.assert_close(r.probabilities.sum(1), torch.ones(200))
-    if chosen > 1:
-        torch.testing.assert_close(r.weights.sum(1), torch.ones(200))
-        assert (r.weights.diff(dim=1) <= 0).all()  # best first
+    if top_k > 1:
+        torch.testing.assert_close(r.gates.sum(1), torch.ones(200))
+        assert (r.gates.diff(dim=1) <= 0).all()  # best first
     else:
-        assert (r.weights < 1).all() and (r.weights > 1 / E - 1e-6 if not training else r.weights > 0).all()
+        assert (r.gates < 1).all() and (r.gates > 1 / E - 1e-6 if not training else r.gates > 0).all()
 
 
 def test_router_without_noise_by_hand():
     """Logits 3, 1, 2: experts 0 and 2, with weights e^3 and e^2 over their sum; alone, expert 0 with e^3 over all."""
     e = [math.exp(h) for h in (3, 1, 2)]
-    for chosen, indices, weights in ((2, [0, 2], [e[0] / (e[0] + e[2]), e[2] / (e[0] + e[2])]),
-                                     (1, [0], [e[0] / sum(e)])):
-        router = Router(1, 3, chosen).eval()
+    for top_k, indices, weights in ((2, [0, 2], [e[0] / (e[0] + e[2]), e[2] / (e[0] + e[2])]),
+                                    (1, [0], [e[0] / sum(e)])):
+        router = NoisyTopKRouter(1, 3, top_k).eval()
         with torch.no_grad():
             router.gate[0] = torch.tensor([3.0, 1.0, 2.0])
         r = router(torch.ones(1, 1), (1, 1, 1))
-        assert r.indices.tolist() == [indices] and r.load.sum() == chosen
-        assert r.weights[0].tolist() == pytest.approx(weights)
+        assert r.experts.tolist() == [indices] and r.load.sum() == top_k
+        assert r.gates[0].tolist() == pytest.approx(weights)
         assert r.probabilities[0].tolist() == pytest.approx([x / sum(e) for x in e])
-        assert r.spread(r.weights)[0, indices].tolist() == r.weights[0].tolist() and r.spread(1.0).sum() == chosen
+        assert r.to_dense(r.gates)[0, indices].tolist() == r.gates[0].tolist() and r.to_dense(1.0).sum() == top_k
 
 
-def noisy_logits(router: Router, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def noisy_logits(router: NoisyTopKRouter, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Clean logits, noise scale, noisy logits: equation 4 of the paper once more."""
     clean, scale = u @ router.gate, F.softplus(u @ router.noise) + 0.01
     return clean, scale, clean + scale * torch.randn_like(clean)
 
 
-def redrawn(estimator, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+def redrawn(estimator, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over 20000 draws of an estimate of the load, for three tokens and five experts, and how often each of them
-    was in fact chosen; (3, 5) each."""
+    was in fact top_k; (3, 5) each."""
     torch.manual_seed(0)
-    router = random_layer(experts=5, chosen=chosen).routers["a"].train()
+    router = random_layer(experts=5, top_k=top_k).routers["a"].train()
     torch.nn.init.normal_(router.gate, std=0.1)
     u = torch.randn(3, C).repeat_interleave(20000, 0)
     with torch.no_grad():
         load = estimator(router, u).view(3, 20000, 5).mean(1)
-        drawn = noisy_logits(router, u)[2].topk(chosen, dim=1).indices
+        drawn = noisy_logits(router, u)[2].topk(top_k, dim=1).indices
     return load, F.one_hot(drawn, 5).sum(1).float().view(3, 20000, 5).mean(1)
 
 
-@pytest.mark.parametrize("chosen", [1, 2, 4])
-def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(chosen):
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(top_k):
     """The load of one draw conditions on the other experts' noise; over many draws it must average to how often expert
-    i is in fact chosen, and its sum to K."""
-    load, share = redrawn(lambda router, u: router(u, (len(u), 1, 1)).load, chosen)
+    i is in fact top_k, and its sum to K."""
+    load, share = redrawn(lambda router, u: router(u, (len(u), 1, 1)).load, top_k)
     torch.testing.assert_close(load, share, atol=0.012, rtol=0)
-    torch.testing.assert_close(load.sum(1), torch.full((3,), float(chosen)), rtol=0.01, atol=0)
+    torch.testing.assert_close(load.sum(1), torch.full((3,), float(top_k)), rtol=0.01, atol=0)
 
 
-def load_against_softmaxed_thresholds(router: Router, u: torch.Tensor) -> torch.Tensor:
+def load_against_softmaxed_thresholds(router: NoisyTopKRouter, u: torch.Tensor) -> torch.Tensor:
     """A common mistake: the logits are compared with thresholds that have been through a softmax."""
     clean, scale, noisy = noisy_logits(router, u)
-    k = router.chosen
+    k = router.top_k
     top, best = noisy.softmax(1).topk(k + 1, dim=1)
     inside = torch.zeros_like(clean).scatter(1, best[:, :k], 1.0) > 0
     return torch.special.ndtr((clean - torch.where(inside, top[:, k:], top[:, k - 1:k])) / scale)
 
 
-def load_against_the_kth_of_all(router: Router, u: torch.Tensor) -> torch.Tensor:
+def load_against_the_kth_of_all(router: NoisyTopKRouter, u: torch.Tensor) -> torch.Tensor:
     """Another: the threshold is the k-th largest of all, expert i included."""
     clean, scale, noisy = noisy_logits(router, u)
-    return torch.special.ndtr((clean - noisy.topk(router.chosen, dim=1)[0][:, -1:]) / scale)
+    return torch.special.ndtr((clean - noisy.topk(router.top_k, dim=1)[0][:, -1:]) / scale)
 
 
 @pytest.mark.parametrize("mistake", [load_against_softmaxed_thresholds, load_against_the_kth_of_all])
-@pytest.mark.parametrize("chosen", [1, 2, 4])
-def test_the_oracle_rejects_known_mistakes(mistake, chosen):
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_oracle_rejects_known_mistakes(mistake, top_k):
     """So that the test above is known to be able to fail: in the shares and in the sum."""
-    load, share = redrawn(mistake, chosen)
-    assert (load - share).abs().max() > 0.012 and (load.sum(1) - chosen).abs().max() > 0.01 * chosen
+    load, share = redrawn(mistake, top_k)
+    assert (load - share).abs().max() > 0.012 and (load.sum(1) - top_k).abs().max() > 0.01 * top_k
 
 
 def test_load_of_one_draw_is_the_conditional_chance():
@@ -113,7 +114,7 @@ def test_load_of_one_draw_is_the_conditional_chance():
     torch.manual_seed(0)
     h, s, k = torch.randn(6), torch.rand(6) + 0.1, 2
     noisy = h + s * torch.randn(6)
-    router = Router(6, 6, k).train()
+    router = NoisyTopKRouter(6, 6, k).train()
     with torch.no_grad():  # u = 1 row whose products are h and softplus^-1(s - 0.01)
         router.gate.copy_(torch.diag(h)), router.noise.copy_(torch.diag((s - 0.01).expm1().log()))
     original = torch.randn_like
@@ -129,10 +130,10 @@ def test_load_of_one_draw_is_the_conditional_chance():
         assert abs(share - load[i]) < 0.01
 
 
-@pytest.mark.parametrize("chosen", [1, 2, E])
-def test_task_loss_alone_teaches_the_router(chosen):
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_task_loss_alone_teaches_the_router(top_k):
     torch.manual_seed(0)
-    layer = random_layer(chosen=chosen).train()
+    layer = random_layer(top_k=top_k).train()
     layer({"a": torch.randn(2, C, 3, 3)})[0]["a"].square().sum().backward()
     assert layer.routers["a"].gate.grad.abs().sum() > 0
 
@@ -140,7 +141,7 @@ def test_task_loss_alone_teaches_the_router(chosen):
 def test_a_task_without_tokens_gets_no_gradient_in_its_router():
     layer = random_layer().train()
     y, routing = layer({"a": torch.randn(2, C, 3, 3)})
-    (y["a"].square().sum() + balance_loss(routing)).backward()
+    (y["a"].square().sum() + load_balancing_loss(routing)).backward()
     assert all(p.grad is not None for p in layer.routers["a"].parameters())
     assert all(p.grad is None for p in layer.routers["b"].parameters())
 
@@ -155,8 +156,8 @@ def test_routing_is_float32_under_autocast(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         y, routing = layer({"a": x})
     r = routing["a"]
-    assert {r.weights.dtype, r.load.dtype, r.probabilities.dtype} == {torch.float32}
-    assert torch.equal(r.indices, plain.indices) and torch.equal(r.weights, plain.weights)
+    assert {r.gates.dtype, r.load.dtype, r.probabilities.dtype} == {torch.float32}
+    assert torch.equal(r.experts, plain.experts) and torch.equal(r.gates, plain.gates)
     assert y["a"].isfinite().all()
 
 
@@ -189,12 +190,12 @@ def test_sparse_dispatch_equals_dense_loop(n, e, k, spread):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("experts,chosen", [(6, 1), (6, 2), (6, 6), (1, 1)])
+@pytest.mark.parametrize("experts,top_k", [(6, 1), (6, 2), (6, 6), (1, 1)])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_layer_equals_all_experts_computed_densely(experts, chosen, training):
+def test_the_layer_equals_all_experts_computed_densely(experts, top_k, training):
     """Both tasks, routers, norm and residual included; noise is the same because the seed is."""
     torch.manual_seed(0)
-    layer = random_layer(experts, chosen).double().train(training)
+    layer = random_layer(experts, top_k).double().train(training)
     maps = {t: torch.randn(2, C, 3, 2, dtype=torch.float64, requires_grad=True) for t in "ab"}
 
     def dense(maps):
@@ -202,7 +203,7 @@ def test_the_layer_equals_all_experts_computed_densely(experts, chosen, training
         for t, x in maps.items():
             u = F.layer_norm(x.permute(0, 2, 3, 1).reshape(-1, C), (C,), layer.norm.weight, layer.norm.bias)
             r = layer.routers[t](u, (2, 3, 2))
-            w = sum(F.one_hot(r.indices[:, j], experts) * r.weights[:, j:j + 1] for j in range(chosen))  # (N, E)
+            w = sum(F.one_hot(r.experts[:, j], experts) * r.gates[:, j:j + 1] for j in range(top_k))  # (N, E)
             every = torch.einsum("edc,ned->nec", layer.experts.w2 / math.sqrt(C / 2),
                                  F.silu(torch.einsum("nc,ecd->ned", u, layer.experts.w1)))
             out[t] = x + torch.einsum("ne,nec->nc", w, every).view(2, 3, 2, C).permute(0, 3, 1, 2)
@@ -243,7 +244,7 @@ def test_the_number_of_expert_rows_computed_is_n_times_k(e):
 
 def test_nan_reaches_exactly_the_tokens_that_chose_the_expert():
     """In the answers and in the gradients of the tokens. An implementation that computes all experts and multiplies
-    what was not chosen by zero fails here."""
+    what was not top_k by zero fails here."""
     torch.manual_seed(0)
     experts = Experts(C, E, 10, 0.0)
     torch.nn.init.normal_(experts.w2)
@@ -283,7 +284,7 @@ def test_batchmates_do_not_matter():
     together, routing = layer({"a": x})
     alone, lonely = layer({"a": x[2:3]})
     torch.testing.assert_close(alone["a"], together["a"][2:3], rtol=1e-12, atol=1e-12)
-    assert torch.equal(lonely["a"].indices, routing["a"].indices[12:18])
+    assert torch.equal(lonely["a"].experts, routing["a"].experts[12:18])
 
 
 def test_tasks_share_experts_but_not_routers():
@@ -291,7 +292,7 @@ def test_tasks_share_experts_but_not_routers():
     layer = random_layer().eval()
     x = torch.randn(1, C, 4, 4)
     together, routing = layer({"a": x, "b": x})
-    assert not torch.equal(routing["a"].indices, routing["b"].indices)
+    assert not torch.equal(routing["a"].experts, routing["b"].experts)
     for t in "ab":
         torch.testing.assert_close(together[t], layer({t: x})[0][t])
 
@@ -312,7 +313,7 @@ def test_state_dict_round_trip(kind, tmp_path):
     layer = random_layer(4, 4 if kind == "uniform" else 2, router=kind).eval()
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
     torch.manual_seed(1)
-    other = ExpertLayer(C, ("a", "b"), 4, 4 if kind == "uniform" else 2, kind, dropout=0.0).eval()
+    other = MoELayer(C, ("a", "b"), 4, 4 if kind == "uniform" else 2, kind, dropout=0.0).eval()
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     x = torch.randn(2, C, 3, 3)
     for t in "ab":
@@ -332,7 +333,7 @@ def test_compiled_equals_eager(backend):
                 layer.train(mode).zero_grad()
                 torch.manual_seed(1)
                 y, routing = f({"a": x, "b": x})
-                (sum(v.square().sum() for v in y.values()) + balance_loss(routing)).backward()
+                (sum(v.square().sum() for v in y.values()) + load_balancing_loss(routing)).backward()
                 results.append([*y.values(), *routing["a"][:4], *(p.grad.clone() for p in layer.parameters())])
     for eager, compiled in zip(results[0] + results[1], results[2] + results[3]):
         torch.testing.assert_close(compiled, eager)
@@ -349,10 +350,10 @@ def test_cuda_equals_cpu(autocast):
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         (z, there), (again, _) = (layer({"a": x.cuda(), "b": x.cuda()}) for _ in range(2))
     assert torch.equal(z["a"], again["a"])
-    share = (there["a"].indices.cpu() == routing["a"].indices).float().mean()
+    share = (there["a"].experts.cpu() == routing["a"].experts).float().mean()
     assert share > 0.98  # ties may fall the other way
     if not autocast:
-        same = (there["a"].indices.cpu() == routing["a"].indices).all(1).view(4, 5, 5)
+        same = (there["a"].experts.cpu() == routing["a"].experts).all(1).view(4, 5, 5)
         pair = (v["a"].cpu().permute(0, 2, 3, 1)[same] for v in (z, y))
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
 
@@ -363,7 +364,7 @@ def test_uniform_mixing_is_one_wide_dense_network():
     """Hidden layers side by side, second matrices on top of each other, times (1 / 4 of the mean) * sqrt(4 D / D)."""
     torch.manual_seed(0)
     layer = random_layer(4, 4, ("a",), router="uniform").double()
-    wide = random_layer(1, 1, ("a",), width=4 * 0.5).double()
+    wide = random_layer(1, 1, ("a",), ratio=4 * 0.5).double()
     wide.norm.load_state_dict(layer.norm.state_dict())
     with torch.no_grad():
         wide.experts.w1.copy_(torch.cat(list(layer.experts.w1), 1)[None])
@@ -374,12 +375,12 @@ def test_uniform_mixing_is_one_wide_dense_network():
 
 def test_dense_adapters_of_equal_cost_and_of_equal_parameters():
     n, maps = 100, {"a": torch.randn(1, C, 10, 10)}
-    layer = ExpertLayer(C, ["a"], 8, 2)
-    cost, size = ExpertLayer(C, ["a"], 1, 1, width=1.0), ExpertLayer(C, ["a"], 1, 1, width=4.0)
+    layer = MoELayer(C, ["a"], 8, 2)
+    cost, size = MoELayer(C, ["a"], 1, 1, ratio=1.0), MoELayer(C, ["a"], 1, 1, ratio=4.0)
     routers = [n * C * 2 * e for e in (8, 1)]  # gate and noise
     assert multiply_adds(layer, maps) - routers[0] == multiply_adds(cost, maps) - routers[1]
     assert sum(p.numel() for p in layer.experts.parameters()) == sum(p.numel() for p in size.experts.parameters())
-    assert cost(maps)[1]["a"].weights.eq(1).all()
+    assert cost(maps)[1]["a"].gates.eq(1).all()
 
 
 def test_private_experts_serve_one_task():
@@ -390,22 +391,22 @@ def test_private_experts_serve_one_task():
     x = torch.randn(2, C, 3, 3)
     y, routing = layer({"a": x, "b": x})
     assert y["a"].isfinite().all() and y["b"].isnan().all()
-    assert set(routing["b"].indices.flatten().tolist()) == {3, 4, 5}
-    assert (routing["a"].weights == 1 / 3).all() and routing["a"].load.sum(1).eq(3).all()
-    assert balance_loss(routing) < 1e-10
+    assert set(routing["b"].experts.flatten().tolist()) == {3, 4, 5}
+    assert (routing["a"].gates == 1 / 3).all() and routing["a"].load.sum(1).eq(3).all()
+    assert load_balancing_loss(routing) < 1e-10
 
 
 def test_random_router_is_frozen():
     """It never learns, neither do others learn to please it, it draws no noise, and tasks have one each."""
     torch.manual_seed(0)
-    layer = ExpertLayer(C, ("a", "b"), 8, 2, "random", dropout=0.0).train()
+    layer = MoELayer(C, ("a", "b"), 8, 2, "random", dropout=0.0).train()
     torch.nn.init.normal_(layer.experts.w2)
     x = torch.randn(2, C, 9, 9, requires_grad=True)
     y, routing = layer({"a": x, "b": x})
-    assert not balance_loss(routing).requires_grad and not routing["a"].weights.requires_grad
-    assert torch.equal(layer({"a": x, "b": x})[1]["a"].indices, routing["a"].indices)
-    assert not torch.equal(routing["a"].indices, routing["b"].indices)
-    assert torch.bincount(routing["a"].indices.flatten(), minlength=8).min() > 0
+    assert not load_balancing_loss(routing).requires_grad and not routing["a"].gates.requires_grad
+    assert torch.equal(layer({"a": x, "b": x})[1]["a"].experts, routing["a"].experts)
+    assert not torch.equal(routing["a"].experts, routing["b"].experts)
+    assert torch.bincount(routing["a"].experts.flatten(), minlength=8).min() > 0
     y["a"].square().sum().backward()
     assert all(p.grad is None for p in layer.routers.parameters()) and layer.experts.w1.grad.abs().sum() > 0
 
@@ -415,23 +416,23 @@ def test_shared_router_treats_tasks_alike():
     layer = random_layer(router="shared").eval()
     x = torch.randn(2, C, 3, 3)
     y, routing = layer({"a": x, "b": x})
-    assert torch.equal(routing["a"].indices, routing["b"].indices)
-    assert torch.equal(routing["a"].weights, routing["b"].weights)
+    assert torch.equal(routing["a"].experts, routing["b"].experts)
+    assert torch.equal(routing["a"].gates, routing["b"].gates)
     torch.testing.assert_close(y["a"], y["b"], rtol=0, atol=1e-6)  # a row's place in a matrix product may round it
     assert sum(p.numel() for p in layer.routers.parameters()) == 2 * C * E
 
 
-@pytest.mark.parametrize("experts,chosen,router,message", [
-    (4, 0, "learned", "--chosen 0: expected 1 to 4, the number of --experts"),
-    (4, 5, "learned", "--chosen 5: expected 1 to 4, the number of --experts"),
+@pytest.mark.parametrize("experts,top_k,router,message", [
+    (4, 0, "learned", "--top-k 0: expected 1 to 4, the number of --num-experts"),
+    (4, 5, "learned", "--top-k 5: expected 1 to 4, the number of --num-experts"),
     (4, 2, "clever", "--router clever: expected one of learned, shared, random, uniform, private"),
-    (4, 2, "uniform", "--chosen 2: --router uniform mixes all 4 experts; leave --chosen out"),
-    (8, 2, "private", "2 tasks with --chosen 2 experts each need --experts 4; with 8, 4 would have no task"),
-    (4, 3, "private", "2 tasks with --chosen 3 experts each need --experts 6; with 4, 2 are missing"),
+    (4, 2, "uniform", "--top-k 2: --router uniform mixes all 4 experts; leave --top-k out"),
+    (8, 2, "private", "2 tasks with --top-k 2 experts each need --num-experts 4; with 8, 4 would have no task"),
+    (4, 3, "private", "2 tasks with --top-k 3 experts each need --num-experts 6; with 4, 2 are missing"),
 ])
-def test_numbers_that_do_not_fit(experts, chosen, router, message):
+def test_numbers_that_do_not_fit(experts, top_k, router, message):
     with pytest.raises(ValueError, match=message):
-        ExpertLayer(C, ("a", "b"), experts, chosen, router)
+        MoELayer(C, ("a", "b"), experts, top_k, router)
 
 
 # ---- balance ----
@@ -441,23 +442,23 @@ def test_balance_loss_by_hand():
     def routing(winner):
         one_hot = F.one_hot(torch.full((4,), winner), 2).float()
         return Routing(torch.full((4, 1), winner), torch.ones(4, 1), one_hot, one_hot, (1, 2, 2))
-    assert float(balance_loss({"a": routing(0), "b": routing(1)})) == 0
+    assert float(load_balancing_loss({"a": routing(0), "b": routing(1)})) == 0
     # all on one: importance (1, 0) has mean 1/2 and variance 1/4, so CV^2 = 1; the load the same
-    assert float(balance_loss({"a": routing(0), "b": routing(0)})) == pytest.approx(2)
+    assert float(load_balancing_loss({"a": routing(0), "b": routing(0)})) == pytest.approx(2)
     # a task with more tokens weighs as much as one with fewer
     many = Routing(*(x.repeat(5, 1) for x in routing(0)[:4]), (5, 2, 2))
-    assert float(balance_loss({"a": many, "b": routing(1)})) == 0
+    assert float(load_balancing_loss({"a": many, "b": routing(1)})) == 0
     # importance (3/4, 1/4): mean 1/2, deviation 1/4, CV^2 = 1/4; load (1, 1): 0
     half, one = torch.full((1, 2), 0.5), torch.ones(1, 2)
     both = Routing(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]), half, one, (1, 1, 1))
-    assert float(balance_loss({"a": both})) == pytest.approx(0.25)
+    assert float(load_balancing_loss({"a": both})) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("training,chosen", [(True, 2), (False, E)])
-def test_gradients_are_finite_at_perfect_balance(training, chosen):
+@pytest.mark.parametrize("training,top_k", [(True, 2), (False, E)])
+def test_gradients_are_finite_at_perfect_balance(training, top_k):
     """Without noise and with K = E all is exactly equal; a square root (CV in place of CV^2) would give nan there."""
-    layer = ExpertLayer(C, ["a"], E, chosen).train(training)
-    loss = balance_loss(layer({"a": torch.randn(2, C, 3, 3)})[1])
+    layer = MoELayer(C, ["a"], E, top_k).train(training)
+    loss = load_balancing_loss(layer({"a": torch.randn(2, C, 3, 3)})[1])
     loss.backward()
     assert (loss < 1e-12) == (not training)
     assert layer.routers["a"].gate.grad.isfinite().all()
@@ -471,7 +472,7 @@ def test_a_collapsed_router_recovers_by_the_balance_loss_and_not_without(balance
     in place of 0.3, expert 0 still has 95 % of the tokens after these steps.
     """
     torch.manual_seed(0)
-    layer = ExpertLayer(C, ["a"], 4, 1, dropout=0.0).train()
+    layer = MoELayer(C, ["a"], 4, 1, dropout=0.0).train()
     with torch.no_grad():
         layer.norm.bias[0] = 1.0
         layer.norm.weight[0] = 0.0
@@ -480,7 +481,7 @@ def test_a_collapsed_router_recovers_by_the_balance_loss_and_not_without(balance
     x = torch.randn(8, C, 4, 4)
     for _ in range(200):
         y, routing = layer({"a": x})
-        loss = F.mse_loss(y["a"], -x) + balance * balance_loss(routing)
+        loss = F.mse_loss(y["a"], -x) + balance * load_balancing_loss(routing)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    used = torch.bincount(layer({"a": x})[1]["a"].indices.flatten(), minlength=4) / 128
+    used = torch.bincount(layer({"a": x})[1]["a"].experts.flatten(), minlength=4) / 128
     assert (used.min() > 0.1) == recovers and (used.max() > 0.9) != recovers

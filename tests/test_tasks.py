@@ -27,12 +27,12 @@ def test_masks_that_are_not_known_change_nothing():
     truth[1:, 0] = truth[2, 3] = UNKNOWN
     other = torch.where(truth == UNKNOWN, 9.0, output)
     assert float(task.loss(output, truth)) == float(task.loss(other, truth))
-    a, b = (task.metrics(task.tally(task.decode(x), truth)) for x in (output, other))
+    a, b = (task.metrics(task.image_stats(task.decode(x), truth)) for x in (output, other))
     assert a == pytest.approx(b, nan_ok=True)
-    first = task.metrics(task.tally(task.decode(output[:1]), truth[:1]))
+    first = task.metrics(task.image_stats(task.decode(output[:1]), truth[:1]))
     assert a["dice_MA"] == first["dice_MA"] == a["dice_MA_per_image"]  # known for the first photograph only
     three = [0, 1, 3]
-    assert a["dice_SE"] == task.metrics(task.tally(task.decode(output[three]), truth[three]))["dice_SE"]
+    assert a["dice_SE"] == task.metrics(task.image_stats(task.decode(output[three]), truth[three]))["dice_SE"]
     kind = torch.where(truth != UNKNOWN, 1.0, 0.0)  # cross-entropy by hand
     p = output.sigmoid()
     entropy = -((truth == 1) * p.log() + (truth == 0) * (1 - p).log()).sum() / kind.sum()
@@ -43,7 +43,7 @@ def test_masks_that_are_not_known_change_nothing():
 
 def test_what_files_hold_is_what_tasks_expect():
     assert tasks.Lesions.classes == synthetic.LESIONS == tuple(readers.MASK_FOLDERS)
-    assert tasks.Landmarks.classes == records.POINTS and UNKNOWN == records.UNKNOWN
+    assert tasks.Landmarks.classes == records.LANDMARKS and UNKNOWN == records.UNKNOWN
     assert (tasks.Grading.classes, tasks.Edema.classes) == (records.GRADES, records.EDEMA_RISKS)
 
 
@@ -126,10 +126,10 @@ def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     output.requires_grad_()
     LOC.loss(output, target).backward()
     assert output.grad.isfinite().all() and not output.grad[2].any()
-    tally = LOC.tally(LOC.decode(output.detach()), target)
-    m = LOC.metrics(tally)
-    assert m["px4288_disc"] == pytest.approx(float(tally[0, 0, 0])) and not any(v != v for v in m.values())
-    row = LOC.row(tally[1])
-    assert list(row) == list(LOC.row(tally[0])) and [k for k, v in row.items() if v == ""] == [
+    stats = LOC.image_stats(LOC.decode(output.detach()), target)
+    m = LOC.metrics(stats)
+    assert m["px4288_disc"] == pytest.approx(float(stats[0, 0, 0])) and not any(v != v for v in m.values())
+    row = LOC.scored_columns(stats[1])
+    assert list(row) == list(LOC.scored_columns(stats[0])) and [k for k, v in row.items() if v == ""] == [
         "px4288_disc", "diameters_disc", "true_x_disc", "true_y_disc"]
-    assert "px4288_disc" not in LOC.metrics(LOC.tally(LOC.decode(output.detach())[2:], target[2:]))
+    assert "px4288_disc" not in LOC.metrics(LOC.image_stats(LOC.decode(output.detach())[2:], target[2:]))

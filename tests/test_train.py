@@ -28,6 +28,7 @@ from retina.files import InputError, RunError
 from tasks import TASKS
 from train import LossWeights
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 
@@ -41,7 +42,7 @@ def test_a_run_leaves_what_it_should(tmp_path):
     best = train.fit(TINY, tmp_path / "run", ["a note"], quiet=True)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["notes"] == ["a note"] and config["options"]["tasks"] == ["cls", "seg"]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     for line in lines:
         assert {"cls", "seg", "balance"} == set(line["train"])
@@ -59,8 +60,16 @@ def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
     best = train.fit(TINY, tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     records = evaluate.split_records(run, None, "val")
-    again = scoring.score(run.net, data.in_order(data.Photographs(records, 32), run.tasks, TINY.batch), run.tasks)
-    assert files.plain(again.metrics()) == files.plain(best["metrics"]) and run.epoch == best["epoch"]
+    again = scoring.evaluate_split(
+    run.net,
+    data.eval_loader(
+        data.FundusDataset(
+            records,
+            32),
+            run.tasks,
+            TINY.batch),
+             run.tasks)
+    assert files.jsonable(again.metrics()) == files.jsonable(best["metrics"]) and run.epoch == best["epoch"]
 
 
 def test_same_seed_same_weights_whatever_the_workers(tmp_path):
@@ -79,14 +88,14 @@ def test_any_set_of_tasks_trains(tmp_path, names):
 
 
 @pytest.mark.parametrize("control", [
-    {"experts": 0}, {"experts": 1, "chosen": 1, "expert_width": 1.0}, {"router": "random"}, {"router": "shared"},
-    {"router": "uniform", "chosen": 4}, {"router": "private"}, {"experts_at": "decoder"}], ids=str)
+    {"experts": 0}, {"experts": 1, "calibration": 1, "expert_ratio": 1.0}, {"router": "random"}, {"router": "shared"},
+    {"router": "uniform", "calibration": 4}, {"router": "private"}, {"moe_at": "decoder"}], ids=str)
 def test_every_control_trains_and_loads(tmp_path, control):
     best = train.fit(replace(TINY, epochs=1, **control), tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
-    validation = data.Photographs(evaluate.split_records(run, None, "val"), 32)
-    found = scoring.score(run.net, data.in_order(validation, run.tasks, TINY.batch), run.tasks)
-    assert files.plain(found.metrics()) == files.plain(best["metrics"])
+    validation = data.FundusDataset(evaluate.split_records(run, None, "val"), 32)
+    found = scoring.evaluate_split(run.net, data.eval_loader(validation, run.tasks, TINY.batch), run.tasks)
+    assert files.jsonable(found.metrics()) == files.jsonable(best["metrics"])
 
 
 def test_a_new_task_is_one_class(tmp_path, monkeypatch):
@@ -100,7 +109,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
 
     monkeypatch.setitem(TASKS, "side", Side())
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 150), "test": (1, 40)})
-    options = train.configure(["--tasks", "side", "--size", "64", "--epochs", "8", "--lr", "3e-3"])[0]
+    options = train.configure(["--tasks", "side", "--image-size", "64", "--epochs", "8", "--lr", "3e-3"])[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
     assert evaluate.load_run(tmp_path / "run", torch.device("cpu")).tasks[0].name == "side"
@@ -110,21 +119,21 @@ def test_partial_labels_train_together(tmp_path, shared_tree):
     best = train.fit(replace(TINY, data=str(shared_tree), epochs=1), tmp_path / "run", quiet=True)
     assert set(best["metrics"]) == {"cls", "seg"}
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
-    test = data.Photographs(evaluate.split_records(run, shared_tree, "test"), 32)
-    found = scoring.score(run.net, data.in_order(test, run.tasks, 16), run.tasks)
+    test = data.FundusDataset(evaluate.split_records(run, shared_tree, "test"), 32)
+    found = scoring.evaluate_split(run.net, data.eval_loader(test, run.tasks, 16), run.tasks)
     assert {t: len(n) for t, n in found.names.items()} == {"cls": 15, "seg": 6}
 
 
 def test_all_folds_together_validate_on_every_photograph_once(tmp_path):
     tasks_ = [TASKS["cls"]]
-    parts = [data.load_photographs(replace(TINY, fold=f"{k}/3"), tasks_)[1] for k in (1, 2, 3)]
+    parts = [data.load_datasets(replace(TINY, fold=f"{k}/3"), tasks_)[1] for k in (1, 2, 3)]
     assert sorted(r.name for p in parts for r in p.records) == [f"drawn/0_{i:04d}" for i in range(30)]
 
 
 def test_a_run_says_where_labels_contradict_each_other(tmp_path, capsys):
     for i in range(8):
-        Image.fromarray(synthetic.draw(synthetic.plan(3, i // 2 if i < 2 else i), 64)[0]).save(tmp_path / f"{i}.png")
-    (tmp_path / "t.csv").write_text("image,cls\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(8)))
+        Image.fromarray(synthetic.render(synthetic.plan(3, i // 2 if i < 2 else i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,grade\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(8)))
     train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"), epochs=1), tmp_path / "run")
     assert "1 times copies of one photograph carry different labels" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["conflicts"] == [
@@ -133,12 +142,12 @@ def test_a_run_says_where_labels_contradict_each_other(tmp_path, capsys):
 
 def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
     for i in range(4):
-        Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
-    (tmp_path / "t.csv").write_text("image,cls,group,split\n0.png,1,a,\n1.png,1,b,\n2.png,1,b,test\n3.png,1,b,test\n")
+        Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,grade,group,split\n0.png,1,a,\n1.png,1,b,\n2.png,1,b,test\n3.png,1,b,test\n")
     options = replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"))
     with pytest.raises(InputError, match="1 for training, 0 for validation|0 for training, 1 for validation") as error:
-        data.load_photographs(options, [TASKS["cls"]])
-    assert "(of 2 photographs, 1 show an eye of the test part); expected at least one each; no task" in str(error.value)
+        data.load_datasets(options, [TASKS["cls"]])
+    assert "(of 2 photographs, 1 show an eye of the test split); expected at least one each; no task" in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -151,12 +160,12 @@ def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_t
     brighter.save(images / "a. Training Set" / "IDRiD_009.jpg", quality=90)
     options = replace(TINY, data=str(root), epochs=1, keep_leaks=keep)
     train.fit(options, tmp_path / "run")
-    assert f"2 photographs of the training part show an eye of the test part: {'kept' if keep else 'left out'}" in \
+    assert f"2 photographs of the training split show an eye of the test split: {'kept' if keep else 'left out'}" in \
         capsys.readouterr().out
     leaks = json.loads((tmp_path / "run" / "config.json").read_text())["leaks"]
     assert leaks == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"], "cls": 2,
                      "seg": 0}
-    parts = data.load_photographs(options, [TASKS["cls"], TASKS["seg"]])[:2]
+    parts = data.load_datasets(options, [TASKS["cls"], TASKS["seg"]])[:2]
     assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for p in parts for r in p.records}) == 2 * keep
 
 
@@ -170,7 +179,7 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
                 pixels = np.clip(rng.normal(level, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "sky" / part / name / f"{i}.png")
     train.main(["--data", str(tmp_path / "sky"), "--name", f"sky_{tmp_path.name}",
-                *"--tasks cls --size 64 --weights none --lr 3e-3 --epochs 15".split()])
+                *"--tasks cls --image-size 64 --encoder-weights none --lr 3e-3 --epochs 15".split()])
     run = records.HERE / "runs" / f"sky_{tmp_path.name}"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--split", "test"])
     evaluate.main()
@@ -179,39 +188,40 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     assert "kappa 0" not in text and [line.split()[0] for line in lines[-5:-2]] == ["day", "dusk", "night"]
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
-    row = (run / "predictions_test.csv").read_text().splitlines()[:2]
+    row = (run / "per_photograph_test.csv").read_text().splitlines()[:2]
     assert row[0] == "photograph,cls_truth,cls_predicted,cls_p_day,cls_p_dusk,cls_p_night" and ",day," in row[1]
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
     with pytest.raises(InputError, match="--tasks seg: photographs with its label .*: 0 for .*--tasks cls would work"):
-        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg", "--size", "64", "--weights", "none"])
+        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg",
+                   "--image-size", "64", "--encoder-weights", "none"])
 
 
 def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     for i in range(4):
-        Image.fromarray(synthetic.draw(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
-    (tmp_path / "t.csv").write_text("image,cls,split\n" + "".join(
+        Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(
         f"{i}.png,{i % 2},{'val' if i > 2 else ''}\n" for i in range(4)))
-    options = train.configure(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--weights", "none"])[0]
-    training, validation, _ = data.load_photographs(options, [TASKS["cls"]])
+    options = train.configure(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--encoder-weights", "none"])[0]
+    training, validation, _ = data.load_datasets(options, [TASKS["cls"]])
     assert [r.name for r in validation.records] == ["3.png"] and len(training) == 3
-    (tmp_path / "u.csv").write_text("image,cls,split,group\n0.png,1,,p\n1.png,1,,q\n2.png,0,,q\n3.png,1,val,p\n")
-    training, validation, findings = data.load_photographs(replace(options, data=str(tmp_path / "u.csv")),
-                                                            [TASKS["cls"]])
+    (tmp_path / "u.csv").write_text("image,grade,split,group\n0.png,1,,p\n1.png,1,,q\n2.png,0,,q\n3.png,1,val,p\n")
+    training, validation, findings = data.load_datasets(replace(options, data=str(tmp_path / "u.csv")),
+                                                        [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
     said = splits.announcement(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
-    assert "1 photographs of the training part show an eye of the validation part: left out" in said
-    with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation part; leave --fold out"):
+    assert "1 photographs of the training split show an eye of the validation split: left out" in said
+    with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation split; leave --fold out"):
         train.configure(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"])
 
 
 def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     """Grades here, one kind of mask there, points elsewhere; groups stay together."""
-    lines = ["image,cls,mask_ex,mask_se,od_x,od_y,fovea_x,fovea_y,split,group"]
+    lines = ["image,grade,mask_ex,mask_se,disc_x,disc_y,fovea_x,fovea_y,split,group"]
     for i in range(24):
         eye = synthetic.plan(3, i)
-        picture, masks = synthetic.draw(eye, 96)
+        picture, masks = synthetic.render(eye, 96)
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
         Image.fromarray(masks[synthetic.LESIONS.index("EX")]).save(tmp_path / f"{i}_ex.png")
         points = [f"{96 * v:.1f}" for v in (*eye.disc, *eye.fovea)]
@@ -224,14 +234,14 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     test = evaluate.split_records(run, tmp_path / "labels.csv", "test")
     assert [r.name for r in test] == ["21.png", "22.png", "23.png"]
-    training, validation, findings = data.load_photographs(options, run.tasks)
+    training, validation, findings = data.load_datasets(options, run.tasks)
     assert findings["leaks"]["names"] == ["20.png"]  # of the same patient as 21.png
     groups = [{int(r.name[:-4]) // 2 for r in p.records} for p in (training, validation)]
     assert not groups[0] & groups[1] and len(training) + len(validation) == 19  # 0.png has no label
-    found = scoring.score(run.net, data.in_order(data.Photographs(test, 32), run.tasks, 16), run.tasks)
+    found = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(test, 32), run.tasks, 16), run.tasks)
     m = found.metrics()["seg"]
     assert {k for k in synthetic.LESIONS if f"dice_{k}" in m} == {"EX", "SE"}
-    scoring.write_predictions(tmp_path / "predictions.csv", found)
+    scoring.write_per_photograph(tmp_path / "per_photograph.csv", found)
 
 
 # ---- a step ----
@@ -308,7 +318,7 @@ def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
     """The whole process group hears it, as at a terminal; loader processes must not answer."""
     run = tmp_path / "runs" / "stopped"
     with open(tmp_path / "output", "w") as output:
-        flags = f"--size=64 --batch=4 --epochs=200 --name=stopped --workers={workers}".split()
+        flags = f"--image-size=64 --batch-size=4 --epochs=200 --name=stopped --workers={workers}".split()
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, ROOT, tmp_path, *flags], stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         while not (run / "best.pt").exists() and process.poll() is None:
@@ -321,4 +331,4 @@ def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
     text = (tmp_path / "output").read_text()
     assert "DRAWN" in text.splitlines()[0] and "interrupted; go on with: python" in text and "Traceback" not in text
     assert evaluate.load_run(run, torch.device("cpu")).epoch >= 1
-    assert weights(run) and not list(run.glob("*.part"))
+    assert weights(run) and not list(run.glob("*.split"))

@@ -22,13 +22,14 @@ from model import Routing
 from retina import drawing
 from retina.datasets import readers, records, synthetic
 from retina.evaluation import metrics
-from retina.figures import answers, charts, internals, material, routing
+from retina.figures import answers, charts, context, internals, routing
 from retina.files import InputError
 from retina.training import checkpoint
 from tasks import TASKS
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
-ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), size=64)
+ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), image_size=64)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def words(monkeypatch):
     return drawn
 
 
-def material_of(folder: Path, *flags: str) -> material.Material:
+def context_of(folder: Path, *flags: str) -> context.FigureContext:
     return visualize.gather(visualize.parse([str(folder), *flags]))
 
 
@@ -81,22 +82,22 @@ def test_all_pictures_of_a_run_and_the_page(made, words, capsys):
     assert all(f"<span>{k}</span>" in page for k in options) and "<span>dice MA per image</span>" in page
     stored = evaluate.load_run(run, torch.device("cpu"))
     log = checkpoint.read_log(run)
-    assert log[material.chosen_of(log)]["epoch"] == stored.epoch
+    assert log[context.best_epoch_of(log)]["epoch"] == stored.epoch
     assert f"run, epoch {stored.epoch}, 6 DRAWN validation" in " ".join(words)
 
 
 def test_pictures_do_not_change_from_one_time_to_the_next(made):
-    for name in ("routing", "tsne", "filters"):
-        first, again = (visualize.encoded(visualize.FIGURES[name][0](material_of(made())), "png") for _ in range(2))
+    for name in ("routing", "tsne", "feature_maps"):
+        first, again = (visualize.encoded(visualize.FIGURES[name][0](context_of(made())), "png") for _ in range(2))
         assert first == again
 
 
 @pytest.mark.parametrize("change,missing", [
     ({"tasks": ("cls",), "experts": 0, "balance": 0.0},
-     {"overlays": "trained for cls, which answers neither with lesions", "routing": "--experts 0"}),
+     {"overlays": "trained for cls, which answers neither with lesions", "routing": "--num-experts 0"}),
     ({"tasks": ("seg",), "experts": 16},
      {"confusion": "for seg, which tells no classes", "gradcam": "tells no classes"}),
-    ({"tasks": ("loc",), "experts_at": "decoder"},
+    ({"tasks": ("loc",), "moe_at": "decoder"},
      {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "which gives no prob"})])
 def test_what_is_missing_is_said_and_not_drawn(made, words, capsys, change, missing):
     run = made(replace(ALL, **change, epochs=1))
@@ -120,7 +121,8 @@ def test_folders_of_classes(tmp_path, words):
     options = replace(ALL, tasks=("cls",), data=str(tmp_path / "classes"), epochs=1, classes=tuple(
         f"class {k}" for k in range(10)))
     train.fit(options, tmp_path / "run", quiet=True)
-    visualize.main([str(tmp_path / "run"), "--only", "tsne", "confusion", "gradcam", "routing", "filters", "curves"])
+    visualize.main([str(tmp_path / "run"), "--only", "tsne", "confusion",
+                   "gradcam", "routing", "feature_maps", "curves"])
     text = " ".join(words)
     assert "other classes (12)" in text and "class class 0 (4)" in text and "no label" not in text
     assert "by class" in text and "by class of another" in text and "grade" not in text
@@ -131,7 +133,7 @@ def test_the_test_part_has_its_own_names_and_is_noted(made, tmp_path, capsys):
     visualize.main([str(run), "--split", "test", "--only", "confusion"])
     assert [p.name for p in (run / "pictures").iterdir()] == ["confusion_test.jpg"]
     assert len((run / "test_opened.jsonl").read_text().splitlines()) == 1
-    assert "the test part is opened" in capsys.readouterr().out
+    assert "the test split is opened" in capsys.readouterr().out
 
 
 def test_curves_of_several_runs(made, tmp_path, words):
@@ -147,10 +149,10 @@ def test_curves_of_several_runs(made, tmp_path, words):
     (lambda run: shutil.rmtree(run), "no such checkpoint; expected a folder made by train.py"),
     (lambda run: (run / "best.pt").write_bytes(b"junk"), "best.pt: damaged"),
     (lambda run: torch.save({"options": {"tasks": ["cls"]}}, run / "best.pt"), "another version .* lacks 'variant'"),
-    (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: no such file; expected a folder made by train.py"),
-    (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl: empty; expected a line for each epoch"),
-    (lambda run: (run / "metrics.jsonl").write_text('{"epoch":'), "metrics.jsonl: damaged .*; expected a line of JSON"),
-    (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}'), "another version .*, it lacks 'train'")])
+    (lambda run: (run / "log.jsonl").unlink(), "log.jsonl: no such file; expected a folder made by train.py"),
+    (lambda run: (run / "log.jsonl").write_text(""), "log.jsonl: empty; expected a line for each epoch"),
+    (lambda run: (run / "log.jsonl").write_text('{"epoch":'), "log.jsonl: damaged .*; expected a line of JSON"),
+    (lambda run: (run / "log.jsonl").write_text('{"epoch": 1}'), "another version .*, it lacks 'train'")])
 def test_no_run_is_one_line(made, tmp_path, spoil, message):
     run = copied(made(), tmp_path / "run")
     spoil(run)
@@ -186,16 +188,16 @@ def test_no_picture_of_that_name(made, capsys):
 # ---- what they show ----
 
 def test_best_median_and_worst():
-    assert material.best_median_worst({"a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.5}) == {
+    assert context.best_median_worst({"a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.5}) == {
         "b": "best", "d": "median", "c": "worst"}
-    assert material.best_median_worst({"a": 1, "b": 2}) == {"b": "best", "a": "worst"}
-    assert material.best_median_worst({"a": 1}) == {"a": "best"}
+    assert context.best_median_worst({"a": 1, "b": 2}) == {"b": "best", "a": "worst"}
+    assert context.best_median_worst({"a": 1}) == {"a": "best"}
 
 
 def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
     """Against masks of the network's own, thresholded here."""
-    m = material_of(made())
-    m.run.chosen["seg"] = dict(zip(TASKS["seg"].classes, (0.02, 0.03, 0.01, 0.02, 0.5)))
+    m = context_of(made())
+    m.run.calibration["seg"] = dict(zip(TASKS["seg"].classes, (0.02, 0.03, 0.01, 0.02, 0.5)))
     values, _, _ = answers.judged(m)
     assert len(values) >= 3
     for name, value in values.items():
@@ -205,15 +207,15 @@ def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
 
 
 def test_the_most_frequent_confusions_are_named(made, words):
-    m = material_of(made(replace(ALL, tasks=("cls",))))
+    m = context_of(made(replace(ALL, tasks=("cls",))))
     scores_, _ = m.here
-    m.run.chosen["cls"]["temperature"] = 1.0
+    m.run.calibration["cls"]["temperature"] = 1.0
     names = [f"p{k}" for k in range(9)]
     truth, said = [0, 0, 0, 0, 1, 1, 3, 4, 4], [2, 2, 2, 0, 0, 0, 3, 4, 1]
     sure = torch.linspace(0.6, 0.8, 9)
     p = ((1 - sure) / 4)[:, None].repeat(1, 5)
     p[range(9), said] = sure
-    scores_.names["cls"], scores_.tallies["cls"] = names, torch.cat([p, torch.tensor(truth)[:, None]], 1).double()
+    scores_.names["cls"], scores_.stats["cls"] = names, torch.cat([p, torch.tensor(truth)[:, None]], 1).double()
     scores_.eyes |= {name: name for name in names}
     m.numbers = {name: k % len(m.photographs) for k, name in enumerate(names)}
     answers.confusion(m)
@@ -299,7 +301,7 @@ def test_heatmaps_of_routes_show_what_routes_tell_and_lose_it_when_shuffled(made
     seen = []
     monkeypatch.setattr(routing, "two_heatmaps", lambda titles, rows, real, shuffled, experts: seen.append(
         (titles[0], rows, real, shuffled)) or Image.new("RGB", (1, 1)))
-    m = material_of(made())
+    m = context_of(made())
     m.photographs.records = 200 * [r.with_labels(grade=k % 4) for k, r in enumerate(m.photographs.records[:4])]
     one = torch.eye(4)
     shares = torch.stack([one.repeat(200, 1), *(one[k:k + 1].expand(800, 4) for k in range(3))])
@@ -315,8 +317,8 @@ def test_heatmaps_of_routes_show_what_routes_tell_and_lose_it_when_shuffled(made
 
 
 def test_exchanged_photographs_keep_their_images_and_have_the_next_ones_masks(made):
-    photographs = material_of(made()).photographs
-    other, n = routing.Exchanged(photographs), len(photographs)
+    photographs = context_of(made()).photographs
+    other, n = routing.LabelShuffled(photographs), len(photographs)
     for i in range(n):
         assert torch.equal(other[i].image, photographs[i].image)
         assert torch.equal(other[i].masks, photographs[(i + 1) % n].masks)
@@ -326,8 +328,8 @@ def test_exchanged_photographs_keep_their_images_and_have_the_next_ones_masks(ma
 def test_entropy_is_in_bits(made, monkeypatch):
     lines = []
     monkeypatch.setattr(routing, "epochs_chart", lambda m, title, words, found, *rest: lines.extend(found) or
-                        material.epochs_chart(m, title, words, found, *rest))
-    m = material_of(made())
+                        context.epochs_chart(m, title, words, found, *rest))
+    m = context_of(made())
     usage = [[0.5, 0.5, 0.5, 0.5], [1, 1, 0, 0], [2, 0, 0, 0]]
     m.logs = {"run": [{"expert_usage": {"cls": {"tokens": u}}} for u in usage] + [{"expert_usage": {}}]}
     routing.entropy_chart(m, 4)
@@ -343,7 +345,7 @@ def test_neighbours_kept():
 
 
 def test_features_are_the_deepest_map_averaged(made):
-    m = material_of(made())
+    m = context_of(made())
     _, pooled = m.passed(m.photographs)
     with torch.no_grad():
         alone = torch.cat([m.run.net.encoder((m.photographs[i].image[None] - m.run.net.mean) / m.run.net.std)[-1]
@@ -354,21 +356,21 @@ def test_features_are_the_deepest_map_averaged(made):
 
 def test_training_photographs_are_those_that_the_run_learned_from(made, monkeypatch):
     run = made()
-    m = material_of(run)
+    m = context_of(run)
     names = {r.name for r in m.training.records}
     assert len(names) == 24 and not names & set(m.run.validation) and len(m.run.validation) == 6
-    monkeypatch.setattr(material, "MOST", 10)
-    fewer = material_of(run).training.records
+    monkeypatch.setattr(context, "MOST", 10)
+    fewer = context_of(run).training.records
     assert len(fewer) == 10 and {r.name for r in fewer} < names
 
 
 def test_a_training_part_that_has_changed_is_said(made, tmp_path, capsys, monkeypatch):
     run = copied(made(), tmp_path / "run")
-    material_of(run)
+    context_of(run)
     assert "warning" not in capsys.readouterr().out
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 33), "test": (1, 10)})
-    m = material_of(run)
-    assert "the training part is not what it was" in capsys.readouterr().out
+    m = context_of(run)
+    assert "the training split is not what it was" in capsys.readouterr().out
     assert not {r.name for r in m.training.records} & set(m.run.validation)
 
 
@@ -392,16 +394,16 @@ def test_precision_and_recall_by_counting_pixels(made, monkeypatch):
     lines, dots = {}, {}
     monkeypatch.setattr(charts.Chart, "line", lambda chart, x, y, colour, *rest: lines.update({tuple(colour): (x, y)}))
     monkeypatch.setattr(charts.Chart, "dots", lambda chart, x, y, colour, *rest: dots.update({tuple(colour): (x, y)}))
-    m = material_of(made())
+    m = context_of(made())
     half = float(torch.cat([m.answers(name)["seg"].flatten() for name in m.numbers]).median())
-    m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, half)
+    m.run.calibration["seg"] = dict.fromkeys(TASKS["seg"].classes, half)
     answers.precision_recall_chart(m, TASKS["seg"])
     names = m.here[0].names["seg"]
     p = torch.stack([m.answers(name)["seg"] for name in names])
     true = torch.stack([m.sample(name).masks for name in names]) == 1
     at = metrics.threshold_at(metrics.level_of(half))
     for i, kind in enumerate(TASKS["seg"].classes):
-        colour, found = records.COLOURS[kind], p[:, i] >= at
+        colour, found = records.LESION_COLOURS[kind], p[:, i] >= at
         both = float((found & true[:, i]).sum())
         expected = both / float(true[:, i].sum()), both / max(1.0, float(found.sum()))
         recall, precision = lines[colour]
@@ -418,7 +420,7 @@ def table_of(folder: Path, cells: list[str], header: str) -> Path:
     """Drawn photographs with the disc's mask and one of microaneurysms; -> a table with these cells."""
     folder.mkdir(exist_ok=True)
     for i in range(len(cells)):
-        picture, masks = synthetic.draw(synthetic.plan(5, i), 64)
+        picture, masks = synthetic.render(synthetic.plan(5, i), 64)
         Image.fromarray(picture).save(folder / f"{i}.png")
         for k, kind in ((0, "ma"), (4, "od")):
             Image.fromarray(255 * np.pad(masks[k], 0).astype(np.uint8)).save(folder / f"{i}_{kind}.png")
@@ -431,11 +433,11 @@ def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words)
     cells = ["{i}_od.png,,2,train"] * 6 + ["{i}_od.png,,1,val", "{i}_od.png,none,2,val", "{i}_od.png,none,0,val"]
     table = table_of(tmp_path / "data", cells, "image,mask_od,mask_ma,cls,split")
     train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
-    m = material_of(tmp_path / "run")
+    m = context_of(tmp_path / "run")
     assert [set(drawing.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
-    m.run.chosen["seg"] = dict.fromkeys(TASKS["seg"].classes, 1 - 1e-6) | {"MA": 1e-6}  # finds them everywhere
-    seen = {name: np.asarray(answers.shown(m, name)[2]) for name in m.numbers}
-    blue = [(picture == records.COLOURS["MA"]).all(2).sum() for picture in seen.values()]
+    m.run.calibration["seg"] = dict.fromkeys(TASKS["seg"].classes, 1 - 1e-6) | {"MA": 1e-6}  # finds them everywhere
+    seen = {name: np.asarray(answers.panels_of(m, name)[2]) for name in m.numbers}
+    blue = [(picture == records.LESION_COLOURS["MA"]).all(2).sum() for picture in seen.values()]
     assert blue[0] == 0 and min(blue[1:]) > 500
     assert "masks of MA, HE, EX, SE not known" in answers.in_words(m, next(iter(m.numbers)))
     visualize.main([str(tmp_path / "run")])
@@ -501,7 +503,7 @@ def test_the_page_in_a_browser(made, tmp_path, wide):
 
 def test_overlays_of_real_photographs(tmp_path):
     """One epoch at 64 pixels: poor answers, but real photographs, masks and points through all of it."""
-    options = replace(ALL, data=str(real_idrid("idrid")), epochs=1, batch=8)
+    options = replace(ALL, data=str(real_idrid("idrid")), epochs=1, batch_size=8)
     train.fit(options, tmp_path / "run", quiet=True)
     visualize.main([str(tmp_path / "run")])
     found = {p.name: Image.open(p) for p in (tmp_path / "run" / "pictures").glob("*.*g")}

@@ -1,6 +1,6 @@
 """The runs of a comparison, each in a process of its own.
 
-    Job         one row with one seed on one fold, in a folder of its own; what is finished is not repeated
+    Job         one configuration with one seed on one fold, in a folder of its own; what is finished is not repeated
     run_all     until all are done; one that fails does not stop the rest
     settle_in   what the process of a job does first
 """
@@ -25,14 +25,15 @@ from tqdm import tqdm
 from retina import files
 from retina.files import InputError
 
+
 if TYPE_CHECKING:
     from train import Config
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One row with one seed on one fold."""
-    row: str  # its name
+    """One configuration with one seed on one fold."""
+    configuration: str  # its name
     options: Config
     folder: Path
     photographs: list[str]  # fingerprints of those that it learns from and is scored on
@@ -40,7 +41,7 @@ class Job:
     @property
     def words(self) -> str:
         """For messages."""
-        return f"{self.row}, seed {self.options.seed}, fold {self.options.fold}"
+        return f"{self.configuration}, seed {self.options.seed}, fold {self.options.fold}"
 
     @property
     def errors(self) -> Path:
@@ -60,7 +61,7 @@ class Job:
 
     def epochs(self) -> int:
         """How many are done."""
-        log = self.folder / "metrics.jsonl"
+        log = self.folder / "log.jsonl"
         return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
 
     def failure(self, status: int) -> str:

@@ -17,17 +17,18 @@ from statistics import fmean, stdev
 from PIL import Image
 
 from retina import drawing
-from retina.comparison.analysis import ALONE
+from retina.comparison.analysis import SINGLE
 from retina.evaluation.statistics import FEWEST_RUNS
-from retina.evaluation.tables import aligned, around, as_csv, as_markdown, shown
+from retina.evaluation.tables import aligned, around, as_csv, as_markdown, number_cell
 from retina.figures import charts
 from retina.figures.charts import Axis, Chart
-from retina.files import replacing, write_text
+from retina.files import atomic_write, write_text
+
 
 PICTURES = "pictures/comparison"  # where those of the report lie
 
 
-# ---- numbers of a row and of a difference ----
+# ---- numbers of a configuration and of a difference ----
 
 def counting(of: Mapping) -> Mapping:
     """Of the numbers of a task, those of the metric that counts."""
@@ -37,19 +38,19 @@ def counting(of: Mapping) -> Mapping:
 def with_sd(of: Mapping) -> str:
     """Mean of the metric that counts, and the standard deviation over seeds where there are several."""
     v = counting(of)
-    return shown(v["mean"]) + (f" ± {shown(v['sd'])}" if v["sd"] is not None else "")
+    return number_cell(v["mean"]) + (f" ± {number_cell(v['sd'])}" if v["sd"] is not None else "")
 
 
 def rows_with(found: Mapping, task: str) -> dict[str, Mapping]:
-    """{name: numbers of a task} of the rows that have it."""
-    return {name: row["tasks"][task] for name, row in found["rows"].items() if task in row["tasks"]}
+    """{name: numbers of a task} of the configurations that have it."""
+    return {name: c["tasks"][task] for name, c in found["configurations"].items() if task in c["tasks"]}
 
 
 def usual_rows(found: Mapping, task: str) -> dict[str, Mapping]:
-    """{words: numbers of a task} of the rows that sentences speak of; of all, if none of these is there."""
+    """{words: numbers of a task} of the configurations that sentences speak of; of all, if none of these is there."""
     of = rows_with(found, task)
-    usual = [name for name in ("constant", task + ALONE, "hard", "dense", "learned") if name in of]
-    return {found["rows"][name]["words"]: of[name] for name in usual or of}
+    usual = [name for name in ("constant", task + SINGLE, "hard", "dense", "learned") if name in of]
+    return {found["configurations"][name]["words"]: of[name] for name in usual or of}
 
 
 def wanted(d: Mapping) -> str:
@@ -60,10 +61,10 @@ def wanted(d: Mapping) -> str:
 
 def together(found: Mapping) -> Mapping:
     """Costs of the networks for one task, added up, since all are needed; {} where that is one, or one is missing."""
-    rows = [found["rows"].get(t + ALONE) for t in found["tasks"]]
-    if len(rows) < 2 or not all(rows):
+    configurations = [found["configurations"].get(t + SINGLE) for t in found["tasks"]]
+    if len(configurations) < 2 or not all(configurations):
         return {}
-    return {k: (max if k == "peak_bytes" else sum)(row["costs"][k] for row in rows) for k, *_ in COSTS}
+    return {k: (max if k == "peak_bytes" else sum)(c["costs"][k] for c in configurations) for k, *_ in COSTS}
 
 
 # ---- tables ----
@@ -71,19 +72,21 @@ def together(found: Mapping) -> Mapping:
 def scores(found: Mapping) -> list[list[str]]:
     """For each task the metric that counts."""
     heads = {t: next(iter(rows_with(found, t).values())) for t in found["tasks"]}
-    out = [["row", *(f"{t}: {of['primary'].replace('_', ' ')}" + " (lower is better)" * of.get("lower_is_better", False)
-                     + f", {of['photographs']} photographs of {of['eyes']} eyes" for t, of in heads.items())]]
-    most = max(len(row["seeds"]) for row in found["rows"].values())
+    out = [["configuration", *(f"{t}: {of['primary'].replace('_', ' ')}"
+                               + " (lower is better)" * of.get("lower_is_better", False)
+                               + f", {of['photographs']} photographs of {of['eyes']} eyes" for t, of in heads.items())]]
+    most = max(len(c["seeds"]) for c in found["configurations"].values())
     for name, words in found["asked"].items():
-        if name not in found["rows"]:
+        if name not in found["configurations"]:
             out.append([words, *["no seed came to its end"] * len(heads)])
             continue
-        row = found["rows"][name]
-        cells = {t: with_sd(of) + around(counting(of)["interval"]) for t, of in row["tasks"].items()}
+        configuration = found["configurations"][name]
+        cells = {t: with_sd(of) + around(counting(of)["interval"]) for t, of in configuration["tasks"].items()}
         if name == "leaky" and not found["own_validation"]:
-            cells = {t: f"{cell}, of {row['tasks'][t]['photographs']} photographs of another split"
+            cells = {t: f"{cell}, of {configuration['tasks'][t]['photographs']} photographs of another split"
                      for t, cell in cells.items()}
-        few = f", {len(row['seeds'])} of {most} seeds" * (len(row["seeds"]) < most and "costs" in row)
+        few = f", {len(configuration['seeds'])} of {most} seeds" * (
+            len(configuration["seeds"]) < most and "costs" in configuration)
         out.append([words + few, *(cells.get(t, "") for t in heads)])
     return out
 
@@ -96,52 +99,55 @@ COSTS = (("parameters", "parameters, M", 1e6, 2), ("multiply_adds", "multiply-ad
 
 
 def costs(found: Mapping) -> list[list[str]]:
-    """What each row costs, and networks for one task together."""
-    listed = {row["words"]: row["costs"] for row in found["rows"].values() if "costs" in row}
+    """What each configuration costs, and networks for one task together."""
+    listed = {c["words"]: c["costs"] for c in found["configurations"].values() if "costs" in c}
     if whole := together(found):
         listed["one network for each task, together"] = whole
-    return [["row", *(title for _, title, _, _ in COSTS)]] + [
+    return [["configuration", *(title for _, title, _, _ in COSTS)]] + [
         [words, *(f"{c[k] / unit:.{digits}f}" for k, _, unit, digits in COSTS)] for words, c in listed.items()]
 
 
 def generalization(found: Mapping) -> list[list[str]]:
     """Gaps and shifts."""
-    names = dict.fromkeys(k for row in found["rows"].values() for of in row["tasks"].values() for k in of["shifts"])
-    return [["row", "task", "training minus validation", *names]] + [
-        [row["words"], t, f"{row['tasks'][t]['gap']['mean']:+.3f}",
-         *(f"{row['tasks'][t]['shifts'][k]['mean']:+.3f}" for k in names)]
-        for row in found["rows"].values() for t in found["tasks"] if t in row["tasks"] and row["tasks"][t]["gap"]]
+    names = dict.fromkeys(k for c in found["configurations"].values() for of in c["tasks"].values()
+                          for k in of["shifts"])
+    return [["configuration", "task", "training minus validation", *names]] + [
+        [c["words"], t, f"{of['gap']['mean']:+.3f}", *(f"{of['shifts'][k]['mean']:+.3f}" for k in names)]
+        for c in found["configurations"].values() for t in found["tasks"]
+        if (of := c["tasks"].get(t, {})) and of["gap"]]
 
 
 def difference(found: Mapping, d: Mapping) -> list[str]:
-    """What is told of one: task, rows, number with interval, p, verdict, what it would take; "-": not defined."""
+    """What is told of one: task, configurations, number with interval, p, verdict, what is needed; "-": not defined."""
     known = d["difference"] is not None and None not in d["corrected_interval"]
     verdict = "none" if not d["claimed"] else "higher" if d["difference"] > 0 else "lower"
-    return [d["task"], *(found["rows"][d[k]]["words"] for k in ("row", "against")),
+    return [d["task"], *(found["configurations"][d[k]]["words"] for k in ("configuration", "against")),
             f"{d['difference']:+.3f}{around(d['corrected_interval'], '+.3f')}" if known else "-",
             f"{d['p_adjusted']:.3f}", verdict, wanted(d) if known and not d["claimed"] else ""]
 
 
 def differences(found: Mapping) -> list[list[str]]:
     """All of them; claim() says each in words."""
-    return [["task", "row", "minus", "difference", "p", "claim", "it would take"],
+    return [["task", "configuration", "minus", "difference", "p", "claim", "it would take"],
             *(difference(found, d) for d in found["differences"])]
 
 
 def metrics(found: Mapping) -> list[list]:
-    """All metrics of each row and task; plain values."""
-    return [["row", "task", "metric", "counts", "mean", "sd", "low", "high", "seeds", "photographs", "eyes"]] + [
+    """All metrics of each configuration and task; plain values."""
+    return [["configuration", "task", "metric", "counts",
+             "mean", "sd", "low", "high", "seeds", "photographs", "eyes"]] + [
         [name, t, metric, int(metric == of["primary"]), v["mean"], v["sd"], *(v["interval"] or ("", "")),
-         len(row["seeds"]), of["photographs"], of["eyes"]]
-        for name, row in found["rows"].items() for t, of in row["tasks"].items() for metric, v in of["metrics"].items()]
+         len(c["seeds"]), of["photographs"], of["eyes"]]
+        for name, c in found["configurations"].items() for t, of in c["tasks"].items()
+        for metric, v in of["metrics"].items()]
 
 
 # ---- sentences ----
 
 def claim(found: Mapping, d: Mapping) -> str:
     """What may be said of one difference."""
-    task, row, against, number, p, verdict, takes = difference(found, d)
-    said = f"{task} {d['metric'].replace('_', ' ')}, {row} minus {against}: "
+    task, configuration, against, number, p, verdict, takes = difference(found, d)
+    said = f"{task} {d['metric'].replace('_', ' ')}, {configuration} minus {against}: "
     if number == "-":
         return f"{said}not defined on these photographs"
     said += f"{number.removesuffix(')')}, p = {p}): "
@@ -152,7 +158,7 @@ def claim(found: Mapping, d: Mapping) -> str:
 
 
 def in_short(found: Mapping) -> list[str]:
-    """The scores of the rows that matter most, and what may be claimed."""
+    """The scores of the configurations that matter most, and what may be claimed."""
     out = []
     for t in found["tasks"]:
         of = usual_rows(found, t)
@@ -161,22 +167,23 @@ def in_short(found: Mapping) -> list[str]:
     claimed = ["{} {metric}, {} minus {} {}".format(*difference(found, d)[:4], metric=d["metric"].replace("_", " "))
                for d in found["differences"] if d["claimed"]]
     if found["differences"]:
-        out.append(f"{len(claimed) or 'None'} of the {len(found['differences'])} differences between rows can be "
-                   f"claimed{': ' * bool(claimed)}{'; '.join(claimed)}.")
+        out.append(f"{len(claimed) or 'None'} of the {len(found['differences'])} differences between configurations "
+                   f"can be claimed{': ' * bool(claimed)}{'; '.join(claimed)}.")
     return out
 
 
 def trade_offs(found: Mapping) -> list[str]:
     """What the numbers say of cost and generalization; no more than they do."""
-    rows, out, whole = found["rows"], [], together(found)
-    if "hard" in rows and whole:
+    configurations, out, whole = found["configurations"], [], together(found)
+    if "hard" in configurations and whole:
         out.append("Efficiency: one shared network has {:.0%} of the parameters of one network for each task and needs "
                    "{:.0%} of the multiply-adds; measured were {:.0%} of the time to answer and {:.0%} of the time to "
-                   "train.".format(*(rows["hard"]["costs"][k] / whole[k] for k in (
+                   "train.".format(*(configurations["hard"]["costs"][k] / whole[k] for k in (
                        "parameters", "multiply_adds", "latency", "training_seconds"))))
-    if "learned" in rows and "hard" in rows:
+    if "learned" in configurations and "hard" in configurations:
         out.append("Experts add {:.1%} to the multiply-adds of the shared network and {:.0%} to its parameters.".format(
-            *(rows["learned"]["costs"][k] / rows["hard"]["costs"][k] - 1 for k in ("multiply_adds", "parameters"))))
+            *(configurations["learned"]["costs"][k] / configurations["hard"]["costs"][k] - 1
+              for k in ("multiply_adds", "parameters"))))
     for t in found["tasks"]:
         of = usual_rows(found, t)
         gaps = ", ".join(f"{x['gap']['mean']:+.3f} ({words})" for words, x in of.items() if x["gap"])
@@ -191,32 +198,33 @@ def cosine_words(found: Mapping) -> str:
     """What was measured of the tasks' gradients."""
     if len(found["tasks"]) < 2:
         return "There is but one task here."
-    row = next((row for name in ("hard", "dense", "learned", *found["rows"])
-                if any((row := found["rows"].get(name, {})).get("cosines", []))), None)
-    if row is None:
+    one = next((c for name in ("hard", "dense", "learned", *found["configurations"])
+                if any((c := found["configurations"].get(name, {})).get("cosines", []))), None)
+    if one is None:
         return "Gradients were not compared here."
-    epochs, parts = [epoch for epoch in row["cosines"] if epoch], []
+    epochs, parts = [epoch for epoch in one["cosines"] if epoch], []
     for pair in epochs[0]:
         values = [epoch[pair] for epoch in epochs]
         spread = f" (standard deviation over {len(values)} epochs {stdev(values):.3f})" if len(values) > 1 else ""
         parts.append(f"of {' and '.join(pair.split())} {values[0]:+.2f} in the first epoch, {values[-1]:+.2f} in the "
                      f"last, {fmean(values):+.3f} on average{spread}")
-    return (f"Here (\"{row['words']}\", one run) the cosine between the tasks' gradients on the shared encoder was "
+    return (f"Here (\"{one['words']}\", one run) the cosine between the tasks' gradients on the shared encoder was "
             f"{'; '.join(parts)}.")
 
 
-def measured_here(found: Mapping, row: str, against: str) -> str:
-    """What one row did to each task, against another; `against` may end in the part of its name that is no task's."""
+def measured_here(found: Mapping, configuration: str, against: str) -> str:
+    """What one configuration did to each task, against another; `against` may be its name without the task."""
     said = [claim(found, d) for d in found["differences"]
-            if d["row"] == row and d["against"] in (against, d["task"] + against)]
+            if d["configuration"] == configuration and d["against"] in (against, d["task"] + against)]
     return f"Measured here: {'; '.join(said)}." if said else "It was not measured in this comparison."
 
 
 def rows_of_weights(found: Mapping) -> str:
-    """Which rows have other weights of losses."""
-    names = [row["words"] for name, row in found["rows"].items()
-             if name == "uncertainty" or name.startswith("cls_") and not name.endswith(ALONE)]
-    return f"the tables above have {', '.join(names)}" if names else "rows with other weights were not run (`--all`)"
+    """Which configurations have other weights of losses."""
+    names = [c["words"] for name, c in found["configurations"].items()
+             if name == "uncertainty" or name.startswith("cls_") and not name.endswith(SINGLE)]
+    return f"the tables above have {', '.join(names)}" if names else \
+        "configurations with other weights were not run (`--all`)"
 
 
 def threads_words(numbers: Sequence[int]) -> str:
@@ -238,13 +246,14 @@ def screen(found: Mapping) -> str:
 
 
 def chart(found: Mapping) -> Image.Image:
-    """Of each task the metric that counts: a line for each row, with interval, mean and single seeds."""
+    """Of each task the metric that counts: a line for each configuration, with interval, mean and single seeds."""
     pictures = []
     for t in found["tasks"]:
-        rows = rows_with(found, t)
-        values, first = [counting(of) for of in rows.values()], next(iter(rows.values()))
+        configurations = rows_with(found, t)
+        values, first = [counting(of) for of in configurations.values()], next(iter(configurations.values()))
         ends = [v for x in values for v in [x["mean"], *x["values"], *(x["interval"] or [])]]
-        steps = tuple((len(values) - k, found["rows"][name]["words"]) for k, name in enumerate(rows))
+        steps = tuple((len(values) - k, found["configurations"][name]["words"])
+                      for k, name in enumerate(configurations))
         plot = Chart(f"{t}: {first['primary'].replace('_', ' ')}, {first['photographs']} photographs",
                      charts.axis_of("", ends), Axis("", 0.5, len(values) + 0.5, steps), 340, 26 * len(values))
         for (y, _), v in zip(steps, values):
@@ -259,8 +268,8 @@ def chart(found: Mapping) -> Image.Image:
 
 
 def pictured(found: Mapping) -> list[str]:
-    """The rows whose first runs are drawn, at most eight: the first in all pictures, the others in the curves."""
-    runs = [name for name, row in found["rows"].items() if "run" in row]
+    """The configurations whose first runs are drawn, at most eight: the first in all pictures, others in the curves."""
+    runs = [name for name, c in found["configurations"].items() if "run" in c]
     return sorted(runs, key=lambda name: name != "learned")[:8]
 
 
@@ -285,9 +294,9 @@ def filled(report: str, width: int = 120) -> str:
 
 def circumstances(found: Mapping) -> dict[str, str]:
     """What the report says of data, machine and training, beside what stands in `found` as it is."""
-    o, rows = found["options"], found["rows"]
-    seeds = max((len(row["seeds"]) for row in rows.values() if "costs" in row), default=0)
-    drawn = [rows[name]["words"] for name in pictured(found)]
+    o, configurations = found["options"], found["configurations"]
+    seeds = max((len(c["seeds"]) for c in configurations.values() if "costs" in c), default=0)
+    drawn = [configurations[name]["words"] for name in pictured(found)]
     return {
         "start": "random weights" if o["weights"] == "none" else f"weights {o['weights']}",
         "failed": "".join(f"\n* {line}" for line in failures(found)) + "\n" * bool(found["failed"]),
@@ -300,13 +309,13 @@ def circumstances(found: Mapping) -> dict[str, str]:
             len(found["threads"]) + len(found["machine"]) > 2),
         "tasks": " ".join(found["tasks"]), "decisions": (o["size"] // 32) ** 2,
         "folds": "the part that the data set names itself"
-        if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training part",
-        "leaky": " The row without leak protection is split as if each file showed another eye, and compared with "
-        "none." * ("leaky" in rows),
-        "unchanged": " (but for the rows without augmentation and without leak protection)" * (
-            "plain" in rows or "leaky" in rows),
+        if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training split",
+        "leaky": " The configuration without leak protection is split as if each file showed another eye, and compared "
+        "with none." * ("leaky" in configurations),
+        "unchanged": " (but for the configurations without augmentation and without leak protection)" * (
+            "no_augmentation" in configurations or "leaky" in configurations),
         "first": drawn[0], "curves": ", ".join(drawn), "credit": CREDIT * (found["data"] == "IDRiD"),
-        "fewest": FEWEST_RUNS, "seeds": f"{seeds} seed{'s' * (seeds != 1)} of each row at most: " + (
+        "fewest": FEWEST_RUNS, "seeds": f"{seeds} seed{'s' * (seeds != 1)} of each configuration at most: " + (
             f"differences are between these networks; to speak of ways of training, {FEWEST_RUNS} are needed."
             if seeds < FEWEST_RUNS else "differences are between ways of training, on these data.")}
 
@@ -322,7 +331,7 @@ def text(found: Mapping, pictures: Mapping[str, str]) -> str:
         "short": listed(in_short(found)), "follows": listed(trade_offs(found)), "results": as_markdown(scores(found)),
         "costs": as_markdown(costs(found)), "generalization": as_markdown(generalization(found)),
         "differences": as_markdown(differences(found)) if found["differences"] else "There is nothing to compare with.",
-        "number": len(found["differences"]), "help": measured_here(found, "hard", ALONE),
+        "number": len(found["differences"]), "help": measured_here(found, "hard", SINGLE),
         "routing": measured_here(found, "learned", "dense"), "cosines": cosine_words(found),
         "weights_rows": rows_of_weights(found)}))
 
@@ -332,6 +341,6 @@ def write(found: Mapping, folder: Path) -> list[str]:
     write_text(folder / "comparison.json", json.dumps(found, indent=1))
     write_text(folder / "comparison.csv", as_csv(metrics(found)))
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    with replacing(folder / PICTURES / "comparison.png", lasting=False) as file:
+    with atomic_write(folder / PICTURES / "comparison.png", lasting=False) as file:
         chart(found).save(file, "PNG", optimize=True)
     return ["comparison.json", "comparison.csv", f"{PICTURES}/comparison.png"]

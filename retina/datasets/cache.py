@@ -1,4 +1,4 @@
-"""Photographs are decoded once: what prepare() makes of each is kept below data/cache."""
+"""Photographs are decoded once: what preprocess() makes of each is kept below data/cache."""
 
 import functools
 import hashlib
@@ -14,22 +14,23 @@ import numpy as np
 from tqdm import tqdm
 
 from retina.datasets import records, synthetic
-from retina.datasets.preprocess import Sample, prepare, to_sample
+from retina.datasets.preprocess import Sample, preprocess, to_sample
 from retina.datasets.records import LABELS, Record
-from retina.files import InputError, RunError, as_helper, replacing
+from retina.files import InputError, RunError, atomic_write, init_worker
+
 
 CACHE = records.HERE / "data" / "cache"
-PREPROCESSING = 6  # stored in every cache file: raise it when prepare() or what it calls changes what it makes
+PREPROCESSING = 6  # stored in every cache file: raise it when preprocess() or what it calls changes what it makes
 
 
 def files_of(record: Record) -> list[tuple[Path, int, int]]:
-    """The files that prepare() reads, each with its size in bytes and its time of change in ns."""
+    """The files that preprocess() reads, each with its size in bytes and its time of change in ns."""
     paths = [record.image, *filter(None, (record.masks or {}).values())] if record.drawing is None else []
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
 def cache_path(record: Record, size: int) -> Path:
-    """File of the cache for this record: its name changes with every input that prepare() reads."""
+    """File of the cache for this record: its name changes with every input that preprocess() reads."""
     kinds = sorted(kind for kind, path in (record.masks or {}).items() if path is not None)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
@@ -42,7 +43,7 @@ def cache_path(record: Record, size: int) -> Path:
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write a cache file; no reader ever sees half of one, and of two writers at once the second wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, lasting=False) as file:  # what a power cut spoils is made anew
+    with atomic_write(path, lasting=False) as file:  # what a power cut spoils is made anew
         np.savez(file, version=PREPROCESSING, **arrays)
 
 
@@ -72,7 +73,7 @@ def intact(path: Path, *keys: str) -> list[np.ndarray] | None:
 def fill_cache(record: Record, path: Path, size: int) -> str:
     """Prepare one record and store it; -> what is wrong with its files, "" if nothing."""
     try:
-        write_arrays(path, **prepare(record, size))
+        write_arrays(path, **preprocess(record, size))
         return ""
     except InputError as error:
         return f"{record.where}: {error}" if record.where else str(error)
@@ -108,7 +109,7 @@ def build_cache(records: Sequence[Record], size: int) -> dict[str, str]:
             part.unlink()
     verb = "drawing" if todo[0][0].drawing is not None else "reading"
     try:
-        with ProcessPoolExecutor(initializer=as_helper) as pool:
+        with ProcessPoolExecutor(initializer=init_worker) as pool:
             jobs = pool.map(functools.partial(fill_cache, size=size), *zip(*todo), chunksize=4)
             problems = list(tqdm(jobs, total=len(todo), desc=f"{verb} photographs, once", unit="photo", leave=False,
                                  disable=None))

@@ -12,6 +12,7 @@ from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
 from retina.datasets.vessels import COARSE_VIEWS, FINE_VIEWS, REACH, SCREEN, same_eye_scores
 
+
 COPY_RMSE = 2.5  # grey levels between thumbnails: re-encoded copies in IDRiD reach 1.2, the next closest pair 5
 SAME_EYE = 0.45  # vessel score: IDRiD's photographs of one eye reach 0.59 and more, all other pairs at most 0.36
 
@@ -47,7 +48,7 @@ class Comparison:
         return self.copies.tolist() + self.pairs[self.scores >= SAME_EYE].tolist()
 
     def join(self, records: Sequence[Record]) -> tuple[list[Record], list[Conflict]]:
-        """Name the eye of each photograph, and join copies in the training part; -> records, conflicts of labels."""
+        """Name the eye of each photograph, and join copies in the training split; -> records, conflicts of labels."""
         return splits.join_copies(splits.name_eyes(records, self.same_eye()), self.copies.tolist(), self.sizes.tolist())
 
 

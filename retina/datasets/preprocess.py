@@ -1,4 +1,4 @@
-"""From a photograph's files to the square sample that a network sees: prepare(), then to_sample()."""
+"""From a photograph's files to the square sample that a network sees: preprocess(), then to_sample()."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,8 @@ from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
 from retina.datasets.vessels import VESSEL_SIDE, vessel_map
-from retina.files import InputError, SIDEWAYS, open_image, orientation
+from retina.files import SIDEWAYS, InputError, open_image, orientation
+
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
 
@@ -51,7 +52,7 @@ class Sample(Labelled):
     labels: dict[str, Any]  # name in LABELS -> see its to_sample; what is known
     geometry: Geometry
     eye: str  # which eye it shows
-    draw: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
+    aug_seed: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
 
     def pictures(self, change: Callable[[Tensor], Tensor]) -> "Sample":
         """The same after a change of its image and of labels that are pictures."""
@@ -65,7 +66,7 @@ class Sample(Labelled):
 
 # ---- photographs and masks ----
 
-def lit_pixels(image: Image.Image) -> np.ndarray:
+def foreground_mask(image: Image.Image) -> np.ndarray:
     """Where a photograph, reduced to at most 256 pixels, is brighter than a tenth of what is bright in it: (h, w)."""
     small = image.copy()
     small.thumbnail((256, 256), Image.BILINEAR)
@@ -79,7 +80,7 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
     A row or column belongs to it when more than 2 % of its pixels are lit. It is a circle, perhaps cut off on two
     sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
     """
-    lit = lit_pixels(image)
+    lit = foreground_mask(image)
     columns, rows = (np.flatnonzero(lit.mean(axis) > 0.02) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
         return None
@@ -121,7 +122,7 @@ def read_image(path: Path, enough: int, held: Decoded | None = None) -> Decoded:
         return Decoded(image, *(v[::-1] if held in SIDEWAYS else v for v in (extent, size)))
 
 
-def telling_channel(image: Image.Image) -> np.ndarray:
+def mask_channel(image: Image.Image) -> np.ndarray:
     """The channel (height, width) of a mask's picture that tells lesion from background: the brightest that varies.
 
     IDRiD's masks are palette files, black and a red that reads 76 once converted to grey; one is RGBA, opaque, with
@@ -158,7 +159,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
         image.putdata(found.tolist())
     else:
         found = np.unique(pixels)
-    values = telling_channel(image)
+    values = mask_channel(image)
     highest = values.max()
     between = (values > 0.1 * highest) & (values < 0.9 * highest)
     mask = values > highest / 2
@@ -177,8 +178,9 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
 
 # ---- a record ----
 
-def prepare(record: Record, size: int, alone: bool = False, small: Decoded | None = None) -> dict[str, np.ndarray]:
-    """Decode one record into the arrays of its cache file; `alone`: not to be compared, so without a vessel map.
+def preprocess(record: Record, size: int, image_only: bool = False,
+               small: Decoded | None = None) -> dict[str, np.ndarray]:
+    """Decode one record into the arrays of its cache file; `image_only`: not to be compared, so without a vessel map.
 
     `small` is its photograph, decoded for 512 pixels, where the caller has it.
 
@@ -188,7 +190,7 @@ def prepare(record: Record, size: int, alone: bool = False, small: Decoded | Non
     what it covers is. Pictures without a field of view are taken whole.
     """
     if record.drawing is not None:
-        image, masks = synthetic.draw(synthetic.plan(*record.drawing), size)
+        image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
         scale = size / DRAWN_SIDE
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
                 "geometry": np.array([DRAWN_SIDE, DRAWN_SIDE, scale, scale, 0, 0], np.float64)}
@@ -220,7 +222,7 @@ def prepare(record: Record, size: int, alone: bool = False, small: Decoded | Non
             masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
             stored.append(f"{kind} {how}")
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    if field and not alone:
+    if field and not image_only:
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
@@ -229,7 +231,7 @@ def prepare(record: Record, size: int, alone: bool = False, small: Decoded | Non
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
-    """The sample of a record from the arrays that prepare() makes of it."""
+    """The sample of a record from the arrays that preprocess() makes of it."""
     size = arrays["image"].shape[-1]
     width, height, *affine = arrays["geometry"].tolist()
     geometry = Geometry(int(width), int(height), *affine)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from retina.datasets import records, synthetic
-from retina.datasets.records import DataSet, LABELS, POINTS, Record, Row, read_point
+from retina.datasets.records import LABELS, LANDMARKS, DataSet, Record, TableRow, read_point
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError
+
 
 SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -102,7 +103,7 @@ def read_rows(path: Path, wanted: Sequence[str], known: Collection[str] = ()) ->
 
 # ---- IDRiD ----
 
-PARTS = {"train": ("a. Training Set", "Training"), "test": ("b. Testing Set", "Testing")}
+SPLITS = {"train": ("a. Training Set", "Training"), "test": ("b. Testing Set", "Testing")}
 MASK_FOLDERS = {"MA": "1. Microaneurysms", "HE": "2. Haemorrhages", "EX": "3. Hard Exudates",
                 "SE": "4. Soft Exudates", "OD": "5. Optic Disc"}
 IMAGES, TABLES = "1. Original Images", "2. Groundtruths"
@@ -110,7 +111,7 @@ SUBSETS = {"A. Segmentation": "seg", "B. Disease Grading": "cls, dme", "C. Local
 
 
 def read_idrid(root: Path) -> DataSet:
-    """IDRiD below `root`, in the official layout and names: the training part, and the test part where it is there.
+    """IDRiD below `root`, in the official layout and names: the training split, and the test split where it is there.
 
     Any subset may be absent. The localization part has the images of the grading part: where its own are missing, its
     points go to those. InputError: no subset at all, a label without its image, an image without its label, a label
@@ -123,35 +124,35 @@ def read_idrid(root: Path) -> DataSet:
         raise InputError(f"{root}: expected IDRiD's folders {', '.join(map(repr, SUBSETS))} or folders of classes "
                          f"below 'train', found {found}")
     records = []
-    for part, (folder, _) in PARTS.items():
-        def present(subset):  # the training part is a must, the test part may be missing
-            return (root / subset).is_dir() and (part == "train" or (root / subset / IMAGES / folder).is_dir())
+    for split, (folder, _) in SPLITS.items():
+        def present(subset):  # the training split is a must, the test split may be missing
+            return (root / subset).is_dir() and (split == "train" or (root / subset / IMAGES / folder).is_dir())
 
         if present("A. Segmentation"):
-            records += read_segmentation(root / "A. Segmentation", part)
-        graded = read_grading(grading, part) if present("B. Disease Grading") else []
+            records += read_segmentation(root / "A. Segmentation", split)
+        graded = read_grading(grading, split) if present("B. Disease Grading") else []
         if (localization / IMAGES / folder).is_dir():
             images = list_images(localization / IMAGES / folder)
-            located = [Record(named(part, "localization", name), image, part) for name, image in images.items()]
-            graded += read_points(localization, part, located, localization)
+            located = [Record(named(split, "localization", name), image, split) for name, image in images.items()]
+            graded += read_points(localization, split, located, localization)
         elif graded and (localization / TABLES).is_dir():
-            graded = read_points(localization, part, graded, grading)
+            graded = read_points(localization, split, graded, grading)
         records += graded
     return DataSet(records, notes=tuple(f"{root} has no '{subset}': nothing to learn {tasks} from"
                                         for subset, tasks in SUBSETS.items() if subset not in there))
 
 
-def named(part: str, subset: str, name: str) -> str:
+def named(split: str, subset: str, name: str) -> str:
     """The name of a record; IDRiD counts the photographs of each subset and part from 1."""
-    return f"{'test/' if part == 'test' else ''}{subset}/{name}"
+    return f"{'test/' if split == 'test' else ''}{subset}/{name}"
 
 
-def read_segmentation(root: Path, part: str) -> list[Record]:
+def read_segmentation(root: Path, split: str) -> list[Record]:
     """Photographs with masks. A mask file that is not there means: no such lesion."""
-    images = list_images(root / IMAGES / PARTS[part][0])
+    images = list_images(root / IMAGES / SPLITS[split][0])
     masks: dict[str, dict[str, Path | None]] = {name: dict.fromkeys(LESIONS) for name in images}
     for kind, folder in MASK_FOLDERS.items():
-        folder = root / "2. All Segmentation Groundtruths" / PARTS[part][0] / folder
+        folder = root / "2. All Segmentation Groundtruths" / SPLITS[split][0] / folder
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; the official layout keeps the {kind} masks there")
         for path in files_in(folder):
@@ -164,7 +165,7 @@ def read_segmentation(root: Path, part: str) -> list[Record]:
     for name, found in masks.items():
         if not any(found.values()):  # a photograph without any lesion still has an optic disc
             raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
-    return [Record(named(part, "segmentation", name), images[name], part, {"masks": masks[name]}) for name in images]
+    return [Record(named(split, "segmentation", name), images[name], split, {"masks": masks[name]}) for name in images]
 
 
 def read_by_name(path: Path, columns: Sequence[str], what: str, images: Mapping[str, Path], folder: Path,
@@ -187,11 +188,11 @@ def read_by_name(path: Path, columns: Sequence[str], what: str, images: Mapping[
     return found
 
 
-def read_grading(root: Path, part: str) -> list[Record]:
+def read_grading(root: Path, split: str) -> list[Record]:
     """Graded photographs."""
-    path = root / TABLES / f"{PARTS[part][0][0]}. IDRiD_Disease Grading_{PARTS[part][1]} Labels.csv"
-    images = list_images(root / IMAGES / PARTS[part][0])
-    columns = {"grade": "Retinopathy grade", "edema": "Risk of macular edema"}
+    path = root / TABLES / f"{SPLITS[split][0][0]}. IDRiD_Disease Grading_{SPLITS[split][1]} Labels.csv"
+    images = list_images(root / IMAGES / SPLITS[split][0])
+    columns = {"grade": "Retinopathy grade", "edema_risk": "Risk of macular edema"}
 
     def read(where, name, row):
         return {label: LABELS[label].parse(row[column], f"{where}: {column} of {name}")
@@ -201,12 +202,12 @@ def read_grading(root: Path, part: str) -> list[Record]:
     for name, image in images.items():
         if name not in grades:
             raise InputError(f"{image}: a photograph without its row in {path}")
-    return [Record(named(part, "grading", name), images[name], part, grades[name]) for name in images]
+    return [Record(named(split, "grading", name), images[name], split, grades[name]) for name in images]
 
 
-def read_points(root: Path, part: str, located: Sequence[Record], pictures: Path) -> list[Record]:
+def read_points(root: Path, split: str, located: Sequence[Record], pictures: Path) -> list[Record]:
     """The same records, whose images lie in `pictures`, with the points of the two tables below `root`."""
-    letter, word = PARTS[part][0][0], PARTS[part][1]
+    letter, word = SPLITS[split][0][0], SPLITS[split][1]
     tables = {"disc": f"1. Optic Disc Center Location/{letter}. IDRiD_OD_Center_{word} Set_Markups.csv",
               "fovea": f"2. Fovea Center Location/IDRiD_Fovea_Center_{word} Set_Markups.csv"}
     images, columns = {r.image.stem: r.image for r in located}, ("Image No", "X- Coordinate", "Y - Coordinate")
@@ -218,7 +219,7 @@ def read_points(root: Path, part: str, located: Sequence[Record], pictures: Path
         found = read_by_name(root / TABLES / table, columns, "point", images, pictures / IMAGES, read)
         for name, point in found.items():
             points[name][kind] = point
-    return [r.with_labels(points=points.get(r.image.stem)) for r in located]
+    return [r.with_labels(landmarks=points.get(r.image.stem)) for r in located]
 
 
 def read_table(path: Path) -> DataSet:
@@ -235,12 +236,12 @@ def read_table(path: Path) -> DataSet:
         cells = dict.fromkeys(known, "") | cells
         if not cells["image"]:
             raise InputError(f"{where}: the cell of column 'image' is empty; expected the path of a photograph")
-        row = Row(path.parent, where, cells)
-        image, part = row.file("image"), cells["split"] or "train"
-        if part not in ("train", "val", "test"):
-            raise InputError(f"{where}: split is {part!r}, expected train, val or test")
+        row = TableRow(path.parent, where, cells)
+        image, split = row.file("image"), cells["split"] or "train"
+        if split not in ("train", "val", "test"):
+            raise InputError(f"{where}: split is {split!r}, expected train, val or test")
         eye = f"group {cells['group']}" if cells["group"] else ""
-        record = Record(cells["image"], image, part, eye=eye, where=where)
+        record = Record(cells["image"], image, split, eye=eye, where=where)
         record = record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
         before = records.setdefault(image.resolve(), record)
         if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
@@ -268,16 +269,16 @@ def read_folders(root: Path) -> DataSet:
     if len(classes) < 2:
         raise InputError(f"{root / 'train'}: found {len(classes)} folders; expected one for each class, at least two")
     records = []
-    for part in (p.name for p in folders(root)):
-        if loose := [p for p in sorted((root / part).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]:
-            raise InputError(f"{loose[0]}: a photograph outside of a class; expected it in {root / part}/CLASS/")
-        if not folders(root / part):
-            raise InputError(f"{root / part}: holds no class; expected {', '.join(classes[:12])}; or remove it")
-        for folder in folders(root / part):
+    for split in (p.name for p in folders(root)):
+        if loose := [p for p in sorted((root / split).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]:
+            raise InputError(f"{loose[0]}: a photograph outside of a class; expected it in {root / split}/CLASS/")
+        if not folders(root / split):
+            raise InputError(f"{root / split}: holds no class; expected {', '.join(classes[:12])}; or remove it")
+        for folder in folders(root / split):
             if folder.name not in classes:
                 raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}; "
                                  "add it there or remove it here")
-            records += [Record(f"{part}/{folder.name}/{image.name}", image, part,
+            records += [Record(f"{split}/{folder.name}/{image.name}", image, split,
                                {"category": classes.index(folder.name)})
                         for image in list_images(folder, only=True).values()]
     return DataSet(records, tuple(classes))
@@ -290,12 +291,13 @@ DRAWN_SIDE = 1024  # pixels of a drawing, were it a file: the unit of its points
 def read_drawn() -> DataSet:
     """The drawn photographs; every label is known, and each shows an eye of its own."""
     records = []
-    for part, (series, number) in DRAWN.items():
+    for split, (series, number) in DRAWN.items():
         for i in range(number):
             eye = synthetic.plan(series, i)
-            points = {kind: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, kind)) for kind in POINTS}
-            labels = {"grade": eye.grade, "edema": eye.edema, "masks": dict.fromkeys(LESIONS), "points": points}
-            records.append(Record(f"drawn/{series}_{i:04d}", None, part, labels, drawing=(series, i)))
+            points = {kind: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, kind)) for kind in LANDMARKS}
+            labels = {"grade": eye.grade, "edema_risk": eye.edema_risk, "masks": dict.fromkeys(LESIONS),
+                      "landmarks": points}
+            records.append(Record(f"drawn/{series}_{i:04d}", None, split, labels, drawing=(series, i)))
     return DataSet(records)
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError, image_size
 
+
 HERE = Path(__file__).parents[2]  # the project's folder: data/ and runs/ lie in it
-POINTS = ("disc", "fovea")  # centres of the optic disc and of the fovea
+LANDMARKS = ("disc", "fovea")  # centres of the optic disc and of the fovea
 GRADES, EDEMA_RISKS = 5, 3
 UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known
-KINDS = dict(zip(LESIONS, ("microaneurysms", "haemorrhages", "hard exudates", "soft exudates", "optic disc")))
-COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))))
+LESION_NAMES = dict(zip(LESIONS, ("microaneurysms", "haemorrhages", "hard exudates", "soft exudates", "optic disc")))
+LESION_COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))))
 
 # n photographs, L lesion classes (LESIONS), P points (POINTS), S side of the photograph in pixels
 
@@ -38,15 +39,15 @@ class Conflict:
     values: tuple
     used: object  # what training goes by; None: nothing
 
-    def plain(self, classes: Sequence[str]) -> dict:
+    def as_dict(self, classes: Sequence[str]) -> dict:
         """As plain types, categories by their names."""
         label = LABELS.get(self.label)
-        values = [v if v is None or label is None else label.shown(v, classes) for v in (*self.values, self.used)]
+        values = [v if v is None or label is None else label.display(v, classes) for v in (*self.values, self.used)]
         return {"label": self.label, "photographs": list(self.names), "values": values[:-1], "used": values[-1]}
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table."""
     folder: Path  # of the table
     where: str  # for messages
@@ -86,7 +87,7 @@ class Label:
         """A value from the text of its one cell; `what` names the cell. InputError: it is no such label."""
         raise NotImplementedError
 
-    def read(self, row: Row) -> Any:
+    def read(self, row: TableRow) -> Any:
         """A value from a row of a table; None: not known. InputError: see `parse`."""
         for column in self.columns:
             if row.cells[column]:
@@ -130,7 +131,7 @@ class Label:
         """What of a value, or of None, every fold gets its share of."""
         return value is not None
 
-    def shown(self, value: Any, classes: Sequence[str]) -> Any:
+    def display(self, value: Any, classes: Sequence[str]) -> Any:
         """A value in reports; `classes` are the names of the data set's own."""
         return value
 
@@ -148,7 +149,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class ClassNumber(Label):
+class ClassLabel(Label):
     """A whole number 0..number-1 for the whole photograph; without `number` one of the data set's own classes."""
     number: int | None = None
     section = "classes"
@@ -166,7 +167,7 @@ class ClassNumber(Label):
     def stratum(self, value):
         return value
 
-    def shown(self, value, classes):
+    def display(self, value, classes):
         return value if self.number else classes[value]
 
     def summary(self, records, classes):
@@ -174,7 +175,7 @@ class ClassNumber(Label):
         counts = Counter(self.known(records))
         if not counts:
             return {}
-        names = {v: str(self.shown(v, classes)) for v in sorted(counts)}
+        names = {v: str(self.display(v, classes)) for v in sorted(counts)}
         guess, right = max(counts.items(), key=lambda item: (item[1], -item[0]))
         return {self.name: {"counts": {names[v]: counts[v] for v in names}, "constant_guess": names[guess],
                             "constant_accuracy": round(right / counts.total(), 4)}}
@@ -188,7 +189,7 @@ class ClassNumber(Label):
 
 
 @dataclass(frozen=True)
-class Number(Label):
+class NumberLabel(Label):
     """A number for the whole photograph, from `lowest` to `highest`; where copies differ their mean counts."""
     lowest: float = -math.inf
     highest: float = math.inf
@@ -219,7 +220,7 @@ class Number(Label):
 
 
 @dataclass(frozen=True)
-class Points(Label):
+class LandmarkLabel(Label):
     """Points in pixels of the file, {kind: (x, y)}; one that is absent is not known. Two columns for each, x and y.
 
     In samples (P, 2) float32, x and y in pixels of the sample; nan: not known, or out of the picture.
@@ -253,10 +254,10 @@ class Points(Label):
 
 
 @dataclass(frozen=True)
-class Masks(Label):
+class MaskLabel(Label):
     """Masks, {kind: file, or None where the kind was looked for and is not there}; one that is absent is not known.
 
-    In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind. preprocess.prepare reads the files.
+    In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind. preprocess.preprocess reads the files.
     """
     kinds: tuple[str, ...] = ()
     picture, section = True, "masks"
@@ -338,11 +339,11 @@ def inside(points: Tensor, size: int) -> Tensor:
 
 
 LABELS: dict[str, Label] = {label.name: label for label in (
-    ClassNumber("grade", "cls", ("cls",), number=GRADES),  # of diabetic retinopathy
-    ClassNumber("edema", "dme", ("dme",), minor=True, number=EDEMA_RISKS),  # risk of macular edema
-    ClassNumber("category", "cls"),  # the photograph's folder, in data sets that are folders of classes
-    Points("points", "loc", ("od_x", "od_y", "fovea_x", "fovea_y"), minor=True, kinds=POINTS),
-    Masks("masks", "seg", tuple(f"mask_{kind.lower()}" for kind in LESIONS), kinds=LESIONS))}
+    ClassLabel("grade", "cls", ("grade",), number=GRADES),  # of diabetic retinopathy
+    ClassLabel("edema_risk", "dme", ("edema_risk",), minor=True, number=EDEMA_RISKS),  # risk of macular edema
+    ClassLabel("category", "cls"),  # the photograph's folder, in data sets that are folders of classes
+    LandmarkLabel("landmarks", "loc", ("disc_x", "disc_y", "fovea_x", "fovea_y"), minor=True, kinds=LANDMARKS),
+    MaskLabel("masks", "seg", tuple(f"mask_{kind.lower()}" for kind in LESIONS), kinds=LESIONS))}
 
 
 # ---- photographs ----
@@ -364,9 +365,9 @@ class Labelled:
 @dataclass(frozen=True)
 class Record(Labelled):
     """Paths and labels of one photograph."""
-    name: str  # unique in the data set, e.g. "grading/IDRiD_001"; those of the test part begin with "test/"
+    name: str  # unique in the data set, e.g. "grading/IDRiD_001"; those of the test split begin with "test/"
     image: Path | None  # None: drawn
-    part: str = "train"  # "train", "val" (where the data set says so itself) or "test"
+    split: str = "train"  # "train", "val" (where the data set says so itself) or "test"
     labels: dict[str, Any] = field(default_factory=dict, hash=False)  # name in LABELS -> value; what is known
     eye: str = ""  # photographs with the same eye stay on one side of every split
     where: str = ""  # the row of a table that it comes from, for messages

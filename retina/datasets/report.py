@@ -10,9 +10,10 @@ from PIL import Image
 from retina.datasets import leaks, splits
 from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
 from retina.datasets.leaks import Comparison, compare
-from retina.datasets.records import DataSet, KINDS, LABELS, Points, Record
+from retina.datasets.records import LABELS, LESION_NAMES, DataSet, LandmarkLabel, Record
 from retina.drawing import captioned, column, grid, label_legend, masks_of, photograph, row, tinted, titled
 from retina.files import InputError
+
 
 EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
 MOST = 36  # groups on a contact sheet
@@ -21,7 +22,7 @@ Group = tuple[str, Sequence[Record]]  # photographs to be seen together, and the
 
 def labelled(records: Sequence[Record]) -> dict[str, int]:
     """How many records carry each label that occurs at all."""
-    last = sorted(LABELS.values(), key=lambda label: isinstance(label, Points))  # points stand last
+    last = sorted(LABELS.values(), key=lambda label: isinstance(label, LandmarkLabel))  # points stand last
     return {label.name: n for label in last if (n := len(label.known(records)))}
 
 
@@ -67,14 +68,14 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
     groups = defaultdict(list)
     for r in joined:
         groups[r.eye].append(r.name)
-    trained = {r.eye for r in joined if r.part == "train"}
+    trained = {r.eye for r in joined if r.split == "train"}
     pairs = [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
              for k in np.argsort(-found.scores, kind="stable")]
     same = int((found.scores >= leaks.SAME_EYE).sum())
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
         "parts": {part: overview(members, data_set.classes) for part in ("train", "val", "test")
-                  if (members := [r for r in data_set.records if r.part == part])},
+                  if (members := [r for r in data_set.records if r.split == part])},
         "unreadable": problems,
         "sizes": dict(Counter(f"{w}x{h}" for w, h in found.sizes.tolist()).most_common()),
         "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
@@ -83,7 +84,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
         "same_eye": {"threshold": leaks.SAME_EYE, "pairs": pairs[:same], "closest_below": pairs[same:same + 12],
                      "photographs": len(joined), "eyes": len(groups),
                      "groups": [names for names in groups.values() if len(names) > 1]},
-        "conflicts": [c.plain(data_set.classes) for c in conflicts],
+        "conflicts": [c.as_dict(data_set.classes) for c in conflicts],
         "leaks": {"validated": [r.name for r in split.validated],
                   "training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
                   "test_labels": labelled([r for r in split.test if r.eye in trained])},
@@ -107,7 +108,7 @@ def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: S
         alike[splits.stratum(r)].append(r)
     return {
         "labels": ("labels as they lie on the photographs", [
-            (", ".join(f"{name} {LABELS[name].shown(v, classes)}" for name, v in r.labels.items()
+            (", ".join(f"{name} {LABELS[name].display(v, classes)}" for name, v in r.labels.items()
                        if isinstance(v, (int, float))), [r])  # the others are drawn
             for _, similar in sorted(alike.items(), key=lambda item: str(item[0])) for r in similar[:6]]),
         "copies": ("files that show one photograph", list(map(group, report["copies"]))),
@@ -117,9 +118,9 @@ def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: S
         "conflicts": ("one photograph, different labels", [
             group(c["photographs"], f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}")
             for c in report["conflicts"]]),
-        "leaks": ("an eye of the test part in the training part", [
-            ("", [next(r for r in eye if (r.part == "test") == side) for side in (True, False)])
-            for eye in eyes.values() if {"test"} < {r.part for r in eye}]),
+        "leaks": ("an eye of the test split in the training split", [
+            ("", [next(r for r in eye if (r.split == "test") == side) for side in (True, False)])
+            for eye in eyes.values() if {"test"} < {r.split for r in eye}]),
         "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in odd]),
         "no_field": ("no round field of view found", [group([name]) for name in report["without_field_of_view"]])}
 
@@ -153,8 +154,9 @@ def page(report: Mapping) -> str:
         lines += part_lines(part, counts)
     lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
     if report["mask_formats"]:
-        lines.append(f"masks ({', '.join(f'{k} {name}' for k, name in KINDS.items())}) are stored as " + ", ".join(
-            f"mode {form.replace(' ', ' with values ', 1)} ({n} files)" for form, n in report["mask_formats"].items()))
+        lines.append(f"masks ({', '.join(f'{k} {name}' for k, name in LESION_NAMES.items())}) are stored as "
+                     + ", ".join(f"mode {form.replace(' ', ' with values ', 1)} ({n} files)"
+                                 for form, n in report["mask_formats"].items()))
     lines += listing("masks stored unlike the others", report["odd_masks"])
     lines += listing("unreadable files", list(report["unreadable"].values()))
     lines += listing("photographs without a round field of view (taken whole, not compared by vessels)",
@@ -166,20 +168,21 @@ def page(report: Mapping) -> str:
                      [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
     lines += [f"    closest below: {p['score']:.2f}  {' / '.join(p['photographs'])}"
               for p in same["closest_below"][:1]]
-    lines.append(f"after joining copies in the training part: {same['photographs']} photographs of {same['eyes']} eyes")
+    lines.append(
+        f"after joining copies in the training split: {same['photographs']} photographs of {same['eyes']} eyes")
     lines += listing("labels that contradict each other", [
         f"{c['label']} {' or '.join(map(str, c['values']))} of {' = '.join(c['photographs'])}; training uses "
         f"{c['used']}" for c in report["conflicts"]])
     leaks = report["leaks"]
     if "test" in report["parts"]:
-        lines += ["", f"leaks: training photographs of an eye in the test part: {len(leaks['training'])}; by task: "
+        lines += ["", f"leaks: training photographs of an eye in the test split: {len(leaks['training'])}; by task: "
                   f"{by_task(leaks['training_labels'])}",
-                  f"    test photographs of an eye in the training part, by task: {by_task(leaks['test_labels'])}"]
+                  f"    test photographs of an eye in the training split, by task: {by_task(leaks['test_labels'])}"]
         lines += ["    train.py leaves those training photographs out, unless --keep-leaks"] * bool(leaks["training"])
     else:
-        lines += ["", "leaks: there is no test part here to look for in the training part"]
+        lines += ["", "leaks: there is no test split here to look for in the training split"]
     if leaks["validated"]:
-        lines += listing("training photographs of an eye in the validation part (train.py leaves them out)",
+        lines += listing("training photographs of an eye in the validation split (train.py leaves them out)",
                          leaks["validated"])
     how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
     lines += ["", f"the split of train.py, {how}, copies joined:"]
@@ -198,7 +201,7 @@ def contact_sheet(title: str, groups: Sequence[Group], labels: bool) -> Image.Im
     def tile(record):
         sample = cached_sample(record, cache_path(record, EXAMINED_SIZE), EXAMINED_SIZE)
         picture = photograph(sample.image, EXAMINED_SIZE)
-        return captioned(tinted(picture, masks_of(sample), sample.points) if labels else picture, record.name)
+        return captioned(tinted(picture, masks_of(sample), sample.landmarks) if labels else picture, record.name)
 
     wide = max(len(members) for _, members in groups)
     tiles = [captioned(row([tile(r) for r in members], 0), caption) for caption, members in groups]

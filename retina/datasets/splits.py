@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retina.datasets.records import ClassNumber, Conflict, LABELS, Record
+from retina.datasets.records import LABELS, ClassLabel, Conflict, Record
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
 
@@ -39,7 +39,7 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
     """
     groups = defaultdict(list)
     for i, leader in enumerate(connected(pairs, len(records))):
-        groups[(leader, "train") if records[i].part == "train" else (i, "alone")].append(i)
+        groups[(leader, "train") if records[i].split == "train" else (i, "alone")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
         if len(group) == 1:
@@ -71,14 +71,14 @@ class Split:
     training: list[Record]
     validation: list[Record]
     test: list[Record]
-    leaks: list[Record]  # photographs to train or validate on that show an eye of the test part
-    validated: list[Record]  # training photographs that show an eye of a validation part of the data set's own
+    leaks: list[Record]  # photographs to train or validate on that show an eye of the test split
+    validated: list[Record]  # training photographs that show an eye of a validation split of the data set's own
 
 
 def stratum(record: Record) -> tuple:
     """Grade or class, and what else is known; minor labels decide for photographs without a grade or class."""
     major, minor = ([label for label in LABELS.values() if label.minor == which] for which in (False, True))
-    graded = any(isinstance(label, ClassNumber) and label.name in record.labels for label in major)
+    graded = any(isinstance(label, ClassLabel) and label.name in record.labels for label in major)
     return tuple(label.stratum(record.labels.get(label.name)) for label in major + ([] if graded else minor))
 
 
@@ -118,13 +118,13 @@ def read_fold(text: str) -> tuple[int, int]:
 
 
 def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False) -> Split:
-    """Cut the training part into training and validation (fold I of N) such that no eye lies on both sides.
+    """Cut the training split into training and validation (fold I of N) such that no eye lies on both sides.
 
-    Training photographs of an eye in the test part are left out, unless `keep_leaks`. Where the data set names its own
-    validation part, that is taken, and photographs of its eyes never train. InputError: `fold` has no such form.
+    Training photographs of an eye in the test split are left out, unless `keep_leaks`. Where the data set names its own
+    validation split, that is taken, and photographs of its eyes never train. InputError: `fold` has no such form.
     """
     index, number = read_fold(fold)
-    parts = {part: [r for r in records if r.part == part] for part in ("train", "val", "test")}
+    parts = {part: [r for r in records if r.split == part] for part in ("train", "val", "test")}
     tested, validated = ({r.eye for r in parts[part]} for part in ("test", "val"))
     leaks = [r for r in parts["train"] + parts["val"] if r.eye in tested]
     if not keep_leaks:
@@ -158,12 +158,12 @@ def announcement(training: Sequence[Record], validation: Sequence[Record], findi
         labelled = (f"{t.name} {sum(t.labelled(r) for r in records)}" for t in tasks)
         return f"{len(records)} photographs ({', '.join(labelled)})"
 
-    how = "as the data set says" if any(r.part == "val" for r in validation) else f"fold {fold}"
+    how = "as the data set says" if any(r.split == "val" for r in validation) else f"fold {fold}"
     kept = "kept (--keep-leaks), so test scores say little about new eyes" if findings["leaks"]["kept"] else "left out"
     found = ((findings["leaks"]["photographs"],
-              f"photographs of the training part show an eye of the test part: {kept}"),
+              f"photographs of the training split show an eye of the test split: {kept}"),
              (len(findings["left_out_for_validation"]),
-              "photographs of the training part show an eye of the validation part: left out"),
+              "photographs of the training split show an eye of the validation split: left out"),
              (len(findings["conflicts"]),
               "times copies of one photograph carry different labels; config.json lists them and what training "
               "goes by"))

@@ -1,7 +1,7 @@
 """Drawn fundus photographs with every label exact: the data on which everything runs before IDRiD is at hand.
 
     plan(seed, index) -> Eye      what is there: side, disc, fovea, lesions. Grades follow from this alone.
-    draw(eye, size) -> pixels     how a camera sees it: vessels, colour, exposure, blur, noise; and the exact masks
+    render(eye, size) -> pixels     how a camera sees it: vessels, colour, exposure, blur, noise; and the exact masks
 
 Grades follow the International Clinical Diabetic Retinopathy scale (Wilkinson et al. 2003, Ophthalmology 110:1677),
 edema risk IDRiD's rule (hard exudates within one disc diameter of the fovea). Lesions are larger than life and their
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
 
 # Coordinates are shares of the image's side, x to the right, y down. S is that side in pixels.
 LESIONS = ("MA", "HE", "EX", "SE", "OD")  # microaneurysms, haemorrhages, hard and soft exudates; optic disc
@@ -73,7 +74,7 @@ class Eye:
         return 2 if kinds - {"MA"} else len(kinds)
 
     @property
-    def edema(self) -> int:
+    def edema_risk(self) -> int:
         """Macular-edema risk 0..2: no hard exudates; all further than a disc diameter from the fovea; one within."""
         gaps = [math.hypot(s.x - self.fovea[0], s.y - self.fovea[1]) for s in self.lesions if s.kind == "EX"]
         return 0 if not gaps else 2 if min(gaps) <= DISC_DIAMETER else 1
@@ -189,7 +190,7 @@ def grow_vessels(eye: Eye) -> list[Stroke]:
 
 # ---- how a camera sees it ----
 
-def draw(eye: Eye, size: int) -> tuple[np.ndarray, np.ndarray]:
+def render(eye: Eye, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Photograph `eye` at S = `size` pixels: image (S, S, 3) uint8 RGB and masks (5, S, S) bool in LESIONS' order."""
     rng = np.random.default_rng((*eye.key, 1))  # the camera's own luck
     cover = {kind: np.zeros((size, size), np.float32) for kind in LESIONS}
@@ -294,7 +295,7 @@ def main(path: str) -> None:
     """Write a contact sheet of 24 drawn photographs."""
     sheet = Image.new("RGB", (6 * 256, 4 * 256))
     for i in range(24):
-        sheet.paste(Image.fromarray(draw(plan(0, i), 256)[0]), (i % 6 * 256, i // 6 * 256))
+        sheet.paste(Image.fromarray(render(plan(0, i), 256)[0]), (i % 6 * 256, i // 6 * 256))
     sheet.save(path)
 
 

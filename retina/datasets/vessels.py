@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+
 # V side of a vessel map, n photographs
 
 VESSEL_SIDE = 108  # pixels of a vessel map

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.evaluation import statistics
-from retina.evaluation.scoring import score
+from retina.evaluation.scoring import evaluate_split
 from retina.evaluation.task_metrics import TaskMetrics
 
 
-class Rerouted(nn.Module):
+class RerouteWrapper(nn.Module):
     """A router whose routing is changed by a function."""
 
     def __init__(self, router: nn.Module, change: Callable):
@@ -27,28 +27,28 @@ class Rerouted(nn.Module):
         return self.change(self.router(u, grid))
 
 
-def knock_out(r, expert: int):
+def ablate_expert(r, expert: int):
     """Routing without noise as if `expert` were not there: the K best of the others, weighted as the router would.
 
     Where fewer than K others have any weight, the places left over have none.
     """
-    k = r.indices.shape[1]
+    k = r.experts.shape[1]
     p = r.probabilities.index_fill(1, torch.tensor(expert, device=r.probabilities.device), 0.0)
-    top, indices = p.topk(k, dim=1)
+    top, experts = p.topk(k, dim=1)
     total = (top if k > 1 else p).sum(1, keepdim=True)
-    weights = torch.where(total > 0, top / total, 0.0)
-    return r._replace(indices=indices, weights=weights)
+    gates = torch.where(total > 0, top / total, 0.0)
+    return r._replace(experts=experts, gates=gates)
 
 
-class Tape:
+class RouteRecorder:
     """Routes of all photographs of a pass, to be played in another pass, each to the photograph after it."""
 
     def __init__(self):
-        self.routes: list[tuple[Tensor, Tensor]] = []  # of each photograph: indices and weights, (h * w, K)
+        self.routes: list[tuple[Tensor, Tensor]] = []  # of each photograph: experts and gates, (h * w, K)
 
     def record(self, r):
         """Remember; changes nothing."""
-        self.routes += zip(*(x.view(r.grid[0], -1, x.shape[1]) for x in (r.indices, r.weights)))
+        self.routes += zip(*(x.view(r.grid[0], -1, x.shape[1]) for x in (r.experts, r.gates)))
         return r
 
     def shuffled(self) -> Callable:
@@ -56,11 +56,11 @@ class Tape:
         order = torch.randperm(len(self.routes), generator=torch.Generator().manual_seed(0))
         others = iter(torch.empty_like(order).scatter(0, order, order.roll(1)).tolist())
 
-        def play(r):
+        def replay(r):
             taken = [self.routes[next(others)] for _ in range(r.grid[0])]
-            indices, weights = map(torch.cat, zip(*taken))
-            return r._replace(indices=indices, weights=weights)
-        return play
+            experts, gates = map(torch.cat, zip(*taken))
+            return r._replace(experts=experts, gates=gates)
+        return replay
 
 
 @contextlib.contextmanager
@@ -73,55 +73,57 @@ def routed_by(layer: nn.Module, routers: Mapping[str, nn.Module]) -> Iterator[No
         layer.routers = own
 
 
-def interventions(layer: nn.Module, tapes: Mapping[str, Tape]) -> Iterator[tuple[dict, dict]]:
+def interventions(layer: nn.Module, recorders: Mapping[str, RouteRecorder]) -> Iterator[tuple[dict, dict]]:
     """-> ({task: what is changed}, {task: router}), one for each pass that is to be scored; see routed_by.
 
-    `tapes` hold, for each task that is scored, the routes of an unchanged pass over the same photographs.
+    `recorders` hold, for each task that is scored, the routes of an unchanged pass over the same photographs.
     """
     own = dict(layer.routers.items())
 
     def all_tasks(title, change):
-        return dict.fromkeys(tapes, title), {t: Rerouted(own[t], change) for t in tapes}
+        return dict.fromkeys(recorders, title), {t: RerouteWrapper(own[t], change) for t in recorders}
 
-    yield all_tasks("without the experts", lambda r: r._replace(weights=torch.zeros_like(r.weights)))
+    yield all_tasks("without the experts", lambda r: r._replace(gates=torch.zeros_like(r.gates)))
     for e in range(len(layer.experts.w1)):
-        yield all_tasks(f"without expert {e}", lambda r, e=e: knock_out(r, e))
-    several = [t for t, tape in tapes.items() if len(tape.routes) > 1]
+        yield all_tasks(f"without expert {e}", lambda r, e=e: ablate_expert(r, e))
+    several = [t for t, recorder in recorders.items() if len(recorder.routes) > 1]
     if several:
         yield (dict.fromkeys(several, "routes of another photograph"),
-               own | {t: Rerouted(own[t], tapes[t].shuffled()) for t in several})
+               own | {t: RerouteWrapper(own[t], recorders[t].shuffled()) for t in several})
     names = list(own)
     for shift in range(1, len(names)):
-        other = {names[i - shift]: o for i, o in enumerate(names) if names[i - shift] in tapes}
+        other = {names[i - shift]: o for i, o in enumerate(names) if names[i - shift] in recorders}
         yield {t: f"by the router of {o}" for t, o in other.items()}, {t: own[o] for t, o in other.items()}
 
 
 def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes: Sequence[str]) -> tuple[float, float]:
-    """Change of a task's primary metric between two tallies of the same photographs (n, ...), and its standard error
+    """Change of a task's primary metric between two statistics of the same photographs (n, ...), and its standard error
 
     from a paired bootstrap over eyes.
     """
-    one, other = (statistics.bootstrap([partial(task.measures, tally, chosen={})], eyes)[task.primary]
-                  for tally in (before, after))
+    one, other = (statistics.bootstrap([partial(task.compute, stats, calibration={})], eyes)[task.primary]
+                  for stats in (before, after))
     difference = other - one
     return float(difference[0]), float(difference[1:].std())
 
 
-def rerouted(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
+def score_interventions(net: nn.Module, batches: Iterable,
+                        tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
     """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
 
     Nothing is trained again; see `interventions`. `batches` are passed once for each.
     """
-    tapes = {t: Tape() for t in net.experts.routers}
-    with routed_by(net.experts, {t: Rerouted(router, tapes[t].record) for t, router in net.experts.routers.items()}):
-        before = score(net, batches, tasks)
+    recorders = {t: RouteRecorder() for t in net.experts.routers}
+    with routed_by(net.experts, {t: RerouteWrapper(router, recorders[t].record)
+                                 for t, router in net.experts.routers.items()}):
+        before = evaluate_split(net, batches, tasks)
     by_name, changes = {t.name: t for t in tasks}, {}
-    passes = list(interventions(net.experts, {t: tapes[t] for t in tapes if t in before.tallies}))
+    passes = list(interventions(net.experts, {t: recorders[t] for t in recorders if t in before.stats}))
     for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
         with routed_by(net.experts, routers):
-            after = score(net, batches, tasks)
+            after = evaluate_split(net, batches, tasks)
         for t, title in titles.items():
-            value, error = change(by_name[t], before.tallies[t], after.tallies[t], before.eyes_of(t))
+            value, error = change(by_name[t], before.stats[t], after.stats[t], before.eyes_of(t))
             changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
                                                 "loss": after.losses[t] - before.losses[t]}
     return changes

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 # n photographs, D weightings of them, C classes, L kinds of lesion, K levels of score
 NAN = float("nan")
 
@@ -249,7 +250,7 @@ def ranked_area(true: np.ndarray, above: np.ndarray) -> float:
     return float((found / (found + above)).mean()) if len(true) else NAN
 
 
-class Ranking:
+class PRCurveAccumulator:
     """All pixels of a split ranked by score, kind by kind, in memory that grows with the true ones alone.
 
     Scores of true pixels, which are few, are kept, and so are those of the others up to `most`; from then on these are
@@ -290,7 +291,7 @@ class Ranking:
         self.counts[kind] = counts if self.counts[kind] is None else self.counts[kind] + counts
         self.others[kind].clear()
 
-    def take(self, other: "Ranking") -> None:
+    def merge(self, other: "PRCurveAccumulator") -> None:
         """Take in all pixels that `other` has seen, which is of no use after that."""
         for kind, kept in enumerate(self.others):
             self.true[kind] += other.true[kind]

@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retina.datasets.records import Record, UNKNOWN
+from retina.datasets.records import UNKNOWN, Record
 from retina.datasets.synthetic import LESIONS
+
 
 # n photographs, T tasks, N tokens, E experts, K chosen, L kinds of mask, G grades or classes; h w token grid
 
-KINDS = (*LESIONS, "none", "outside")  # what can lie under a token: a lesion; retina without any; no retina
+TOKEN_CLASSES = (*LESIONS, "none", "outside")  # what can lie under a token: a lesion; retina without any; no retina
 DARK = 20  # of 255: where no pixel is brighter, there is no retina but what surrounds it
-IDLE = 0.01  # an expert to which a smaller share of the tokens goes does nothing worth its parameters
+UNUSED = 0.01  # an expert to which a smaller share of the tokens goes does nothing worth its parameters
 
 
 # ---- where tokens go ----
 
 @dataclass
-class Use:
+class ExpertUsage:
     """Where one task's tokens went. The second to last dimension: share of the tokens that went there, mean weight."""
     shares: Tensor  # (n, 2, E) of each photograph; the former sum to K, the latter to 1 if K > 1
     entropy: Tensor  # (n,) mean entropy of a token's probabilities, in bits: how undecided the router is
@@ -34,7 +35,7 @@ class Use:
 
 def per_token(r) -> Tensor:
     """A model.Routing -> (n, h * w, 2, E): whether a token went to an expert, 0 or 1, and with which weight."""
-    both = torch.stack([r.spread(1.0), r.spread(r.weights)], 1)  # (N, 2, E)
+    both = torch.stack([r.to_dense(1.0), r.to_dense(r.gates)], 1)  # (N, 2, E)
     return both.view(r.grid[0], -1, *both.shape[1:])
 
 
@@ -43,7 +44,7 @@ def entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1) / math.log(2)
 
 
-def kinds_below(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
+def token_classes(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
     """(n, 3, S, S), (n, L, S, S) with UNKNOWN -> (n, L + 2, h * w) bool: which of KINDS there is below each token."""
     there = F.adaptive_max_pool2d((masks == 1).float(), tuple(grid)).bool()  # (n, L, h, w)
     outside = F.adaptive_max_pool2d(images.amax(1, keepdim=True).float(), tuple(grid)) <= DARK  # (n, 1, h, w)
@@ -53,35 +54,35 @@ def kinds_below(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def collect(net: nn.Module, batches: Iterable) -> dict[str, Use]:
+def collect(net: nn.Module, batches: Iterable) -> dict[str, ExpertUsage]:
     """Route every photograph for every task, labelled or not; `batches` are collated for the task of masks alone."""
     net.eval()
-    seen: dict[str, list[Use]] = {}
+    seen: dict[str, list[ExpertUsage]] = {}
     for b in batches:
         for task, r in net.routed_maps(b.images)[1].items():
             went = per_token(r)
-            below, tokens = went.new_zeros(len(KINDS), *went.shape[2:]), went.new_zeros(len(KINDS))
-            for masks, rows in b.rows.items():
-                kinds = kinds_below(b.images[rows], b.targets[masks], r.grid[1:]).to(went.dtype)
+            below, tokens = went.new_zeros(len(TOKEN_CLASSES), *went.shape[2:]), went.new_zeros(len(TOKEN_CLASSES))
+            for masks, rows in b.indices.items():
+                kinds = token_classes(b.images[rows], b.targets[masks], r.grid[1:]).to(went.dtype)
                 below, tokens = torch.einsum("nlt,ntse->lse", kinds, went[rows]), kinds.sum((0, 2))
             undecided = entropy(r.probabilities).view(r.grid[0], -1).mean(1)
-            seen.setdefault(task, []).append(Use(*(x.double().cpu()
-                                                   for x in (went.mean(1), undecided, below, tokens))))
-    return {task: Use(torch.cat([u.shares for u in uses]), torch.cat([u.entropy for u in uses]),
-                      sum(u.below for u in uses), sum(u.tokens for u in uses)) for task, uses in seen.items()}
+            seen.setdefault(task, []).append(ExpertUsage(*(x.double().cpu()
+                                                           for x in (went.mean(1), undecided, below, tokens))))
+    return {task: ExpertUsage(torch.cat([u.shares for u in uses]), torch.cat([u.entropy for u in uses]),
+                              sum(u.below for u in uses), sum(u.tokens for u in uses)) for task, uses in seen.items()}
 
 
-def idle(tokens: Iterable[Sequence[float]]) -> list[int]:
+def unused_experts(tokens: Iterable[Sequence[float]]) -> list[int]:
     """Experts to which less than IDLE of the tokens go; a row of shares for each task, tasks count alike."""
     mean = torch.tensor(list(tokens), dtype=torch.float64).mean(0)
-    return (mean < IDLE).nonzero().flatten().tolist()
+    return (mean < UNUSED).nonzero().flatten().tolist()
 
 
 def warning(experts: Sequence[int]) -> str:
     """A line that names idle experts."""
     one = len(experts) == 1
     return (f"warning: expert{'' if one else 's'} {', '.join(map(str, experts))} receive{'s' if one else ''} less than "
-            f"{100 * IDLE:.0f} % of the tokens")
+            f"{100 * UNUSED:.0f} % of the tokens")
 
 
 # ---- what routes tell ----
@@ -116,23 +117,24 @@ def mutual_information(shares: Tensor, labels: Tensor) -> Tensor:
 
 
 def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None = None,
-                draws: int = 1000) -> Information:
+                resamples: int = 1000) -> Information:
     """Mean of I(expert; label) over the tables of `shares` (T, n, E), beside the same with labels permuted.
 
     From finitely many rows the estimate is above 0 even where there is nothing to find, by about (E - 1)(G - 1) /
     (2 n ln 2) bits if each went to one expert (Miller 1955); the permutations show by how much, and p = (1 + how many
-    reach it) / (1 + draws) (Phipson & Smyth 2010). A row must be an independent witness: an eye, not a token.
+    reach it) / (1 + resamples) (Phipson & Smyth 2010). A row must be an independent witness: an eye, not a token.
     `blocks` (n,), ascending: permute within these alone.
     """
     labelled, _ = one_hot(labels, shares.dtype)
     blocks = torch.zeros(len(labels)) if blocks is None else torch.as_tensor(blocks)
     generator = torch.Generator().manual_seed(0)
     bits = float(mutual_information(shares, labelled).mean())
-    chance = torch.empty(draws, dtype=torch.float64)
-    for i in range(draws):
+    chance = torch.empty(resamples, dtype=torch.float64)
+    for i in range(resamples):
         order = (blocks.double() + torch.rand(len(blocks), dtype=torch.float64, generator=generator)).argsort()
         chance[i] = mutual_information(shares, labelled[order]).mean()
-    return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + draws), len(labels))
+    return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + resamples),
+                       len(labels))
 
 
 def averaged(shares: Tensor, keys: Sequence) -> tuple[Tensor, list]:
@@ -141,7 +143,8 @@ def averaged(shares: Tensor, keys: Sequence) -> tuple[Tensor, list]:
     return (member / member.sum(0)).T @ shares, names
 
 
-def describe(uses: Mapping[str, Use], labels: Sequence[str | None], eyes: Sequence[str], word: str = "grade") -> dict:
+def describe(uses: Mapping[str, ExpertUsage], labels: Sequence[str | None], eyes: Sequence[str],
+             word: str = "grade") -> dict:
     """All numbers about a split, as plain types: shares of tokens and weight by task, grade and lesion; information.
 
     `labels` are grades or classes of the photographs in their order, None where not known, and `word` says which;
@@ -161,8 +164,8 @@ def describe(uses: Mapping[str, Use], labels: Sequence[str | None], eyes: Sequen
             "entropy_of_router": float(use.entropy.mean()),
             "labels": {name: {"photographs": len(of), **plain(use.shares[of].mean(0))} for name, of in rows.items()},
             "below": {kind: {"tokens_below": int(n), **plain(sums / n)}
-                      for kind, n, sums in zip(KINDS, use.tokens, use.below) if n}}
-    found["idle"] = idle(t["tokens"] for t in found["tasks"].values())
+                      for kind, n, sums in zip(TOKEN_CLASSES, use.tokens, use.below) if n}}
+    found["unused"] = unused_experts(t["tokens"] for t in found["tasks"].values())
     choices = torch.stack([use.shares[:, 0] / use.shares[:, 0].sum(1, keepdim=True) for use in uses.values()])
     if len(uses) > 1:
         by_eye, names = averaged(choices, eyes)  # (T, m, E)
@@ -201,8 +204,8 @@ def table(found: Mapping, details: bool) -> str:
     for label, title in (("task", "I(expert; task)"), (word, f"I(expert; {word} | task)")):
         if label in found["information"]:
             lines.append(f"   {title} {Information(**found['information'][label])}")
-    if found["idle"]:
-        lines.append("   " + warning(found["idle"]))
+    if found["unused"]:
+        lines.append("   " + warning(found["unused"]))
     return "\n".join(lines)
 
 

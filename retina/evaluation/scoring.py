@@ -13,100 +13,103 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.evaluation import statistics
-from retina.evaluation.metrics import Ranking
+from retina.evaluation.metrics import PRCurveAccumulator
 from retina.evaluation.routing import per_token
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 from retina.files import InputError
-from retina.training.distributed import ALONE, Group
+from retina.training.distributed import SINGLE_PROCESS, World
 
 
 @dataclass
-class Scores:
+class SplitScores:
     """What one pass over a split leaves."""
     tasks: list[TaskMetrics]
     names: dict[str, list[str]] = field(default_factory=dict)  # task -> its labelled photographs
-    tallies: dict[str, Tensor] = field(default_factory=dict)  # task -> (n, ...), see TaskMetrics.tally
+    stats: dict[str, Tensor] = field(default_factory=dict)  # task -> (n, ...), see TaskMetrics.image_stats
     losses: dict[str, float] = field(default_factory=dict)  # task -> mean loss
     # task -> (E,) share of its "tokens" and mean "weight" of each expert
     usage: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    pools: dict[str, Ranking | None] = field(default_factory=dict)  # task -> see TaskMetrics.pool
+    accumulators: dict[str, PRCurveAccumulator | None] = field(default_factory=dict)  # see TaskMetrics.accumulator
     eyes: dict[str, str] = field(default_factory=dict)  # photograph -> its eye
 
     def scored(self) -> list[TaskMetrics]:
         """The tasks of which something is labelled, and whether both grades are right where there are both."""
-        joint = [Joint()] if "joint" in self.tallies else []
-        return [t for t in self.tasks if t.name in self.tallies] + joint
+        joint = [Joint()] if "joint" in self.stats else []
+        return [t for t in self.tasks if t.name in self.stats] + joint
 
-    def metrics(self, chosen: Mapping[str, Mapping] = MappingProxyType({})) -> dict[str, dict]:
-        """{task: {metric: value}}, each over all photographs of the split; `chosen` as `choose` gives it."""
+    def metrics(self, calibration: Mapping[str, Mapping] = MappingProxyType({})) -> dict[str, dict]:
+        """{task: {metric: value}}, each over all photographs of the split; `calibration` as `calibrate` gives it."""
         found = {}
         for task in self.scored():
             t = task.name
             loss = {"loss": self.losses[t]} if t in self.losses else {}
-            found[t] = {"photographs": len(self.tallies[t]), "eyes": len(set(self.eyes_of(t))), **loss,
-                        **task.metrics(self.tallies[t], chosen.get(t, {}), self.pools.get(t))}
+            found[t] = {"photographs": len(self.stats[t]), "eyes": len(set(self.eyes_of(t))), **loss,
+                        **task.metrics(self.stats[t], calibration.get(t, {}), self.accumulators.get(t))}
         return found
 
     def eyes_of(self, task: str) -> list[str]:
         """The eye of each photograph of a task."""
         return [self.eyes[name] for name in self.names[task]]
 
-    def choose(self) -> dict[str, dict[str, float]]:
+    def calibrate(self) -> dict[str, dict[str, float]]:
         """{task: what it fits on this split}: temperatures and thresholds."""
-        return {t.name: t.choose(self.tallies[t.name]) for t in self.tasks if t.name in self.tallies}
+        return {t.name: t.calibrate(self.stats[t.name]) for t in self.tasks if t.name in self.stats}
 
     def join_grades(self) -> None:
-        """Tally the photographs with both labels, `cls` and `dme`, under the name of Joint."""
-        both = [t for t in self.tasks if t.name in ("cls", "dme") and t.name in self.tallies]
+        """Count the photographs with both labels, `cls` and `dme`, under the name of Joint."""
+        both = [t for t in self.tasks if t.name in ("cls", "dme") and t.name in self.stats]
         if len(both) < 2:
             return
-        right = [dict(zip(self.names[t.name], t.right(self.tallies[t.name]).tolist())) for t in both]
+        right = [dict(zip(self.names[t.name], t.right(self.stats[t.name]).tolist())) for t in both]
         if names := [n for n in right[0] if n in right[1]]:
             self.names["joint"] = names
-            self.tallies["joint"] = torch.tensor([float(right[0][n] and right[1][n]) for n in names]).double()
+            self.stats["joint"] = torch.tensor([float(right[0][n] and right[1][n]) for n in names]).double()
 
 
 @torch.inference_mode()
-def score(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics], progress: str = "",
-          group: Group = ALONE) -> Scores | None:
+def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics], progress: str = "",
+                   world: World = SINGLE_PROCESS) -> SplitScores | None:
     """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label.
 
-    Each process of `group` is given every so many-th of the batches; the first gets the scores of all, the others None.
+    Each process of `world` is given every so many-th of the batches; the first gets the scores of all, the others None.
     """
     net.eval()
-    pools, found, eyes = {t.name: t.pool() for t in tasks}, [], {}
+    accumulators, found, eyes = {t.name: t.accumulator() for t in tasks}, [], {}
     for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
         eyes |= zip(b.names, b.eyes)
-        outputs, routing = net(b.images, b.rows)
+        outputs, routing = net(b.images, b.indices)
         found.append({})
         for task in (t for t in tasks if t.name in outputs):
             t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]
-            found[-1][t] = ([b.names[i] for i in b.rows[t].tolist()],
-                            task.tally(task.decode(output), target, pools[t]).cpu(), float(task.loss(output, target)),
+            found[-1][t] = ([b.names[i] for i in b.indices[t].tolist()],
+                            task.image_stats(task.decode(output), target, accumulators[t]).cpu(),
+                            float(task.loss(output, target)),
                             per_token(routing[t]).mean(1).cpu() if routing else None)  # (n, 2, E)
-    parts = group.gather((found, pools, eyes))
+    parts = world.gather((found, accumulators, eyes))
     return parts and assemble(tasks, parts)
 
 
-def assemble(tasks: Sequence[TaskMetrics], parts: Sequence[tuple[list[dict], dict, dict[str, str]]]) -> Scores:
+def assemble(tasks: Sequence[TaskMetrics], parts: Sequence[tuple[list[dict], dict, dict[str, str]]]) -> SplitScores:
     """Scores of a split from batches, pools and eyes of each process; batches are those of one in its order.
 
-    A batch leaves of each task: names, tallies and mean loss of its labelled photographs, and their use of the experts.
+    A batch leaves of each task: names, statistics and mean loss of its labelled photographs, and their use of the
+    experts.
     """
-    (_, pools, _), *others = parts
+    (_, accumulators, _), *others = parts
     for _, more, _ in others:
-        for t, pool in pools.items():
-            if pool is not None:
-                pool.take(more[t])
+        for t, accumulator in accumulators.items():
+            if accumulator is not None:
+                accumulator.merge(more[t])
     batches = [b for turn in itertools.zip_longest(*(found for found, _, _ in parts)) for b in turn if b is not None]
-    scores = Scores(list(tasks), pools=pools, eyes={k: v for _, _, eyes in parts for k, v in eyes.items()})
-    for t in pools:
+    scores = SplitScores(list(tasks), accumulators=accumulators,
+                         eyes={k: v for _, _, eyes in parts for k, v in eyes.items()})
+    for t in accumulators:
         answered = [b[t] for b in batches if t in b]
         if not answered:
             continue
-        names, tallies, losses, usage = zip(*answered)
+        names, stats, losses, usage = zip(*answered)
         scores.names[t] = [name for some in names for name in some]
-        scores.tallies[t] = torch.cat(tallies)
+        scores.stats[t] = torch.cat(stats)
         scores.losses[t] = sum(len(some) * loss for some, loss in zip(names, losses)) / len(scores.names[t])
         if usage[0] is not None:
             scores.usage[t] = dict(zip(("tokens", "weight"), torch.cat(usage).mean(0).tolist()))
@@ -123,21 +126,21 @@ def primary_score(values: Mapping[str, dict], tasks: Sequence[TaskMetrics]) -> f
     return sum(found) / len(found)
 
 
-def align(scores: Sequence[Scores]) -> None:
+def align(scores: Sequence[SplitScores]) -> None:
     """Bring the photographs of all into the order of the first. InputError: they are not the same."""
     for other in scores[1:]:
-        for t in other.tallies.keys() & scores[0].tallies.keys():
+        for t in other.stats.keys() & scores[0].stats.keys():
             place = {name: i for i, name in enumerate(other.names[t])}
             if place.keys() != set(scores[0].names[t]):
                 raise InputError(f"{t}: the runs were scored on different photographs; expected the same data set, "
                                  "fold and split")
-            other.tallies[t] = other.tallies[t][[place[name] for name in scores[0].names[t]]]
+            other.stats[t] = other.stats[t][[place[name] for name in scores[0].names[t]]]
             other.names[t] = scores[0].names[t]
 
 
-def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, dict]:
+def summary(scores: Sequence[SplitScores], calibration: Sequence[Mapping]) -> tuple[dict, dict]:
     """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}} over eyes (and runs)."""
-    found = [s.metrics(c) for s, c in zip(scores, chosen)]
+    found = [s.metrics(c) for s, c in zip(scores, calibration)]
     values, limits = {}, {}
     for task in scores[0].scored():
         t = task.name
@@ -146,10 +149,10 @@ def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, 
         if len(found) > 1:
             values[t]["sd"] = {k: float(torch.tensor([f[t][k] for f in found], dtype=torch.float64).std())
                                for k, v in found[0][t].items() if isinstance(v, float)}
-        drawn = statistics.bootstrap([partial(task.measures, s.tallies[t], chosen=c.get(t, {}))
-                                     for s, c in zip(scores, chosen)], scores[0].eyes_of(t))
-        # a resample ranks pixels by the coarse levels of the tallies: its distance to their own value is what counts
-        limits[t] = {k: statistics.limits(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
+        drawn = statistics.bootstrap([partial(task.compute, s.stats[t], calibration=c.get(t, {}))
+                                     for s, c in zip(scores, calibration)], scores[0].eyes_of(t))
+        # a resample ranks pixels by the coarse levels of the statistics: its distance to their own value is what counts
+        limits[t] = {k: statistics.percentile_interval(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
         for k in limits[t]:
             if k.startswith("calibration_error") and limits[t][k] is not None:
                 # resamples are worse calibrated than what they are drawn from, so count the distance the other way
@@ -158,13 +161,12 @@ def summary(scores: Sequence[Scores], chosen: Sequence[Mapping]) -> tuple[dict, 
     return values, limits
 
 
-def write_predictions(path: Path, scores: Scores) -> None:
+def write_per_photograph(path: Path, scores: SplitScores) -> None:
     """One row per photograph with every task's answer beside the truth."""
     rows: dict[str, dict] = {}
-    for task in (t for t in scores.tasks if t.name in scores.tallies):
-        for name, tally in zip(scores.names[task.name], scores.tallies[task.name]):
-            rows.setdefault(name, {"photograph": name}).update(
-                {f"{task.name}_{k}": v for k, v in task.row(tally).items()})
+    for task in (t for t in scores.tasks if t.name in scores.stats):
+        for name, stats in zip(scores.names[task.name], scores.stats[task.name]):
+            rows.setdefault(name, {"photograph": name}).update(task.scored_columns(stats))
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+
 # n photographs, G eyes, D draws, R runs that differ in their seed alone
-DRAWS = 1000
+RESAMPLES = 1000
 Measures = Callable[[Tensor], dict[str, Tensor]]  # weights (D, n) -> {measure: (D,)}
 
 
-def resamples(eyes: Sequence[str], draws: int = DRAWS) -> Tensor:
+def bootstrap_weights(eyes: Sequence[str], resamples: int = RESAMPLES) -> Tensor:
     """How often each photograph counts when as many eyes as there are, are drawn with replacement: (D, n)."""
     names, group = np.unique(eyes, return_inverse=True)  # (G,), (n,)
     number = len(names)
-    drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=draws)
+    drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=resamples)
     return torch.from_numpy(drawn[:, group]).double()
 
 
-def limits(drawn: Tensor) -> list[float] | None:
+def percentile_interval(drawn: Tensor) -> list[float] | None:
     """The 2.5 % and 97.5 % percentiles of (D,).
 
     None where most draws do not define the measure, and where all agree, as when every answer is right: no width is no
@@ -46,33 +47,33 @@ def in_parts(measure: Measures, weights: Tensor, rows: int = 512) -> dict[str, T
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def bootstrap(measures: Sequence[Measures], eyes: Sequence[str], side: int = 0) -> dict[str, Tensor]:
+def bootstrap(measures: Sequence[Measures], eyes: Sequence[str], arm: int = 0) -> dict[str, Tensor]:
     """{measure: (1 + D,)}, the mean over runs of the measure itself and of its resamples; one function for each run.
 
-    Two sides see the same draws of eyes and, with different numbers for `side`, draws of runs of their own.
+    Two sides see the same draws of eyes and, with different numbers for `arm`, draws of runs of their own.
     """
-    weights = torch.cat([torch.ones(1, len(eyes), dtype=torch.float64), resamples(eyes)])
+    weights = torch.cat([torch.ones(1, len(eyes), dtype=torch.float64), bootstrap_weights(eyes)])
     found = [in_parts(measure, weights) for measure in measures]
     stacked = {name: torch.stack([run[name] for run in found]) for name in found[0]}  # (R, 1 + D)
     # as many runs as there are, with replacement, anew for each draw
-    drawn = torch.randint(len(found), (len(found), len(weights) - 1), generator=torch.Generator().manual_seed(side))
+    drawn = torch.randint(len(found), (len(found), len(weights) - 1), generator=torch.Generator().manual_seed(arm))
     return {name: torch.cat([v[:, :1].mean(0), v[:, 1:].gather(0, drawn).mean(0)]) for name, v in stacked.items()}
 
 
-def swaps(eyes: Sequence[str], draws: int = DRAWS) -> tuple[Tensor, bool]:
-    """Which photographs change sides (D, n) of 0 and 1, by eye; all of the 2^G ways if these are no more than `draws`.
+def permutations(eyes: Sequence[str], resamples: int = RESAMPLES) -> tuple[Tensor, bool]:
+    """Which photographs change sides (D, n) of 0 and 1, by eye; all of the 2^G ways if these are no more
 
-    -> the swaps and whether they are all.
+    than `resamples`; -> the permutations and whether they are all.
     """
     names, group = np.unique(eyes, return_inverse=True)  # (G,), (n,)
     number = len(names)
-    every = 2 ** number <= draws
+    every = 2 ** number <= resamples
     flips = np.arange(2 ** number)[:, None] >> np.arange(number) & 1 if every else \
-        np.random.default_rng(1).integers(0, 2, (draws, number))
+        np.random.default_rng(1).integers(0, 2, (resamples, number))
     return torch.from_numpy(flips[:, group]).double(), every
 
 
-def p_values(measures: Sequence[Measures], eyes: Sequence[str], draws: int = DRAWS) -> dict[str, float]:
+def p_values(measures: Sequence[Measures], eyes: Sequence[str], resamples: int = RESAMPLES) -> dict[str, float]:
     """{measure: two-sided p} that two runs differ no more than chance lets them, by swapping their answers eye by eye.
 
     Each function answers for the photographs of the first run followed by the same of the second, (D, 2 n). For a mean
@@ -80,7 +81,7 @@ def p_values(measures: Sequence[Measures], eyes: Sequence[str], draws: int = DRA
     section 21); for kappa, areas and pooled Dice it asks the same question. Draws: (1 + hits) / (1 + D) (Phipson &
     Smyth 2010, arXiv 1603.05766, eq. 2), so that no p is less than 1 / (1 + D).
     """
-    flipped, every = swaps(eyes, draws)
+    flipped, every = permutations(eyes, resamples)
     flipped = torch.cat([torch.zeros(1, len(eyes), dtype=torch.float64), flipped])
     first, second = torch.cat([1 - flipped, flipped], 1), torch.cat([flipped, 1 - flipped], 1)
     changes = {}
@@ -135,7 +136,7 @@ FEWEST_RUNS = 5
 
 
 def claim(name: str, difference: float, interval: Sequence[float] | None, p: float, photographs: int, runs: int) -> str:
-    """What may be said of one measure of two sides of so many `runs` each; p adjusted already.
+    """What may be said of one measure of two arms of so many `runs` each; p adjusted already.
 
     Swapping the answers of networks tells about these networks; about the ways they were trained only many can.
     """

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -17,7 +16,7 @@ def around(limits: Sequence[float] | None, form: str = ".2f") -> str:
     return "" if limits is None else f" ({limits[0]:{form}} to {limits[1]:{form}})"
 
 
-def shown(value: float | None, limits: Sequence[float] | None = None) -> str:
+def number_cell(value: float | None, limits: Sequence[float] | None = None) -> str:
     """A number, with its interval where there is one."""
     if value is None or math.isnan(value):
         return "-"
@@ -47,32 +46,54 @@ def as_csv(rows: Sequence[Sequence]) -> str:
     return memory.getvalue()
 
 
+# ---- measures in words ----
+
+NAMES = {  # of measures that are not what they are called, "_" read as a space
+    "kappa": "quadratic weighted kappa", "macro_f1": "macro F1", "auc": "macro one-vs-rest AUROC",
+    "calibration_error": "expected calibration error (ECE)", "referable_auc": "referable: AUROC",
+    "referable_sensitivity": "referable: sensitivity", "referable_specificity": "referable: specificity",
+    "dice": "Dice", "iou": "IoU", "aupr": "average precision", "five_masks_dice": "Dice over all five masks pooled",
+    "five_masks_dice_of_true_disc": "the same of the true optic disc alone",
+    "within_radius": "detection rate at one disc radius", "px4288": "mean distance at 4288 px",
+    "median_px4288": "median distance at 4288 px", "diameters": "mean distance in disc diameters"}
+ENDINGS = {"_per_image": ", mean over images", "_calibrated": ", calibrated thresholds",
+           "_at_temperature": ", temperature-scaled"}
+
+
+def spelled_out(measure: str) -> str:
+    """The name of a measure in the field's words."""
+    for ending, words in ENDINGS.items():
+        if measure.endswith(ending):
+            return spelled_out(measure.removesuffix(ending)) + words
+    return NAMES.get(measure, measure.replace("_", " "))
+
+
+def measure_rows(task: TaskMetrics, values: Mapping[str, float], limits: Mapping[str, Sequence[float]]) -> list[list]:
+    """Rows of cells, primary metric first: a measure in words, its value (of the mean, or of all), those of classes."""
+    classes = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
+    rows: dict[str, dict[str, str]] = {task.primary: {}}
+    for name, value in values.items():
+        if isinstance(value, float):  # dice_MA_per_image stands in the row dice_per_image, in the column MA
+            words = name.split("_")
+            which = next((word for word in words if word in classes), "")
+            rows.setdefault("_".join(w for w in words if w != which), {})[which] = number_cell(value, limits.get(name))
+    head = [["", "mean" if classes else "", *classes]] * bool(classes)
+    return head + [[spelled_out(name), *(cells.get(which, "-") for which in ("", *classes))]
+                   for name, cells in rows.items()]
+
+
 # ---- what is shown ----
 
 def table(found: Mapping[str, dict], tasks: Sequence[TaskMetrics],
           limits: Mapping[str, Mapping] = MappingProxyType({})) -> str:
-    """Metrics as lines of text; per task, the primary metric first, then what there is for each kind or class."""
+    """Metrics as lines of text, for each task a table; intervals behind the numbers that have one."""
     lines = []
     for task in (t for t in [*tasks, Joint()] if t.name in found):
-        values, known = found[task.name], limits.get(task.name, {})
-        numbers = {k: shown(v, known.get(k)) for k, v in values.items() if isinstance(v, float)}
-        kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
-        rows, rest = {}, []  # dice_MA_per_image stands in the row dice_per_image, in the column MA
-        for k, x in numbers.items():
-            words = k.split("_")
-            if kind := next((word for word in words if word in kinds), None):
-                rows.setdefault("_".join(word for word in words if word != kind), {})[kind] = x
-            elif k != task.primary:
-                rest.append(f"{k} {x}")
-        lines.append(f"{task.name}   {values['photographs']} photographs of {values['eyes']} eyes   {task.primary} "
-                     + numbers[task.primary])
-        cells = textwrap.wrap("   ".join(cell.replace(" ", "\0") for cell in rest), 117)  # not to be torn apart
-        lines += [f"   {line}".replace("\0", " ") for line in cells]
-        if rows:
-            lines.append(aligned([["", *kinds], *([row, *(of.get(kind, "-") for kind in kinds)]
-                                                  for row, of in rows.items())]))
+        values = found[task.name]
+        lines += [f"{task.name}: {values['photographs']} photographs of {values['eyes']} eyes",
+                  aligned(measure_rows(task, values, limits.get(task.name, {})))]
         if values.get("lesions", 4) < 4:
-            lines.append("   kinds without a true pixel in this split, at this size, are left out of the means")
+            lines.append("   classes without a true pixel in this split, at this size, are left out of the means")
         if len(values.get("confusion", range(99))) <= 12:
             names = [str(task.word(k))[:12] for k in range(task.classes)]
             lines.append(aligned([["truth \\ predicted", *names], *([n, *row] for n, row in zip(
@@ -85,9 +106,9 @@ def table_of_differences(compared: Mapping[str, Mapping]) -> str:
     rows, exact = [], []
     for task, measures in compared.items():
         rows.append([task, "first", "second", "difference (95 %)", "p"])
-        rows += [[f"   {name}", shown(row["first"]), shown(row["second"]), "-" if row["interval"] is None else
-                  f"{row['difference']:+.3f}{around(row['interval'], '+.3f')}", f"{row['p']:.3f}"]
-                 for name, row in measures.items()]
+        rows += [[f"   {spelled_out(name)}", number_cell(row["first"]), number_cell(row["second"]),
+                  "-" if row["interval"] is None else f"{row['difference']:+.3f}{around(row['interval'], '+.3f')}",
+                  f"{row['p']:.3f}"] for name, row in measures.items()]
         if found := measures.get("accuracy", {}).get("mcnemar"):
             exact.append(f"   {task}: only the first is right {found['only_first_right']} times, only the second "
                          f"{found['only_second_right']}: McNemar's exact p = {found['p']:.3f} "
@@ -98,6 +119,6 @@ def table_of_differences(compared: Mapping[str, Mapping]) -> str:
 def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[TaskMetrics]) -> str:
     """What rerouted() found, as lines of text."""
     known = [t for t in tasks if any(t.name in row for row in changes.values())]
-    return aligned([["change (standard error) of", *(f"{t.name} {t.primary}" for t in known)]] + [
+    return aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in known)]] + [
         [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in known)]
         for title, row in changes.items()])

@@ -1,6 +1,6 @@
 """How the answers of each kind of task are scored: what is remembered of a photograph, and measures of a whole split.
 
-Measures (metrics.py) are functions of per-photograph tallies collected over a split, never means of batches.
+Measures (metrics.py) are functions of per-photograph statistics collected over a split, never means of batches.
 """
 
 import math
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from retina.datasets.records import UNKNOWN
 from retina.evaluation import metrics
-from retina.evaluation.metrics import Ranking
+from retina.evaluation.metrics import PRCurveAccumulator
 from retina.files import InputError
+
 
 # n photographs with the label, D weightings of them, L lesion classes, G grades, P points, K levels of a pixel's score,
 # S side of the photograph in pixels
@@ -41,42 +42,42 @@ class TaskMetrics:
                              f"number among those of its metrics(): {', '.join(values)}")
         return (value - self.worst) / (self.best - self.worst)
 
-    def guess(self, targets: Tensor) -> Tensor | None:
+    def constant_guess(self, targets: Tensor) -> Tensor | None:
         """An answer (1, ...) that serves any photograph, from the targets of training (n, ...); None: there is none."""
         return None
 
-    def pool(self) -> Ranking | None:
-        """A collector of what the tallies of single photographs cannot tell; None: there is nothing of the kind."""
+    def accumulator(self) -> PRCurveAccumulator | None:
+        """A collector of what the statistics of single photographs cannot tell; None: there is nothing of the kind."""
         return None
 
-    def tally(self, answer: Tensor, target: Tensor, pool: Ranking | None = None) -> Tensor:
-        """What the measures need to remember of each photograph: (n, ...), small. `pool` takes in the rest."""
+    def image_stats(self, answer: Tensor, target: Tensor, accumulator: PRCurveAccumulator | None = None) -> Tensor:
+        """What the measures need to remember of each photograph: (n, ...), small. `accumulator` takes in the rest."""
         raise NotImplementedError
 
-    def choose(self, tally: Tensor) -> dict[str, float]:
+    def calibrate(self, stats: Tensor) -> dict[str, float]:
         """What is fitted on validation and stored in the run: a temperature, thresholds."""
         return {}
 
-    def measures(self, tally: Tensor, weights: Tensor, chosen: Mapping[str, float]) -> dict[str, Tensor]:
+    def compute(self, stats: Tensor, weights: Tensor, calibration: Mapping[str, float]) -> dict[str, Tensor]:
         """{measure: (D,)} of D splits at once, in which photographs count as `weights` (D, n) say; see metrics.py."""
         raise NotImplementedError
 
-    def metrics(self, tally: Tensor, chosen: Mapping[str, float] = MappingProxyType({}),
-                pool: Ranking | None = None) -> dict[str, float | int | list]:
-        """Measures of a whole split from all its tallies."""
-        values = self.measures(tally, torch.ones(1, len(tally), dtype=torch.float64), chosen)
+    def metrics(self, stats: Tensor, calibration: Mapping[str, float] = MappingProxyType({}),
+                accumulator: PRCurveAccumulator | None = None) -> dict[str, float | int | list]:
+        """Measures of a whole split from all its statistics."""
+        values = self.compute(stats, torch.ones(1, len(stats), dtype=torch.float64), calibration)
         return {name: float(value) for name, value in values.items()}
 
-    def row(self, tally: Tensor) -> dict[str, float]:
-        """Columns of predictions.csv from one photograph's tally."""
+    def scored_columns(self, stats: Tensor) -> dict[str, float | str]:
+        """Columns of per_photograph.csv from one photograph's statistics; the true values end in _true."""
         raise NotImplementedError
 
     def caption(self, columns: Mapping[str, float | str]) -> list[str]:
-        """What `columns`, made by `answers`, say in words: lines for a picture."""
+        """What `columns`, made by `predicted_columns`, say in words: lines for a picture."""
         return []
 
-    def answers(self, answer: Tensor, sample, chosen: Mapping[str, float]) -> dict[str, float | str]:
-        """Columns for one new photograph, which `sample` shows, from its decoded answer (one row)."""
+    def predicted_columns(self, answer: Tensor, sample, calibration: Mapping[str, float]) -> dict[str, float | str]:
+        """Columns of predictions.csv for a new photograph, which `sample` shows, from its decoded answer (one row)."""
         return {}
 
 
@@ -90,22 +91,22 @@ class ClassMetrics(TaskMetrics):
     title = "class"  # in words
     ordered = True  # neighbouring classes are alike, so that quadratic kappa means something
 
-    def tally(self, answer, target, pool=None):
+    def image_stats(self, answer, target, accumulator=None):
         return torch.cat([answer, target[:, None]], 1)  # (n, G + 1): probabilities, truth
 
-    def guess(self, targets):
+    def constant_guess(self, targets):
         """The shares of the classes."""
         return torch.bincount(targets, minlength=self.classes)[None] / len(targets)
 
-    def right(self, tally: Tensor) -> Tensor:
+    def right(self, stats: Tensor) -> Tensor:
         """Which photographs have the right class: (n,) bool."""
-        return tally[:, :-1].argmax(1) == tally[:, -1]
+        return stats[:, :-1].argmax(1) == stats[:, -1]
 
-    def choose(self, tally):
-        return {"temperature": metrics.best_temperature(tally[:, :-1], tally[:, -1].long())}
+    def calibrate(self, stats):
+        return {"temperature": metrics.best_temperature(stats[:, :-1], stats[:, -1].long())}
 
-    def measures(self, tally, weights, chosen):
-        p, truth = tally[:, :-1].double(), tally[:, -1].long()
+    def compute(self, stats, weights, calibration):
+        p, truth = stats[:, :-1].double(), stats[:, -1].long()
         predicted = p.argmax(1)
         labels = truth, predicted, self.classes, weights
         values = {"accuracy": metrics.accuracy(truth, predicted, weights),
@@ -114,26 +115,27 @@ class ClassMetrics(TaskMetrics):
             values["kappa"] = metrics.quadratic_kappa(*labels)
         values |= {"macro_f1": metrics.macro_f1(*labels), "auc": metrics.one_vs_rest_area(p, truth, weights),
                    "calibration_error": metrics.calibration_error(p, truth, weights)}
-        if "temperature" in chosen:
-            p = metrics.at_temperature(p, chosen["temperature"])
+        if "temperature" in calibration:
+            p = metrics.at_temperature(p, calibration["temperature"])
             values["calibration_error_at_temperature"] = metrics.calibration_error(p, truth, weights)
         return values
 
-    def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
-        confusion = metrics.confusion_matrix(tally[:, -1].long(), tally[:, :-1].argmax(1), self.classes)
-        return super().metrics(tally, chosen) | {"confusion": confusion.tolist()}
+    def metrics(self, stats, calibration=MappingProxyType({}), accumulator=None):
+        confusion = metrics.confusion_matrix(stats[:, -1].long(), stats[:, :-1].argmax(1), self.classes)
+        return super().metrics(stats, calibration) | {"confusion": confusion.tolist()}
 
     def word(self, number: int) -> int | str:
         """What stands for a class in tables."""
         return number if self.names is None else self.names[number]
 
-    def row(self, tally):
-        *probabilities, truth = tally.tolist()
-        return {"truth": self.word(int(truth)), "predicted": self.word(int(tally[:-1].argmax())),
-                **{f"{self.prefix}{self.word(i)}": round(p, 4) for i, p in enumerate(probabilities)}}
+    def scored_columns(self, stats):
+        return {**self.columns(stats[:-1]), f"{self.label}_true": self.word(int(stats[-1]))}
 
-    def answers(self, answer, sample, chosen):
-        p = metrics.at_temperature(answer[None], chosen["temperature"])[0]
+    def predicted_columns(self, answer, sample, calibration):
+        return self.columns(metrics.at_temperature(answer[None], calibration["temperature"])[0])
+
+    def columns(self, p: Tensor) -> dict[str, float | str]:
+        """The most probable class, and the probabilities (G,)."""
         return {self.label: self.word(int(p.argmax())),
                 **{f"{self.label}_{self.prefix}{self.word(i)}": round(v, 4) for i, v in enumerate(p.tolist())}}
 
@@ -149,28 +151,28 @@ class GradeMetrics(ClassMetrics):
         """Probability (n,) of grade 2 and up at a temperature, from those of the grades at 1 (n, G)."""
         return metrics.at_temperature(p, temperature)[:, 2:].sum(1)
 
-    def choose(self, tally):
-        chosen = super().choose(tally)
-        p = self.referable(tally[:, :-1], chosen["temperature"])
-        return chosen | {"referable": metrics.best_threshold(p, tally[:, -1] >= 2)}
+    def calibrate(self, stats):
+        calibration = super().calibrate(stats)
+        p = self.referable(stats[:, :-1], calibration["temperature"])
+        return calibration | {"referable": metrics.best_threshold(p, stats[:, -1] >= 2)}
 
-    def measures(self, tally, weights, chosen):
+    def compute(self, stats, weights, calibration):
         """Beside those of all classes: of referable or not, the area under the ROC curve (at temperature 1),
 
         sensitivity and specificity at the temperature and threshold that were chosen.
         """
-        values = super().measures(tally, weights, chosen)
-        p, ill = tally[:, :-1], tally[:, -1] >= 2
+        values = super().compute(stats, weights, calibration)
+        p, ill = stats[:, :-1], stats[:, -1] >= 2
         values["referable_auc"] = metrics.roc_area(p[:, 2:].sum(1), ill, weights)
-        if "referable" in chosen:
-            found = self.referable(p, chosen["temperature"]) >= chosen["referable"]
+        if "referable" in calibration:
+            found = self.referable(p, calibration["temperature"]) >= calibration["referable"]
             values |= {"referable_sensitivity": metrics.sensitivity(found, ill, weights),
                        "referable_specificity": metrics.sensitivity(~found, ~ill, weights)}
         return values
 
-    def answers(self, answer, sample, chosen):
-        p, threshold = float(self.referable(answer[None], chosen["temperature"])), chosen["referable"]
-        return super().answers(answer, sample, chosen) | {
+    def predicted_columns(self, answer, sample, calibration):
+        p, threshold = float(self.referable(answer[None], calibration["temperature"])), calibration["referable"]
+        return super().predicted_columns(answer, sample, calibration) | {
             "referable": "yes" if p >= threshold else "no", "referable_p": round(p, 4),
             "referable_threshold": round(threshold, 4)}
 
@@ -183,12 +185,12 @@ class Joint(TaskMetrics):
     """Whether the answers of `cls` and `dme` are both right, as IDRiD's challenge counted; nothing to train."""
     name, primary = "joint", "accuracy"
 
-    def measures(self, tally, weights, chosen):
+    def compute(self, stats, weights, calibration):
         """From (n,) 1 where both are right, else 0."""
-        return {"accuracy": metrics.mean(tally, weights)}
+        return {"accuracy": metrics.mean(stats, weights)}
 
-    def right(self, tally):
-        return tally > 0.5
+    def right(self, stats):
+        return stats > 0.5
 
 
 # ---- masks ----
@@ -197,14 +199,14 @@ class MaskMetrics(TaskMetrics):
     """Of masks of several classes; the last one, the optic disc, is never part of a mean."""
     classes: Sequence[str]
 
-    def pool(self):
-        return Ranking(len(self.classes))
+    def accumulator(self):
+        return PRCurveAccumulator(len(self.classes))
 
-    def guess(self, targets):
+    def constant_guess(self, targets):
         """No lesion."""
         return torch.zeros(1, *targets.shape[1:])
 
-    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray | None, pool: Ranking) -> Tensor:
+    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray | None, accumulator: PRCurveAccumulator) -> Tensor:
         """One kind on one photograph, probabilities and truth of any one shape: (2 K + 1,)
 
         Other pixels by level of score, true ones, and the area under this photograph's own precision-recall curve; nan
@@ -212,42 +214,43 @@ class MaskMetrics(TaskMetrics):
         """
         if truth is None:
             return torch.full((2 * metrics.LEVELS + 1,), math.nan, dtype=torch.float64)
-        area, counts = pool.add(kind, answer, truth)
+        area, counts = accumulator.add(kind, answer, truth)
         return torch.from_numpy(np.append(counts.astype(np.float64), area))
 
-    def tally(self, answer, target, pool=None):
+    def image_stats(self, answer, target, accumulator=None):
         """(n, L, 2 K + 1), see `count`; nan for kinds that are not known."""
-        answer, target, pool = answer.float().cpu().numpy(), target.cpu().numpy(), pool or self.pool()
+        answer, target, accumulator = (answer.float().cpu().numpy(), target.cpu().numpy(),
+                                       accumulator or self.accumulator())
         return torch.stack([torch.stack([
-            self.count(kind, probability, None if (mask == UNKNOWN).any() else mask == 1, pool)
+            self.count(kind, probability, None if (mask == UNKNOWN).any() else mask == 1, accumulator)
             for kind, (probability, mask) in enumerate(zip(*photograph))]) for photograph in zip(answer, target)])
 
-    def at(self, tally: Tensor, thresholds: Sequence[float]) -> Tensor:
-        """Counts (n, L, 3) of both, predicted, true pixels at a threshold for each kind, from tallies."""
+    def at(self, stats: Tensor, thresholds: Sequence[float]) -> Tensor:
+        """Counts (n, L, 3) of both, predicted, true pixels at a threshold for each kind, from statistics."""
         level = torch.tensor([metrics.level_of(t) for t in thresholds])
-        return metrics.masks_at(tally[..., :-1].unflatten(2, (2, metrics.LEVELS)), level)
+        return metrics.masks_at(stats[..., :-1].unflatten(2, (2, metrics.LEVELS)), level)
 
-    def choose(self, tally):
+    def calibrate(self, stats):
         """For each kind the threshold of the highest pooled Dice; 0.5 for those without a true pixel."""
-        others, true = tally[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS)).flip(2).unbind(1)  # (L, K) falling
+        others, true = stats[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS)).flip(2).unbind(1)  # (L, K) falling
         both = true.cumsum(1)
         scores = metrics.dice(torch.stack([both, both + others.cumsum(1), both[:, -1:].expand_as(both)], 2))
         best = metrics.LEVELS - 1 - scores.argmax(1)
         return {kind: metrics.threshold_at(int(best[i])) if both[i, -1] > 0 else 0.5
                 for i, kind in enumerate(self.classes)}
 
-    def measures(self, tally, weights, chosen):
+    def compute(self, stats, weights, calibration):
         """Dice, IoU and area under the precision-recall curve (aupr), each of pooled pixels and, averaged, per image.
 
         The means are over the lesions that occur in the split, never the disc; where nothing but the disc is known,
-        the disc counts. Masks at a threshold of 0.5, and `dice_chosen` at those that were chosen. Pooled first, because
-        a mean of per-image Dice rewards a model that finds nothing: an image without a lesion then scores 1. A pooled
-        value of a kind without a true pixel in the split, and the area of an image without one, are not defined.
+        the disc counts. Masks at a threshold of 0.5, and `dice_calibrated` at those that were chosen. Pooled first,
+        because a mean of per-image Dice rewards a model that finds nothing: an image without a lesion then scores 1. A
+        pooled value of a kind without a true pixel in the split, and the area of an image without one, are not defined.
 
         five_masks_dice is what older work reports as Dice: all five masks of an image in one, then the mean over
-        images; five_masks_dice_of_disc_alone is what the true optic disc alone would score.
+        images; five_masks_dice_of_true_disc is what the true optic disc alone would score.
         """
-        half = self.at(tally, [0.5] * len(self.classes))  # (n, L, 3)
+        half = self.at(stats, [0.5] * len(self.classes))  # (n, L, 3)
         known = ~half[..., 0].isnan().all(0)
         occurs = (weights @ half[..., 2].nan_to_num()) > 0  # (D, L)
         counted = occurs.clone()
@@ -257,14 +260,14 @@ class MaskMetrics(TaskMetrics):
         def pooled(counts):
             return (weights @ counts.nan_to_num().flatten(1)).unflatten(1, counts.shape[1:])
 
-        levels = pooled(tally[..., :-1].unflatten(2, (2, metrics.LEVELS)))  # (D, L, 2, K)
+        levels = pooled(stats[..., :-1].unflatten(2, (2, metrics.LEVELS)))  # (D, L, 2, K)
         of_pixels = {"dice": metrics.dice(pooled(half)), "iou": metrics.iou(pooled(half)),
                      "aupr": metrics.average_precision(*levels.unbind(2))}  # (D, L) each
-        if chosen:
-            of_pixels["dice_chosen"] = metrics.dice(pooled(self.at(tally, [chosen[kind] for kind in self.classes])))
+        if calibration:
+            of_pixels["dice_calibrated"] = metrics.dice(pooled(self.at(stats, [calibration[k] for k in self.classes])))
         of_pixels = {name: v.masked_fill(~occurs, math.nan) for name, v in of_pixels.items()}
         of_images = {name: metrics.mean(v, weights) for name, v in
-                     (("dice", metrics.dice(half)), ("iou", metrics.iou(half)), ("aupr", tally[..., -1]))}
+                     (("dice", metrics.dice(half)), ("iou", metrics.iou(half)), ("aupr", stats[..., -1]))}
         values = {}
         for mark, found in (("", of_pixels), ("_per_image", of_images)):
             for name, value in found.items():
@@ -274,54 +277,54 @@ class MaskMetrics(TaskMetrics):
         if not every.isnan().all():
             alone = torch.stack([disc, disc, every[:, 2]], 1)
             values |= {"five_masks_dice": metrics.mean(metrics.dice(every), weights),
-                       "five_masks_dice_of_disc_alone": metrics.mean(metrics.dice(alone), weights)}
+                       "five_masks_dice_of_true_disc": metrics.mean(metrics.dice(alone), weights)}
         return values
 
-    def metrics(self, tally, chosen=MappingProxyType({}), pool=None):
-        """With `pool`, the areas over all pixels are exact; without, they rest on the levels of the tallies.
+    def metrics(self, stats, calibration=MappingProxyType({}), accumulator=None):
+        """With `accumulator`, the areas over all pixels are exact; without, they rest on the levels of the statistics.
 
         `lesions` counts the kinds that the means are taken over. Where there is none, `dice` is 0: a checkpoint has to
         have a score.
         """
-        values = super().metrics(tally, chosen)
+        values = super().metrics(stats, calibration)
         kinds = [kind for kind in self.classes[:-1] if f"dice_{kind}" in values] or list(self.classes[-1:])
         kinds = [kind for kind in kinds if not math.isnan(values[f"dice_{kind}"])]
-        if pool:
-            areas = {f"aupr_{kind}": pool.area(i) for i, kind in enumerate(self.classes) if f"aupr_{kind}" in values}
+        if accumulator:
+            areas = {f"aupr_{kind}": accumulator.area(i) for i, kind in enumerate(self.classes)
+                     if f"aupr_{kind}" in values}
             mean = sum(areas[f"aupr_{kind}"] for kind in kinds) / len(kinds) if kinds else math.nan
             values |= areas | {"aupr": mean}
         if not kinds:
             values["dice"] = 0.0
         return {"lesions": len(kinds), **values}
 
-    def row(self, tally):
+    def scored_columns(self, stats):
         columns = {}
-        for kind, counts, levels in zip(self.classes, self.at(tally[None], [0.5] * len(self.classes))[0], tally):
+        for kind, counts, levels in zip(self.classes, self.at(stats[None], [0.5] * len(self.classes))[0], stats):
             values = [""] * 4 if counts.isnan().any() else [
                 round(float(metrics.dice(counts)), 4), "" if levels[-1].isnan() else round(float(levels[-1]), 4),
                 *map(int, counts[1:])]
-            columns |= dict(zip((f"dice_{kind}", f"aupr_{kind}", f"predicted_pixels_{kind}", f"true_pixels_{kind}"),
-                                values))
+            columns |= dict(zip((f"dice_{kind}", f"aupr_{kind}", f"pixels_{kind}", f"pixels_{kind}_true"), values))
         return columns
 
 
 # ---- points ----
 
-class PointMetrics(TaskMetrics):
+class LandmarkMetrics(TaskMetrics):
     """Of points; targets come with what turns shares of the side into other units, see tasks.Landmarks.target."""
     classes: Sequence[str]
 
-    def guess(self, targets):
+    def constant_guess(self, targets):
         """The mean place of each."""
         return targets[:, :-4].nanmean(0, keepdim=True)
 
-    def tally(self, answer, target, pool=None):
+    def image_stats(self, answer, target, accumulator=None):
         """(n, P, 6): distance in pixels of the original, in disc diameters; answer and truth in pixels of the file."""
         truth, (begin, pixels, original, diameters) = target[:, :-4], target[:, -4:].unbind(1)
         gaps = [((answer - truth) * unit[:, None]).norm(dim=2) for unit in (original, diameters)]  # (n, P)
         return torch.cat([torch.stack(gaps, 2), *(begin[:, None] + p * pixels[:, None] for p in (answer, truth))], 2)
 
-    def measures(self, tally, weights, chosen):
+    def compute(self, stats, weights, calibration):
         """`within_radius`, the share of points closer than one disc radius, and distances.
 
         These are in disc diameters and in pixels of a photograph 4288 pixels wide (px4288), whatever the width of the
@@ -329,7 +332,7 @@ class PointMetrics(TaskMetrics):
         """
         values = {}
         for i, point in enumerate(self.classes):
-            pixels, diameters = tally[:, i, :2].unbind(1)
+            pixels, diameters = stats[:, i, :2].unbind(1)
             if not pixels.isnan().all():
                 near = (diameters < 0.5).double().masked_fill(diameters.isnan(), math.nan)
                 values |= {f"within_radius_{point}": metrics.mean(near, weights),
@@ -340,12 +343,12 @@ class PointMetrics(TaskMetrics):
         both = torch.stack(share).nanmean(0) if share else torch.zeros(len(weights), dtype=torch.float64)
         return {"within_radius": both, **values}
 
-    def row(self, tally):
-        columns = ("px4288", "diameters", "predicted_x", "predicted_y", "true_x", "true_y")
-        return {f"{column}_{point}": "" if math.isnan(v) else round(v, 4)
-                for point, values in zip(self.classes, tally.tolist()) for column, v in zip(columns, values)}
+    def scored_columns(self, stats):
+        columns = ("{}_px4288", "{}_diameters", "{}_x", "{}_y", "{}_x_true", "{}_y_true")
+        return {column.format(point): "" if math.isnan(v) else round(v, 4)
+                for point, values in zip(self.classes, stats.tolist()) for column, v in zip(columns, values)}
 
-    def answers(self, answer, sample, chosen):
+    def predicted_columns(self, answer, sample, calibration):
         places = sample.geometry.to_file(answer.double().numpy() * sample.image.shape[-1])
         return {f"{point}_{axis}": round(v, 1) for point, place in zip(self.classes, places.tolist())
                 for axis, v in zip("xy", place)}

@@ -18,21 +18,21 @@ from retina.datasets.synthetic import LESIONS
 from retina.drawing import COLOURS, INK, PALE, SMALL, captioned, column, grid, label_legend, legend, masks_of, \
     photograph, row, scale, text, tinted, titled
 from retina.evaluation import metrics
-from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, PointMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.figures.charts import Axis, Chart, heatmap
-from retina.figures.material import PANEL, SMALLER, Line, Material, Missing, best_median_worst, chosen_of, \
-    epochs_chart, of_run, of_runs
+from retina.figures.context import PANEL, SMALLER, FigureContext, FigureUnavailable, Line, best_epoch_of, \
+    best_median_worst, epochs_chart, of_run, of_runs
 from retina.inference import predictor
 
 
 # ---- photographs, truth, prediction ----
 
-def judged(m: Material) -> tuple[dict[str, float], str, str]:
+def judged(ctx: FigureContext) -> tuple[dict[str, float], str, str]:
     """{photograph: score, higher is better}, how one score is written, and by what they are ranked."""
-    first, *_ = m.having((MaskMetrics, PointMetrics), "answers neither with lesions (seg) nor with points (loc) that "
-                                                      "could be laid over a photograph")
-    if task := m.first(MaskMetrics):
-        found, thresholds = m.tallies(task), [m.run.chosen[task.name][kind] for kind in task.classes]
+    first, *_ = ctx.having((MaskMetrics, LandmarkMetrics), "answers neither with lesions (seg) nor with points (loc) "
+                           "that could be laid over a photograph")
+    if task := ctx.first(MaskMetrics):
+        found, thresholds = ctx.stats(task), [ctx.run.calibration[task.name][kind] for kind in task.classes]
         counts = task.at(torch.stack(list(found.values())), thresholds)  # (n, L, 3)
         disc = bool(counts[:, :-1].isnan().all())  # where nothing but the disc is known, the disc counts
         counts = counts[:, -1:].nansum(1) if disc else counts[:, :-1].nansum(1)  # (n, 3)
@@ -43,117 +43,120 @@ def judged(m: Material) -> tuple[dict[str, float], str, str]:
         return values, "lesion Dice {:.2f}", ("Dice of all lesion pixels at the chosen thresholds, the four kinds "
                                               "together, without the disc; photographs with neither a true nor a found "
                                               "one are left out")
-    gaps = {name: tally[:, 0] for name, tally in m.tallies(first).items()}
+    gaps = {name: stats[:, 0] for name, stats in ctx.stats(first).items()}
     values = {name: -float(gap.nan_to_num(0.0).max()) for name, gap in gaps.items() if not gap.isnan().all()}
     return values, "{:.0f} px", "distance of the worse of the two points, where one is known"
 
 
-def in_words(m: Material, name: str) -> str:
+def in_words(ctx: FigureContext, name: str) -> str:
     """What the network says of a photograph, beside what is known of it."""
-    parts, answers = [], m.answers(name)
-    for task in m.run.tasks:
-        tally = m.tallies(task).get(name)
+    parts, answers = [], ctx.answers(name)
+    for task in ctx.run.tasks:
+        stats = ctx.stats(task).get(name)
         if isinstance(task, ClassMetrics):
-            p = m.probabilities(task, answers[task.name][None])[0]
-            said, true = int(p.argmax()), None if tally is None else int(tally[-1])
+            p = ctx.probabilities(task, answers[task.name][None])[0]
+            said, true = int(p.argmax()), None if stats is None else int(stats[-1])
             parts.append(f"{task.title} {task.word(said)} (p {p[said]:.2f}), " + (
                 "true one not known" if true is None else
                 "right" if said == true else f"true {task.word(true)} (p {p[true]:.2f})"))
-        elif isinstance(task, PointMetrics) and tally is not None and not tally[:, 0].isnan().all():
-            gaps = [f"{point} {gap:.0f}" for point, gap in zip(task.classes, tally[:, 0].tolist()) if gap == gap]
+        elif isinstance(task, LandmarkMetrics) and stats is not None and not stats[:, 0].isnan().all():
+            gaps = [f"{point} {gap:.0f}" for point, gap in zip(task.classes, stats[:, 0].tolist()) if gap == gap]
             parts.append(f"{', '.join(gaps)} px off")
-    known = masks_of(m.sample(name))
-    if m.first(MaskMetrics) and (unknown := [kind for kind in LESIONS if kind not in known]):
+    known = masks_of(ctx.sample(name))
+    if ctx.first(MaskMetrics) and (unknown := [kind for kind in LESIONS if kind not in known]):
         parts.append(f"masks of {', '.join(unknown)} not known, and not shown")
     return "; ".join(parts)
 
 
-def shown(m: Material, name: str) -> list[Image.Image]:
+def panels_of(ctx: FigureContext, name: str) -> list[Image.Image]:
     """The photograph, with its truth, with the prediction."""
-    sample, answers = m.sample(name, PANEL), m.answers(name)
+    sample, answers = ctx.sample(name, PANEL), ctx.answers(name)
     plain, truth, masks, points = photograph(sample.image, PANEL), masks_of(sample), {}, [None, None]
-    if task := m.first(MaskMetrics):
+    if task := ctx.first(MaskMetrics):
         maps = F.interpolate(answers[task.name][None], (PANEL, PANEL), mode="bilinear")[0]
-        masks = {kind: (x >= m.run.chosen[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)
+        masks = {kind: (x >= ctx.run.calibration[task.name][kind]).numpy() for kind, x in zip(task.classes, maps)
                  if kind in truth}
-    if task := m.first(PointMetrics):
-        points = [sample.points, answers[task.name] * PANEL]
+    if task := ctx.first(LandmarkMetrics):
+        points = [sample.landmarks, answers[task.name] * PANEL]
     return [plain, tinted(plain, truth, points[0]), tinted(plain, masks, points[1])]
 
 
-def overlays(m: Material) -> Image.Image:
+def overlays(ctx: FigureContext) -> Image.Image:
     """Best, median and worst photograph: itself, its truth, what is predicted."""
-    values, written, rule = judged(m)
+    values, written, rule = judged(ctx)
     if not values:
-        raise Missing(f"none of the {len(m.photographs)} {m.words} photographs has lesions or points, true or found")
-    parts = [label_legend(bool(m.having(MaskMetrics)), bool(m.having(PointMetrics)))]
+        raise FigureUnavailable(
+            f"none of the {len(ctx.photographs)} {ctx.words} photographs has lesions or points, true or found")
+    parts = [label_legend(bool(ctx.having(MaskMetrics)), bool(ctx.having(LandmarkMetrics)))]
     heads = [text(words, colour=PALE) for words in ("photograph", "truth", "prediction")]
     for name, which in best_median_worst(values).items():
-        pictures = grid([*heads, *shown(m, name)], 3, (12, 6))
-        said = "; ".join(filter(None, (f"{which}: {name}", written.format(abs(values[name])), in_words(m, name))))
+        pictures = grid([*heads, *panels_of(ctx, name)], 3, (12, 6))
+        said = "; ".join(filter(None, (f"{which}: {name}", written.format(abs(values[name])), in_words(ctx, name))))
         parts.append(column([pictures, text(said, width=pictures.width)], 6))
         heads = []  # they stand above the first photograph alone
-    return titled(f"Best, median and worst of {len(values)} {m.words} photographs", column(parts, 12),
-                  f"{of_run(m)}. Ranked by: {rule}. Probabilities p at the chosen temperature; distances in pixels of "
-                  f"a photograph 4288 pixels wide.{m.caution} {predictor.NOTE.capitalize()}.")
+    return titled(f"Best, median and worst of {len(values)} {ctx.words} photographs", column(parts, 12),
+                  f"{of_run(ctx)}. Ranked by: {rule}. Probabilities p at the chosen temperature; distances in pixels "
+                  f"of a photograph 4288 pixels wide.{ctx.caution} {predictor.NOTE.capitalize()}.")
 
 
 # ---- losses and metrics over epochs ----
 
-def loss_chart(m: Material, task: str) -> Image.Image:
+def loss_chart(ctx: FigureContext, task: str) -> Image.Image:
     """A task's loss, training dashed, validation solid; a line for each run."""
-    training = of_runs(m, lambda line: line["train"].get(task), dashed=True)
-    validation = of_runs(m, lambda line: line["val"].get(task, {}).get("loss"))
+    training = of_runs(ctx, lambda line: line["train"].get(task), dashed=True)
+    validation = of_runs(ctx, lambda line: line["val"].get(task, {}).get("loss"))
     most, limit = (max(v for line in lines for v in line.values if v is not None) for lines in (validation, training))
-    limit = max([2 * limit, *(line.values[line.chosen] or 0.0 for line in validation)])  # of what is shown
+    limit = max([2 * limit, *(line.values[line.best] or 0.0 for line in validation)])  # of what is shown
     words, high = "training with augmentation and dropout", None
     if most > limit:  # as in the first epochs, before batch norm knows its statistics
         words, high = f"{words}; validation to {most:.3g}", limit
-    chart = epochs_chart(m, f"{task}: loss", words, training + validation, 0.0, high)
+    chart = epochs_chart(ctx, f"{task}: loss", words, training + validation, 0.0, high)
     return chart.picture([("validation", INK, "line"), ("training", INK, "dashed")])
 
 
-def metric_lines(m: Material, task: TaskMetrics) -> list[Line]:
+def metric_lines(ctx: FigureContext, task: TaskMetrics) -> list[Line]:
     """Of several runs the metric that counts; of one run also accuracy, or that metric of each kind or point."""
     def of(metric):
-        return of_runs(m, lambda line: line["val"].get(task.name, {}).get(metric))
+        return of_runs(ctx, lambda line: line["val"].get(task.name, {}).get(metric))
 
-    if len(m.logs) > 1:
+    if len(ctx.logs) > 1:
         return of(task.primary)
     kinds = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
-    colours = {task.primary: INK if kinds == tuple(records.COLOURS) else COLOURS[0]}
-    colours |= {f"{task.primary}_{kind}": records.COLOURS.get(kind, COLOURS[k + 1]) for k, kind in enumerate(kinds)}
+    colours = {task.primary: INK if kinds == tuple(records.LESION_COLOURS) else COLOURS[0]}
+    colours |= {f"{task.primary}_{kind}": records.LESION_COLOURS.get(kind, COLOURS[k + 1])
+                for k, kind in enumerate(kinds)}
     if not kinds:
         colours.setdefault("accuracy", COLOURS[1])
     return [replace(line, words=metric, colour=colour) for metric, colour in colours.items() for line in of(metric)]
 
 
-def metric_chart(m: Material, task: TaskMetrics) -> Image.Image:
+def metric_chart(ctx: FigureContext, task: TaskMetrics) -> Image.Image:
     """A task's metrics on validation, and the one that counts on training photographs."""
-    lines, learned = metric_lines(m, task), m.learned[0]
-    value = learned.metrics()[task.name][task.primary] if task.name in learned.tallies else None
+    lines, learned = metric_lines(ctx, task), ctx.learned[0]
+    value = learned.metrics()[task.name][task.primary] if task.name in learned.stats else None
     shown_ = [v for v in (task.worst, task.best, value, *(v for line in lines for v in line.values)) if v is not None]
-    chart = epochs_chart(m, f"{task.name}: {task.primary}".replace("_", " "), "validation photographs" +
+    chart = epochs_chart(ctx, f"{task.name}: {task.primary}".replace("_", " "), "validation photographs" +
                          ", lower is better" * (task.best < task.worst), lines, min(shown_), max(shown_))
     entries = [(line.words.replace("_", " "), line.colour, "line") for line in lines]
     if value is not None:
-        chart.dots([m.run.epoch], [value], lines[0].colour, 5, ring=True)
+        chart.dots([ctx.run.epoch], [value], lines[0].colour, 5, ring=True)
         entries.append((f"of {len(learned.names[task.name])} training photographs, not augmented: {value:.3f}",
                         lines[0].colour, "ring"))
     return chart.picture(entries)
 
 
-def curves(m: Material) -> Image.Image:
+def curves(ctx: FigureContext) -> Image.Image:
     """Losses and metrics of every task over epochs, the score by which the checkpoint was chosen, expert balance."""
-    names = {t for log in m.logs.values() for line in log for t in line["val"]}
-    tasks = [*m.run.tasks, *(t for name, t in m.tasks.items() if name in names - {t.name for t in m.run.tasks})]
-    charts = [chart for task in tasks for chart in (loss_chart(m, task.name), metric_chart(m, task))]
-    charts.append(epochs_chart(m, "score", "mean over tasks of the metric that counts",
-                               of_runs(m, lambda line: line["score"])).picture())
-    if balance := of_runs(m, lambda line: line["train"].get("balance")):
-        charts.append(epochs_chart(m, "balance loss", "0: all experts are used alike", balance, 0.0).picture())
-    runs = [legend([(name, colour, "line") for name, colour in zip(m.logs, COLOURS)], 800)] if len(m.logs) > 1 else []
-    chosen = ", ".join(f"{name} epoch {log[chosen_of(log)]['epoch']}" for name, log in m.logs.items())
+    names = {t for log in ctx.logs.values() for line in log for t in line["val"]}
+    tasks = [*ctx.run.tasks, *(t for name, t in ctx.tasks.items() if name in names - {t.name for t in ctx.run.tasks})]
+    charts = [chart for task in tasks for chart in (loss_chart(ctx, task.name), metric_chart(ctx, task))]
+    charts.append(epochs_chart(ctx, "score", "mean over tasks of the metric that counts",
+                               of_runs(ctx, lambda line: line["score"])).picture())
+    if balance := of_runs(ctx, lambda line: line["train"].get("balance")):
+        charts.append(epochs_chart(ctx, "balance loss", "0: all experts are used alike", balance, 0.0).picture())
+    runs = [legend([(name, colour, "line") for name, colour in zip(ctx.logs, COLOURS)], 800)] \
+        if len(ctx.logs) > 1 else []
+    chosen = ", ".join(f"{name} epoch {log[best_epoch_of(log)]['epoch']}" for name, log in ctx.logs.items())
     return titled("Losses and metrics over epochs", column([*runs, grid(charts, 2, (28, 18))], 18),
                   f"Dots: the chosen checkpoint ({chosen}), of the epoch with the best score on validation. Ring: the "
                   "same checkpoint on photographs that it learned from.")
@@ -161,10 +164,10 @@ def curves(m: Material) -> Image.Image:
 
 # ---- which classes are taken for which ----
 
-def confused(m: Material, task: ClassMetrics, most: int = 12) -> Image.Image:
+def confused(ctx: FigureContext, task: ClassMetrics, most: int = 12) -> Image.Image:
     """One task's confusion matrix, and an example of each of its most frequent confusions."""
-    photographs, tally = m.here[0].names[task.name], m.here[0].tallies[task.name]
-    truth, predicted, p = tally[:, -1].long(), tally[:, :-1].argmax(1), m.probabilities(task, tally[:, :-1])
+    photographs, stats = ctx.here[0].names[task.name], ctx.here[0].stats[task.name]
+    truth, predicted, p = stats[:, -1].long(), stats[:, :-1].argmax(1), ctx.probabilities(task, stats[:, :-1])
     counts = metrics.confusion_matrix(truth, predicted, task.classes)
     wrong = counts - counts.diag().diag()
     kept = (wrong.sum(0) + wrong.sum(1)).topk(min(most, task.classes)).indices.sort().values
@@ -172,7 +175,7 @@ def confused(m: Material, task: ClassMetrics, most: int = 12) -> Image.Image:
     shares = part / counts[kept].sum(1, keepdim=True)  # nan where a class does not occur
     cells = [[f"{int(n)}\n{s:.0%}" if s == s else "0" for n, s in zip(*both)] for both in zip(part, shares)]
     names = [str(task.word(int(k))) for k in kept]
-    values = m.here[0].metrics()[task.name]
+    values = ctx.here[0].metrics()[task.name]
     said = "   ".join(f"{k} {values[k]:.3f}".replace("_", " ")
                       for k in dict.fromkeys((task.primary, "accuracy", "balanced_accuracy")))
     left_out = f"; the {most} classes with most confusions of {task.classes}" * (task.classes > most)
@@ -186,27 +189,27 @@ def confused(m: Material, task: ClassMetrics, most: int = 12) -> Image.Image:
             surest = max(those, key=lambda i: p[i, said_])
             words = (f"true {task.word(true)}, taken for {task.word(said_)}: {number} of {int(counts[true].sum())}\n"
                      f"{photographs[surest]}, p {p[surest, said_]:.2f}")
-            examples.append(captioned(photograph(m.sample(photographs[surest]).image, SMALLER), words))
+            examples.append(captioned(photograph(ctx.sample(photographs[surest]).image, SMALLER), words))
     below = [text("the most frequent confusions, each by the photograph of which the network is surest"),
              row(examples)] if examples else [text("no photograph is taken for another class")]
     return column([matrix, text(said, SMALL), *below], 10)
 
 
-def confusion(m: Material) -> Image.Image:
+def confusion(ctx: FigureContext) -> Image.Image:
     """Confusion matrices with counts and row shares; below each the most frequent confusions."""
     key = scale("0 %", "100 %", "of the photographs of a true class")
-    parts = [key, *(confused(m, t) for t in m.having(ClassMetrics, "tells no classes apart"))]
+    parts = [key, *(confused(ctx, t) for t in ctx.having(ClassMetrics, "tells no classes apart"))]
     return titled("Which classes are taken for which", column(parts, 22),
-                  f"{of_run(m)}, those with a label. Probabilities p at the chosen temperature.{m.caution}")
+                  f"{of_run(ctx)}, those with a label. Probabilities p at the chosen temperature.{ctx.caution}")
 
 
 # ---- what probabilities are worth ----
 
-def calibration_chart(m: Material, task: ClassMetrics) -> Image.Image:
+def calibration_chart(ctx: FigureContext, task: ClassMetrics) -> Image.Image:
     """Confidence against accuracy, before and after the temperature."""
-    tally = m.here[0].tallies[task.name]
-    truth, temperature = tally[:, -1].long(), m.run.chosen[task.name]["temperature"]
-    values, unit = m.here[0].metrics(m.run.chosen)[task.name], (0.0, 1.0)
+    stats = ctx.here[0].stats[task.name]
+    truth, temperature = stats[:, -1].long(), ctx.run.calibration[task.name]["temperature"]
+    values, unit = ctx.here[0].metrics(ctx.run.calibration)[task.name], (0.0, 1.0)
     chart = Chart(f"{task.title} ({task.name}): calibration",
                   Axis("confidence: probability of the predicted class", *unit),
                   Axis("share that is right; the larger a dot, the more photographs", *unit), 340, 300)
@@ -215,37 +218,37 @@ def calibration_chart(m: Material, task: ClassMetrics) -> Image.Image:
     for words, t, error, colour in (("before", 1.0, "calibration_error", COLOURS[0]),
                                     (f"at temperature {temperature:.2f}", temperature,
                                      "calibration_error_at_temperature", COLOURS[5])):
-        bins = metrics.calibration_bins(metrics.at_temperature(tally[:, :-1], t), truth).tolist()
+        bins = metrics.calibration_bins(metrics.at_temperature(stats[:, :-1], t), truth).tolist()
         chart.line([x for x, *_ in bins], [y for _, y, _ in bins], colour)
         for x, y, n in bins:
-            chart.dots([x], [y], colour, 3 + 7 * math.sqrt(n / len(tally)))
+            chart.dots([x], [y], colour, 3 + 7 * math.sqrt(n / len(stats)))
         entries.append((f"{words}: expected calibration error {values[error]:.3f}", colour, "dot"))
     return chart.picture(entries)
 
 
-def precision_recall_chart(m: Material, task: MaskMetrics) -> Image.Image:
+def precision_recall_chart(ctx: FigureContext, task: MaskMetrics) -> Image.Image:
     """Precision against recall over all pixels of each kind of lesion."""
-    tally, values = m.here[0].tallies[task.name], m.here[0].metrics()[task.name]
-    counts = tally[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS))  # (L, 2, K)
+    stats, values = ctx.here[0].stats[task.name], ctx.here[0].metrics()[task.name]
+    counts = stats[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS))  # (L, 2, K)
     curves_ = zip(*metrics.precision_recall(*counts.unbind(1)))
     chart = Chart(f"lesions and optic disc ({task.name})", Axis("recall", 0, 1),
                   Axis("precision, over all pixels of the split", 0, 1), 340, 300)
     keys = []
     for kind, seen, (precision, recall) in zip(task.classes, counts.sum(1).flip(1).cumsum(1), curves_):
-        known, colour = not recall.isnan().any(), records.COLOURS[kind]
+        known, colour = not recall.isnan().any(), records.LESION_COLOURS[kind]
         if known:
             passes = seen > 0  # where nothing passes there is no precision
             chart.line(recall[passes].tolist(), precision[passes].tolist(), colour)
-            at = metrics.LEVELS - 1 - metrics.level_of(m.run.chosen[task.name][kind])
+            at = metrics.LEVELS - 1 - metrics.level_of(ctx.run.calibration[task.name][kind])
             if at >= 0 and passes[at]:
                 chart.dots([float(recall[at])], [float(precision[at])], colour, 4.5)
         said = f"area {values[f'aupr_{kind}']:.3f}" if known else "not one true pixel"
-        keys.append((f"{records.KINDS[kind]}: {said}", colour, "line"))
+        keys.append((f"{records.LESION_NAMES[kind]}: {said}", colour, "line"))
     return chart.picture([*keys, ("dots: at the chosen threshold", PALE, "dot")])
 
 
-def reliability(m: Material) -> Image.Image:
+def reliability(ctx: FigureContext) -> Image.Image:
     """Calibration of each task that tells classes apart; precision against recall of each lesion."""
-    charts = [calibration_chart(m, t) if isinstance(t, ClassMetrics) else precision_recall_chart(m, t)
-              for t in m.having((ClassMetrics, MaskMetrics), "gives no probabilities")]
-    return titled("What probabilities are worth", grid(charts, 2, (28, 20)), f"{of_run(m)}.{m.caution}")
+    charts = [calibration_chart(ctx, t) if isinstance(t, ClassMetrics) else precision_recall_chart(ctx, t)
+              for t in ctx.having((ClassMetrics, MaskMetrics), "gives no probabilities")]
+    return titled("What probabilities are worth", grid(charts, 2, (28, 20)), f"{of_run(ctx)}.{ctx.caution}")

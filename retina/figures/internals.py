@@ -25,11 +25,12 @@ from retina.datasets.synthetic import LESIONS
 from retina.drawing import COLOURS, OTHERS, PALE, captioned, coloured, column, label_legend, masks_of, photograph, \
     row, scale, shades, text, tinted, titled
 from retina.evaluation import routing
-from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, PointMetrics, TaskMetrics
-from retina.figures import material, tsne
+from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
+from retina.figures import context, tsne
 from retina.figures.charts import Axis, Chart, heatmap
-from retina.figures.material import MOST_SHOWN, SMALLER, Material, Missing, best_median_worst, of_run
+from retina.figures.context import MOST_SHOWN, SMALLER, FigureContext, FigureUnavailable, best_median_worst, of_run
 from retina.inference import full_size
+
 
 if TYPE_CHECKING:
     from model import Net
@@ -69,23 +70,23 @@ def groups_by_label(task: ClassMetrics, labels: Sequence[int | None]) -> list[tu
             for words, colour, wanted in groups]
 
 
-def tsne_map(m: Material) -> Image.Image:
+def tsne_map(ctx: FigureContext) -> Image.Image:
     """Which photographs look alike to the network: t-SNE of pooled features, training and split in one map."""
-    x = torch.cat([m.learned[1], m.here[1][:material.MOST]])
-    border, n = len(m.training), len(x)
+    x = torch.cat([ctx.learned[1], ctx.here[1][:context.MOST]])
+    border, n = len(ctx.training), len(x)
     if n < 5:
-        raise Missing(f"{n} photographs are too few for a map; at least 5")
-    perplexity = min(30.0, (n - 1) / 3) if m.perplexity is None else m.perplexity
-    y = tsne.tsne(x, perplexity, m.seed)
+        raise FigureUnavailable(f"{n} photographs are too few for a map; at least 5")
+    perplexity = min(30.0, (n - 1) / 3) if ctx.perplexity is None else ctx.perplexity
+    y = tsne.tsne(x, perplexity, ctx.seed)
     maps = []
-    if task := m.first(ClassMetrics):
-        labels = [r.labels.get(task.label) for r in m.training.records + m.photographs.records[:material.MOST]]
+    if task := ctx.first(ClassMetrics):
+        labels = [r.labels.get(task.label) for r in ctx.training.records + ctx.photographs.records[:context.MOST]]
         maps.append(map_of(f"by {task.title}", y, groups_by_label(task, labels)))
     maps.append(map_of("by split", y, [("training", COLOURS[4], "dot", range(border)),
-                                       (m.words, COLOURS[5], "ring", range(border, n))]))
+                                       (ctx.words, COLOURS[5], "ring", range(border, n))]))
     return titled("Which photographs look alike to the network", row(maps, 24),
-                  f"{m.name}, epoch {m.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {m.seed}) of "
-                  f"the encoder's deepest map averaged over positions, {x.shape[1]} numbers for each of {n} "
+                  f"{ctx.name}, epoch {ctx.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {ctx.seed}) of "
+                  f"the encoder's bottleneck averaged over positions, {x.shape[1]} numbers for each of {n} "
                   f"photographs. Of its 10 nearest neighbours there, a photograph keeps {neighbours_kept(x, y):.0%} in "
                   "the map. Sizes of clusters and distances between them mean nothing.")
 
@@ -101,7 +102,7 @@ def grad_cam(net: Net, task: TaskMetrics, image: Tensor, classes: Sequence[int])
     """
     head, device = net.heads[task.name], next(net.parameters()).device
     with torch.no_grad():
-        maps, _ = net.routed_maps(image[None].to(device), full_size.rows(net, [task], 1, device))
+        maps, _ = net.routed_maps(image[None].to(device), full_size.all_indices(net, [task], 1, device))
         convolved = [a.requires_grad_() for a in head.convolved(maps[task.name])]
     with torch.enable_grad():
         logits = head.classify(convolved)[0]
@@ -145,41 +146,41 @@ def warm(image: Tensor, heat_: Tensor, side: int) -> Image.Image:
     return Image.composite(Image.fromarray(shades(amount.numpy())), grey, mask)
 
 
-def heats(m: Material, task: ClassMetrics, image: Tensor, classes: Sequence[int]) -> list[Tensor]:
+def heats(ctx: FigureContext, task: ClassMetrics, image: Tensor, classes: Sequence[int]) -> list[Tensor]:
     """Of a photograph (3, S, S), where the answer for each of these classes comes from: (S, S) each."""
-    return [heat(maps, m.photographs.size) for maps in grad_cam(m.run.net, task, image, classes)]
+    return [heat(maps, ctx.photographs.size) for maps in grad_cam(ctx.run.net, task, image, classes)]
 
 
-def heat_panels(m: Material, task: ClassMetrics, name: str, which: str, p: Tensor, true: int,
+def heat_panels(ctx: FigureContext, task: ClassMetrics, name: str, which: str, p: Tensor, true: int,
                 side: int = 280) -> Image.Image:
     """A photograph with its lesions; under the heat of the predicted class; under that of the true one, if another."""
-    sample, large, predicted = m.sample(name), m.sample(name, side), int(p.argmax())
+    sample, large, predicted = ctx.sample(name), ctx.sample(name, side), int(p.argmax())
     even, known = on_lesions(sample, torch.ones(())), lesions_of(sample) is not None
     said = f"lesions cover {even:.1%} of the retina" if even is not None else \
         "no lesions" if known else "lesions not all known"
     panels = [captioned(tinted(photograph(large.image, side), masks_of(large)), f"{which}: {name}\n{said}")]
     roles = {predicted: "predicted and true"} if predicted == true else {predicted: "predicted", true: "true"}
-    for (c, role), heat_ in zip(roles.items(), heats(m, task, sample.image, list(roles))):
+    for (c, role), heat_ in zip(roles.items(), heats(ctx, task, sample.image, list(roles))):
         on = "" if even is None else f"\n{on_lesions(sample, heat_):.1%} of it on lesions"
         panels.append(captioned(warm(large.image, heat_, side),
                                 f"{role}: {task.title} {task.word(c)}, p {p[c]:.2f}{on}"))
     return row(panels)
 
 
-def gradcam(m: Material) -> Image.Image:
+def gradcam(ctx: FigureContext) -> Image.Image:
     """Where in a photograph an answer comes from: Grad-CAM of the predicted and of the true class, beside lesions."""
-    task, *_ = m.having(ClassMetrics, "tells no classes apart")
-    tallies = m.tallies(task)
-    p = dict(zip(tallies, m.probabilities(task, torch.stack(list(tallies.values()))[:, :-1])))
-    true = {name: int(tally[-1]) for name, tally in tallies.items()}
-    masked = [name for name in m.masked if name in tallies]
-    ranked = masked or list(tallies)
+    task, *_ = ctx.having(ClassMetrics, "tells no classes apart")
+    stats = ctx.stats(task)
+    p = dict(zip(stats, ctx.probabilities(task, torch.stack(list(stats.values()))[:, :-1])))
+    true = {name: int(of[-1]) for name, of in stats.items()}
+    masked = [name for name in ctx.masked if name in stats]
+    ranked = masked or list(stats)
     chosen = best_median_worst({name: float(p[name][true[name]]) for name in ranked})
-    panels = [heat_panels(m, task, name, which, p[name], true[name]) for name, which in chosen.items()]
+    panels = [heat_panels(ctx, task, name, which, p[name], true[name]) for name, which in chosen.items()]
     said, shares = "", []  # of each photograph with lesions: of its heat, and of its retina, what lies on them
-    for name, sample in zip(masked, map(m.sample, masked)):
+    for name, sample in zip(masked, map(ctx.sample, masked)):
         if (even := on_lesions(sample, torch.ones(()))) is not None:
-            heat_, = heats(m, task, sample.image, [int(p[name].argmax())])
+            heat_, = heats(ctx, task, sample.image, [int(p[name].argmax())])
             shares.append((on_lesions(sample, heat_), even))
     if shares:
         on, even = np.mean(shares, 0)
@@ -187,7 +188,7 @@ def gradcam(m: Material) -> Image.Image:
                 f"has on the retina lies on lesions, which cover {even:.1%} of it.")
     keys = [scale("nothing", "most", "added to the answer"), *([label_legend(points=False)] * bool(masked))]
     return titled(f"Where the {task.title} comes from", column([*keys, *panels], 12),
-                  f"{m.name}, epoch {m.run.epoch}. Best, median and worst of {len(ranked)} {m.words} photographs"
+                  f"{ctx.name}, epoch {ctx.run.epoch}. Best, median and worst of {len(ranked)} {ctx.words} photographs"
                   f"{' with masks' * bool(masked)}, by the probability p of the true class at the chosen temperature. "
                   "Grad-CAM of the maps that the head averages, at strides 4 to 32, added up, below zero cut "
                   f"off.{said}")
@@ -228,10 +229,10 @@ def map_panels(maps: Mapping[str, Tensor]) -> list[Image.Image]:
     return panels
 
 
-def answer_panels(m: Material, task: TaskMetrics, output: Tensor) -> tuple[str, list[Image.Image]]:
+def answer_panels(ctx: FigureContext, task: TaskMetrics, output: Tensor) -> tuple[str, list[Image.Image]]:
     """A head's raw output, one row, as masks, as heatmaps of points, or as a table; and what that is."""
     if isinstance(task, ClassMetrics):
-        p = m.probabilities(task, task.decode(output).cpu())[0]
+        p = ctx.probabilities(task, task.decode(output).cpu())[0]
         shown = sorted(p.topk(min(MOST_SHOWN, len(p))).indices.tolist())
         cells = [[f"{p[k]:.2f}" for k in shown], [f"{output[0, k]:+.1f}" for k in shown]]
         rest = f"; the {MOST_SHOWN} most probable of {len(p)}" * (len(p) > MOST_SHOWN)
@@ -241,8 +242,8 @@ def answer_panels(m: Material, task: TaskMetrics, output: Tensor) -> tuple[str, 
     if isinstance(task, MaskMetrics):
         return (f"Masks ({task.name}): logit of each pixel", [
             panel(shades((x.cpu().numpy() + 8) / 16), f"{name}\n{float(x.min()):.1f} to {float(x.max()):.1f}")
-            for name, x in zip(records.KINDS.values(), output[0])])
-    if isinstance(task, PointMetrics):
+            for name, x in zip(records.LESION_NAMES.values(), output[0])])
+    if isinstance(task, LandmarkMetrics):
         maps = output[0].flatten(1).softmax(1).view_as(output[0])
         return (f"Points ({task.name}): probability of each position, whose mean is the point", [
             panel(shades((x / x.max()).cpu().numpy()), f"{name}\nat most {float(x.max()):.2g}")
@@ -251,24 +252,24 @@ def answer_panels(m: Material, task: TaskMetrics, output: Tensor) -> tuple[str, 
 
 
 @torch.inference_mode()
-def filters(m: Material) -> Image.Image:
+def feature_maps(ctx: FigureContext) -> Image.Image:
     """One photograph on its way through the network: encoder, experts, decoder, what each head says."""
-    net, sample, maps = m.run.net, m.sample(m.example), []
-    lesions = next((t for t in m.run.tasks if isinstance(t, MaskMetrics)), None)
+    net, sample, maps = ctx.run.net, ctx.sample(ctx.example), []
+    lesions = next((t for t in ctx.run.tasks if isinstance(t, MaskMetrics)), None)
     decoders = [*filter(None, [net.decoder, net.heads[lesions.name].decoder if lesions else None])]
     blocks = [block for decoder in decoders for block in decoder.blocks]
     hooks = [part.register_forward_hook(lambda _, __, found: maps.append(found)) for part in (net.encoder, *blocks)]
-    routed, _ = net.routed_maps(sample.image[None].to(m.device))
+    routed, _ = net.routed_maps(sample.image[None].to(ctx.device))
     outputs = {t: net.heads[t](x) for t, x in routed.items()}
     for hook in hooks:
         hook.remove()
     down, *up = maps
 
     def named(maps):
-        return map_panels({f"stride {m.photographs.size // x.shape[2]}": x for x in maps})
+        return map_panels({f"stride {ctx.photographs.size // x.shape[2]}": x for x in maps})
 
-    plain = photograph(sample.image, m.photographs.size)
-    first = [panel(np.asarray(plain), m.example)]
+    plain = photograph(sample.image, ctx.photographs.size)
+    first = [panel(np.asarray(plain), ctx.example)]
     if sample.masks is not None:
         first.append(panel(np.asarray(tinted(plain, masks_of(sample))), "its lesions and disc"))
     parts = [("The photograph", first), ("Encoder: five maps, each half as large as the one before", named(down))]
@@ -277,10 +278,10 @@ def filters(m: Material) -> Image.Image:
                       map_panels({t: x[net.routed] for t, x in routed.items()})))
     if up:
         parts.append(("Decoder: twice as large at each step, joined by the encoder's map of that size", named(up)))
-    parts += [answer_panels(m, task, outputs[task.name].float()) for task in m.run.tasks]
+    parts += [answer_panels(ctx, task, outputs[task.name].float()) for task in ctx.run.tasks]
     keys = row([scale("0", "1", "probabilities of classes"), scale("-8", "8", "logits of masks"),
                 scale("0", "most", "positions")], 28)
     return titled("One photograph on its way through the network", column(
         [keys, *(column([text(words), row(pictures)], 6) for words, pictures in parts if pictures)], 16),
-        f"{of_run(m)}. Maps of many channels are shown by their first three principal components, as red, green and "
+        f"{of_run(ctx)}. Maps of many channels are shown by their first three principal components, as red, green and "
         "blue; below each, the share of the variance that these have.")

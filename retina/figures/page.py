@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from retina.evaluation import scoring, tables
-from retina.figures.material import Material
+from retina.figures.context import FigureContext
 from retina.inference import predictor
+
 
 STYLE = """
 body { margin: 0 auto; max-width: 1280px; padding: 16px; box-sizing: border-box; color: #212529; background: #fff;
@@ -28,24 +29,24 @@ def numbers(pairs: Mapping[str, str]) -> str:
                                              for k, v in pairs.items()) + "</div>"
 
 
-def measured(m: Material) -> str:
+def measured(ctx: FigureContext) -> str:
     """All measures of the split with their intervals, task by task."""
-    values, limits = scoring.summary([m.here[0]], [m.run.chosen])
+    values, limits = scoring.summary([ctx.here[0]], [ctx.run.calibration])
     parts = []
-    for task in m.here[0].scored():
+    for task in ctx.here[0].scored():
         found = values[task.name]
         parts.append(f"<h3>{html.escape(task.name)}: {found['photographs']} photographs of {found['eyes']} eyes</h3>" +
-                     numbers({k.replace("_", " "): tables.shown(v, limits[task.name].get(k))
+                     numbers({k.replace("_", " "): tables.number_cell(v, limits[task.name].get(k))
                               for k, v in found.items() if isinstance(v, float)}))
     return "".join(parts)
 
 
-def page(m: Material, drawn: Mapping[str, bytes | str], figures: Mapping[str, tuple[Callable, str]]) -> str:
+def page(ctx: FigureContext, drawn: Mapping[str, bytes | str], figures: Mapping[str, tuple[Callable, str]]) -> str:
     """One page that needs no other file: pictures (or why there is none), measures, configuration.
 
     `figures`: name -> function, format. The first line of a function's docstring is its picture's heading.
     """
-    run = m.run
+    run = ctx.run
     source = "DRAWN photographs, which are no photographs of eyes" if run.options["data"] is None else \
         f"photographs of {Path(run.options['data']).name}"
     sections = []
@@ -58,18 +59,18 @@ def page(m: Material, drawn: Mapping[str, bytes | str], figures: Mapping[str, tu
     links = "".join(f'<a href="#{name}">{name}</a>' for name in (*drawn, "measures", "configuration"))
     options = {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in run.options.items()}
     options["data"] = "drawn" if run.options["data"] is None else Path(run.options["data"]).name
-    title = f"{m.name}: {' '.join(run.options['tasks'])}"
+    title = f"{ctx.name}: {' '.join(run.options['tasks'])}"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>Checkpoint of epoch {run.epoch}; {len(m.photographs)} {m.words} photographs; {html.escape(source)}.
+<p>Checkpoint of epoch {run.epoch}; {len(ctx.photographs)} {ctx.words} photographs; {html.escape(source)}.
 {predictor.NOTE.capitalize()}.</p>
 <nav>{links}</nav>
 {"".join(sections)}
 <h2 id="measures">Measures</h2>
-<p>On the {m.words} photographs; in brackets 95 % of draws of eyes.{m.caution}</p>
-{measured(m)}
+<p>On the {ctx.words} photographs; in brackets 95 % of draws of eyes.{ctx.caution}</p>
+{measured(ctx)}
 <h2 id="configuration">Configuration</h2>{numbers(options)}
 </body></html>
 """

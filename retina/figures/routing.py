@@ -15,16 +15,17 @@ from torch.utils.data import Dataset, Subset
 from retina.datasets.preprocess import Sample
 from retina.drawing import COLOURS, OTHERS, coloured, column, grid, legend, photograph, row, scale, text, titled
 from retina.evaluation import routing as routing_
-from retina.evaluation.routing import Use, labels_of
+from retina.evaluation.routing import ExpertUsage, labels_of
 from retina.evaluation.task_metrics import MaskMetrics
 from retina.figures.charts import heatmap
-from retina.figures.material import Line, MOST_SHOWN, Material, Missing, epochs_chart, of_run
+from retina.figures.context import MOST_SHOWN, FigureContext, FigureUnavailable, Line, epochs_chart, of_run
+
 
 if TYPE_CHECKING:
     from model import Routing
 
 
-class Exchanged(Dataset):
+class LabelShuffled(Dataset):
     """Photographs, each with the masks of the next one."""
 
     def __init__(self, photographs: Dataset):
@@ -37,15 +38,15 @@ class Exchanged(Dataset):
         return len(self.photographs)
 
 
-def uses_of(m: Material, photographs: Dataset) -> dict[str, Use]:
+def uses_of(ctx: FigureContext, photographs: Dataset) -> dict[str, ExpertUsage]:
     """Where the tokens of photographs go, for every task."""
-    masks = [t for t in m.tasks.values() if isinstance(t, MaskMetrics)]
-    return routing_.collect(m.run.net, m.batches(photographs, masks))
+    masks = [t for t in ctx.tasks.values() if isinstance(t, MaskMetrics)]
+    return routing_.collect(ctx.run.net, ctx.batches(photographs, masks))
 
 
 def has_room(r: Routing, side: int = 240) -> bool:
     """Whether there is a second expert, and room for it in a token of a picture of `side` pixels."""
-    return r.indices.shape[1] > 1 and side / r.grid[2] >= 12
+    return r.experts.shape[1] > 1 and side / r.grid[2] >= 12
 
 
 def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side: int = 240) -> Image.Image:
@@ -56,7 +57,7 @@ def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side
     picture, (_, h, w) = photograph(image, side).convert("L").convert("RGB"), r.grid
     edge = min(w / side, 0.25)  # between tokens, in tokens; the square inside one leaves 0.3 on all sides
     for rank, (inset, alpha) in enumerate(((0, 140), (0.3, 255))[:1 + has_room(r, side)]):
-        first = np.array(colours, np.uint8)[r.indices[:, rank].cpu()].reshape(h, w, 3)
+        first = np.array(colours, np.uint8)[r.experts[:, rank].cpu()].reshape(h, w, 3)
         across, down = ((np.arange(side) + 0.5) * n / side % 1 for n in (w, h))  # where in its token a pixel lies
         x, y = ((inset <= at) & (at < 1 - inset - edge) for at in (across, down))
         picture.paste(Image.fromarray(first).resize((side, side), Image.NEAREST), (0, 0),
@@ -72,14 +73,14 @@ def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuff
                           (22, 18), title + rest, "expert") for x, title in zip((real, shuffled), titles))
 
 
-def label_word(m: Material) -> str:
+def label_word(ctx: FigureContext) -> str:
     """What the labels of photographs are, by which routes are told apart."""
-    return "class" if m.run.options["classes"] else "retinopathy grade"
+    return "class" if ctx.run.options["classes"] else "retinopathy grade"
 
 
-def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.Image]:
+def by_label(ctx: FigureContext, shares: Tensor, experts: Sequence[int]) -> list[Image.Image]:
     """For each task experts by grade or class; nothing where no photograph has any."""
-    labels, word = labels_of(m.run, m.photographs.records), label_word(m)
+    labels, word = labels_of(ctx.run, ctx.photographs.records), label_word(ctx)
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
         return []
@@ -90,58 +91,58 @@ def by_label(m: Material, shares: Tensor, experts: Sequence[int]) -> list[Image.
             for a, b in zip(real, mixed)]
 
 
-def by_lesion(m: Material, experts: Sequence[int]) -> list[Image.Image]:
+def by_lesion(ctx: FigureContext, experts: Sequence[int]) -> list[Image.Image]:
     """For each task experts by what lies below a token; nothing where less than two photographs have masks."""
-    masked = Subset(m.photographs, [m.numbers[name] for name in m.masked])
+    masked = Subset(ctx.photographs, [ctx.numbers[name] for name in ctx.masked])
     if len(masked) < 2:
         return []
     found = []
-    for real, mixed in zip(*(uses_of(m, x).values() for x in (masked, Exchanged(masked)))):
+    for real, mixed in zip(*(uses_of(ctx, x).values() for x in (masked, LabelShuffled(masked)))):
         there = [i for i, n in enumerate(real.tokens) if n]
         a, b = ((use.below[:, 0] / use.tokens[:, None])[there] for use in (real, mixed))
         found.append(two_heatmaps(("by what lies below a token", "by masks of another"),
-                                  [routing_.KINDS[i] for i in there], a, b, experts))
+                                  [routing_.TOKEN_CLASSES[i] for i in there], a, b, experts))
     return found
 
 
-def by_task(m: Material, shares: Tensor, experts: Sequence[int]) -> Image.Image:
+def by_task(ctx: FigureContext, shares: Tensor, experts: Sequence[int]) -> Image.Image:
     """Experts by task, beside the same with the tasks of each photograph in another order."""
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(shares.shape[:2], generator=generator).argsort(0)[..., None].expand_as(shares)
-    return two_heatmaps(("by task", "by task, shuffled"), [t.name for t in m.run.tasks], shares.mean(1),
+    return two_heatmaps(("by task", "by task, shuffled"), [t.name for t in ctx.run.tasks], shares.mean(1),
                         shares.gather(0, order).mean(1), experts)
 
 
-def entropy_chart(m: Material, experts: int) -> Image.Image:
+def entropy_chart(ctx: FigureContext, experts: int) -> Image.Image:
     """How evenly each task used the experts on validation, over epochs."""
     def bits(usage):
         tokens = usage and torch.tensor(usage["tokens"], dtype=torch.float64)
         return usage and float(routing_.entropy(tokens / tokens.sum()))
 
-    log, most = next(iter(m.logs.values())), math.log2(experts)
+    log, most = next(iter(ctx.logs.values())), math.log2(experts)
     lines = [Line(t.name, [bits(line["expert_usage"].get(t.name)) for line in log], colour)
-             for t, colour in zip(m.run.tasks, COLOURS)]
-    chart = epochs_chart(m, "entropy of the use of experts over training", f"bits; {most:.3g} if all are used alike",
+             for t, colour in zip(ctx.run.tasks, COLOURS)]
+    chart = epochs_chart(ctx, "entropy of the use of experts over training", f"bits; {most:.3g} if all are used alike",
                          lines, 0.0, max(most, 0.1))
     return chart.picture([(line.words, line.colour, "line") for line in lines])
 
 
-def routing(m: Material) -> Image.Image:
+def routing(ctx: FigureContext) -> Image.Image:
     """Which tokens go to which expert: over a photograph, by task, class and lesion, beside shuffled images."""
-    if m.run.net.experts is None:
-        raise Missing("the run was trained with --experts 0, so that there is nothing to route")
-    here = uses_of(m, m.photographs)
+    if ctx.run.net.experts is None:
+        raise FigureUnavailable("the run was trained with --num-experts 0, so that there is nothing to route")
+    here = uses_of(ctx, ctx.photographs)
     shares = torch.stack([use.shares[:, 0] for use in here.values()])  # (T, n, E)
     used = shares.mean((0, 1)).argsort(descending=True).tolist()
     shown = sorted(used[:MOST_SHOWN])  # as columns of heatmaps
     own = coloured(used)
     colours = [own.get(e, OTHERS) for e in range(len(used))]
     with torch.inference_mode():
-        image = m.sample(m.example).image
-        routed = m.run.net.routed_maps(image[None].to(m.device))[1]
+        image = ctx.sample(ctx.example).image
+        routed = ctx.run.net.routed_maps(image[None].to(ctx.device))[1]
     parts = [*map(text, routed), *(token_grid(image, r, colours) for r in routed.values()),
-             *by_label(m, shares, shown), *by_lesion(m, shown)]
-    last = row([by_task(m, shares, shown), entropy_chart(m, len(used))], 36)
+             *by_label(ctx, shares, shown), *by_lesion(ctx, shown)]
+    last = row([by_task(ctx, shares, shown), entropy_chart(ctx, len(used))], 36)
     r = next(iter(routed.values()))
     second = ", the second as a square inside" * has_room(r)
     rest = f" (the {len(shown)} most used)" * (len(shown) < len(used))
@@ -150,7 +151,7 @@ def routing(m: Material) -> Image.Image:
     legends = [legend(keys, 900), scale("0 %", "100 %", "of the tokens go to an expert, in heatmaps")]
     return titled("Which tokens go to which expert",
                   column([column(legends, 6), grid(parts, len(routed), (24, 10)), last], 18),
-                  f"{of_run(m)}. Photograph: {m.example}, one token a square, its first expert in colour{second}. "
-                  f"Heatmaps: each token goes to {r.indices.shape[1]} of {len(used)} experts{rest}; below each what "
-                  f"remains by chance, where a photograph has the {label_word(m)} or the masks of another. Whether "
+                  f"{of_run(ctx)}. Photograph: {ctx.example}, one token a square, its first expert in colour{second}. "
+                  f"Heatmaps: each token goes to {r.experts.shape[1]} of {len(used)} experts{rest}; below each what "
+                  f"remains by chance, where a photograph has the {label_word(ctx)} or the masks of another. Whether "
                   "answers owe anything to routes, `evaluate.py --routing` says.")

@@ -12,18 +12,18 @@ from tqdm import tqdm
 from retina.datasets import preprocess
 from retina.datasets.preprocess import Decoded, Geometry, Sample
 from retina.datasets.records import Record
-from retina.evaluation.metrics import Ranking
-from retina.evaluation.scoring import Scores
+from retina.evaluation.metrics import PRCurveAccumulator
+from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import MaskMetrics, TaskMetrics
 
 
 def sample_of(record: Record, size: int, small: Decoded | None = None) -> Sample:
-    """A photograph as the network sees it, without labels; `small`: see preprocess.prepare."""
+    """A photograph as the network sees it, without labels; `small`: see preprocess.preprocess."""
     plain = replace(record, labels={})
-    return preprocess.to_sample(plain, preprocess.prepare(plain, size, alone=True, small=small))
+    return preprocess.to_sample(plain, preprocess.preprocess(plain, size, image_only=True, small=small))
 
 
-def rows(net: nn.Module, tasks: Sequence[TaskMetrics], number: int, device: torch.device) -> dict[str, Tensor]:
+def all_indices(net: nn.Module, tasks: Sequence[TaskMetrics], number: int, device: torch.device) -> dict[str, Tensor]:
     """For Net.forward: these tasks answer for all of `number` photographs, the others for none."""
     wanted = {t.name for t in tasks}
     return {name: torch.arange(number if name in wanted else 0, device=device) for name in net.heads}
@@ -32,7 +32,7 @@ def rows(net: nn.Module, tasks: Sequence[TaskMetrics], number: int, device: torc
 @torch.inference_mode()
 def answer(net: nn.Module, tasks: Sequence[TaskMetrics], image: Tensor, device: torch.device) -> dict[str, Tensor]:
     """What the network says of one sample (3, S, S) uint8: {task: decoded answer, one row}."""
-    outputs, _ = net(image[None].to(device), rows(net, tasks, 1, device))
+    outputs, _ = net(image[None].to(device), all_indices(net, tasks, 1, device))
     return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
 
 
@@ -54,7 +54,7 @@ def in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int, device
     for k in range(0, len(corners), batch):
         part = corners[k:k + batch]
         tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in part]).to(device)
-        outputs, _ = net(tiles, rows(net, [task], len(part), device))
+        outputs, _ = net(tiles, all_indices(net, [task], len(part), device))
         for (y, x), masks in zip(part, task.decode(outputs[task.name].float()).cpu()):
             total[:, y:y + size, x:x + size] += window * masks
             weight[y:y + size, x:x + size] += window
@@ -97,29 +97,29 @@ def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
     return found
 
 
-def tally_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
-                       device: torch.device, batch: int, pool: Ranking) -> tuple[list[str], Tensor]:
-    """Names and tallies (see MaskMetrics.tally) of photographs with masks, in the pixels of their files."""
-    tallies = []
+def stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
+                       device: torch.device, batch: int, accumulator: PRCurveAccumulator) -> tuple[list[str], Tensor]:
+    """Names and statistics (see MaskMetrics.statistics) of photographs with masks, in the pixels of their files."""
+    stats = []
     with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
         for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):
             maps, geometry = masks_of(net, task, record, size, tiles, device, batch)
 
-            def tally(kind, record=record, maps=maps, geometry=geometry):
+            def image_stats(kind, record=record, maps=maps, geometry=geometry):
                 if task.classes[kind] not in record.masks:
-                    return task.count(kind, maps[kind], None, pool)
+                    return task.count(kind, maps[kind], None, accumulator)
                 path = record.masks[task.classes[kind]]
                 shape = geometry.height, geometry.width
                 truth = np.zeros(shape, bool) if path is None else \
                     np.asarray(preprocess.read_mask(path, shape[::-1])[0]) > 0
-                return task.count(kind, in_file_pixels(maps[kind], geometry), truth, pool)
+                return task.count(kind, in_file_pixels(maps[kind], geometry), truth, accumulator)
 
-            tallies.append(torch.stack(list(threads.map(tally, range(len(task.classes))))))
-    return [r.name for r in records], torch.stack(tallies)
+            stats.append(torch.stack(list(threads.map(stats, range(len(task.classes))))))
+    return [r.name for r in records], torch.stack(stats)
 
 
 def score_at_full_size(net: nn.Module, tasks: Sequence[TaskMetrics], records: Sequence[Record], size: int,
-                       tiles: float | None, device: torch.device, batch: int) -> Scores | None:
+                       tiles: float | None, device: torch.device, batch: int) -> SplitScores | None:
     """Masks in the pixels of their files; None where there are no masks of files, as with drawn photographs.
 
     `size` is that of training; with `tiles` the photographs are predicted in parts, at so many times that size, `batch`
@@ -129,6 +129,7 @@ def score_at_full_size(net: nn.Module, tasks: Sequence[TaskMetrics], records: Se
     records = [r for r in records if r.masks is not None and r.image is not None]
     if task is None or not records:
         return None
-    t, pool = task.name, task.pool()
-    names, tallies = tally_at_full_size(net.eval(), task, records, size, tiles, device, batch, pool)
-    return Scores([task], {t: names}, {t: tallies}, pools={t: pool}, eyes={r.name: r.eye or r.name for r in records})
+    t, accumulator = task.name, task.accumulator()
+    names, stats = stats_at_full_size(net.eval(), task, records, size, tiles, device, batch, accumulator)
+    return SplitScores([task], {t: names}, {t: stats}, accumulators={t: accumulator},
+                       eyes={r.name: r.eye or r.name for r in records})

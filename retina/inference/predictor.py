@@ -22,10 +22,11 @@ from retina.datasets.preprocess import Sample
 from retina.datasets.readers import IMAGE_SUFFIXES, files_in
 from retina.datasets.records import Record
 from retina.drawing import overlay
-from retina.evaluation.task_metrics import MaskMetrics, PointMetrics, TaskMetrics
+from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError
 from retina.inference.full_size import answer, in_file_pixels, in_tiles, sample_of
 from retina.inference.quality import refusal
+
 
 NOTE = "research use only, no medical device"
 AHEAD, BEHIND = 2, 2  # photographs read before the network is at them, and still written after it: see overlapped
@@ -84,7 +85,7 @@ class Predictor:
     """What turns photographs into rows of predictions.csv and pictures: write(ask(read(path, name))) for each."""
     net: nn.Module
     tasks: Sequence[TaskMetrics]
-    chosen: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
+    calibration: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
     size: int
     tiles: float | None
     batch: int  # of tiles
@@ -102,7 +103,8 @@ class Predictor:
             if self.retinas and (reason := refusal(small.image)):
                 return Photo(row | {"status": "refused", "reason": reason})
             record, tiles = Record(name, path), self.tiles if "masks" in shown else None
-            return Photo(row, float(preprocess.lit_pixels(small.image).mean()), sample_of(record, self.size, small),
+            return Photo(row, float(preprocess.foreground_mask(small.image).mean()),
+                         sample_of(record, self.size, small),
                          None if tiles is None else sample_of(record, round(self.size * tiles), small),
                          preprocess.read_image(path, 1 << 30, small).image if shown else None)
         except InputError as error:
@@ -129,15 +131,15 @@ class Predictor:
             if isinstance(task, MaskMetrics):
                 geometry = (photo.large or photo.sample).geometry
                 for kind, map_ in zip(task.classes, found.numpy()):
-                    masks[kind] = mask = in_file_pixels(map_, geometry) >= self.chosen[task.name][kind]  # (H, W) bool
+                    masks[kind] = mask = in_file_pixels(map_, geometry) >= self.calibration[task.name][kind]  # (H, W)
                     Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{kind}.png",
                                                             compress_level=1)
                     row[f"area_{kind}"] = round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
                 continue
-            columns = task.answers(found, photo.sample, self.chosen[task.name])
+            columns = task.predicted_columns(found, photo.sample, self.calibration[task.name])
             row |= columns
             lines += task.caption(columns)
-            if isinstance(task, PointMetrics):
+            if isinstance(task, LandmarkMetrics):
                 points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in task.classes]
         if photo.picture is not None:
             overlay(photo.picture, masks, points, [*lines, NOTE]).save(
@@ -148,7 +150,7 @@ class Predictor:
 def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
     """Of the pictures that answers to these tasks are shown in."""
     masks = any(isinstance(t, MaskMetrics) for t in tasks)
-    return ["overlays"] * (masks or any(isinstance(t, PointMetrics) for t in tasks)) + ["masks"] * masks
+    return ["overlays"] * (masks or any(isinstance(t, LandmarkMetrics) for t in tasks)) + ["masks"] * masks
 
 
 def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:

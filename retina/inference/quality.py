@@ -7,6 +7,7 @@ from torch import nn
 
 from retina.datasets import preprocess
 
+
 LOOK = 256  # pixels: side of the field of view when its quality is judged
 SMALLEST = 64  # pixels of the field of view
 DARKEST, PALEST, PLAINEST, SOFTEST = 30, 1.1, 0.006, 0.33  # see refusal
@@ -19,7 +20,7 @@ def look(image: Image.Image, field: tuple[float, float, float, float]) -> tuple[
     what is 1 to 2 % of the field wide, over the mean green; sharpness, that of what is half as wide / the same.
     """
     picture = image.convert("RGB").resize((LOOK, LOOK), Image.BOX, field)
-    lit = torch.from_numpy(preprocess.lit_pixels(picture)).float()
+    lit = torch.from_numpy(preprocess.foreground_mask(picture)).float()
     pixels = torch.from_numpy(np.array(picture)).float()  # (LOOK, LOOK, 3)
 
     def blurred(layer, sigma):

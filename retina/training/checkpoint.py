@@ -3,7 +3,7 @@
     generators, set_generators      everything random but the batches, which follow from seed and step
     TrainState                      all that a step changes, and how far a run has come
     begin, read_last, read_log      a run's folder
-    RunFolder                       the same while the run trains: last.pt, best.pt, metrics.jsonl, result.json
+    RunFolder                       the same while the run trains: last.pt, best.pt, log.jsonl, result.json
 
 Whatever is read here runs no code; see load_tensors in files.py.
 """
@@ -32,14 +32,15 @@ from torch import nn
 from tqdm import tqdm
 
 from retina.evaluation import scoring
-from retina.evaluation.scoring import Scores
+from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import TaskMetrics
-from retina.files import InputError, hold, load_tensors, plain, replacing, write_text
+from retina.files import InputError, atomic_write, jsonable, load_tensors, lock_folder, write_text
 from retina.training.diagnostics import LossMonitor, epoch_line
-from retina.training.distributed import Group
+from retina.training.distributed import World
+
 
 if TYPE_CHECKING:
-    from data import Batch, Photographs
+    from data import Batch, FundusDataset
 
 SAVE_SECONDS = 300  # between checkpoints within an epoch
 
@@ -85,10 +86,10 @@ def make_repeatable(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
 
 
-def machine(device: torch.device, group: Group) -> dict:
+def machine(device: torch.device, world: World) -> dict:
     """What the last digits of a result depend on, beside the options."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "processes": group.size, "name": name, "threads": torch.get_num_threads(),
+    return {"device": device.type, "processes": world.size, "name": name, "threads": torch.get_num_threads(),
             "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -142,7 +143,7 @@ def save(path: Path, state: Mapping) -> None:
     """Write a checkpoint, whole or not at all. OSError: the disk is full; the file that was there is still there."""
     memory = io.BytesIO()  # torch's own writer says nothing useful of a full disk
     torch.save(state, memory)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(memory.getbuffer())
 
 
@@ -162,7 +163,7 @@ def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
     try:
         write_text(new / "config.json", json.dumps(config, indent=1))
         if overwrite and folder.exists():
-            with hold(folder):
+            with lock_folder(folder):
                 folder.rename(old)
         try:
             new.rename(folder)
@@ -201,23 +202,23 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
 
 
 def tidy(folder: Path, epochs: int) -> list[str]:
-    """Remove what a killed process left half done, and lines of metrics.jsonl after `epochs`; -> those before."""
+    """Remove what a killed process left half done, and lines of log.jsonl after `epochs`; -> those before."""
     for part in folder.glob("*.part"):
         part.unlink()
-    log = folder / "metrics.jsonl"
+    log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines()[:epochs] if log.exists() else []
     write_log(folder, lines)
     return lines
 
 
 def write_log(folder: Path, lines: Sequence[str]) -> None:
-    """All lines of metrics.jsonl: one valid JSON object each, whenever one looks."""
-    write_text(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    """All lines of log.jsonl: one valid JSON object each, whenever one looks."""
+    write_text(folder / "log.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl. InputError: there is none, or it is no such file."""
-    path = folder / "metrics.jsonl"
+    """The lines of a run's log.jsonl. InputError: there is none, or it is no such file."""
+    path = folder / "log.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError:
@@ -237,23 +238,23 @@ def read_log(folder: Path) -> list[dict]:
 class RunFolder:
     """A run's folder while it trains. Of several processes the first alone writes; all must call the same methods."""
 
-    def __init__(self, folder: Path, config: Mapping, state: TrainState, training: Photographs,
-                 validation: Photographs, group: Group, quiet: bool):
-        self.folder, self.config, self.state, self.group, self.quiet = folder, config, state, group, quiet
+    def __init__(self, folder: Path, config: Mapping, state: TrainState, training: FundusDataset,
+                 validation: FundusDataset, world: World, quiet: bool):
+        self.folder, self.config, self.state, self.world, self.quiet = folder, config, state, world, quiet
         self.stored = {"options": config, "validation": [r.name for r in validation.records],
                        "data": [training.fingerprint(), validation.fingerprint()],
-                       "machine": machine(state.device, group)}
-        self.lines, self.held = [], None  # of metrics.jsonl; the lock, held until the process ends
+                       "machine": machine(state.device, world)}
+        self.lines, self.held = [], None  # of log.jsonl; the lock, held until the process ends
         self.saved_at = time.monotonic()
 
     def open(self, saved: Mapping | None, findings: Mapping, resume: bool, overwrite: bool) -> None:
         """Begin the run, or go on from `saved`, its last.pt. InputError: it is there already; see `restore`."""
         if saved is not None:
             self.restore(saved)
-        elif self.group.rank == 0 and not resume:
+        elif self.world.rank == 0 and not resume:
             begin(self.folder, {"options": self.config, **findings}, overwrite)
-        if self.group.rank:  # noise and dropout of its own
-            seed = np.random.SeedSequence((self.config["seed"], self.group.rank)).generate_state(1)[0]
+        if self.world.rank:  # noise and dropout of its own
+            seed = np.random.SeedSequence((self.config["seed"], self.world.rank)).generate_state(1)[0]
             torch.manual_seed(int(seed))
 
     def restore(self, saved: Mapping) -> None:
@@ -282,9 +283,9 @@ class RunFolder:
     def start(self, saved: Mapping | None) -> None:
         """Right before the first step: generators as they were, the folder locked, the first checkpoint."""
         if saved is not None:
-            set_generators(saved["generators"][self.group.rank])
-        if self.group.rank == 0:
-            self.held = hold(self.folder)
+            set_generators(saved["generators"][self.world.rank])
+        if self.world.rank == 0:
+            self.held = lock_folder(self.folder)
             self.lines = tidy(self.folder, self.state.epoch)
         if saved is None:
             self.save_last()
@@ -303,20 +304,20 @@ class RunFolder:
     def save_last(self) -> None:
         """Write last.pt: all that the rest of the run depends on. Nothing, if a step that was not read yet failed."""
         self.state.monitor.read()
-        found = self.group.gather(generators())
-        if self.group.rank == 0:
+        found = self.world.gather(generators())
+        if self.world.rank == 0:
             save(self.folder / "last.pt", {**self.stored, "net": self.state.net.state_dict(),
                                            "state": self.state.state_dict(), "generators": found})
         self.saved_at = time.monotonic()
 
-    def save_best(self, chosen: Mapping) -> None:
-        """Write best.pt, with what was chosen on validation."""
+    def save_best(self, calibration: Mapping) -> None:
+        """Write best.pt, with temperatures and thresholds fitted on validation."""
         save(self.folder / "best.pt", {**self.stored, "net": self.state.net.state_dict(), "epoch": self.state.epoch,
-                                       "chosen": chosen})
+                                       "calibration": calibration})
 
     def log(self, line: Mapping) -> None:
-        """Add a line to metrics.jsonl."""
-        self.lines.append(json.dumps(plain(line)))
+        """Add a line to log.jsonl."""
+        self.lines.append(json.dumps(jsonable(line)))
         write_log(self.folder, self.lines)
 
     def progress(self, batches: Iterator[Batch], left: int, per_epoch: int) -> Iterator[Batch]:
@@ -333,7 +334,7 @@ class RunFolder:
                     with monitor.waiting():
                         batch = next(batches, None)
                 except (InputError, RuntimeError, OSError):
-                    if self.group.size == 1:
+                    if self.world.size == 1:
                         self.save_last()
                     raise
                 if batch is None:
@@ -342,14 +343,14 @@ class RunFolder:
                 bar.update()
                 bar.set_postfix(monitor.recent(), refresh=False)
 
-    def end_epoch(self, scores: Scores | None, tasks: Sequence[TaskMetrics], photographs: int) -> None:
+    def end_epoch(self, scores: SplitScores | None, tasks: Sequence[TaskMetrics], photographs: int) -> None:
         """Count an epoch of so many photographs, keep the network if it is the best, write down what was found."""
         state, monitor = self.state, self.state.monitor
-        metrics, usage = self.group.share(scores and (scores.metrics(), scores.usage))
+        metrics, usage = self.world.broadcast(scores and (scores.metrics(), scores.usage))
         score, losses = scoring.primary_score(metrics, tasks), monitor.means()
         better = state.end_epoch(score, metrics, usage)
-        if better and self.group.rank == 0:
-            self.save_best(scores.choose())
+        if better and self.world.rank == 0:
+            self.save_best(scores.calibrate())
         line = {"epoch": state.epoch, "step": state.step, "train": losses, "val": metrics, "score": score,
                 "expert_usage": usage, "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
                 "seconds": round(monitor.seconds, 3), "waiting": round(monitor.waited / monitor.seconds, 4),
@@ -357,7 +358,7 @@ class RunFolder:
         if self.config["log_gradients"]:
             line["gradient_cosines"] = {pair: float(np.mean(v)) for pair, v in monitor.cosines.items()}
         said = epoch_line(state.epoch, self.config["epochs"], losses, metrics, tasks, score, better, monitor.seconds)
-        if self.group.rank == 0:
+        if self.world.rank == 0:
             self.log(line)
         monitor.new_epoch()
         self.save_last()
@@ -372,6 +373,6 @@ class RunFolder:
         weights = {"best.pt": state.best["weights"], "last.pt": weights_hash(state.net)}
         result = {**state.best, "weights": weights, "epochs": state.epoch, "steps": state.step,
                   "skipped_steps": state.monitor.skipped, "machine": self.stored["machine"]}
-        if self.group.rank == 0:
-            write_text(self.folder / "result.json", json.dumps(plain(result), indent=1))
+        if self.world.rank == 0:
+            write_text(self.folder / "result.json", json.dumps(jsonable(result), indent=1))
         return result

@@ -24,8 +24,9 @@ from retina.datasets import readers, records, splits
 from retina.files import InputError
 from retina.training import checkpoint, precision, pretrained
 
+
 if TYPE_CHECKING:
-    from retina.training.distributed import Group
+    from retina.training.distributed import World
     from train import Config
 
 
@@ -97,19 +98,19 @@ def check(f: Field, value: Any) -> None:
     if lowest is not None and not lowest <= value < math.inf:
         raise InputError(f"{spelled(f)} {value}: expected at least {lowest}")
     if multiple and value % multiple:
-        raise InputError(f"{spelled(f)} {value}: expected a multiple of {multiple}, the stride of the deepest map")
+        raise InputError(f"{spelled(f)} {value}: expected a multiple of {multiple}, the stride of the bottleneck")
     if below < math.inf and value >= below:
         raise InputError(f"{spelled(f)} {value}: expected less than {below}")
 
 
-def plain(config: Config) -> dict:
+def as_dict(config: Config) -> dict:
     """A configuration with lists in place of tuples, as JSON and checkpoints hold it."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def of_result(config: Config) -> dict:
     """The same without what the result does not hang on."""
-    values = plain(config)
+    values = as_dict(config)
     return {f.name: values[f.name] for f in fields(config) if not f.metadata.get("machine")}
 
 
@@ -144,18 +145,18 @@ def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequenc
     `model` is model.py, which knows the routers. InputError: a flag that means nothing here, numbers that do not fit.
     """
     router = given.get("router", kind.router)
-    if given.get("experts") == 0:
-        unusual = [name for name in ("router", "expert_width") if given.get(name, getattr(kind, name)) !=
+    if given.get("num_experts") == 0:
+        unusual = [name for name in ("router", "expert_ratio") if given.get(name, getattr(kind, name)) !=
                    getattr(kind, name)]
-        if alien := [name for name in ("chosen", "balance") if name in given] + unusual:
-            raise InputError(f"--experts 0: there is no layer for --{alien[0].replace('_', '-')}; leave one of them "
-                             "out")
-        return {"experts": 0, "chosen": 1, "balance": 0.0}
+        if alien := [name for name in ("top_k", "balance_weight") if name in given] + unusual:
+            raise InputError(f"--num-experts 0: there is no layer for --{alien[0].replace('_', '-')}; leave one of "
+                             "them out")
+        return {"num_experts": 0, "top_k": 1, "balance_weight": 0.0}
     learns = router in model.LEARNED
-    if not learns and given.get("balance"):
-        raise InputError(f"--balance {given['balance']}: --router {router} does not learn, so there is nothing to "
-                         "balance; leave --balance out")
-    experts, chosen = given.get("experts"), given.get("chosen")
+    if not learns and given.get("balance_weight"):
+        raise InputError(f"--balance-weight {given['balance']}: --router {router} does not learn, so there is nothing "
+                         "to balance; leave --balance-weight out")
+    experts, chosen = given.get("num_experts"), given.get("top_k")
     if router == "private":
         chosen = chosen or (kind.chosen if experts is None else max(1, experts // len(tasks)))
         experts = experts or chosen * len(tasks)
@@ -165,7 +166,8 @@ def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequenc
         model.make_routers(router, 1, tasks, experts, chosen)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return {"experts": experts, "chosen": chosen, "balance": given.get("balance", kind.balance) if learns else 0.0}
+    return {"num_experts": experts, "top_k": chosen,
+            "balance_weight": given.get("balance_weight", kind.balance) if learns else 0.0}
 
 
 def resolve_defaults(kind: type[Config], given: Mapping[str, Any], model: ModuleType) -> tuple[Config, list[str]]:
@@ -180,40 +182,40 @@ def resolve_defaults(kind: type[Config], given: Mapping[str, Any], model: Module
     root = readers.find_data(given.get("data"))
     # a wrong folder is told before anything is downloaded; drawings are never wrong
     found = records.DataSet([]) if root is None else readers.read_data(root)
-    if "fold" in given and any(r.part == "val" for r in found.records):
-        raise InputError(f"--fold {given['fold']}: {root} names its own validation part; leave --fold out")
+    if "fold" in given and any(r.split == "val" for r in found.records):
+        raise InputError(f"--fold {given['fold']}: {root} names its own validation split; leave --fold out")
     notes = list(found.notes)
-    if values["chosen"] == 1 < values["experts"] and given.get("router", kind.router) in model.LEARNED:
-        notes.append("--chosen 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
+    if values["top_k"] == 1 < values["num_experts"] and given.get("router", kind.router) in model.LEARNED:
+        notes.append("--top-k 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
                      "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
     if root is None:
         notes.append("training on DRAWN photographs (retina/datasets/synthetic.py): results are no IDRiD results. For "
                      f"IDRiD, unzip it from {readers.SOURCE} and pass --data FOLDER")
     else:
         values |= {f.name: f.metadata["real"] for f in fields(kind) if f.metadata.get("real") is not None}
-        if "weights" not in given:
+        if "encoder_weights" not in given:
             try:
-                variant = given.get("variant", kind.variant)
-                pretrained.read_weights("imagenet", variant, model.ENCODERS[variant].weights)
-                values["weights"] = "imagenet"
+                variant = given.get("encoder", kind.variant)
+                pretrained.read_weights("imagenet", variant, model.ENCODERS[variant].gates)
+                values["encoder_weights"] = "imagenet"
             except InputError as error:
                 notes.append(f"warning: starting from random weights; {error}")
     device = precision.pick_device(given.get("device", kind.device))
-    values |= {"precision": precision.pick(device),
+    values |= {"precision": precision.default_precision(device),
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
     typed = {k: v for k, v in given.items() if k in flags_of(kind)}
-    config = kind(**(values | typed | {k: values[k] for k in ("experts", "chosen", "balance")} |
+    config = kind(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
                      {"data": root and str(root.resolve()), "classes": found.classes}))
     precision.check_precision(config.precision, device)
     return config, notes
 
 
-def check_group(config: Config, group: Group) -> None:
+def check_world(config: Config, world: World) -> None:
     """InputError: so many processes cannot train this."""
-    if config.batch < group.size:
-        raise InputError(f"--batch {config.batch}: {group.size} processes share it; expected at least one photograph "
-                         "for each")
-    if config.log_gradients and group.size > 1:
+    if config.batch_size < world.size:
+        raise InputError(f"--batch-size {config.batch_size}: {world.size} processes share it; expected at least "
+                         "one photograph for each")
+    if config.log_gradients and world.size > 1:
         raise InputError("comparing gradients: in several processes those of single tasks are not summed; expected one "
                          "process")
 

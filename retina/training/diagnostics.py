@@ -24,8 +24,9 @@ from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import RunError
 from retina.training.precision import fetch
 
+
 if TYPE_CHECKING:
-    from retina.training.distributed import Group
+    from retina.training.distributed import World
     from train import Config
 
 
@@ -156,13 +157,13 @@ def gradient_cosines(losses: Mapping[str, Tensor], encoder: nn.Module) -> dict[s
             for one, other in itertools.combinations(flat, 2)}
 
 
-def opening(config: Config, folder: Path, group: Group) -> str:
+def opening(config: Config, folder: Path, world: World) -> str:
     """What is about to be trained, in a line."""
-    experts = "no expert layer" if config.experts == 0 else (
-        f"experts {config.experts}, chosen {config.chosen}, router {config.router}, width {config.expert_width:g}, at "
-        f"{config.experts_at}")
-    return f"tasks {' '.join(config.tasks)}, {config.size} px, {experts}, " + \
-        f"{group.size} processes, " * (group.size > 1) + f"run folder {folder}"
+    experts = "no expert layer" if config.num_experts == 0 else (
+        f"{config.num_experts} experts, top-k {config.top_k}, router {config.router}, ratio {config.expert_ratio:g}, "
+        f"at the {config.moe_at}")
+    return f"tasks {' '.join(config.tasks)}, {config.image_size} px, {experts}, " + \
+        f"{world.size} processes, " * (world.size > 1) + f"run folder {folder}"
 
 
 def epoch_line(epoch: int, epochs: int, losses: Mapping, metrics: Mapping, tasks: Sequence[TaskMetrics], score: float,

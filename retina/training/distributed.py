@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=2 train.py --tasks cls seg
 
-Group says who takes part. What is a mean in one process is a quotient of two `total`s here; so every loss is that of
-the whole batch, in every process, and its gradient too once DistributedDataParallel has averaged it: the backward pass
-of `total` adds as well, and differentiates as many equal losses as there are processes. `spread` prepares a network.
-Imports nothing of ours but files.py.
+Group says who takes part. What is a mean in one process is a quotient of two `all_reduce_sum`s here; so every loss is
+that of the whole batch, in every process, and its gradient too once DistributedDataParallel has averaged it: the
+backward pass of `all_reduce_sum` adds as well, and differentiates as many equal losses as there are processes.
+`parallelize` prepares a network. Imports nothing of ours but files.py.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from retina.files import InputError, RunError
 
 
-class Total(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
     """Sum a tensor over all processes, forward and backward."""
 
     @staticmethod
@@ -34,19 +34,19 @@ class Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return Total.apply(grad)
+        return AllReduceSum.apply(grad)
 
 
-class Group:
+class World:
     """The processes of a run: `rank` 0, which prints and writes, to `size` - 1. Without torchrun there is one.
 
-    `patient` is for waiting until rank 0 has read a data set. As a context: RunError, if another process is lost.
+    `cpu_group` is for waiting until rank 0 has read a data set. As a context: RunError, if another process is lost.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, patient: dist.ProcessGroup | None = None):
-        self.rank, self.size, self.local, self.patient = rank, size, local, patient
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, cpu_group: dist.ProcessGroup | None = None):
+        self.rank, self.size, self.local_rank, self.cpu_group = rank, size, local_rank, cpu_group
 
-    def __enter__(self) -> "Group":
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -64,21 +64,21 @@ class Group:
         """The device of this process. InputError: there are fewer GPUs than processes."""
         if self.size == 1 or wanted.type == "cpu":
             return wanted
-        if self.local >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: process {self.local + 1} of a machine that has "
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: process {self.local_rank + 1} of a machine that has "
                              f"{torch.cuda.device_count()} GPUs; expected at most one process for each")
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum of x over all processes; can be differentiated."""
-        return x if self.size == 1 else Total.apply(x)
+        return x if self.size == 1 else AllReduceSum.apply(x)
 
     def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Of each flag, whether it is set in any process."""
         if self.size == 1:
             return list(flags)
-        return self.total(torch.tensor(flags, dtype=torch.float32, device=device)).bool().tolist()
+        return self.all_reduce_sum(torch.tensor(flags, dtype=torch.float32, device=device)).bool().tolist()
 
     def gather(self, thing: Any) -> list | None:
         """What each process has, by rank; in rank 0 alone, None in the others."""
@@ -88,35 +88,35 @@ class Group:
         dist.gather_object(thing, found)
         return found
 
-    def share(self, thing: Any) -> Any:
+    def broadcast(self, thing: Any) -> Any:
         """What rank 0 has, in all processes."""
         if self.size == 1:
             return thing
         box = [thing]
-        dist.broadcast_object_list(box, group=self.patient)
+        dist.broadcast_object_list(box, group=self.cpu_group)
         return box[0]
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Rank 0 runs the block before the others do, who then find its work done."""
         if self.size > 1 and self.rank > 0:
-            dist.barrier(self.patient)
+            dist.barrier(self.cpu_group)
         yield
         if self.size > 1 and self.rank == 0:
-            dist.barrier(self.patient)
+            dist.barrier(self.cpu_group)
 
 
-ALONE = Group()
+SINGLE_PROCESS = World()
 
 
-def join() -> Group:
+def init_world() -> World:
     """Meet the other processes that torchrun has started, if it has."""
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        return ALONE
+        return SINGLE_PROCESS
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             timeout=datetime.timedelta(minutes=10))
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
-    return Group(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), patient)
+    cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), cpu_group)
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
@@ -131,10 +131,10 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(self.weight.dtype)  # float32
-            n = Total.apply(wide.new_tensor(wide.numel() / wide.shape[1]))  # values of a channel
-            mean = Total.apply(wide.sum((0, 2, 3))) / n  # (C,)
+            n = AllReduceSum.apply(wide.new_tensor(wide.numel() / wide.shape[1]))  # values of a channel
+            mean = AllReduceSum.apply(wide.sum((0, 2, 3))) / n  # (C,)
             wide = wide - mean[:, None, None]
-            variance = Total.apply(wide.square().sum((0, 2, 3))) / n
+            variance = AllReduceSum.apply(wide.square().sum((0, 2, 3))) / n
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
@@ -143,19 +143,19 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return (wide * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
+def parallelize(net: nn.Module, world: World, device: torch.device) -> nn.Module:
     """Make `net` one that several processes train: same parameters, norms over the whole batch.
 
     -> what to call instead of it in training. One backward pass of zeros has been done with it, which leaves nothing
     behind: after its first one DistributedDataParallel groups the gradients anew, and three or more processes then add
     them in another order: a run that is resumed would not end as the one that is not.
     """
-    if group.size == 1:
+    if world.size == 1:
         return net
     for module in list(net.modules()):
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, shared(norm))
+                setattr(module, name, to_shared_batch_norm(norm))
     called = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     before = copy.deepcopy(net.state_dict())
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -168,7 +168,7 @@ def spread(net: nn.Module, group: Group, device: torch.device) -> nn.Module:
     return called
 
 
-def shared(norm: nn.BatchNorm2d) -> SharedBatchNorm:
+def to_shared_batch_norm(norm: nn.BatchNorm2d) -> SharedBatchNorm:
     """The same norm, over all processes."""
     other = SharedBatchNorm(norm.num_features, norm.eps, norm.momentum)
     for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:

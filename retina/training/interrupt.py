@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from retina.files import InputError, RunError
-from retina.training.distributed import ALONE, Group
+from retina.training.distributed import SINGLE_PROCESS, World
+
 
 if TYPE_CHECKING:
     from train import Config
@@ -25,11 +26,11 @@ class StopSignal:
     once.
     """
 
-    def __init__(self, group: Group = ALONE):
-        self.heard, self.agreed, self.due, self.group = False, False, False, group
+    def __init__(self, world: World = SINGLE_PROCESS):
+        self.heard, self.agreed, self.due, self.world = False, False, False, world
 
     def __enter__(self) -> StopSignal:
-        names = [signal.SIGINT] + [signal.SIGTERM] * (self.group.size == 1)
+        names = [signal.SIGINT] + [signal.SIGTERM] * (self.world.size == 1)
         self.before = {name: signal.signal(name, self.hear) for name in names}
         return self
 
@@ -40,7 +41,7 @@ class StopSignal:
             raise KeyboardInterrupt from None
 
     def hear(self, *_) -> None:
-        if self.heard and self.group.size == 1:
+        if self.heard and self.world.size == 1:
             raise KeyboardInterrupt
         self.heard = True
 
@@ -49,7 +50,7 @@ class StopSignal:
 
         Whether for any of them a checkpoint is `due` is agreed on with it.
         """
-        heard, self.due = self.group.any((self.heard, due), device)
+        heard, self.due = self.world.any((self.heard, due), device)
         self.agreed = self.agreed or heard
         return self.agreed
 
@@ -64,13 +65,13 @@ class Failure:
 
 
 @contextlib.contextmanager
-def explain_failures(folder: Path, config: Config, group: Group) -> Iterator[Failure]:
+def explain_failures(folder: Path, config: Config, world: World) -> Iterator[Failure]:
     """Say in one line what has gone wrong with a file, with memory or with a loader, and how to go on.
 
     KeyboardInterrupt: with the command that goes on with the run, if it has begun.
     """
     at = Failure()
-    command = f"{'python' if group.size == 1 else f'torchrun --nproc_per_node={group.size}'} train.py --resume {folder}"
+    command = f"{'python' if world.size == 1 else f'torchrun --nproc_per_node={world.size}'} train.py --resume {folder}"
     try:
         yield at
     except KeyboardInterrupt:
@@ -85,16 +86,16 @@ def explain_failures(folder: Path, config: Config, group: Group) -> Iterator[Fai
                            f"({first[:160]})") from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in first or \
                 "can't allocate memory" in first:
-            raise RunError(f"out of memory after step {at.step} with --batch {config.batch} --size {config.size}; try "
-                           f"--batch {max(2, config.batch // 2)} or a smaller --size; {folder} keeps what was saved "
-                           f"before ({first[:100]})") from error
+            raise RunError(f"out of memory after step {at.step} with --batch-size {config.batch_size} --image-size "
+                           f"{config.image_size}; try --batch-size {max(2, config.batch_size // 2)} or a smaller "
+                           f"--image-size; {folder} keeps what was saved before ({first[:100]})") from error
         raise
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm(group: Group) -> Iterator[None]:
+def stopped_by_sigterm(world: World) -> Iterator[None]:
     """SIGTERM, by which clusters end a job, is Ctrl-C; but not under torchrun, which ends the others by it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler if group.size == 1 else signal.SIG_DFL)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler if world.size == 1 else signal.SIG_DFL)
     try:
         yield
     finally:

@@ -1,13 +1,14 @@
 """What makes the same network faster. Each measure stands alone, with what it brought to a training step at 256 pixels
 
-(`folded`: to a forward pass at 512), two cores of a Xeon with AMX, torch 2.15; `python tests/benchmark.py` tells again:
+(`fuse_conv_bn`: to a forward pass at 512), two cores of a Xeon with AMX, torch 2.15; `python tests/benchmark.py` tells
+again:
 
-    keep_memory     freed memory is kept for the next step                          2.5 times as fast
-    fast            channels beside each other in memory (channels_last)            1.3 times
-    pick            half precision, where the device has units for it               0.9 times, and with
-    DepthwiseConv   its own backward pass, which in bf16 is slow as it comes        1.5 times more
-    folded          for evaluation: norms inside the convolutions before them       1.1 times
-    fetch           a GPU's results are read when they are there                    not measured
+    tune_malloc        freed memory is kept for the next step                          2.5 times as fast
+    channels_last      channels beside each other in memory (channels_last)            1.3 times
+    default_precision  half precision, where the device has units for it               0.9 times, and with
+    DepthwiseConv      its own backward pass, which in bf16 is slow as it comes        1.5 times more
+    fuse_conv_bn       for evaluation: norms inside the convolutions before them       1.1 times
+    fetch              a GPU's results are read when they are there                    not measured
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from retina.files import InputError
 
+
 if TYPE_CHECKING:
     from model import Net
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 # ---- memory ----
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Tell glibc to keep freed memory for the next step instead of handing it back and faulting it in again.
 
     Elsewhere than on glibc: nothing.
@@ -51,10 +53,10 @@ def keep_memory() -> None:
 
 # ---- precision ----
 
-HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick(device: torch.device) -> str:
+def default_precision(device: torch.device) -> str:
     """The fastest precision of HALVES that a device has units for.
 
     On a CPU that is AMX or AVX512_BF16; emulated, bf16 is ten times slower than fp32.
@@ -67,7 +69,7 @@ def pick(device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Convolutions and matrix products in this precision; weights, sums and losses stay float32."""
-    half = HALVES[precision]
+    half = DTYPES[precision]
     return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
 
@@ -124,7 +126,7 @@ class DepthwiseConv(nn.Conv2d):
             return DepthwiseBackward.apply(x, self.weight, self.stride[0], self.padding[0])
 
 
-def fast(net: Net) -> Net:
+def channels_last(net: Net) -> Net:
     """Lay out a network's weights for speed, and with them every map; give it our DepthwiseConv."""
     for module in net.modules():
         if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels \
@@ -135,7 +137,7 @@ def fast(net: Net) -> Net:
 
 # ---- evaluation ----
 
-def folded(net: Net) -> Net:
+def fuse_conv_bn(net: Net) -> Net:
     """A copy for evaluation, whose norms are part of the convolutions before them: the same function, one pass less."""
     net = copy.deepcopy(net).eval()
     for module in [m for m in net.modules() if isinstance(m, nn.Sequential)]:

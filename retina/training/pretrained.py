@@ -16,6 +16,7 @@ from torch import Tensor
 
 from retina.files import InputError, load_tensors
 
+
 if TYPE_CHECKING:
     from model import Net
 
@@ -41,8 +42,8 @@ def read_weights(weights: str, variant: str, published: str | None = None) -> Ma
     """
     if weights == "imagenet":
         if published is None:
-            raise InputError(f"--weights imagenet: model.py names none for --variant {variant}; use --weights none, or "
-                             "--weights FILE with a state dict of that encoder")
+            raise InputError(f"--encoder-weights imagenet: model.py names none for --encoder {variant}; use "
+                             "--encoder-weights none, or --encoder-weights FILE with a state dict of that encoder")
         found = torchvision.models.get_model_weights(published).DEFAULT
         stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
         try:
@@ -50,37 +51,39 @@ def read_weights(weights: str, variant: str, published: str | None = None) -> Ma
                 raise OSError(f"no answer from {found.url}")
             return found.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"--weights imagenet: cannot be downloaded ({error}); use --weights none, or --weights "
-                             "FILE with a torchvision state dict") from error
+            raise InputError(f"--encoder-weights imagenet: cannot be downloaded ({error}); use --encoder-weights "
+                             "none, or --encoder-weights FILE with a torchvision state dict") from error
     try:
         state = load_tensors(weights)
     except FileNotFoundError:
-        raise InputError(f"--weights {weights}: no such file; expected none, imagenet, or a file with a torchvision "
-                         "state dict") from None
+        raise InputError(f"--encoder-weights {weights}: no such file; expected none, imagenet, or a file with a "
+                         "torchvision state dict") from None
     except InputError as error:
-        raise InputError(f"--weights {error}; expected what torch.save(model.state_dict(), FILE) writes") from error
+        raise InputError(
+            f"--encoder-weights {error}; expected what torch.save(model.state_dict(), FILE) writes") from error
     except OSError as error:
-        raise InputError(f"--weights {weights}: {error.strerror}; expected a file with a torchvision state "
+        raise InputError(f"--encoder-weights {weights}: {error.strerror}; expected a file with a torchvision state "
                          "dict") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         found = f"a dictionary of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, Mapping) else \
             type(state).__name__
-        raise InputError(f"--weights {weights}: expected a dictionary of tensors, as torchvision saves it, found "
-                         f"{found}")
+        raise InputError(f"--encoder-weights {weights}: expected a dictionary of tensors, as torchvision saves it, "
+                         f"found {found}")
     if bad := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise InputError(f"--weights {weights}: {bad[0]} is not finite, and {len(bad) - 1} more; expected numbers")
+        raise InputError(
+            f"--encoder-weights {weights}: {bad[0]} is not finite, and {len(bad) - 1} more; expected numbers")
     return state
 
 
 def start_from(net: Net, weights: str, variant: str) -> None:
-    """Load what --weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
+    """Load what --encoder-weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
     if weights == "none":
         return
     state = read_weights(weights, variant, net.encoder_spec.weights)
     try:
         load_pretrained(net, state)
     except ValueError as error:
-        raise InputError(f"--weights {weights}, --variant {variant}: {error}") from None
+        raise InputError(f"--encoder-weights {weights}, --encoder {variant}: {error}") from None
 
 
 def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:

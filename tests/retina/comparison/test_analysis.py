@@ -15,28 +15,29 @@ from retina import files
 from retina.comparison import analysis, report
 from retina.datasets import readers
 from retina.evaluation import scoring, tables
-from retina.evaluation.scoring import Scores
+from retina.evaluation.scoring import SplitScores
 from tasks import TASKS
+
 
 CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
-SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
+SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
 
 # ---- scores of a row ----
 
-def tallies(right: torch.Tensor) -> torch.Tensor:
+def stats(right: torch.Tensor) -> torch.Tensor:
     """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
     return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
                                   torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
 
 
-def row_of(name: str, *seeds: torch.Tensor) -> analysis.Measured:
+def row_of(name: str, *seeds: torch.Tensor) -> analysis.Measurements:
     """A row with these answers right, one tensor for each seed."""
     names = [f"p{i}" for i in range(len(seeds[0]))]
-    found = [Scores([Accurate()], {"cls": names}, {"cls": tallies(right)}, eyes={n: n for n in names})
+    found = [SplitScores([Accurate()], {"cls": names}, {"cls": stats(right)}, eyes={n: n for n in names})
              for right in seeds]
-    return analysis.Measured(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
+    return analysis.Measurements(name, list(range(len(seeds))), found, [], [], [], [1] * len(seeds))
 
 
 class Accurate(type(CLS)):
@@ -51,14 +52,14 @@ def right(share: float, n: int, seed: int) -> torch.Tensor:
 def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkeypatch):
     parts, net = [], tasks.build_net(asdict(SMALL))
     for k in (1, 2, 3):
-        _, validation, _ = data.load_photographs(replace(SMALL, fold=f"{k}/3"), net[1])
-        parts.append(baselines.kept(scoring.score(net[0], data.in_order(validation, net[1], 6), net[1])))
+        _, validation, _ = data.load_datasets(replace(SMALL, fold=f"{k}/3"), net[1])
+        parts.append(baselines.kept(scoring.evaluate_split(net[0], data.eval_loader(validation, net[1], 6), net[1])))
     found = analysis.put_together(parts, net[1])
-    everything = data.Photographs([r for r in readers.read_drawn().records if r.part == "train"], 64)
-    whole = scoring.score(net[0], data.in_order(everything, net[1], 6), net[1])
+    everything = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "train"], 64)
+    whole = scoring.evaluate_split(net[0], data.eval_loader(everything, net[1], 6), net[1])
     scoring.align([whole, found])
     for t in ("cls", "seg"):
-        torch.testing.assert_close(found.tallies[t], whole.tallies[t], rtol=1e-4, atol=1e-4,
+        torch.testing.assert_close(found.stats[t], whole.stats[t], rtol=1e-4, atol=1e-4,
                                    equal_nan=True, check_dtype=False)
     assert found.metrics()["cls"]["accuracy"] == whole.metrics()["cls"]["accuracy"]
     assert found.losses["cls"] == pytest.approx(whole.losses["cls"], rel=1e-5)
@@ -67,14 +68,14 @@ def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkey
 def test_a_constant_guess_scores_what_it_must(tmp_path):
     options = replace(SMALL, tasks=("cls", "seg", "loc"))
     tasks = [TASKS[t] for t in options.tasks]
-    training, validation, _ = data.load_photographs(options, tasks)
+    training, validation, _ = data.load_datasets(options, tasks)
     found = analysis.constant([(training, validation)], tasks).scores[0].metrics()
     grades = [r.grade for r in training.records]
     most = max(range(5), key=grades.count)
     assert found["cls"]["accuracy"] == pytest.approx(sum(r.grade == most for r in validation.records) / len(validation))
     assert found["cls"]["kappa"] == 0 and found["seg"]["dice"] == 0
-    place = torch.stack([training[i].points for i in range(len(training))]).mean(0)
-    gaps = [(validation[i].points - place).norm(dim=1) / 64 / 0.154 for i in range(len(validation))]
+    place = torch.stack([training[i].landmarks for i in range(len(training))]).mean(0)
+    gaps = [(validation[i].landmarks - place).norm(dim=1) / 64 / 0.154 for i in range(len(validation))]
     assert found["loc"]["diameters_disc"] == pytest.approx(float(torch.stack(gaps)[:, 0].mean()), rel=1e-4)
 
 
@@ -90,14 +91,14 @@ KNOWN = {"standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "seeds": 2} 
 def test_equal_rows_with_different_names_differ_by_nothing():
     """The same answers; and answers of one quality, of which an uncorrected interval leaves out zero now and then."""
     same = right(0.6, 100, 0)
-    rows = {"cls_alone": row_of("cls_alone", same), "hard": row_of("hard", same)}
+    rows = {"cls_single": row_of("cls_single", same), "hard": row_of("hard", same)}
     (d,) = analysis.differences(rows, [Accurate()])
     assert d["difference"] == 0 and not d["claimed"] and d["needed"] is None and d["p_adjusted"] == 1
     assert d["corrected_interval"] == [0, 0]  # defined, and nothing
     wrong = 0
     for k in range(10):
         rows = {name: row_of(name, right(0.6, 100, 100 * k + i)) for i, name in enumerate(
-            ("cls_alone", "hard", "dense", "learned"))}
+            ("cls_single", "hard", "dense", "learned"))}
         wrong += any(d["claimed"] for d in analysis.differences(rows, [Accurate()]))
     assert wrong <= 2
 
@@ -105,13 +106,13 @@ def test_equal_rows_with_different_names_differ_by_nothing():
 def test_a_planted_difference_is_claimed_with_its_size():
     first = right(0.5, 300, 1)
     second = first | right(0.4, 300, 2)
-    rows = {"cls_alone": row_of("cls_alone", first, first), "hard": row_of("hard", second, second)}
+    rows = {"cls_single": row_of("cls_single", first, first), "hard": row_of("hard", second, second)}
     (d,) = analysis.differences(rows, [Accurate()])
     gap = float((second.double() - first.double()).mean())
     error = float((second.double() - first.double()).std()) / math.sqrt(300)
     assert d["difference"] == pytest.approx(gap) and d["standard_error"] == pytest.approx(error, rel=0.1)
     assert d["claimed"] and d["corrected_interval"] == pytest.approx([gap - 1.96 * error, gap + 1.96 * error], rel=0.1)
-    assert (d["seeds"], d["photographs"], d["against"]) == (2, 300, "cls_alone")
+    assert (d["seeds"], d["photographs"], d["against"]) == (2, 300, "cls_single")
 
 
 def test_correction_for_the_number_of_differences():
@@ -134,8 +135,8 @@ def test_correction_for_the_number_of_differences():
     # table and sentence give the same reason: one seed, though photographs would do for the interval
     (single,) = analysis.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
     assert single["needed"] and "more seeds" in report.wanted(single)
-    said = {"rows": {n: {"words": n} for n in "ab"},
-            "differences": [{**single, "row": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
+    said = {"configurations": {n: {"words": n} for n in "ab"},
+            "differences": [{**single, "configuration": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
     assert table_of(said).endswith("| none | more seeds |")
     # an error that draws of eyes leave undefined is not replaced by that of seeds
     assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], 5))
@@ -170,7 +171,7 @@ def test_one_seed_a_side_claims_nothing():
     """How much seeds differ is not known; the same two, twice, do not differ."""
     first, second = right(0.3, 300, 1), right(0.8, 300, 2)
     for seeds, claimed in ((1, False), (2, True)):
-        rows = {"cls_alone": row_of("", *[first] * seeds), "hard": row_of("", *[second] * seeds)}
+        rows = {"cls_single": row_of("", *[first] * seeds), "hard": row_of("", *[second] * seeds)}
         (d,) = analysis.differences(rows, [Accurate()])
         assert d["claimed"] == claimed and d["wants"] == (None if claimed else "seeds") and d["p_adjusted"] < 0.01
 
@@ -194,23 +195,23 @@ def test_so_many_photographs_as_are_said_to_be_needed_find_it():
 def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     """p of a thousand draws, times as many differences, would never be small enough."""
     first = right(0.2, 60, 1)
-    rows = {"cls_alone": row_of("cls_alone", first, first)} | {
+    rows = {"cls_single": row_of("cls_single", first, first)} | {
         f"row{k}": row_of(f"row{k}", *[first | right(0.7, 60, k + 2)] * 2) for k in range(60)}
     assert all(d["claimed"] for d in analysis.differences(rows, [Accurate()]))
     nothing = {"difference": math.nan, "standard_error": math.nan, **KNOWN, "p": math.nan,
                "photographs": 6, "eyes": 6}
     (bad,) = analysis.corrected([nothing])
-    assert bad["needed"] is None and not bad["claimed"] and json.dumps(files.plain(bad), allow_nan=False)
-    said = {"rows": {n: {"words": n} for n in "ab"}}
-    d = files.plain({**bad, "row": "a", "against": "b", "task": "seg", "metric": "dice"})
+    assert bad["needed"] is None and not bad["claimed"] and json.dumps(files.jsonable(bad), allow_nan=False)
+    said = {"configurations": {n: {"words": n} for n in "ab"}}
+    d = files.jsonable({**bad, "configuration": "a", "against": "b", "task": "seg", "metric": "dice"})
     assert "not defined on these photographs" in report.claim(said, d)
     assert table_of({**said, "differences": [d]}).splitlines()[-1] == "| seg | a | b | - | 1.000 | none |  |"
 
 
 def test_rows_without_a_seed_or_a_photograph_in_common_are_not_compared():
     x, y = right(0.5, 40, 1), right(0.5, 40, 2)
-    rows = {"cls_alone": row_of("cls_alone", x), "hard": row_of("hard", y), "leaky": row_of("leaky", x[:30])}
-    assert [d["row"] for d in analysis.differences(rows, [Accurate()])] == ["hard"]
+    rows = {"cls_single": row_of("cls_single", x), "hard": row_of("hard", y), "leaky": row_of("leaky", x[:30])}
+    assert [d["configuration"] for d in analysis.differences(rows, [Accurate()])] == ["hard"]
     rows["hard"].seeds = [1]
     assert analysis.differences(rows, [Accurate()]) == []
     rows["leaky"] = row_of("leaky", y)  # the same names: still, what it has learned from is another split

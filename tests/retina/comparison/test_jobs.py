@@ -12,13 +12,14 @@ from conftest import TINY, official_tree
 from retina.comparison import jobs
 from retina.comparison.jobs import Job
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
-SMALL = replace(TINY, size=64, epochs=1, log_gradients=True)
+SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
 
 # ---- scores of a row ----
 
-def tallies(right: torch.Tensor) -> torch.Tensor:
+def stats(right: torch.Tensor) -> torch.Tensor:
     """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
     return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
                                   torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
@@ -51,10 +52,10 @@ def test_a_process_of_its_own_ends_when_told_to_and_with_the_main_process(tmp_pa
     assert process.wait() == 1 and job.failure(1) == "ended with status 1" and job.measured() is None
 
 
-def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch):
+def test_two_runs_at_once_come_to_what_they_come_to_single(tmp_path, monkeypatch):
     """In processes of their own, with half of the threads each; what one leaves does not hang on the other."""
     base = replace(SMALL, data=str(official_tree(tmp_path / "IDRiD", test=False)))
-    rows = [row for row in baselines.rows_for(base.tasks) if row.name in ("hard", "cls_alone")]
+    rows = [row for row in baselines.configurations_for(base.tasks) if row.name in ("hard", "cls_single")]
     left = {}
     for name, number in (("both", 2), ("one", 1)):
         asked = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
@@ -63,4 +64,4 @@ def test_two_runs_at_once_come_to_what_they_come_to_alone(tmp_path, monkeypatch)
         left[name] = [job.measured() for job in asked]
     for one, other in zip(*left.values()):
         assert one["threads"] == other["threads"] == 1
-        assert torch.equal(one["scores"]["tallies"]["cls"], other["scores"]["tallies"]["cls"])
+        assert torch.equal(one["scores"]["stats"]["cls"], other["scores"]["stats"]["cls"])

@@ -7,11 +7,12 @@ import data
 from retina.comparison import measurements
 from retina.datasets import readers
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 
 def test_shifts_change_pictures_and_nothing_else():
-    photographs = data.Photographs(readers.read_drawn().records[:3], 64)
+    photographs = data.FundusDataset(readers.read_drawn().records[:3], 64)
     for shift in measurements.SHIFTS:
         changed = measurements.Shifted(photographs, shift)
         assert len(changed) == 3 and changed[2].name == photographs[2].name

@@ -4,12 +4,13 @@ import json
 import math
 
 import pytest
+from test_analysis import Accurate, right, row_of
 
 import baselines
 from conftest import ROOT
 from retina.comparison import analysis, report
 from retina.evaluation import statistics, tables
-from test_analysis import Accurate, right, row_of
+
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
@@ -20,9 +21,9 @@ def table_of(found: dict) -> str:
 
 def test_the_report_claims_only_what_can_be_claimed():
     first = right(0.5, 300, 1)
-    rows = {"cls_alone": row_of("cls_alone", first, first),
+    rows = {"cls_single": row_of("cls_single", first, first),
             "hard": row_of("hard", *[first | right(0.4, 300, 2)] * 2)}
-    found = {"rows": {name: analysis.row_numbers(row) for name, row in rows.items()},
+    found = {"configurations": {name: analysis.row_numbers(row) for name, row in rows.items()},
              "differences": analysis.differences(rows, [Accurate()])}
     (d,) = found["differences"]
     said = report.claim(found, d)
@@ -33,7 +34,8 @@ def test_the_report_claims_only_what_can_be_claimed():
     assert "no difference can be shown; one as large as this would take 1234 photographs" in said
     assert "higher" not in said
     assert table_of(found).endswith("| none | 1234 photographs (here 300) |")
-    assert report.measured_here(found, "hard", "_alone").startswith("Measured here: cls accuracy, hard minus cls_alone")
+    assert report.measured_here(found, "hard", "_single").startswith(
+        "Measured here: cls accuracy, hard minus cls_single")
 
 
 def test_the_report_of_this_repository_says_what_was_measured():
@@ -52,4 +54,4 @@ def test_intervals_of_a_row_are_those_of_evaluate():
     assert numbers["sd"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
     low, high = numbers["interval"]
     assert low < numbers["mean"] < high and high - low == pytest.approx(
-        2 * 1.96 * math.sqrt(0.24 / 80), rel=0.5) and statistics.DRAWS == 1000
+        2 * 1.96 * math.sqrt(0.24 / 80), rel=0.5) and statistics.RESAMPLES == 1000

@@ -17,22 +17,22 @@ from retina.datasets.records import Record
 
 
 def training_part(root: Path) -> list[Record]:
-    return [r for r in read_idrid(root).records if r.part == "train"]
+    return [r for r in read_idrid(root).records if r.split == "train"]
 
 
 def drawn(number: int) -> list[Record]:
-    return [r for r in readers.read_drawn().records if r.part == "test"][:number]
+    return [r for r in readers.read_drawn().records if r.split == "test"][:number]
 
 
 # ---- cache ----
 
 def test_cache_is_used_and_follows_the_file(tree, monkeypatch):
     found = training_part(tree)
-    first = data.Photographs(found, 64)
+    first = data.FundusDataset(found, 64)
     calls = []
     monkeypatch.setattr(cache, "fill_cache", lambda record, path, size: calls.append(record))
     monkeypatch.setattr(cache, "ProcessPoolExecutor", InProcess)
-    data.Photographs(found, 64)
+    data.FundusDataset(found, 64)
     assert not calls
     assert first[0].image.shape == (3, 64, 64)
     path = found[0].image
@@ -59,13 +59,13 @@ class InProcess:
 
 def test_masks_survive_the_cache_bit_for_bit():
     found = drawn(4)
-    photographs = data.Photographs(found, 64)
+    photographs = data.FundusDataset(found, 64)
     for i, record in enumerate(found):
-        image, masks = synthetic.draw(synthetic.plan(*record.drawing), 64)
+        image, masks = synthetic.render(synthetic.plan(*record.drawing), 64)
         sample = photographs[i]
         assert torch.equal(sample.masks, torch.from_numpy(masks).to(torch.uint8))
         assert torch.equal(sample.image, torch.from_numpy(image).permute(2, 0, 1))
-        assert (sample.grade, sample.edema) == (record.grade, record.edema)
+        assert (sample.grade, sample.edema_risk) == (record.grade, record.edema_risk)
 
 
 @pytest.mark.slow

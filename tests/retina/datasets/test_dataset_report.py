@@ -14,6 +14,7 @@ from conftest import real_idrid
 from retina.datasets import readers, report, synthetic
 from retina.files import InputError
 
+
 # ---- the examination ----
 
 def examined(capsys, *arguments) -> str:
@@ -23,7 +24,7 @@ def examined(capsys, *arguments) -> str:
 
 @pytest.fixture
 def troubled(tmp_path, shared_tree) -> Path:
-    """A tree with a copy in the test part, a copy with another grade, and a mask stored in its own way."""
+    """A tree with a copy in the test split, a copy with another grade, and a mask stored in its own way."""
     root = shutil.copytree(shared_tree, tmp_path / "IDRiD")
     images = root / "B. Disease Grading" / "1. Original Images"
     shutil.copy(images / "b. Testing Set" / "IDRiD_003.jpg", images / "a. Training Set" / "IDRiD_005.jpg")
@@ -39,7 +40,7 @@ def troubled(tmp_path, shared_tree) -> Path:
 def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
     report = json.loads(examined(capsys, troubled, "--json"))
     assert {p: (v["photographs"], v["labels"]) for p, v in report["parts"].items()} == {
-        part: (21, {"grade": 15, "edema": 15, "masks": 6, "points": 15}) for part in ("train", "test")}
+        part: (21, {"grade": 15, "edema_risk": 15, "masks": 6, "landmarks": 15}) for part in ("train", "test")}
     grades = [synthetic.plan(8, i).grade for i in range(15)]
     common = Counter(grades).most_common(1)[0][1]
     shares = report["parts"]["train"]["classes"]["grade"]
@@ -50,8 +51,8 @@ def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
         ["grading/IDRiD_001", "grading/IDRiD_011"], ["grading/IDRiD_005", "test/grading/IDRiD_003"],
         ["grading/IDRiD_007", "segmentation/IDRiD_02"]]
     assert report["leaks"] == {"validated": [], "training": ["grading/IDRiD_005"],
-                               "test_labels": {"grade": 1, "edema": 1, "points": 1},
-                               "training_labels": {"grade": 1, "edema": 1, "points": 1}}
+                               "test_labels": {"grade": 1, "edema_risk": 1, "landmarks": 1},
+                               "training_labels": {"grade": 1, "edema_risk": 1, "landmarks": 1}}
     conflicts = {c["label"]: (c["values"], c["used"]) for c in report["conflicts"]}
     assert conflicts["grade"] == ([2, 3], 3) and {"disc", "fovea"} < set(conflicts)
     assert report["same_eye"]["photographs"] == 42 - 2 and report["same_eye"]["eyes"] == 42 - 3
@@ -63,7 +64,7 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     text = examined(capsys, troubled, "--pictures", tmp_path / "sheets" / "new")
     for words in ("grading/IDRiD_001 = grading/IDRiD_011", "copies: pairs of files that show one photograph: 3",
-                  "training photographs of an eye in the test part: 1; by task: cls (grade) 1, dme (edema) 1",
+                  "training photographs of an eye in the test split: 1; by task: cls (grade) 1, dme (edema) 1",
                   "labels that contradict each other:", "segmentation/IDRiD_03 OD RGBA 0 255", "the split of train.py"):
         assert words in text
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "sheets" not in p.parts}

@@ -17,24 +17,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_baselines import here  # noqa: F401 (a fixture)
 
 import baselines
 import data
 import evaluate
 import train
 import visualize
-from model import PooledHead
+from model import ClassifierHead
 from retina.datasets import leaks, records, splits, synthetic
 from retina.datasets.readers import read_data
-from retina.datasets.records import LABELS, Number, Record
+from retina.datasets.records import LABELS, NumberLabel, Record
 from retina.evaluation import metrics, scoring
 from retina.figures import answers
 from retina.files import InputError
 from tasks import TASKS, Task, make_tasks
-from test_baselines import here  # noqa: F401 (a fixture)
+
 
 pytestmark = pytest.mark.usefixtures("shallow")
-FLAGS = "--size 64 --batch 6 --experts 4 --weights none --precision fp32".split()
+FLAGS = "--image-size 64 --batch-size 6 --num-experts 4 --encoder-weights none --precision fp32".split()
 
 
 class Age(Task):
@@ -42,48 +43,48 @@ class Age(Task):
     name, label, primary, worst, best = "age", "age", "error", 30.0, 0.0
 
     def head(self, spec):
-        return PooledHead(spec, 1)
+        return ClassifierHead(spec, 1)
 
     def target(self, sample):
         return torch.tensor(sample.age)
 
-    def loss(self, output, target, total=lambda x: x):
+    def loss(self, output, target, all_reduce_sum=lambda x: x):
         gap = (self.decode(output) - target).abs() / 10
-        return total(gap.sum()) / total(gap.new_tensor(float(len(gap))))
+        return all_reduce_sum(gap.sum()) / all_reduce_sum(gap.new_tensor(float(len(gap))))
 
     def decode(self, output):
         return 50 + 10 * output[:, 0]
 
-    def guess(self, targets):
+    def constant_guess(self, targets):
         return targets.mean(0, keepdim=True)
 
-    def tally(self, answer, target, pool=None):
+    def image_stats(self, answer, target, accumulator=None):
         return torch.stack([answer, target], 1)
 
-    def measures(self, tally, weights, chosen):
-        return {"error": metrics.mean((tally[:, 0] - tally[:, 1]).abs(), weights)}
+    def compute(self, stats, weights, calibration):
+        return {"error": metrics.mean((stats[:, 0] - stats[:, 1]).abs(), weights)}
 
-    def row(self, tally):
-        return dict(zip(("predicted", "true"), tally.tolist()))
+    def scored_columns(self, stats):
+        return dict(zip(("age", "age_true"), stats.tolist()))
 
-    def answers(self, answer, sample, chosen):
+    def predicted_columns(self, answer, sample, calibration):
         return {"age": round(float(answer), 1)}
 
 
 @pytest.fixture(autouse=True)
 def declared(monkeypatch):
-    monkeypatch.setitem(LABELS, "age", Number("age", "age", ("age",), lowest=0, highest=120, unit="years"))
+    monkeypatch.setitem(LABELS, "age", NumberLabel("age", "age", ("age",), lowest=0, highest=120, unit="years"))
     monkeypatch.setitem(TASKS, "age", Age())
 
 
 def written(folder: Path, **changed: str) -> Path:
     """24 drawings with ages of two thirds; "0.png" has none, its copy "again.png" has 71."""
-    lines = ["image,cls,age,split"]
+    lines = ["image,grade,age,split"]
     for i in range(24):
         eye = synthetic.plan(3, i)
-        Image.fromarray(synthetic.draw(eye, 96)[0]).save(folder / f"{i}.png")
+        Image.fromarray(synthetic.render(eye, 96)[0]).save(folder / f"{i}.png")
         lines.append(f"{i}.png,{eye.grade},{f'{30 + 2 * i}' if i % 3 else ''},{'test' if i > 20 else ''}")
-    Image.fromarray(synthetic.draw(synthetic.plan(3, 0), 96)[0]).save(folder / "again.png", compress_level=1)
+    Image.fromarray(synthetic.render(synthetic.plan(3, 0), 96)[0]).save(folder / "again.png", compress_level=1)
     lines.append("again.png,,71.5,")
     cells = {line.split(".")[0]: line for line in lines} | changed
     (folder / "t.csv").write_text("\n".join(cells.values()))
@@ -122,7 +123,7 @@ def test_a_copy_without_an_age_gets_that_of_its_copy(table):
     joined, conflicts = leaks.find_eyes(found, 64)
     assert len(joined) == 24 and not conflicts
     assert (joined[0].name, joined[0].grade, joined[0].age) == ("0.png", found[0].grade, 71.5)
-    assert data.Photographs(joined[:1], 64)[0].age == 71.5
+    assert data.FundusDataset(joined[:1], 64)[0].age == 71.5
 
 
 def test_ages_that_contradict_each_other_count_by_their_mean():
@@ -175,7 +176,7 @@ def test_the_examination_counts_ages(table, tmp_path, capsys):
 def test_it_trains_beside_grades_and_selects_checkpoints(run):
     config, result = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "result"))
     assert config["conflicts"] == []
-    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         kappa, error = line["val"]["cls"]["kappa"], line["val"]["age"]["error"]
         assert error > 1 and line["score"] == pytest.approx((kappa + 1 - error / 30) / 2)
         assert line["train"]["age"] > 0
@@ -184,8 +185,8 @@ def test_it_trains_beside_grades_and_selects_checkpoints(run):
 
 def test_it_is_scored(run, monkeypatch, capsys):
     run_evaluate(monkeypatch, run)
-    found = [r for r in rows_of(run / "predictions.csv") if r["age_true"]]
-    error = np.mean([abs(float(r["age_predicted"]) - float(r["age_true"])) for r in found])
+    found = [r for r in rows_of(run / "per_photograph.csv") if r["age_true"]]
+    error = np.mean([abs(float(r["age"]) - float(r["age_true"])) for r in found])
     values = json.loads((run / "metrics.json").read_text())
     assert values["metrics"]["age"]["error"] == pytest.approx(error) and len(found) == values["metrics"]["age"][
         "photographs"]
@@ -197,8 +198,9 @@ def test_it_is_scored(run, monkeypatch, capsys):
 def test_it_answers_for_new_photographs(run, table, tmp_path, monkeypatch):
     run_evaluate(monkeypatch, run, "--images", *(table.parent / f"{i}.png" for i in (1, 2)), "--out", tmp_path / "out")
     loaded = evaluate.load_run(run, torch.device("cpu"))
-    photographs = data.Photographs(read_data(table).records[1:3], 64)
-    found = scoring.score(loaded.net, data.in_order(photographs, loaded.tasks, 2), loaded.tasks).tallies["age"]
+    photographs = data.FundusDataset(read_data(table).records[1:3], 64)
+    found = scoring.evaluate_split(loaded.net, data.eval_loader(
+        photographs, loaded.tasks, 2), loaded.tasks).stats["age"]
     assert [float(r["age"]) for r in rows_of(tmp_path / "out" / "predictions.csv")] == pytest.approx(
         found[:, 0].tolist(), abs=0.06)
 
@@ -210,7 +212,7 @@ def test_it_is_drawn_where_it_can_be(run, monkeypatch, capsys):
     visualize.main([str(run)])
     assert [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if "not drawn" in line] == [
         "overlays"]  # there are neither masks nor points
-    found = [json.loads(line)["val"]["age"]["error"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line)["val"]["age"]["error"] for line in (run / "log.jsonl").read_text().splitlines()]
     axis = charts["age: error"].y
     assert axis.low == 0 and axis.high >= max(30, *found) and "lower is better" in axis.words
     assert charts["age: loss"].y.high > 0 and charts["cls: kappa"].y.high == 1
@@ -226,7 +228,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(run, table, monkeypatch)
     folder, loss, seen = records.HERE / "runs" / "killed", Age.loss, []
 
     def dying(self, output, *rest):
-        if torch.is_grad_enabled() and (folder / "metrics.jsonl").exists():  # the second step of the second epoch
+        if torch.is_grad_enabled() and (folder / "log.jsonl").exists():  # the second step of the second epoch
             seen.append(1)
             if len(seen) == 2:
                 raise Killed
@@ -251,13 +253,13 @@ def test_a_run_is_not_resumed_with_another_age(tmp_path):
 # ---- compared ----
 
 def test_it_is_compared_with_a_constant_guess(table, here):  # noqa: F811
-    baselines.main(["--name", "ages", "--data", str(table), *"--tasks cls age --only constant age_alone learned "
-                    "--seeds 1 --epochs 1 --size 64 --weights none".split()])
+    baselines.main(["--name", "ages", "--data", str(table), *"--tasks cls age --only constant age_single learned "
+                    "--seeds 1 --epochs 1 --image-size 64 --encoder-weights none".split()])
     folder = records.HERE / "runs" / "ages"
     found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
     split = splits.split(leaks.find_eyes(read_data(table).records, 64)[0])
     ages = [np.array([r.age for r in part if r.age is not None]) for part in (split.training, split.validation)]
-    assert found["rows"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"] == pytest.approx(
+    assert found["configurations"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"] == pytest.approx(
         np.abs(ages[1] - ages[0].mean()).mean(), rel=1e-5)
     assert "age: error (lower is better), " in text
     assert [d["row"] for d in found["differences"] if d["task"] == "age"] == ["learned"]

@@ -18,7 +18,7 @@ from retina.files import InputError
 
 
 def prepared(records, key):
-    return np.stack([preprocess.prepare(r, 64)[key] for r in records])
+    return np.stack([preprocess.preprocess(r, 64)[key] for r in records])
 
 
 def scores(records) -> dict[tuple[int, int], float]:
@@ -122,28 +122,28 @@ def joined(records, pairs, sizes=None):
 
 def test_copies_share_their_labels_and_one_of_them_stays():
     masks = {"EX": Path("m.tif")}
-    records = [Record("grading/1", Path("a"), labels={"grade": 2, "edema": 0}),
-               Record("grading/2", Path("b"), labels={"grade": 3, "edema": 1}),
-               Record("grading/3", Path("c"), labels={"grade": 4, "edema": 2}),
+    records = [Record("grading/1", Path("a"), labels={"grade": 2, "edema_risk": 0}),
+               Record("grading/2", Path("b"), labels={"grade": 3, "edema_risk": 1}),
+               Record("grading/3", Path("c"), labels={"grade": 4, "edema_risk": 2}),
                Record("segmentation/1", Path("d"), labels={"masks": masks})]
     found, conflicts = joined(records, [(0, 1), (1, 3)])
-    assert [(r.name, r.grade, r.edema, r.masks, r.image) for r in found] == [
+    assert [(r.name, r.grade, r.edema_risk, r.masks, r.image) for r in found] == [
         ("segmentation/1", 3, 1, masks, Path("d")), ("grading/3", 4, 2, None, Path("c"))]
     assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
-        ("grade", ("grading/1", "grading/2"), (2, 3), 3), ("edema", ("grading/1", "grading/2"), (0, 1), 1)]
+        ("grade", ("grading/1", "grading/2"), (2, 3), 3), ("edema_risk", ("grading/1", "grading/2"), (0, 1), 1)]
 
 
 def test_points_are_carried_over_in_the_pixels_of_the_image_that_stays():
-    records = [Record("a", Path("a"), labels={"points": {"disc": (40.0, 20.0)}}),
+    records = [Record("a", Path("a"), labels={"landmarks": {"disc": (40.0, 20.0)}}),
                Record("b", Path("b"), labels={"masks": {"EX": Path("m")}}),
-               Record("c", Path("c"), labels={"points": {"disc": (10.4, 5.2), "fovea": (20.0, 10.0)}})]
+               Record("c", Path("c"), labels={"landmarks": {"disc": (10.4, 5.2), "fovea": (20.0, 10.0)}})]
     found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
     assert found[0].name == "b" and not conflicts  # 20 and 20.8 differ by less than 1 % of the width
-    assert found[0].points == {"disc": pytest.approx((20.4, 10.2)), "fovea": pytest.approx((40, 20))}
-    records[2] = Record("c", Path("c"), labels={"points": {"disc": (15.0, 5.0)}})
+    assert found[0].landmarks == {"disc": pytest.approx((20.4, 10.2)), "fovea": pytest.approx((40, 20))}
+    records[2] = Record("c", Path("c"), labels={"landmarks": {"disc": (15.0, 5.0)}})
     found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
     assert [(c.label, c.values) for c in conflicts] == [("disc", ((20, 10), (30, 10)))]
-    assert found[0].points == {"disc": pytest.approx((25, 10))}
+    assert found[0].landmarks == {"disc": pytest.approx((25, 10))}
 
 
 def test_categories_that_contradict_each_other_do_not_count():
@@ -157,9 +157,9 @@ def test_categories_that_contradict_each_other_do_not_count():
 def test_no_label_crosses_from_test_into_training():
     point = {"disc": (1, 1)}
     records = [Record("a", Path("a"), "train", {"grade": 0}),
-               Record("b", Path("b"), "test", {"grade": 3, "points": point})]
+               Record("b", Path("b"), "test", {"grade": 3, "landmarks": point})]
     found, conflicts = joined(records, [(0, 1)])
-    assert [(r.name, r.grade, r.points) for r in found] == [("a", 0, None), ("b", 3, point)]
+    assert [(r.name, r.grade, r.landmarks) for r in found] == [("a", 0, None), ("b", 3, point)]
     assert not conflicts
 
 
@@ -241,13 +241,13 @@ def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
     assert {r.eye for r in kept.training}.isdisjoint(r.eye for r in given) and kept.leaks == split.leaks
 
 
-@pytest.mark.parametrize("label", ["edema", "points"])
+@pytest.mark.parametrize("label", ["edema_risk", "landmarks"])
 def test_folds_are_even_for_what_ungraded_photographs_carry(label):
     records = [Record(f"r{i}", Path("x"), eye=f"e{i}").with_labels(
-        edema=i % 10 // 9, points={"disc": (1, 1)} if i % 10 else None) for i in range(100)]
+        edema_risk=i % 10 // 9, landmarks={"disc": (1, 1)} if i % 10 else None) for i in range(100)]
     for k in range(1, 6):
         validation = splits.split(records, f"{k}/5").validation
-        assert sum(r.edema == 1 for r in validation) == sum(r.points is None for r in validation) == 2
+        assert sum(r.edema_risk == 1 for r in validation) == sum(r.landmarks is None for r in validation) == 2
 
 
 @pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "-1/5", "", "1/2000", "1/\u0665"])
@@ -264,7 +264,7 @@ def album(tmp_path_factory) -> list[Record]:
     records += [photograph(folder / f"{i}_again.jpg", i, (10, -14), 0.9) for i in range(0, 12, 2)]
     records += [photograph(folder / f"{i}_turned.jpg", i, turn=6, exposure=1.1) for i in range(0, 12, 3)]
     records += [photograph(folder / f"{i}_copy.jpg", i, quality=80) for i in range(1, 12, 4)]
-    records += [photograph(folder / f"{i}_test{k}.jpg", i, part="test", **how)
+    records += [photograph(folder / f"{i}_test{k}.jpg", i, split="test", **how)
                 for i, k, how in [(0, 0, {"quality": 70}), (4, 1, {"shift": (-20, 12)}), (5, 2, {"turn": -8}),
                                   (13, 3, {"exposure": 0.8}), (30, 4, {}), (31, 5, {"zoom": 1.05})]]
     return records
@@ -276,7 +276,7 @@ def eye_of(record: Record) -> str:
 
 def test_no_eye_lies_on_both_sides_of_any_split(album, monkeypatch):
     found, _ = find_eyes(album, 64)
-    assert len(found) == len(album) - 3  # three copies have been joined; the copy in the test part stays
+    assert len(found) == len(album) - 3  # three copies have been joined; the copy in the test split stays
     for number in range(2, 8):
         for k in range(1, number + 1):
             split = splits.split(found, f"{k}/{number}")
@@ -320,8 +320,8 @@ def test_real_copies_and_eyes():
     joined, conflicts = leaks.find_eyes(records, 256)
     assert len(joined) == 467 - 42 - 5 and len({r.eye for r in joined}) == 409
     assert [(c.label, *(n[-3:] for n in c.names), *c.values) for c in conflicts] == [
-        ("grade", "021", "391", 1, 2), ("grade", "028", "327", 4, 3), ("edema", "045", "333", 0, 1)]
+        ("grade", "021", "391", 1, 2), ("grade", "028", "327", 4, 3), ("edema_risk", "045", "333", 0, 1)]
     by_name = {r.name: r for r in joined}
     assert by_name["segmentation/IDRiD_01"].grade == records[number["102"]].grade
-    assert by_name["segmentation/IDRiD_01"].points == records[number["102"]].points
-    assert sum(r.masks is not None and r.points is not None for r in joined) == 42
+    assert by_name["segmentation/IDRiD_01"].landmarks == records[number["102"]].landmarks
+    assert sum(r.masks is not None and r.landmarks is not None for r in joined) == 42

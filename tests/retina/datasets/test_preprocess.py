@@ -17,18 +17,18 @@ from retina.files import InputError
 
 
 def training_part(root: Path) -> list[Record]:
-    return [r for r in read_idrid(root).records if r.part == "train"]
+    return [r for r in read_idrid(root).records if r.split == "train"]
 
 
 def drawn(number: int) -> list[Record]:
-    return [r for r in readers.read_drawn().records if r.part == "test"][:number]
+    return [r for r in readers.read_drawn().records if r.split == "test"][:number]
 
 
 # ---- masks ----
 
 def test_no_mask_file_means_no_lesion(shared_tree):
     found = [r for r in training_part(shared_tree) if r.masks is not None]
-    photographs = data.Photographs(found, 64)
+    photographs = data.FundusDataset(found, 64)
     lacking = [(i, k) for i, r in enumerate(found) for k in synthetic.LESIONS if not r.masks[k]]
     assert lacking
     for i, kind in lacking:
@@ -135,7 +135,7 @@ def test_points_and_masks_follow_the_image(tmp_path, suffix):
     Image.fromarray(pixels).save(tmp_path / f"photo.{suffix}", quality=95)
     save_palette_mask(tmp_path / "m.tif", mask)
     record = Record("x", tmp_path / f"photo.{suffix}", labels={"masks": {"EX": tmp_path / "m.tif"}})
-    sample = data.Photographs([record], 128)[0]
+    sample = data.FundusDataset([record], 128)[0]
     assert sample.image.shape == (3, 128, 128) and (sample.geometry.width, sample.geometry.height) == (2000, 1400)
     for found in (sample.image[2] > 150, sample.masks[synthetic.LESIONS.index("EX")] == 1):
         y, x = (v.float().mean().item() + 0.5 for v in found.nonzero(as_tuple=True))
@@ -152,17 +152,17 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
     at = size - 8 * size // 100
     pixels[at - size // 50:at + size // 50, at - size // 50:at + size // 50] = 255
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
-    sample = data.Photographs([Record("x", tmp_path / "a.jpg", labels={"points": {"disc": (at, at)}})], 256)[0]
+    sample = data.FundusDataset([Record("x", tmp_path / "a.jpg", labels={"landmarks": {"disc": (at, at)}})], 256)[0]
     light = sample.image.float().mean(0)
     x = float((light * (torch.arange(256) + 0.5)).sum() / light.sum())
-    assert abs(x - float(sample.points[0, 0])) < 0.05
+    assert abs(x - float(sample.landmarks[0, 0])) < 0.05
 
 
 def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
     disc_photograph()[0].save(tmp_path / "a.png")
     points = {"disc": (1, 1), "fovea": (330, 190)}
-    sample = data.Photographs([Record("x", tmp_path / "a.png", labels={"points": points})], 64)[0]
-    assert sample.points.isnan().any(1).tolist() == [True, False]
+    sample = data.FundusDataset([Record("x", tmp_path / "a.png", labels={"landmarks": points})], 64)[0]
+    assert sample.landmarks.isnan().any(1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("width,height", [(1000, 667), (1001, 701), (997, 1333)])
@@ -171,7 +171,7 @@ def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
     image.save(tmp_path / "photo.jpg", quality=95)
     save_palette_mask(tmp_path / "m.tif", np.ones((height, width), bool))
     record = Record("x", tmp_path / "photo.jpg", labels={"masks": {"OD": tmp_path / "m.tif"}})
-    sample = data.Photographs([record], 64)[0]
+    sample = data.FundusDataset([record], 64)[0]
     corners = sample.geometry.to_sample(np.array([(0, 0), (width, height)]))
     inside = sample.masks[-1].nonzero()
     assert np.abs(corners[0] - inside.min(0).values.flip(0).numpy()).max() < 0.6
@@ -181,13 +181,13 @@ def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
 def test_size_does_not_move_the_split(tmp_path):
     record = photograph(tmp_path / "a.jpg", 0)
     for key in ("thumbnail", "vessels"):
-        assert np.array_equal(*(preprocess.prepare(record, size)[key] for size in (64, 512)))
+        assert np.array_equal(*(preprocess.preprocess(record, size)[key] for size in (64, 512)))
 
 
 def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
-    drawn = Image.fromarray(synthetic.draw(synthetic.plan(0, 3), 1024)[0])
+    drawn = Image.fromarray(synthetic.render(synthetic.plan(0, 3), 1024)[0])
     drawn.save(tmp_path / "a.jpg", quality=92), Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
-    fast, full = (preprocess.prepare(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float)
+    fast, full = (preprocess.preprocess(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float)
                   for s in ("jpg", "png"))
     assert 10 * math.log10(255 ** 2 / ((fast - full) ** 2).mean()) > 38  # dB
 
@@ -199,7 +199,7 @@ def test_real_photographs_crop_to_the_retina_and_masks_fit(name):
     root = real_idrid(name)
     found = [r for r in training_part(root) if r.masks is not None][:6]
     found += [r for r in training_part(root) if r.masks is None][:6]
-    photographs = data.Photographs(found, 256)
+    photographs = data.FundusDataset(found, 256)
     for i, record in enumerate(found):
         sample = photographs[i]
         lit = sample.image.amax(0) > 30
@@ -222,5 +222,5 @@ def test_real_originals_and_reductions_give_the_same_sample():
     originals = {r.name: r for r in training_part(real_idrid("idrid-original"))}
     reduced = {r.name: r for r in training_part(real_idrid("idrid"))}
     for name in list(originals)[:8]:
-        a, b = (preprocess.prepare(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
+        a, b = (preprocess.preprocess(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
         assert 10 * math.log10(255 ** 2 / ((a - b) ** 2).mean()) > 30  # dB

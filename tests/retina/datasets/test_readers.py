@@ -21,11 +21,11 @@ from retina.files import InputError
 
 
 def part_of(root: Path, part: str = "train") -> list[records.Record]:
-    return [r for r in read_idrid(root).records if r.part == part]
+    return [r for r in read_idrid(root).records if r.split == part]
 
 
-def read_all(root: Path) -> data.Photographs:
-    return data.Photographs(read_data(root).records, 64)
+def read_all(root: Path) -> data.FundusDataset:
+    return data.FundusDataset(read_data(root).records, 64)
 
 
 def grading_csv(root: Path) -> Path:
@@ -54,12 +54,12 @@ def test_reads_the_official_layout(shared_tree):
         masked, graded = ([r for r in found if getattr(r, label) is not None] for label in ("masks", "grade"))
         assert [r.name for r in masked] == [f"{prefix}segmentation/IDRiD_{i:02d}" for i in numbers]
         assert [r.name for r in graded] == [f"{prefix}grading/IDRiD_{i:03d}" for i in range(1, 16)]
-        assert all(r.masks is None and r.edema is not None for r in graded)
+        assert all(r.masks is None and r.edema_risk is not None for r in graded)
         for i, r in enumerate(graded):  # labels of the same names differ between the parts and are those of the file
             eye = synthetic.plan(8, i + (1000 if part == "test" else 0))
             assert r.grade == eye.grade
-            assert r.points["disc"] == pytest.approx((24 + 96 * eye.disc[0], 96 * eye.disc[1]), abs=0.006)
-            assert r.points["fovea"] == pytest.approx((24 + 96 * eye.fovea[0], 96 * eye.fovea[1]), abs=0.006)
+            assert r.landmarks["disc"] == pytest.approx((24 + 96 * eye.disc[0], 96 * eye.disc[1]), abs=0.006)
+            assert r.landmarks["fovea"] == pytest.approx((24 + 96 * eye.fovea[0], 96 * eye.fovea[1]), abs=0.006)
     assert {r.image for r in part_of(shared_tree)}.isdisjoint(r.image for r in part_of(shared_tree, "test"))
 
 
@@ -69,14 +69,14 @@ def test_names_are_unique_across_parts(shared_tree):
 
 
 @pytest.mark.parametrize("subset,label", [("A. Segmentation", "masks"), ("B. Disease Grading", "grade"),
-                                          ("C. Localization", "points")])
+                                          ("C. Localization", "landmarks")])
 def test_a_subset_may_be_missing(tree, subset, label):
     if subset == "B. Disease Grading":  # then the localization part needs its own images
         shutil.copytree(images(tree), images(tree, "C. Localization"))
     shutil.rmtree(tree / subset)
     found = read_idrid(tree)
     assert found.records and all(getattr(r, label) is None for r in found.records)
-    for other in {"masks", "grade", "points"} - {label}:
+    for other in {"masks", "grade", "landmarks"} - {label}:
         assert any(getattr(r, other) is not None for r in found.records)
     assert found.notes == (f"{tree} has no '{subset}': nothing to learn {readers.SUBSETS[subset]} from",)
 
@@ -84,10 +84,10 @@ def test_a_subset_may_be_missing(tree, subset, label):
 def test_localization_uses_its_own_images_where_it_has_them(tree):
     shutil.copytree(images(tree), images(tree, "C. Localization"))
     found = {r.name: r for r in part_of(tree)}
-    assert found["localization/IDRiD_001"].points and found["localization/IDRiD_001"].grade is None
-    assert found["grading/IDRiD_001"].points is None
+    assert found["localization/IDRiD_001"].landmarks and found["localization/IDRiD_001"].grade is None
+    assert found["grading/IDRiD_001"].landmarks is None
     joined, _ = leaks.find_eyes(list(found.values()), 64)  # copies by content
-    assert len(joined) == 8 and sum(r.grade is not None and r.points is not None for r in joined) == 5
+    assert len(joined) == 8 and sum(r.grade is not None and r.landmarks is not None for r in joined) == 5
 
 
 def test_points_without_any_image_are_one_line(tree):
@@ -99,12 +99,12 @@ def test_points_without_any_image_are_one_line(tree):
 def test_drawn_points_are_where_the_drawing_has_them(monkeypatch):
     monkeypatch.setattr(readers, "DRAWN", {"test": (1, 6)})
     found = readers.read_drawn().records
-    photographs = data.Photographs(found, 96)
+    photographs = data.FundusDataset(found, 96)
     for i, record in enumerate(found):
         eye, sample = synthetic.plan(*record.drawing), photographs[i]
-        assert np.allclose(sample.points, 96 * np.array([eye.disc, eye.fovea]), atol=1e-3)
+        assert np.allclose(sample.landmarks, 96 * np.array([eye.disc, eye.fovea]), atol=1e-3)
         y, x = (v.float().mean().item() + 0.5 for v in (sample.masks[-1] == 1).nonzero(as_tuple=True))
-        assert np.hypot(*(sample.points[0].numpy() - (x, y))) < 1
+        assert np.hypot(*(sample.landmarks[0].numpy() - (x, y))) < 1
 
 
 # ---- bad input: one line that names the file ----
@@ -195,22 +195,22 @@ def table(tmp_path):
 
 
 def test_a_table_of_all_columns(table):
-    path = table("image,cls,dme,od_x,od_y,fovea_x,fovea_y,mask_ma,mask_ex,split,group",
+    path = table("image,grade,edema_risk,disc_x,disc_y,fovea_x,fovea_y,mask_ma,mask_ex,split,group",
                  "images/a.png,2,1,10,20,30.5,20,mask.png,none,,p1", "images/b.png,,0,,,1,2,,,val,",
                  "images/c.png,4.0,,,,,,,,test,p1")
     a, b, c = read_data(path).records
-    assert (a.grade, a.edema, a.part, a.points) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
+    assert (a.grade, a.edema_risk, a.split, a.points) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
     assert a.masks == {"MA": path.parent / "mask.png", "EX": None}
-    assert (b.grade, b.edema, b.part, b.points, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
-    assert (c.grade, c.edema, c.part, c.points) == (4, None, "test", None)
+    assert (b.grade, b.edema_risk, b.split, b.points, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
+    assert (c.grade, c.edema_risk, c.split, c.points) == (4, None, "test", None)
     assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
-    sample = data.Photographs([a], 64)[0]
+    sample = data.FundusDataset([a], 64)[0]
     values = [sorted(m.unique().tolist()) for m in sample.masks]  # MA known, EX known to be absent, others not known
     assert values == [[0, 1], [255], [0], [255], [255]]
 
 
 def test_rows_that_say_the_same_are_one(table):
-    found = read_data(table("image,cls", "images/a.png,1", "images/../images/a.png,1", "images/b.png,2")).records
+    found = read_data(table("image,grade", "images/a.png,1", "images/../images/a.png,1", "images/b.png,2")).records
     assert [r.grade for r in found] == [1, 2]
 
 
@@ -230,39 +230,39 @@ def truncated_tiff(path: Path) -> None:
 @pytest.mark.parametrize("lines,message", [
     (["picture,cls", "images/a.png,1"], "labels.csv: no column 'image'; found picture, cls"),
     ([""], "labels.csv: no column 'image'; found no header"),
-    (["image,cls"], "labels.csv: no row"),
+    (["image,grade"], "labels.csv: no row"),
     (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; .* separated by commas"),
-    (["image,grade", "images/a.png,1"], "labels.csv: unknown column 'grade'; known are image, cls, dme, od_x"),
-    (["image,cls,cls", "images/a.png,1,1"], "labels.csv: two columns are named 'cls'"),
-    (["image,cls", "images/a.png,1", "images/b.png,two"], "line 3: cls of images/b.png is 'two', expected a whole"),
-    (["image,cls", "images/a.png,7"], "line 2: cls of images/a.png is '7', expected a whole number from 0 to 4"),
-    (["image,cls", "images/a.png,1.5"], "line 2: cls of images/a.png is '1.5', expected"),
+    (["image,grade", "images/a.png,1"], "labels.csv: unknown column 'grade'; known are image, cls, dme, disc_x"),
+    (["image,grade,cls", "images/a.png,1,1"], "labels.csv: two columns are named 'cls'"),
+    (["image,grade", "images/a.png,1", "images/b.png,two"], "line 3: cls of images/b.png is 'two', expected a whole"),
+    (["image,grade", "images/a.png,7"], "line 2: cls of images/a.png is '7', expected a whole number from 0 to 4"),
+    (["image,grade", "images/a.png,1.5"], "line 2: cls of images/a.png is '1.5', expected"),
     (["image,group", 'images/a.png,"x', "images/b.png,"], "line 3: not CSV .unexpected end of data."),
     (["image,group", 'images/a.png,"x', 'images/b.png,"'], "line 3: a cell of more than one line"),
-    (["image,od_x,od_y", "images/a.png,1_0,3"], "od of images/a.png is at .'1_0', '3'., expected two numbers"),
-    (["image,cls", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
+    (["image,disc_x,disc_y", "images/a.png,1_0,3"], "od of images/a.png is at .'1_0', '3'., expected two numbers"),
+    (["image,grade", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
     (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
-    (["image,cls", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
-    (["image,cls,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
-    (["image,dme", "images/a.png,3"], "line 2: dme of images/a.png is '3', expected a whole number from 0 to 2"),
-    (["image,cls", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
-    (["image,cls", "images,1"], "line 2: image 'images': a folder: "),
-    (["image,cls", "../outside.png,1"], "line 2: image '../outside.png': leads out of .*; expected a path below the"),
-    (["image,cls", "images/../../outside.png,1"], "line 2: image 'images/../../outside.png': leads out of"),
+    (["image,grade", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
+    (["image,grade,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
+    (["image,edema_risk", "images/a.png,3"], "line 2: dme of images/a.png is '3', expected a whole number from 0 to 2"),
+    (["image,grade", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
+    (["image,grade", "images,1"], "line 2: image 'images': a folder: "),
+    (["image,grade", "../outside.png,1"], "line 2: image '../outside.png': leads out of .*; expected a path below the"),
+    (["image,grade", "images/../../outside.png,1"], "line 2: image 'images/../../outside.png': leads out of"),
     (["image,mask_ma", "images/a.png,/etc/passwd"], "line 2: mask_ma '/etc/passwd': leads out of"),
-    (["image,cls", ",1"], "line 2: the cell of column 'image' is empty"),
+    (["image,grade", ",1"], "line 2: the cell of column 'image' is empty"),
     (["image,mask_ma", "images/a.png,m.png"], "line 2: mask_ma 'm.png': no such file"),
-    (["image,od_x,od_y", "images/a.png,60.5,3"],
+    (["image,disc_x,disc_y", "images/a.png,60.5,3"],
      r"line 2: od of images/a.png is at \(60.5, 3\), outside a.png with its 60x40 pixels"),
-    (["image,od_x,od_y", "images/a.png,5,"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
-    (["image,od_x", "images/a.png,5"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
+    (["image,disc_x,disc_y", "images/a.png,5,"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
+    (["image,disc_x", "images/a.png,5"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,fovea_x,fovea_y", "images/a.png,5,nan"], r"fovea of images/a.png is at \('5', 'nan'\), expected two num"),
-    (["image,cls,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
-    (["image,cls", "images/a.png,1", "images/b.png,0", "images/a.png,2"],
+    (["image,grade,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
+    (["image,grade", "images/a.png,1", "images/b.png,0", "images/a.png,2"],
      "line 4: images/a.png stands at .*labels.csv line 2 already, with other cells"),
-    (["image,cls", "images/a.png,1", "cut.tif,0"], "labels.csv line 3: .*cut.tif: not a readable image"),
-    (["image,cls", "images/a.png,1", "huge.png,0"], "line 3: .*huge.png: claims more than 89 million pixels"),
-    (["image,cls", "labels.csv,1"], "labels.csv line 2: .*labels.csv: not a readable image"),
+    (["image,grade", "images/a.png,1", "cut.tif,0"], "labels.csv line 3: .*cut.tif: not a readable image"),
+    (["image,grade", "images/a.png,1", "huge.png,0"], "line 3: .*huge.png: claims more than 89 million pixels"),
+    (["image,grade", "labels.csv,1"], "labels.csv line 2: .*labels.csv: not a readable image"),
     (["image,mask_ma", "images/a.png,huge.png"], "labels.csv line 2: .*huge.png: claims more than"),
     (["image,mask_ma", "images/a.png,images/other.png"], "line 2: .*other.png: a mask of 30x40 for a photo"),
 ])
@@ -278,7 +278,7 @@ def test_a_bad_table_is_one_line_naming_file_and_row(table, lines, message):
 
 
 def test_blank_lines_byte_order_marks_and_quotes(table):
-    path = table("", '"image", cls', '"images/a.png",  1', "", ",", "images/b.png,2")
+    path = table("", '"image", grade', '"images/a.png",  1', "", ",", "images/b.png,2")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert [r.grade for r in read_data(path).records] == [1, 2]
 
@@ -291,25 +291,25 @@ def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
     exif = turned.getexif()
     exif[0x112] = 6  # "turn by 90 degrees clockwise to view"
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
-    (tmp_path / "t.csv").write_text("image,od_x,od_y\nupright.jpg,290,100\nturned.jpg,290,100\n")
+    (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,290,100\nturned.jpg,290,100\n")
     a, b = read_data(tmp_path / "t.csv").records
     found, _ = leaks.find_eyes([a, b], 64)
-    assert len(found) == 1 and found[0].points == {"disc": (290, 100)}
-    x, y = (data.Photographs([r], 64)[0] for r in (a, b))
+    assert len(found) == 1 and found[0].landmarks == {"disc": (290, 100)}
+    x, y = (data.FundusDataset([r], 64)[0] for r in (a, b))
     assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
     assert (x.image.float() - y.image.float()).abs().mean() < 3
 
 
 def test_a_table_that_is_not_utf8_is_one_line(table):
-    path = table("image,cls")
-    path.write_bytes("image,cls\nb\xe4r.png,1\n".encode("latin-1"))
+    path = table("image,grade")
+    path.write_bytes("image,grade\nb\xe4r.png,1\n".encode("latin-1"))
     with pytest.raises(InputError, match="labels.csv: not UTF-8 text"):
         read_all(path)
 
 
 @pytest.mark.parametrize("arguments", [["train.py", "--tasks", "cls", "--data"], ["data.py"]])
 def test_a_bad_table_ends_the_program_with_status_2(table, arguments):
-    path = table("image,cls", "images/a.png,9")
+    path = table("image,grade", "images/a.png,9")
     result = subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:], path], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == f"error: {path} line 2: cls of images/a.png is '9', expected a whole number from 0 to 4\n"
@@ -321,7 +321,7 @@ def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(SystemExit) as stop:
-        files.command(lambda: read_data(tree))
+        files.run_cli(lambda: read_data(tree))
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith(f"error: {images(tree, 'A. Segmentation')}: no permission; ") and text.count("\n") == 1
@@ -330,7 +330,7 @@ def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):
 def test_what_the_system_refuses_is_one_line(folders, capsys):
     (folders / "train" / "rose" / "link.png").symlink_to("nowhere.png")
     with pytest.raises(SystemExit) as stop:
-        files.command(lambda: read_all(folders))
+        files.run_cli(lambda: read_all(folders))
     text = capsys.readouterr().err
     assert stop.value.code == 2 and text.endswith("link.png: No such file or directory\n") and text.count("\n") == 1
 
@@ -353,10 +353,10 @@ def test_folders_of_classes(folders):
     (folders / "train" / "rose" / "Thumbs.db").write_text("litter")
     found = read_data(folders)
     assert found.classes == ("9", "10", "daisy", "rose")
-    assert Counter((r.part, r.category) for r in found.records) == {(p, c): n for p, n in (("train", 5), ("test", 2))
-                                                                   for c in range(4)}
+    assert Counter((r.split, r.category) for r in found.records) == {(p, c): n for p, n in (("train", 5), ("test", 2))
+                                                                     for c in range(4)}
     assert all(r.grade is None and r.name.split("/")[1] == found.classes[r.category] for r in found.records)
-    sample = data.Photographs(found.records, 64)[0]
+    sample = data.FundusDataset(found.records, 64)[0]
     assert sample.geometry.scale_x == 64 / 45 and sample.category == 1  # the whole picture: no field of view in it
 
 
@@ -390,7 +390,7 @@ def test_real_counts_and_labels():
     assert files == {"MA": 54, "HE": 53, "EX": 54, "SE": 26, "OD": 54}
     assert [r.name for r in masked if not r.masks["HE"]] == ["segmentation/IDRiD_43"]
     assert Counter(r.grade for r in found if r.grade is not None) == {0: 134, 1: 20, 2: 136, 3: 74, 4: 49}
-    assert Counter(r.edema for r in found if r.edema is not None) == {0: 177, 1: 41, 2: 195}
-    points = {r.name: r.points for r in found if r.points}
+    assert Counter(r.edema_risk for r in found if r.edema_risk is not None) == {0: 177, 1: 41, 2: 195}
+    points = {r.name: r.landmarks for r in found if r.landmarks}
     assert len(points) == 413 and all(set(p) == {"disc", "fovea"} for p in points.values())
     assert points["grading/IDRiD_001"]["disc"] == (714.5, 451.25)

@@ -39,18 +39,18 @@ def test_grade_by_hand(expected, findings):
     (2, [Blob("EX", 0.65, 0.5 + 0.99 * DISC_DIAMETER, 0.01), Blob("EX", 0.2, 0.2, 0.01)]),
 ])
 def test_edema_by_hand(expected, lesions):
-    assert eye(lesions=lesions).edema == expected
+    assert eye(lesions=lesions).edema_risk == expected
 
 
 def test_every_grade_and_risk_is_drawn_often():
     eyes = [synthetic.plan(3, i) for i in range(500)]
-    for label, number in (("grade", 5), ("edema", 3)):
+    for label, number in (("grade", 5), ("edema_risk", 3)):
         counts = np.bincount([getattr(e, label) for e in eyes], minlength=number)
         assert len(counts) == number and counts.min() >= 30
 
 
 def test_same_seed_same_pixels_and_other_seed_others():
-    first, again, other = (synthetic.draw(synthetic.plan(seed, 5), 96) for seed in (1, 1, 2))
+    first, again, other = (synthetic.render(synthetic.plan(seed, 5), 96) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
     assert not np.array_equal(first[0], other[0])
 
@@ -58,7 +58,7 @@ def test_same_seed_same_pixels_and_other_seed_others():
 def test_masks_are_what_is_drawn_and_can_be_seen():
     for i in range(40):
         e = synthetic.plan(4, i)
-        image, masks = synthetic.draw(e, 128)
+        image, masks = synthetic.render(e, 128)
         assert image.shape == (128, 128, 3) and masks.shape == (5, 128, 128) and masks.dtype == bool
         kinds = {lesion.kind for lesion in e.lesions} | {"OD"}
         assert {kind for kind, mask in zip(LESIONS, masks) if mask.any()} == kinds
@@ -77,7 +77,7 @@ def test_colour_and_side_do_not_tell_the_grade():
     features, grades = [], []
     for i in range(400):
         e = synthetic.plan(5, i)
-        image = synthetic.draw(e, 32)[0] / 255
+        image = synthetic.render(e, 32)[0] / 255
         features.append([*image.mean((0, 1)), *image[:, :16].mean((0, 1)), e.left_disc, *e.disc, e.half_height, 1])
         grades.append(e.grade)
     x, y = np.array(features, float), np.array(grades, float)

@@ -112,7 +112,7 @@ def test_by_hand():
     assert dice(counts).tolist() == pytest.approx([4 / 8, 1, 0, 0, 1])
     assert iou(counts).tolist() == pytest.approx([2 / 6, 1, 0, 0, 1])
     # true pixels at 0.9 and 0.3, others at 0.6 and 0.1: precision 1 at the first, 2/3 at the second
-    ranking = metrics.Ranking(1)
+    ranking = metrics.PRCurveAccumulator(1)
     area, counts = ranking.add(0, np.array([0.9, 0.6, 0.3, 0.1], np.float32), np.array([1, 0, 1, 0], bool))
     assert area == ranking.area(0) == pytest.approx((1 + 2 / 3) / 2)
     assert counts.sum(1).tolist() == [2, 2]
@@ -129,7 +129,7 @@ def test_absent_classes():
     nobody = torch.zeros(4, dtype=torch.bool)
     assert metrics.roc_area(p[:, 0], nobody, ones(4)).isnan().all()
     assert metrics.sensitivity(~nobody, nobody, ones(4)).isnan().all()
-    assert math.isnan(metrics.Ranking(1).area(0))
+    assert math.isnan(metrics.PRCurveAccumulator(1).area(0))
 
 
 def test_calibration_by_hand():
@@ -194,8 +194,8 @@ def test_area_equals_a_sort_of_all_pixels(seed, spread, shift, monkeypatch):
     score = (1 / (1 + np.exp(-logits))).astype(np.float32)
     expected = exact_area(score.ravel(), truth.ravel())
     for most in (1 << 23, 100000):
-        monkeypatch.setattr(metrics.Ranking, "most", most)
-        ranking = metrics.Ranking(2)
+        monkeypatch.setattr(metrics.PRCurveAccumulator, "most", most)
+        ranking = metrics.PRCurveAccumulator(2)
         own = [ranking.add(1, s, t)[0] for s, t in zip(score, truth)]
         assert (ranking.counts[1] is None) == (most > 300000)
         assert ranking.area(1) == pytest.approx(expected, abs=1e-6)
@@ -205,19 +205,19 @@ def test_area_equals_a_sort_of_all_pixels(seed, spread, shift, monkeypatch):
 @pytest.mark.parametrize("score", [1 - 9 * 2.0 ** -24, 0.995, 0.4, 1.0])
 def test_ties_pass_together_when_pixels_are_counted(score, monkeypatch):
     """Others and true pixels at one score; near 1 that is one float32 among few."""
-    monkeypatch.setattr(metrics.Ranking, "most", 10000)
+    monkeypatch.setattr(metrics.PRCurveAccumulator, "most", 10000)
     rng = np.random.default_rng(0)
     p = np.concatenate([np.full(1300, score), rng.random(1000000) * 0.3]).astype(np.float32)
     truth = np.arange(len(p)) < 500
     truth[500:1300] = False
-    ranking = metrics.Ranking(1)
+    ranking = metrics.PRCurveAccumulator(1)
     ranking.add(0, p, truth)
     assert ranking.counts[0] is not None and ranking.area(0) == pytest.approx(exact_area(p, truth), abs=1e-6)
 
 
 def test_pixels_of_one_score_pass_together():
     score, truth = np.full(100, 0.25, np.float32), np.arange(100) < 7
-    assert metrics.Ranking(1).add(0, score, truth)[0] == pytest.approx(0.07)
+    assert metrics.PRCurveAccumulator(1).add(0, score, truth)[0] == pytest.approx(0.07)
 
 
 def test_levels_ascend_and_one_begins_at_a_half():
@@ -237,7 +237,7 @@ def test_levels_ascend_and_one_begins_at_a_half():
 def test_masks_at_a_level_equal_counting():
     rng = np.random.default_rng(0)
     score, truth = rng.random((3, 400), np.float32), rng.random((3, 400)) < 0.3
-    ranking = metrics.Ranking(1)
+    ranking = metrics.PRCurveAccumulator(1)
     counts = torch.stack([torch.from_numpy(ranking.add(0, s, t)[1]) for s, t in zip(score, truth)])[:, None].double()
     for level in (300, 512, 540):
         found = score >= metrics.threshold_at(level)
@@ -263,5 +263,5 @@ def test_scikit_learn_agrees():
         sklearn.f1_score(truth, found, average="macro"))
     score, lesion = rng.random(200000).astype(np.float32), rng.random(200000)
     lesion = lesion < score ** 3 * 0.3
-    assert metrics.Ranking(1).add(0, score, lesion)[0] == pytest.approx(
+    assert metrics.PRCurveAccumulator(1).add(0, score, lesion)[0] == pytest.approx(
         sklearn.average_precision_score(lesion, score), abs=1e-6)

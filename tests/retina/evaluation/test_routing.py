@@ -7,17 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_evaluate import run_main
+from test_model_experts import random_layer
 
 import data
 import train
 from conftest import TINY, busy_net
-from model import ExpertLayer, Routing
+from model import MoELayer, Routing
 from retina.datasets.records import UNKNOWN
 from retina.evaluation import interventions, routing, scoring
 from retina.files import InputError
 from tasks import TASKS
-from test_evaluate import run_main
-from test_model_experts import random_layer
+
 
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
@@ -33,8 +34,8 @@ def test_kinds_below_a_token_by_loops():
     masks[2, 1] = UNKNOWN
     images = torch.randint(0, 256, (3, 3, 8, 12), dtype=torch.uint8)
     images[:, :, :4, :4] = 3
-    found = routing.kinds_below(images, masks, (2, 3))
-    assert found.shape == (3, 7, 6) and routing.KINDS == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
+    found = routing.token_classes(images, masks, (2, 3))
+    assert found.shape == (3, 7, 6) and routing.TOKEN_CLASSES == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
     for n in range(3):
         for y in range(2):
             for x in range(3):
@@ -51,7 +52,7 @@ def test_collect_counts_every_choice_of_every_photograph():
     photographs.records = [r.with_labels(masks=None) if i % 3 == 0 else r for i, r in enumerate(photographs.records)]
     uses = []
     for batch in (3, 10):
-        batches = data.in_order(photographs, [TASKS["seg"]], batch)
+        batches = data.eval_loader(photographs, [TASKS["seg"]], batch)
         uses.append(routing.collect(net, batches))
     for task in ("cls", "seg"):
         for name in ("shares", "entropy", "below", "tokens"):
@@ -67,7 +68,7 @@ def test_collect_counts_every_choice_of_every_photograph():
             under = None if sample.masks is None else sample.masks[:, 32 * y:32 * y + 32, 32 * x:32 * x + 32].flatten(1)
             kinds = [] if under is None else [k for k in range(5) if under[k].any()] or [5]
             tokens[kinds] += 1
-            for expert, weight in zip(r.indices[position].tolist(), r.weights[position].tolist()):
+            for expert, weight in zip(r.experts[position].tolist(), r.gates[position].tolist()):
                 shares[i, :, expert] += torch.tensor([1, weight]) / 4
                 below[kinds, :, expert] += torch.tensor([1, weight])
     use = uses[1]["cls"]
@@ -82,7 +83,7 @@ def test_entropy_by_hand():
 
 def test_idle_experts_are_named():
     tokens = [[1, 0.009, 0.0, 0.991], [1, 0.009, 0.991, 0.0]]  # less than a hundredth of both tasks' go to expert 1
-    assert routing.idle(tokens) == [1]
+    assert routing.unused_experts(tokens) == [1]
     assert routing.warning([1]) == "warning: expert 1 receives less than 1 % of the tokens"
     assert routing.warning([1, 4]) == "warning: experts 1, 4 receive less than 1 % of the tokens"
 
@@ -114,7 +115,7 @@ def test_chance_takes_the_bias_out():
     for seed in range(40):
         torch.manual_seed(seed)
         found = routing.information(one_hot(torch.randint(0, 8, (103,)), 8)[None], torch.randint(0, 5, (103,)).tolist(),
-                                   draws=100)
+                                    draws=100)
         bits.append(found.bits), chance.append(found.by_chance), p.append(found.p)
     mean = [sum(x) / 40 for x in (bits, chance, p)]
     assert 0.17 < mean[0] < 0.24 and abs(mean[0] - mean[1]) < 0.02 and 0.3 < mean[2] < 0.7
@@ -137,13 +138,13 @@ def test_permutation_stays_within_blocks():
 
 # ---- description ----
 
-def some_use(photographs: int, experts: int) -> routing.Use:
+def some_use(photographs: int, experts: int) -> routing.ExpertUsage:
     """Of two chosen experts."""
     shares = torch.rand(photographs, 2, experts, dtype=torch.float64)
     shares /= shares.sum(2, keepdim=True) / torch.tensor([2.0, 1.0])[:, None]
-    return routing.Use(shares, torch.full((photographs,), 1.5, dtype=torch.float64),
-                      torch.ones(7, 2, experts, dtype=torch.float64),
-                      torch.tensor([2, 0, 4, 4, 4, 4, 4], dtype=torch.float64))
+    return routing.ExpertUsage(shares, torch.full((photographs,), 1.5, dtype=torch.float64),
+                               torch.ones(7, 2, experts, dtype=torch.float64),
+                               torch.tensor([2, 0, 4, 4, 4, 4, 4], dtype=torch.float64))
 
 
 def test_description_and_table():
@@ -172,10 +173,10 @@ def test_photographs_of_one_eye_are_one_witness():
     """Information from two equal photographs of each eye is that from one, with the same chance value."""
     torch.manual_seed(0)
     once = some_use(12, 4)
-    twice = routing.Use(once.shares.repeat(2, 1, 1), once.entropy.repeat(2), once.below, once.tokens)
+    twice = routing.ExpertUsage(once.shares.repeat(2, 1, 1), once.entropy.repeat(2), once.below, once.tokens)
     labels, eyes = [f"grade {i % 3}" for i in range(12)], [f"eye {i:02}" for i in range(12)]
     other = some_use(12, 4)
-    doubled = routing.Use(other.shares.repeat(2, 1, 1), other.entropy.repeat(2), other.below, other.tokens)
+    doubled = routing.ExpertUsage(other.shares.repeat(2, 1, 1), other.entropy.repeat(2), other.below, other.tokens)
     one = routing.describe({"a": once, "b": other}, labels, eyes)["information"]
     two = routing.describe({"a": twice, "b": doubled}, labels * 2, eyes * 2)["information"]
     for label in ("task", "grade"):
@@ -188,7 +189,7 @@ def test_photographs_of_one_eye_are_one_witness():
 def test_a_table_of_many_experts_shows_the_most_used():
     shares = torch.zeros(5, 2, 20, dtype=torch.float64)
     shares[:, :, 4:8] = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None]
-    use = routing.Use(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
+    use = routing.ExpertUsage(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
     text = routing.table(routing.describe({"cls": use}, [None] * 5, ["e"] * 5), True)
     assert "the 12 most used of 20 experts" in text and all(f"   {e}   " in text for e in range(4, 8))
     assert "I(expert" not in text and "warning: experts 0, 1, 2, 3, 8, 9" in text
@@ -206,7 +207,7 @@ def test_knocking_out_is_routing_without_the_expert(chosen):
     with torch.no_grad():
         smaller.gate.copy_(router.gate[:, others])
         u = torch.randn(50, router.gate.shape[0])
-        changed, expected = interventions.knock_out(router(u, GRID), 2), smaller(u, GRID)
+        changed, expected = interventions.ablate_expert(router(u, GRID), 2), smaller(u, GRID)
     assert torch.equal(changed.indices, torch.tensor(others)[expected.indices])
     torch.testing.assert_close(changed.weights, expected.weights)
 
@@ -214,10 +215,10 @@ def test_knocking_out_is_routing_without_the_expert(chosen):
 def test_knocking_out_where_nobody_else_is_left():
     """K = E: the place stays and weighs nothing. A private expert alone: nothing is added."""
     torch.manual_seed(0)
-    r = interventions.knock_out(random_layer(3, 3).routers["a"].eval()(torch.randn(9, 24), GRID), 1)
-    assert (r.weights[r.indices == 1] == 0).all() and torch.allclose(r.weights.sum(1), torch.ones(9))
-    private = ExpertLayer(24, ("a", "b"), 2, 1, "private").routers["b"](torch.randn(9, 24), GRID)
-    assert (private.weights == 1).all() and (interventions.knock_out(private, 1).weights == 0).all()
+    r = interventions.ablate_expert(random_layer(3, 3).routers["a"].eval()(torch.randn(9, 24), GRID), 1)
+    assert (r.gates[r.experts == 1] == 0).all() and torch.allclose(r.gates.sum(1), torch.ones(9))
+    private = MoELayer(24, ("a", "b"), 2, 1, "private").routers["b"](torch.randn(9, 24), GRID)
+    assert (private.weights == 1).all() and (interventions.ablate_expert(private, 1).weights == 0).all()
 
 
 def test_shuffled_routes_are_those_of_another_photograph():
@@ -225,16 +226,16 @@ def test_shuffled_routes_are_those_of_another_photograph():
     def photograph(*numbers):
         indices = torch.tensor(numbers).repeat_interleave(6)[:, None].expand(-1, 2)
         return Routing(indices, indices.float(), indices.float(), indices.float(), (len(numbers), 2, 3))
-    tape = interventions.Tape()
+    recorder = interventions.RouteRecorder()
     for batch in ((0, 1, 2), (3,), (4, 5, 6)):
-        assert tape.record(photograph(*batch)).indices[0, 0] == batch[0]
+        assert recorder.record(photograph(*batch)).indices[0, 0] == batch[0]
     plays = []
     for sizes in ((7,), (2, 5)):
-        play, taken = tape.shuffled(), []
+        replay, taken = recorder.shuffled(), []
         for n in sizes:
-            r = play(photograph(*[99] * n))
-            assert r.indices.view(n, 6, 2).float().std(1).sum() == 0 and torch.equal(r.indices.float(), r.weights)
-            taken += r.indices.view(n, 6, 2)[:, 0, 0].tolist()
+            r = replay(photograph(*[99] * n))
+            assert r.experts.view(n, 6, 2).float().std(1).sum() == 0 and torch.equal(r.experts.float(), r.gates)
+            taken += r.experts.view(n, 6, 2)[:, 0, 0].tolist()
         plays.append(taken)
     assert plays[0] == plays[1] and sorted(plays[0]) == list(range(7))
     assert all(i != other for i, other in enumerate(plays[0]))
@@ -253,7 +254,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
     """Every row for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
     net, tasks, photographs = busy_net(tasks=("cls", "seg", "loc"))
     layer, own = net.experts, dict(net.experts.routers.items())
-    found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
+    found = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
     assert net.experts.routers["cls"] is own["cls"]
     assert list(found) == ["without the experts", *(f"without expert {e}" for e in range(4)),
                            "routes of another photograph", *(f"by the router of {t}" for t in ("cls", "seg", "loc"))]
@@ -261,14 +262,14 @@ def test_changes_are_those_of_networks_changed_by_hand():
     def losses(routers=own, experts=layer, of=photographs):
         layer.routers, net.experts = torch.nn.ModuleDict(routers), experts
         try:
-            return scoring.score(net, data.in_order(of, tasks, 4), tasks).losses
+            return scoring.evaluate_split(net, data.eval_loader(of, tasks, 4), tasks).losses
         finally:
             layer.routers, net.experts = torch.nn.ModuleDict(own), layer
     before, expected = losses(), {"without the experts": losses(experts=None)}
     for e in range(4):  # test_knocking_out_is_routing_without_the_expert tells what this does
         routers = {t: copy.deepcopy(router) for t, router in own.items()}
         for router in routers.values():
-            router.register_forward_hook(lambda module, inputs, r, e=e: interventions.knock_out(r, e))
+            router.register_forward_hook(lambda module, inputs, r, e=e: interventions.ablate_expert(r, e))
         expected[f"without expert {e}"] = losses(routers)
     for shift in (1, 2):
         others = {t: list(own)[(i + shift) % 3] for i, t in enumerate(own)}
@@ -282,28 +283,30 @@ def test_changes_are_those_of_networks_changed_by_hand():
     assert any(row["loss"] != 0 for row in found["routes of another photograph"].values())
     with torch.no_grad():
         layer.experts.w2.zero_()
-    for row in interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks).values():
+    for row in interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks).values():
         assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in row.values())
 
 
 def test_shuffled_routes_meet_the_right_task_and_photograph():
     """One photograph's routes for all: then every shuffle changes nothing; with others', it does."""
     net, tasks, photographs = busy_net()
-    changed = interventions.rerouted(net, data.in_order(photographs, tasks, 3), tasks)["routes of another photograph"]
+    changed = interventions.score_interventions(net, data.eval_loader(
+        photographs, tasks, 3), tasks)["routes of another photograph"]
     assert any(abs(row["loss"]) > 1e-6 for row in changed.values())
     photographs.paths = [photographs.paths[0]] * len(photographs)
-    same = interventions.rerouted(net, data.in_order(photographs, tasks, 3), tasks)["routes of another photograph"]
+    same = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 3), tasks)[
+                                             "routes of another photograph"]
     assert all(abs(row["loss"]) < 1e-6 for row in same.values())
 
 
 def test_a_split_without_a_tasks_labels_still_has_its_router():
     net, tasks, photographs = busy_net()
     photographs.records = [r.with_labels(masks=None) for r in photographs.records]
-    found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
+    found = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
     assert all(set(row) == {"cls"} for row in found.values()) and "by the router of seg" in found
     assert "by the router of cls" not in found
     photographs.records, photographs.paths = photographs.records[:1], photographs.paths[:1]
-    found = interventions.rerouted(net, data.in_order(photographs, tasks, 4), tasks)
+    found = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
     assert "routes of another photograph" not in found
 
 
@@ -334,20 +337,20 @@ def test_main_reports_routes(tmp_path, monkeypatch, capsys):
     assert changes["split"] == "test" and set(changes["without expert 3"]) == {"cls", "seg"}
     run_main(monkeypatch, tmp_path / "run", "--split", "test")  # a short call takes nothing away
     assert json.loads((tmp_path / "run" / "rerouted_test.json").read_text()) == changes
-    assert not (tmp_path / "run" / "rerouted.json").exists()
+    assert not (tmp_path / "run" / "interventions.json").exists()
 
 
 def test_a_run_without_experts_has_no_routing(tmp_path, monkeypatch, capsys):
-    train.fit(replace(TINY, experts=0, epochs=1), tmp_path / "run", quiet=True)
+    train.fit(replace(TINY, num_experts=0, epochs=1), tmp_path / "run", quiet=True)
     run_main(monkeypatch, tmp_path / "run")
     assert "of tokens" not in capsys.readouterr().out and not (tmp_path / "run" / "routing.json").exists()
-    with pytest.raises(InputError, match="--routing: .*run was trained with --experts 0 and has no routing; leave"):
+    with pytest.raises(InputError, match="--routing: .*run was trained with --num-experts 0 and has no routing; leave"):
         run_main(monkeypatch, tmp_path / "run", "--routing")
 
 
 def test_training_ends_with_a_warning_about_idle_experts(monkeypatch, capsys):
     """An equal share is idle where the limit lies above it; no need to wait for a collapse."""
-    flags = "--size 64 --epochs 1 --experts 8 --router private --chosen 4".split()
+    flags = "--image-size 64 --epochs 1 --num-experts 8 --router private --top-k 4".split()
     train.main([*flags, "--name", "busy"])
     assert "receive less" not in capsys.readouterr().out
     monkeypatch.setattr(routing, "IDLE", 0.6)

@@ -17,7 +17,7 @@ def mean_of(values):
 
 def test_resamples_draw_whole_eyes():
     eyes = ["a", "b", "a", "c", "b", "a"]
-    weights = statistics.resamples(eyes, 500)
+    weights = statistics.bootstrap_weights(eyes, 500)
     assert weights.shape == (500, 6)
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 1] == weights[:, 4]).all()
     assert (weights[:, 0] + weights[:, 1] + weights[:, 3] == 3).all()  # as many eyes as there are
@@ -32,7 +32,8 @@ def test_intervals_over_eyes_cover_and_those_over_photographs_do_not():
     for k in range(len(covered)):
         values = torch.from_numpy(np.repeat(rng.normal(0, 1, 40), 5))
         for j, names in enumerate((np.repeat(np.arange(40), 5), np.arange(200))):
-            low, high = statistics.limits(statistics.bootstrap([mean_of(values)], list(map(str, names)))["mean"][1:])
+            low, high = statistics.percentile_interval(statistics.bootstrap(
+                [mean_of(values)], list(map(str, names)))["mean"][1:])
             covered[k, j] = low < 0 < high
     by_eye, by_photograph = covered.mean(0)
     assert 0.87 <= by_eye <= 1 and by_photograph < 0.75
@@ -42,7 +43,7 @@ def test_bootstrap_starts_with_the_measure_itself_and_spreads_over_runs():
     values = torch.rand(30).double()
     eyes = list(map(str, range(30)))
     one = statistics.bootstrap([mean_of(values)], eyes)["mean"]
-    assert one.shape == (1 + statistics.DRAWS,) and float(one[0]) == pytest.approx(float(values.mean()))
+    assert one.shape == (1 + statistics.RESAMPLES,) and float(one[0]) == pytest.approx(float(values.mean()))
     same = statistics.bootstrap([mean_of(values)] * 3, eyes)["mean"]
     assert torch.allclose(one, same)
     apart = statistics.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes)["mean"]
@@ -56,9 +57,10 @@ def test_bootstrap_starts_with_the_measure_itself_and_spreads_over_runs():
 
 def test_undefined_draws():
     drawn = torch.cat([torch.full((400,), math.nan), torch.arange(600.0)])
-    assert statistics.limits(drawn) == pytest.approx([0.025 * 599, 0.975 * 599])
-    assert statistics.limits(torch.cat([drawn, torch.full((300,), math.nan)])) is None
-    assert statistics.limits(torch.ones(1000)) is None  # all right, or one eye alone: no width is no certainty
+    assert statistics.percentile_interval(drawn) == pytest.approx([0.025 * 599, 0.975 * 599])
+    assert statistics.percentile_interval(torch.cat([drawn, torch.full((300,), math.nan)])) is None
+    # all right, or one eye alone: no width is no certainty
+    assert statistics.percentile_interval(torch.ones(1000)) is None
 
 
 def test_in_parts_is_the_same():
@@ -113,7 +115,7 @@ def test_p_values_are_uniform_where_there_is_no_difference():
 def test_a_clear_difference_has_the_smallest_p_that_draws_can_show():
     x = torch.rand(30)
     found = statistics.p_values([both(x, x + 1)], list(map(str, range(30))))["mean"]
-    assert found == 1 / (1 + statistics.DRAWS)
+    assert found == 1 / (1 + statistics.RESAMPLES)
     assert statistics.p_values([both(x, x)], list(map(str, range(30))))["mean"] == 1
     assert math.isnan(statistics.p_values([lambda w: {"m": w.sum(1) * math.nan}], ["a", "b"])["m"])
 
@@ -162,7 +164,7 @@ def test_measures_of_tasks_can_be_compared():
     first, second = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
     both_truth, answers = truth.repeat(2), torch.cat([first, second])
     found = statistics.p_values([lambda w: {"kappa": metrics.quadratic_kappa(both_truth, answers, 3, w)}],
-                               ["a", "a", "b", "b"])
+                                ["a", "a", "b", "b"])
     kappa = partial(metrics.quadratic_kappa, truth, classes=3, weights=torch.ones(1, 4).double())
     swapped = [kappa(torch.cat([x[:2], y[2:]])) for x, y in ((first, second), (second, first))]
     hits = 2 + 2 * int(abs(swapped[0] - swapped[1]) >= abs(kappa(first) - kappa(second)))

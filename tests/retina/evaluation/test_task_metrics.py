@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_tasks import LOC, loc_target
 
 import tasks
 from retina.datasets import preprocess
@@ -12,16 +13,16 @@ from retina.datasets.records import UNKNOWN
 from retina.evaluation import task_metrics
 from retina.evaluation.metrics import dice
 from tasks import TASKS
-from test_tasks import LOC, loc_target
 
 
-def test_grading_metrics_from_tallies():
+def test_grading_metrics_from_stats():
     task = TASKS["cls"]
     answer = torch.eye(5)[[0, 1, 2, 2]]
-    tally = task.tally(answer, torch.tensor([0, 1, 2, 4]))
-    m = task.metrics(tally)
+    stats = task.image_stats(answer, torch.tensor([0, 1, 2, 4]))
+    m = task.metrics(stats)
     assert m["accuracy"] == 0.75 and m["confusion"][4][2] == 1 and sum(map(sum, m["confusion"])) == 4
-    assert task.row(tally[3]) == {"truth": 4, "predicted": 2, "p0": 0, "p1": 0, "p2": 1, "p3": 0, "p4": 0}
+    assert task.scored_columns(stats[3]) == {
+        "grade": 2, "grade_p0": 0, "grade_p1": 0, "grade_p2": 1, "grade_p3": 0, "grade_p4": 0, "grade_true": 4}
 
 
 def test_lesion_metrics_equal_brute_force_over_pixels():
@@ -30,7 +31,7 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
     truth = torch.rand(3, 5, 8, 8) > 0.7
     truth[0, 3] = False
     p[0, 3] = 0.1  # nothing there and nothing found
-    m = task.metrics(torch.cat([task.tally(p[i:i + 1], truth[i:i + 1].byte()) for i in range(3)]))
+    m = task.metrics(torch.cat([task.image_stats(p[i:i + 1], truth[i:i + 1].byte()) for i in range(3)]))
     predicted = p > 0.5
 
     def brute(a, b):
@@ -51,7 +52,7 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
     disc = torch.zeros_like(truth)
     disc[:, 4] = truth[:, 4]
     alone = [brute(disc[i], truth[i])[0] for i in range(3)]
-    assert m["five_masks_dice_of_disc_alone"] == pytest.approx(sum(alone) / 3)
+    assert m["five_masks_dice_of_true_disc"] == pytest.approx(sum(alone) / 3)
 
 
 def test_areas_of_lesions_equal_a_sort_of_all_pixels():
@@ -59,14 +60,14 @@ def test_areas_of_lesions_equal_a_sort_of_all_pixels():
     task, p = TASKS["seg"], torch.randn(4, 5, 16, 16).sigmoid()
     truth = torch.rand(4, 5, 16, 16) < p * 0.5
     truth[2, 1] = False
-    pool = task.pool()
-    tally = torch.cat([task.tally(p[i:i + 2], truth[i:i + 2].byte(), pool) for i in (0, 2)])
-    m = task.metrics(tally, pool=pool)
+    accumulator = task.accumulator()
+    stats = torch.cat([task.image_stats(p[i:i + 2], truth[i:i + 2].byte(), accumulator) for i in (0, 2)])
+    m = task.metrics(stats, accumulator=accumulator)
     for c, kind in enumerate(task.classes):
         assert m[f"aupr_{kind}"] == pytest.approx(brute_area(p[:, c], truth[:, c]), abs=1e-6)
         images = [brute_area(p[i, c], truth[i, c]) for i in range(4) if truth[i, c].any()]
         assert m[f"aupr_{kind}_per_image"] == pytest.approx(sum(images) / len(images), abs=1e-6)
-    coarse = task.metrics(tally)  # what resamples are made of
+    coarse = task.metrics(stats)  # what resamples are made of
     assert coarse["aupr"] == pytest.approx(m["aupr"], abs=0.01) and coarse["dice"] == m["dice"]
 
 
@@ -87,19 +88,19 @@ def test_measures_of_resamples_are_those_of_the_photographs_that_were_drawn():
     units = torch.tensor([[0.0, 0], [64, 64], [4288, 4288], [6, 6]])
     points = torch.cat([torch.rand(n, 2, 2), units.expand(n, 4, 2)], 1)
     points[2, 1] = math.nan
-    tallies = {"cls": TASKS["cls"].tally(torch.rand(n, 5).softmax(1), torch.arange(n) % 5),
-               "dme": TASKS["dme"].tally(torch.rand(n, 3).softmax(1), torch.arange(n) % 3),
-               "seg": TASKS["seg"].tally(torch.rand(n, 5, S, S), masks),
-               "loc": LOC.tally(torch.rand(n, 2, 2), points), "joint": torch.rand(n).round()}
+    stats = {"cls": TASKS["cls"].image_stats(torch.rand(n, 5).softmax(1), torch.arange(n) % 5),
+             "dme": TASKS["dme"].image_stats(torch.rand(n, 3).softmax(1), torch.arange(n) % 3),
+             "seg": TASKS["seg"].image_stats(torch.rand(n, 5, S, S), masks),
+             "loc": LOC.image_stats(torch.rand(n, 2, 2), points), "joint": torch.rand(n).round()}
     draws = torch.randint(n, (6, n))
     draws[0] = torch.tensor([4, 5, 6, 7, 8, 4, 5, 6, 7])  # no soft exudate
     weights = torch.stack([torch.bincount(d, minlength=n) for d in draws]).double()
-    for name, tally in tallies.items():
+    for name, stats in stats.items():
         task = TASKS.get(name, task_metrics.Joint())
-        chosen = task.choose(tally)
-        found = task.measures(tally, weights, chosen)
+        chosen = task.calibrate(stats)
+        found = task.compute(stats, weights, chosen)
         for k, drawn in enumerate(draws):
-            listed = task.measures(tally[drawn], torch.ones(1, n, dtype=torch.float64), chosen)
+            listed = task.compute(stats[drawn], torch.ones(1, n, dtype=torch.float64), chosen)
             for measure, value in listed.items():
                 assert float(found[measure][k]) == pytest.approx(float(value[0]), abs=1e-9, nan_ok=True), measure
 
@@ -109,8 +110,8 @@ def test_thresholds_of_masks_are_those_of_the_highest_pooled_dice():
     task, p = TASKS["seg"], torch.rand(2, 5, 16, 16)
     truth = (torch.rand(2, 5, 16, 16) < p.square()).byte()
     truth[:, 3] = 0
-    tally = task.tally(p, truth)
-    chosen = task.choose(tally)
+    stats = task.image_stats(p, truth)
+    chosen = task.calibrate(stats)
     assert chosen["SE"] == 0.5
     for c, kind in enumerate(("MA", "HE", "EX")):
         def pooled(threshold, c=c):
@@ -118,13 +119,13 @@ def test_thresholds_of_masks_are_those_of_the_highest_pooled_dice():
             return float(dice(torch.stack([(found & (truth[:, c] == 1)).sum(), found.sum(), truth[:, c].sum()])))
         best = max(map(pooled, p[:, c].flatten().tolist()))
         assert best - 0.005 < pooled(chosen[kind]) <= best
-        assert task.metrics(tally, chosen)[f"dice_chosen_{kind}"] == pytest.approx(pooled(chosen[kind]))
+        assert task.metrics(stats, chosen)[f"dice_calibrated_{kind}"] == pytest.approx(pooled(chosen[kind]))
 
 
 def test_a_kind_that_occurs_nowhere_does_not_lift_the_mean():
     truth, found = torch.zeros(2, 5, 8, 8, dtype=torch.uint8), torch.zeros(2, 5, 8, 8)
     truth[:, 1] = 1  # haemorrhages only, and nothing is found
-    m = TASKS["seg"].metrics(TASKS["seg"].tally(found, truth))
+    m = TASKS["seg"].metrics(TASKS["seg"].image_stats(found, truth))
     assert (m["lesions"], m["dice"], m["dice_per_image"], m["dice_HE"], m["dice_MA_per_image"]) == (1, 0, 0, 0, 1)
     assert math.isnan(m["dice_MA"]) and math.isnan(m["iou_MA"]) and math.isnan(m["aupr_MA"])  # pooled: not defined
 
@@ -133,11 +134,11 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     truth = torch.zeros(2, 5, 8, 8, dtype=torch.uint8)
     truth[:, 2] = UNKNOWN
     truth[:, 0] = 1
-    tally = TASKS["seg"].tally(torch.ones(2, 5, 8, 8), truth)
-    m = TASKS["seg"].metrics(tally)
+    stats = TASKS["seg"].image_stats(torch.ones(2, 5, 8, 8), truth)
+    m = TASKS["seg"].metrics(stats)
     assert m["dice_MA"] == 1 and "dice_EX" not in m and "aupr_EX" not in m and m["dice"] == 1
     assert "five_masks_dice" not in m  # five are not known of any photograph
-    row = TASKS["seg"].row(tally[0])
+    row = TASKS["seg"].scored_columns(stats[0])
     assert row["dice_EX"] == row["true_pixels_EX"] == "" and row["true_pixels_MA"] == 64 and row["dice_MA"] == 1
 
 
@@ -148,7 +149,7 @@ def test_distances_by_hand():
     """3 and 4 hundredths of the side apart, of which 4000 (wide) and 3000 (high) pixels are the original's."""
     target = loc_target([[[0.5, 0.5], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.2]]], (4000.0, 3000.0))
     answer = torch.tensor([[[0.53, 0.54], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.29]]])
-    m = LOC.metrics(LOC.tally(answer, target))
+    m = LOC.metrics(LOC.image_stats(answer, target))
     assert m["px4288_disc"] == pytest.approx(math.hypot(120, 120) / 2) and m["diameters_disc"] == pytest.approx(
         0.05 / tasks.DISC_DIAMETER / 2)
     assert m["within_radius_disc"] == 1 and m["within_radius_fovea"] == 0.5  # 0.09 is more than half of 0.154
@@ -161,9 +162,9 @@ def test_distances_are_in_pixels_of_the_original():
 
     def target(x, y):
         points = torch.from_numpy(geometry.to_sample(np.array([[x, y], [5.0, 5.0]]))).float()
-        sample = preprocess.Sample("x", torch.zeros(3, 64, 64), {"points": points}, geometry, "x")
+        sample = preprocess.Sample("x", torch.zeros(3, 64, 64), {"landmarks": points}, geometry, "x")
         return LOC.target(sample)[None]
     a, b = target(700.0, 900.0), target(730.0, 940.0)
-    assert float(LOC.tally(b[:, :2], a)[0, 0, 0]) == pytest.approx(100, rel=1e-4)  # 30 and 40 of the file's
-    assert float(LOC.tally(b[:, :2], a)[0, 1, 0]) == 0
-    assert LOC.tally(b[:, :2], a)[0, 0, 2:].tolist() == pytest.approx([730, 940, 700, 900], rel=1e-4)
+    assert float(LOC.image_stats(b[:, :2], a)[0, 0, 0]) == pytest.approx(100, rel=1e-4)  # 30 and 40 of the file's
+    assert float(LOC.image_stats(b[:, :2], a)[0, 1, 0]) == 0
+    assert LOC.image_stats(b[:, :2], a)[0, 0, 2:].tolist() == pytest.approx([730, 940, 700, 900], rel=1e-4)

@@ -186,5 +186,5 @@ def test_colours_differ_for_everyone(eye):
     grades = drawing.shades(np.linspace(0, 0.97, 5)).tolist()
     ours, greys, grades, others = (min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab(colours), 2))
                                    for colours in (drawing.COLOURS, (*drawing.COLOURS, drawing.OTHERS, drawing.PALE,
-                                                                    drawing.PAPER), grades, TAB10))
+                                                                     drawing.PAPER), grades, TAB10))
     assert min(ours, greys, grades) > 15 and (others > 15) == np.array_equal(eye, np.eye(3))

@@ -29,6 +29,7 @@ from retina.inference import full_size, predictor, quality
 from retina.inference.predictor import NOTE, Predictor, predict_all, write_rows
 from tasks import TASKS
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ CPU = torch.device("cpu")
 
 def picture(index: int, side: int = 300) -> Image.Image:
     """A drawn photograph with black borders left and right."""
-    return widen(synthetic.draw(synthetic.plan(5, index), side)[0])
+    return widen(synthetic.render(synthetic.plan(5, index), side)[0])
 
 
 class Fake(torch.nn.Module):
@@ -82,7 +83,7 @@ def test_in_file_pixels_equals_pillow(geometry):
 def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     """File -> sample -> file: all but the outline."""
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
-    sample = preprocess.to_sample(record, preprocess.prepare(record, 96))
+    sample = preprocess.to_sample(record, preprocess.preprocess(record, 96))
     back = full_size.in_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
     truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
@@ -122,14 +123,14 @@ def test_tiles_overlap_by_half_at_least():
 
 # ---- masks at full size ----
 
-def test_full_size_tallies_equal_counting_pixels_of_files(tree):
+def test_full_size_stats_equal_counting_pixels_of_files(tree):
     """Three photographs of 144x96: masks of the files against maps brought to their size, kind by kind."""
     chosen = [r for r in readers.read_idrid(tree).records if r.masks]
-    photographs, task = data.Photographs(chosen, 64), TASKS["seg"]
-    pool = task.pool()
-    names, tally = full_size.tally_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, pool)
+    photographs, task = data.FundusDataset(chosen, 64), TASKS["seg"]
+    accumulator = task.accumulator()
+    names, stats = full_size.stats_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, accumulator)
     assert names == [r.name for r in chosen]
-    found = task.at(tally, [0.3] * 5)
+    found = task.at(stats, [0.3] * 5)
     pixels = {kind: ([], []) for kind in task.classes}
     for i, record in enumerate(chosen):
         sample = photographs[i]
@@ -147,14 +148,15 @@ def test_full_size_tallies_equal_counting_pixels_of_files(tree):
         score, truth = map(np.concatenate, pixels[kind])
         if truth.any():
             precision = [truth[score >= s].mean() for s in score[truth]]
-            assert pool.area(c) == pytest.approx(np.mean(precision), abs=1e-5)
+            assert accumulator.area(c) == pytest.approx(np.mean(precision), abs=1e-5)
 
 
 def test_kinds_that_are_not_known_are_not_counted(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     record = replace(record, labels={"masks": {"EX": record.masks["EX"]}})
-    _, tally = full_size.tally_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].pool())
-    assert tally[0, [0, 1, 3, 4]].isnan().all() and not tally[0, 2, :-1].isnan().any()
+    _, stats = full_size.stats_at_full_size(
+    Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].accumulator())
+    assert stats[0, [0, 1, 3, 4]].isnan().all() and not stats[0, 2, :-1].isnan().any()
 
 
 # ---- what is refused ----
@@ -242,11 +244,11 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
         assert float(row["referable_p"]) == pytest.approx(sum(float(row[f"grade_p{g}"]) for g in (2, 3, 4)), abs=1e-3)
         chosen = evaluate.load_run(run, CPU).chosen
         assert (row["referable"] == "yes") == (float(row["referable_p"]) >= chosen["cls"]["referable"])
-        assert row["edema"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
+        assert row["edema_risk"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
         assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
         assert "no medical device" in row["note"]
         assert Image.open(out / "overlays" / f"{row['name']}.png").size == size
-        lit = float(preprocess.lit_pixels(Image.open(pictures / f"{row['name']}.png")).mean())
+        lit = float(preprocess.foreground_mask(Image.open(pictures / f"{row['name']}.png")).mean())
         for kind in TASKS["seg"].classes:
             mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{kind}.png"))
             assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
@@ -266,16 +268,24 @@ def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
     """The same file, once as a photograph of the validation split, once as a new one."""
     loaded = evaluate.load_run(run, CPU)
     split = evaluate.split_records(loaded, Path(loaded.options["data"]), "val")
-    found = scoring.score(loaded.net, data.in_order(data.Photographs(split, 32), loaded.tasks, 16), loaded.tasks)
+    found = scoring.evaluate_split(
+    loaded.net,
+    data.eval_loader(
+        data.FundusDataset(
+            split,
+            32),
+            loaded.tasks,
+            16),
+             loaded.tasks)
     assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
     temperature = loaded.chosen["cls"]["temperature"]
     rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}
     by_name = {r.name: rows[str(r.image)] for r in split}
-    for name, tally in zip(found.names["cls"], found.tallies["cls"]):
-        p = metrics.at_temperature(tally[None, :5], temperature)[0]
+    for name, stats in zip(found.names["cls"], found.stats["cls"]):
+        p = metrics.at_temperature(stats[None, :5], temperature)[0]
         assert [float(by_name[name][f"grade_p{g}"]) for g in range(5)] == pytest.approx(p.tolist(), abs=1e-3)
-    for name, tally in zip(found.names["loc"], found.tallies["loc"]):
-        assert [float(by_name[name][f"disc_{axis}"]) for axis in "xy"] == pytest.approx(tally[0, 2:4].tolist(), abs=0.1)
+    for name, stats in zip(found.names["loc"], found.stats["loc"]):
+        assert [float(by_name[name][f"disc_{axis}"]) for axis in "xy"] == pytest.approx(stats[0, 2:4].tolist(), abs=0.1)
 
 
 def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypatch, capsys):
@@ -327,7 +337,7 @@ def answered_plainly(predictor, path: Path, name: str) -> dict:
     record = records.Record(name, path)
     sample, masks, lines = full_size.sample_of(record, p.size), {}, []
     answers = full_size.answer(p.net, p.tasks, sample.image, CPU)
-    lit = preprocess.lit_pixels(preprocess.read_image(path, 512).image)
+    lit = preprocess.foreground_mask(preprocess.read_image(path, 512).image)
     for task in p.tasks:
         if task.name == "seg":
             maps, g = full_size.masks_of(p.net, task, record, p.size, p.tiles, CPU, p.batch)
@@ -339,7 +349,7 @@ def answered_plainly(predictor, path: Path, name: str) -> dict:
                 Image.fromarray(masks[kind]).convert("L").save(p.out / f"masks/{name}_{kind}.png", compress_level=1)
                 row[f"area_{kind}"] = round(float(masks[kind].mean()) / float(lit.mean()), 6)
         else:
-            columns = task.answers(answers[task.name], sample, p.chosen[task.name])
+            columns = task.predicted_columns(answers[task.name], sample, p.chosen[task.name])
             row, lines = row | columns, lines + task.caption(columns)
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
     drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, note]).save(
@@ -396,7 +406,7 @@ def test_a_file_is_decoded_once_at_each_scale(run, all_kinds, tmp_path, monkeypa
                                "broken.jpg": 1}
 
 
-class Steps:
+class MultiTaskBatchSampler:
     """In a Predictor's place: tells the steps of photographs 0, 1, ... as they begin, and lets a test wait for them."""
 
     def __init__(self, **then):
@@ -431,20 +441,20 @@ def test_the_next_is_read_and_the_last_is_written_meanwhile():
 
     def write(number):
         assert number == 5 or steps.begun("ask", number + 1).wait(60)
-    steps = Steps(ask=ask, write=write)
+    steps = MultiTaskBatchSampler(ask=ask, write=write)
     assert [row["number"] for row in predictor.overlapped(steps, numbers(6))] == [*range(6)]
 
 
 def test_rows_come_in_order_though_a_later_photograph_is_written_first():
     """Of two writers one is busy with photograph 0 until the other is through with 1 and at 2."""
-    steps = Steps(write=lambda number: number != 0 or steps.begun("write", 2).wait(60))
+    steps = MultiTaskBatchSampler(write=lambda number: number != 0 or steps.begun("write", 2).wait(60))
     assert [row["number"] for row in predictor.overlapped(steps, numbers(4))] == [*range(4)]
 
 
 def test_few_photographs_are_held_at_once():
     """However slow the writing, or whoever takes the rows: of 30, those begun and not yet handed on."""
     begun, most, taken = [], [], 0
-    steps = Steps(read=begun.append, write=lambda number: most.append(len(begun) - taken))
+    steps = MultiTaskBatchSampler(read=begun.append, write=lambda number: most.append(len(begun) - taken))
     for row in predictor.overlapped(steps, numbers(30)):
         time.sleep(0.002)  # time to begin more than is allowed
         most.append(len(begun) - taken)
@@ -462,8 +472,8 @@ def test_what_is_being_written_has_its_row_when_the_network_is_stopped(error):
             assert steps.begun("write", 2).wait(60) and steps.begun("read", 4).wait(60)
             stopped.set()
             raise error
-    steps = Steps(read=lambda number: number != 4 or rows_taken.wait(60), ask=ask,
-                  write=lambda number: number == 0 or stopped.wait(60))
+    steps = MultiTaskBatchSampler(read=lambda number: number != 4 or rows_taken.wait(60), ask=ask,
+                                  write=lambda number: number == 0 or stopped.wait(60))
     with pytest.raises(error):
         for row in predictor.overlapped(steps, numbers(9)):
             taken.append(row["number"])
@@ -483,7 +493,7 @@ def test_ctrl_c_while_waiting_for_a_file_to_be_written(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return really(future)
     monkeypatch.setattr(Future, "result", result)
-    steps = Steps(write=lambda number: interrupted.wait(60))
+    steps = MultiTaskBatchSampler(write=lambda number: interrupted.wait(60))
     with pytest.raises(KeyboardInterrupt):
         predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(steps, numbers(2)))
     assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,1"]
@@ -495,7 +505,7 @@ def test_an_error_of_writing_is_raised_and_what_else_is_being_written_has_its_ro
         if number == 1:
             raise OSError(28, "No space left on device", "1.png")
         assert steps.begun("write", 2).wait(60)
-    steps = Steps(write=write)
+    steps = MultiTaskBatchSampler(write=write)
     with pytest.raises(OSError, match="No space left on device: '1.png'"):
         predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(steps, numbers(9)))
     assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,2"]
@@ -539,14 +549,15 @@ def test_a_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkey
 
 def test_overlays_show_the_masks():
     """Colours inside, on and outside the outline of a mask, also where it touches the border of the picture."""
-    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {k: np.zeros((300, 400), bool) for k in records.KINDS}
+    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {
+                             k: np.zeros((300, 400), bool) for k in records.LESION_NAMES}
     masks["EX"][100:140, 360:400] = True
     masks["OD"][200:240, 200:240] = True
     drawn = np.asarray(drawing.overlay(image, masks, None, []))
-    tint = (0.7 * np.array((100, 50, 20)) + 0.3 * np.array(records.COLOURS["EX"])).astype(int)
-    assert tuple(drawn[120, 380]) == tuple(tint) and tuple(drawn[100, 380]) == records.COLOURS["EX"]
-    assert tuple(drawn[120, 399]) == records.COLOURS["EX"] and tuple(drawn[98, 380]) == (100, 50, 20)
-    assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == records.COLOURS["OD"]
+    tint = (0.7 * np.array((100, 50, 20)) + 0.3 * np.array(records.LESION_COLOURS["EX"])).astype(int)
+    assert tuple(drawn[120, 380]) == tuple(tint) and tuple(drawn[100, 380]) == records.LESION_COLOURS["EX"]
+    assert tuple(drawn[120, 399]) == records.LESION_COLOURS["EX"] and tuple(drawn[98, 380]) == (100, 50, 20)
+    assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == records.LESION_COLOURS["OD"]
     marked = np.asarray(drawing.overlay(image, {}, [(300, 50), (50, 250)], []))
     assert tuple(marked[50, 300]) == (255, 255, 255) == tuple(marked[250, 50])
 
@@ -571,7 +582,7 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
             for i in range(4):
                 pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "set" / part / name / f"{part}{name}{i}.png")
-    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "set"), classes=("cat", "dog"), epochs=1, experts=0)
+    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "set"), classes=("cat", "dog"), epochs=1, num_experts=0)
     train.fit(options, tmp_path / "run", quiet=True)
     images = tmp_path / "set" / "val" / "cat"
     assert call(monkeypatch, tmp_path / "run", "--images", images, "--out", tmp_path / "out") == 0
@@ -591,7 +602,8 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
     (["--images", "{new}", "--out", "{new}/out", "--split", "test"], "belong to no split and no data set"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "0.5"], "--tiles 0.5: expected 1 to 16"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "nan"], "--tiles nan: expected 1 to 16"),
-    (["--images", "{new}", "--out", "{new}/out", "--routing", "--batch", "0"], "--batch 0: expected at least 1"),
+    (["--images", "{new}", "--out", "{new}/out", "--routing",
+     "--batch-size", "0"], "--batch-size 0: expected at least 1"),
 ])
 def test_mistakes_are_one_line(run, pictures, monkeypatch, flags, message):
     (pictures / "empty").mkdir()
@@ -623,9 +635,9 @@ class Fake(torch.nn.Module):
     def forward(self, images, rows):
         return {{"seg": (images[:, :1].float() / 16 - 12).expand(-1, 5, -1, -1)}}, {{}}
 found = [r for r in readers.read_idrid(Path({str(root)!r})).records if r.masks] * 6
-pool = TASKS["seg"].pool()
-names, tally = full_size.tally_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
-assert len(names) == 27 and float(tally[..., :-1].sum()) == 27 * 5 * 4288 * 2848
+pool = TASKS["seg"].accumulator()
+names, statistics = full_size.stats_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
+assert len(names) == 27 and float(statistics[..., :-1].sum()) == 27 * 5 * 4288 * 2848
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -29,8 +29,9 @@ from retina.files import InputError, RunError
 from retina.training import checkpoint, pretrained
 from retina.training.checkpoint import RunFolder
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
-SHORT = replace(TINY, epochs=2, batch=6)
+SHORT = replace(TINY, epochs=2, batch_size=6)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 
 @pytest.mark.parametrize("change", [
     {"loss_weights": ("uncertainty",)},
-    {"workers": 2, "router": "shared", "chosen": 1, "log_gradients": True}], ids=str)
+    {"workers": 2, "router": "shared", "calibration": 1, "log_gradients": True}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     options = replace(SHORT, **change)
     for step in (5, 6):  # twice
@@ -145,7 +146,7 @@ def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
 
 
 def test_a_stop_during_scoring_ends_before_another_step(tmp_path, monkeypatch, whole):
-    score = scoring.score
+    score = scoring.evaluate_split
 
     def stopped(*arguments, **how):
         os.kill(os.getpid(), signal.SIGINT)
@@ -159,12 +160,12 @@ def test_a_stop_during_scoring_ends_before_another_step(tmp_path, monkeypatch, w
     ended_alike(tmp_path / "run", whole(SHORT))
 
 
-@pytest.mark.parametrize("name,time_", [("best.pt", 1), ("metrics.jsonl", 2), ("last.pt", 1), ("last.pt", 4),
+@pytest.mark.parametrize("name,time_", [("best.pt", 1), ("log.jsonl", 2), ("last.pt", 1), ("last.pt", 4),
                                         ("config.json", 1)])
 def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whole, name, time_):
     """The new file is complete but not in place, and there is no time to clean up.
 
-    metrics.jsonl is empty at first and has its first line, of an epoch that is not over yet, the second time.
+    log.jsonl is empty at first and has its first line, of an epoch that is not over yet, the second time.
     """
     def stop(source, target):
         if Path(target).name == name and (seen.append(1) or len(seen) == time_):
@@ -176,7 +177,7 @@ def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whol
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         train.fit(SHORT, tmp_path / "run", quiet=True)
-    assert list(tmp_path.rglob(f"{name}.*.part"))
+    assert list(tmp_path.rglob(f"{name}.*.split"))
     if name == "config.json":  # without it there is no run
         with pytest.raises(InputError, match="no run there"):
             train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
@@ -208,13 +209,13 @@ def test_killed_while_a_run_is_replaced(tmp_path, monkeypatch, whole, moment):
     else:
         assert [p.name for p in run.iterdir()] == ["config.json"]
         train.fit(replace(SHORT, seed=1), run, quiet=True, resume=True)
-    train.main("--name mine --overwrite --tasks cls --size 64 --epochs 1 --batch 15".split())
+    train.main("--name mine --overwrite --tasks cls --image-size 64 --epochs 1 --batch-size 15".split())
 
 
 def test_half_a_line_and_lines_too_many_in_the_log_are_mended(tmp_path, monkeypatch, whole):
     with pytest.raises(Killed):
         fit_until(monkeypatch, 6, die, SHORT, tmp_path / "run")
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
         file.write('{"epoch": 2}\n{"epo')
     train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
     ended_alike(tmp_path / "run", whole(SHORT))
@@ -379,7 +380,7 @@ home, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
 records.HERE, cache.CACHE = home, home / "cache"
 readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
 checkpoint.SAVE_SECONDS = 0.5
-run, flags = home / "runs" / "killed", "--size 64 --epochs 3 --batch 12 --workers 1".split()
+run, flags = home / "runs" / "killed", "--image-size 64 --epochs 3 --batch-size 12 --workers 1".split()
 
 def start():
     pid = os.fork()
@@ -389,7 +390,7 @@ def start():
     sys.stdout = sys.stderr = open(home / "output", "a", buffering=1)
     arguments = ["--resume", str(run)] if run.exists() else ["--name", "killed", *flags]
     try:
-        files.command(lambda: train.main(arguments))
+        files.run_cli(lambda: train.main(arguments))
     except SystemExit as exit_:
         os._exit(exit_.code)
     os._exit(0)
@@ -410,7 +411,7 @@ while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
     while True:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             break
-        if time.monotonic() - begun > wait and (kind != "checkpoint" or any(run.glob("*.pt.*.part"))):
+        if time.monotonic() - begun > wait and (kind != "checkpoint" or any(run.glob("*.pt.*.split"))):
             time.sleep(chance.uniform(0, 0.05) if kind == "checkpoint" else 0)
             os.kill(pid, signal.SIGKILL)
             break
@@ -420,12 +421,12 @@ while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
         finished(status)
         continue
     found[kind] += 1
-    found["half written"] += any(run.glob("*.part"))
+    found["half written"] += any(run.glob("*.split"))
     for name in ("last.pt", "best.pt"):
         if (run / name).exists():
             files.load_tensors(run / name)
-    if (run / "metrics.jsonl").exists():
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if (run / "log.jsonl").exists():
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 last = start()
 status = os.waitstatus_to_exitcode(os.waitpid(last, 0)[1])
 time.sleep(6)  # a loader's process looks for its parent every 5 s
@@ -444,7 +445,7 @@ print(json.dumps(found | {"status": status, "processes left": len(left)}))
 def test_killed_at_least_20_times_a_run_ends_as_if_it_had_not_been(tmp_path):
     """At random instants, while a checkpoint is written, while the cache is built; helpers die with their parent."""
     (tmp_path / "a").mkdir()
-    flags_ = "--name=whole --size=64 --epochs=3 --batch=12".split()
+    flags_ = "--name=whole --image-size=64 --epochs=3 --batch-size=12".split()
     whole = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tmp_path / "b", *flags_], capture_output=True,
                            text=True)
     assert whole.returncode == 0, whole.stderr
@@ -480,7 +481,7 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monk
         Image.new("RGB", (32, 32), (i * 20, 90, 255 - i)).save(tmp_path / "a" / "train" / "xy"[i % 2] / f"{i}.png")
 
     def found():
-        return [(r.name, r.masks and list(r.masks), r.grade, r.category, r.part)
+        return [(r.name, r.masks and list(r.masks), r.grade, r.category, r.split)
                 for root in (shared_tree, tmp_path / "a") for r in readers.read_data(root).records]
     before, listed = found(), Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), key=lambda p: p.name[::-1],
@@ -490,7 +491,7 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monk
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, classes, monkeypatch):
     """Files of the past and of the future, and a clock that is there, or here, or at the beginning of time."""
-    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch=2)
+    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch_size=2)
     train.fit(options, tmp_path / "whole", quiet=True)
     jumps = itertools.cycle([0.0, 4e9, 1.7e9])
     for path in classes.rglob("*.png"):
@@ -501,14 +502,14 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, classes, monkeypatch):
         fit_until(monkeypatch, 5, die, options, tmp_path / "run")
     train.fit(options, tmp_path / "run", quiet=True, resume=True)
     ended_alike(tmp_path / "run", tmp_path / "whole")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert all(0 < json.loads(line)["seconds"] < 600 for line in lines)
 
 
 # ---- faults ----
 
 def test_a_killed_loader_process_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, whole):
-    load = data.Photographs.__getitem__
+    load = data.FundusDataset.__getitem__
 
     def killed(self, index):
         if torch.utils.data.get_worker_info() is not None and index[1] is not None:
@@ -521,7 +522,7 @@ def test_a_killed_loader_process_ends_the_run_with_a_checkpoint(tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(
             RunError, match="process that loads photographs was killed .*; try fewer --workers .now 1.; go on with: "
                             "python train.py --resume"):
-        patch.setattr(data.Photographs, "__getitem__", killed)
+        patch.setattr(data.FundusDataset, "__getitem__", killed)
         train.fit(options, tmp_path / "run", quiet=True)
     train.fit(options, tmp_path / "run", quiet=True, resume=True)
     ended_alike(tmp_path / "run", whole(SHORT))
@@ -536,7 +537,7 @@ def halve(path: Path) -> None:
     (0, lambda path: Image.new("RGB", (40, 40)).save(path), "changed while it was in use")],
     ids=["deleted", "truncated", "replaced"])
 def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatch, spoil, said, workers):
-    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch=2, workers=workers)
+    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch_size=2, workers=workers)
     images = [path for path in classes.rglob("*.png") if path.parts[-3] == "train"]
     train.fit(options, tmp_path / "whole", quiet=True)
     shutil.copytree(classes, tmp_path / "kept")
@@ -570,7 +571,7 @@ def version(path: Path) -> None:
 def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoil, said, running):
     expected = whole(SHORT)
     monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
-    data.Photographs(readers.read_drawn().records, SHORT.size)
+    data.FundusDataset(readers.read_drawn().records, SHORT.size)
 
     def spoil_all():
         for path in sorted((tmp_path / "cache").rglob("*.npz"))[::3]:
@@ -594,7 +595,7 @@ def test_two_processes_build_one_cache(tmp_path):
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate(timeout=120)[0].strip() for p in both] == ["120", "120"]
     made = list((tmp_path / "cache").rglob("*"))
-    assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".part"]
+    assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".split"]
     assert all(cache.read_arrays(p, "image")[0].shape == (3, 64, 64) for p in made if p.suffix == ".npz")
 
 
@@ -602,14 +603,14 @@ def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "CACHE", tmp_path)
     monkeypatch.setattr(cache, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match="a process that was reading photographs was killed, perhaps for want of memory"):
-        data.Photographs(readers.read_drawn().records, 32)
+        data.FundusDataset(readers.read_drawn().records, 32)
 
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path, whole):
     """Another process holds it, as long as it lives."""
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
     code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from retina import files; "\
-           f"held = files.hold(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
+           f"held = files.lock_folder(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"1\n"
@@ -630,7 +631,7 @@ def test_a_run_that_exists_is_refused_or_replaced(tmp_path, monkeypatch, whole):
     with pytest.raises(InputError, match="exists already"):
         train.fit(SHORT, run, quiet=True)  # begun since the command line was read
     assert len(log(run)) == 2
-    train.main("--name mine --overwrite --tasks cls --size 64 --epochs 1 --batch 15".split())
+    train.main("--name mine --overwrite --tasks cls --image-size 64 --epochs 1 --batch-size 15".split())
     assert len(log(run)) == 1 and "seg" not in log(run)[0]["val"]
     (tmp_path / "runs" / "notes").mkdir()
     (tmp_path / "runs" / "notes" / "diary.txt").write_text("mine")
@@ -643,7 +644,7 @@ def test_a_run_that_exists_is_refused_or_replaced(tmp_path, monkeypatch, whole):
 def test_no_permission_to_write_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "HERE", tmp_path / "home")
     (tmp_path / "home" / "runs").mkdir(parents=True)
-    data.Photographs(readers.read_drawn().records, 64)
+    data.FundusDataset(readers.read_drawn().records, 64)
     (tmp_path / "home" / "runs").chmod(0o555)
     root = os.geteuid() == 0
     if root:  # who may write anywhere
@@ -652,7 +653,7 @@ def test_no_permission_to_write_is_one_line(tmp_path, monkeypatch, capsys):
         os.seteuid(65534)
     try:
         with pytest.raises(SystemExit) as exit_:
-            files.command(lambda: train.main("--size 64 --epochs 1".split()))
+            files.run_cli(lambda: train.main("--image-size 64 --epochs 1".split()))
     finally:
         if root:
             os.seteuid(0)
@@ -698,13 +699,13 @@ def test_steps_that_fp16_leaves_out_are_counted_and_limited():
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch, error, capsys):
     def full():
         raise error
-    with pytest.raises(RunError, match="out of memory after step 5 with --batch 6 --size 32; try --batch 3 or a "
-                                       "smaller --size; .*run keeps what was saved") as caught:
+    with pytest.raises(RunError, match="out of memory after step 5 with --batch-size 6 --image-size 32; try --batch-size 3 or a "
+                                       "smaller --image-size; .*run keeps what was saved") as caught:
         fit_until(monkeypatch, 5, full, SHORT, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"] == 4
     with pytest.raises(SystemExit) as exit_:
-        files.command(full_command(caught.value))
+        files.run_cli(full_command(caught.value))
     assert exit_.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory")
 
 
@@ -737,7 +738,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
         assert caught.value.filename == str(run / "last.pt")
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
-        assert not list(run.glob("*.part"))
+        assert not list(run.glob("*.split"))
         assert torch.load(run / "last.pt", weights_only=True)["state"]["step"] == 0
         if how == "limited file size":  # two checkpoints of this size do not fit into the other
             train.fit(SHORT, run, quiet=True, resume=True)
@@ -750,7 +751,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
 
 def test_ctrl_c_twice_ends_at_once(tmp_path):
     """Once it would go on to the end of a step that takes a minute."""
-    slow = PROGRAM.replace("files.command", """
+    slow = PROGRAM.replace("files.run_cli", """
 import time
 whole = train.train_step
 def step(state, *rest):
@@ -760,8 +761,8 @@ def step(state, *rest):
     return whole(state, *rest)
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 2 == 0
-files.command""")
-    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--size=64", "--name=a"],
+files.run_cli""")
+    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--image-size=64", "--name=a"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while "slow" not in (process.stdout.readline() or "slow"):
         pass

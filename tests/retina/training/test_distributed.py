@@ -18,9 +18,10 @@ from conftest import PROGRAM, ROOT, ended_alike
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
-from retina.training.distributed import ALONE, Group
+from retina.training.distributed import SINGLE_PROCESS, World
 from tasks import TASKS
 from train import Config
+
 
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
@@ -36,7 +37,7 @@ import data, model, tasks, train
 from train import Config
 from retina.datasets import cache, readers
 from retina.evaluation import scoring
-from retina.files import plain
+from retina.files import jsonable
 from retina.training import distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
@@ -44,7 +45,7 @@ cache.CACHE = Path(sys.argv[2])
 found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, two kinds of grade: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
-    found[i] = found[i].with_labels(masks=masks, points=found[i].points if i % 2 else None,
+    found[i] = found[i].with_labels(masks=masks, points=found[i].landmarks if i % 2 else None,
                                     grade=None if i in (1, 2, 4) else found[i].grade)
 
 def learn(group, options):
@@ -58,11 +59,11 @@ def learn(group, options):
         for name, p in net.named_parameters():
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
-    photographs = data.Photographs(found, options.size)
-    blanks = data.blank_targets(photographs, chosen) if group.size > 1 else {}
+    photographs = data.Photographs(found, options.image_size)
+    blanks = data.blank_targets(photographs, chosen) if world.size > 1 else {}
     state = train.make_state(net, chosen, options, 10, torch.device("cpu"), group)
     net.train()
-    mine = [photographs[i] for i in range(8)][group.rank::group.size]
+    mine = [photographs[i] for i in range(8)][world.rank::world.size]
     batches = [data.collate(mine, chosen, blanks=blanks) for _ in range(2)]
     losses = [train.train_step(state, batch, chosen, options, group) for batch in batches]
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
@@ -72,13 +73,13 @@ def scored(group):
     torch.manual_seed(0)
     net, chosen = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
     photographs = data.Photographs(readers.read_drawn().records[:22], 64)
-    found = scoring.score(net, data.in_order(photographs, chosen, 4, group=group), chosen, group=group)
+    found = scoring.evaluate_split(net, data.in_order(photographs, chosen, 4, world=group), chosen, world=group)
     return found and {"metrics": plain(found.metrics()), "names": found.names, "usage": found.usage,
-                      "chosen": found.choose()}
+                      "top_k": found.calibrate()}
 
-with distributed.join() as group:
+with distributed.init_world() as group:
     learned = [learn(group, Config(**changed)) for changed in eval(sys.argv[4])]
-    torch.save({"learned": learned, "scores": scored(group)}, f"{sys.argv[3]}_{group.rank}.pt")
+    torch.save({"learned": learned, "scores": scored(group)}, f"{sys.argv[3]}_{world.rank}.pt")
 """
 
 
@@ -105,14 +106,14 @@ def run(processes: int, *arguments) -> tuple[int, str, str]:
 
 # ---- gradients ----
 
-CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "experts_at": "decoder"}, {"experts": 0},
-           {"router": "private", "chosen": 1, "balance": 0.0}]
+CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "moe_at": "decoder"}, {"num_experts": 0},
+           {"router": "private", "top_k": 1, "balance_weight": 0.0}]
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """What one process, and each of two, learned and scored."""
-    same = {"tasks": ("cls", "dme", "seg", "loc"), "size": 64, "experts": 4, "stochastic_depth": 0.0,
+    same = {"tasks": ("cls", "dme", "seg", "loc"), "size": 64, "num_experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):
@@ -131,8 +132,8 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
         parts = defaultdict(list)
         for name in one["gradients"]:
             parts[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
-        assert parts.keys() == {"encoder", "cls", "dme", "seg", "loc"} | ({"experts"} if change != {"experts": 0} else
-                                                                         set()) | ({"blocks"} & parts.keys())
+        assert parts.keys() == {"encoder", "cls", "dme", "seg", "loc"} | ({"experts"} if change != {"num_experts": 0} else
+                                                                          set()) | ({"blocks"} & parts.keys())
         for part, names in parts.items():
             largest = max(float(one["gradients"][n].abs().max()) for n in names)
             apart = max(float((one["gradients"][n] - two["gradients"][n]).abs().max()) for n in names)
@@ -147,7 +148,7 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
 def test_every_photograph_of_a_step_falls_to_one_process(batch, size):
     found = readers.read_drawn().records
     found = [r.with_labels(masks=r.masks if i % 4 == 0 else None) for i, r in enumerate(found)]
-    steps = data.Steps(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
+    steps = data.MultiTaskBatchSampler(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
     shares = [list(steps.range(3, 9, rank, size)) for rank in range(size)]
     for number, parts in enumerate(zip(*shares)):
         whole = steps.step(3 + number)
@@ -159,18 +160,18 @@ def test_pixels_ranked_in_parts_are_ranked_as_a_whole(monkeypatch):
     """Three collectors, of which one has begun to count; all pixels in one are the oracle."""
     rng = np.random.default_rng(0)
     pixels = [(rng.random(4000).astype(np.float32), rng.random(4000) < share) for share in (0.1, 0.5, 0.02, 0.0, 0.3)]
-    whole = metrics.Ranking(1)
+    whole = metrics.PRCurveAccumulator(1)
     for probability, truth in pixels:
         whole.add(0, probability, truth)
     for most, counted in ((1 << 23, False), (7000, True)):
-        monkeypatch.setattr(metrics.Ranking, "most", most)
-        parts = [metrics.Ranking(1) for _ in range(3)]
+        monkeypatch.setattr(metrics.PRCurveAccumulator, "most", most)
+        parts = [metrics.PRCurveAccumulator(1) for _ in range(3)]
         for k, (probability, truth) in enumerate(pixels):
             parts[k % 3 if k < 4 else 0].add(0, probability, truth)
         assert (parts[0].counts[0] is not None) == counted and parts[1].counts[0] is None
         first, *others = parts[::-1] if counted else parts  # one that counts is taken in by one that does not
         for other in others:
-            first.take(other)
+            first.merge(other)
         assert (first.counts[0] is not None) == counted
         assert first.area(0) == pytest.approx(whole.area(0), abs=1e-6 if counted else 1e-12)
 
@@ -183,17 +184,17 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 # ---- a whole run ----
 
 # rank 1 of a run meets its end, or a fault, at step 5
-FATAL = PROGRAM.replace("files.command", """
+FATAL = PROGRAM.replace("files.run_cli", """
 import os, signal
 whole = train.train_step
 def step(state, batch, tasks, config, group):
-    if state.step == 5 and group.rank == 1:
+    if state.step == 5 and world.rank == 1:
         END
     return whole(state, batch, tasks, config, group)
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
-files.command""")
-FLAGS = "--size 64 --epochs 2 --batch 8".split()
+files.run_cli""")
+FLAGS = "--image-size 64 --epochs 2 --batch-size 8".split()
 
 
 def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, shallow):
@@ -202,7 +203,7 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     assert status == 0, errors
     assert output.count("chosen: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
     whole = tmp_path / "runs" / "whole"
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 12
     stored = torch.load(whole / "last.pt", weights_only=True)
     first, second, third = (g["torch"] for g in stored["generators"])
@@ -229,15 +230,17 @@ def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, r
 
 
 def test_each_process_needs_a_photograph(tmp_path):
-    with pytest.raises(InputError, match="--batch 2: 3 processes share it; expected at least one photograph for each"):
-        train.fit(Config(batch=2), tmp_path / "run", group=Group(0, 3))
+    with pytest.raises(InputError, match="--batch-size 2: 3 processes share it; expected at least one photograph for each"):
+        train.fit(Config(batch_size=2), tmp_path / "run", world=World(0, 3))
 
 
 def test_without_torchrun_there_is_one_process():
-    assert ALONE.gather(3) == [3] and ALONE.share(4) == 4 and ALONE.any([False], None) == [False]
+    assert SINGLE_PROCESS.gather(3) == [3] and SINGLE_PROCESS.broadcast(
+        4) == 4 and SINGLE_PROCESS.any([False], None) == [False]
     x = torch.ones(2)
-    assert ALONE.total(x) is x and ALONE.device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert SINGLE_PROCESS.all_reduce_sum(x) is x and SINGLE_PROCESS.device(
+        torch.device("cuda", 1)) == torch.device("cuda", 1)
     with pytest.raises(InputError, match="process 2 of a machine that has 1 GPUs; expected at most one process"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "device_count", lambda: 1)
-            Group(1, 2, 1).device(torch.device("cuda"))
+            World(1, 2, 1).device(torch.device("cuda"))

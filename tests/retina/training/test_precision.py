@@ -22,17 +22,18 @@ from retina.training.checkpoint import RunFolder
 from retina.training.diagnostics import LossMonitor
 from tasks import make_tasks
 
+
 pytestmark = pytest.mark.usefixtures("few_drawings")
 
 CPU = torch.device("cpu")
 FOUR = make_tasks(["cls", "dme", "seg", "loc"])
-PLACES = pytest.mark.parametrize("place", model.PLACES)
+MOE_PLACES = pytest.mark.parametrize("place", model.MOE_PLACES)
 
 
-def plain_net(place: str = "deepest") -> Net:
+def plain_net(place: str = "bottleneck") -> Net:
     """As anyone would write it: channels first, torch's own convolutions; norms with statistics of their own."""
     torch.manual_seed(0)
-    net = Net(NetConfig(experts=4, stochastic_depth=0.0, expert_dropout=0.0, experts_at=place), FOUR)
+    net = Net(NetConfig(num_experts=4, stochastic_depth=0.0, expert_dropout=0.0, moe_at=place), FOUR)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2), nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -51,11 +52,11 @@ def close(one: Tensor, other: Tensor, share: float) -> bool:
 
 # ---- the same answers ----
 
-@PLACES
+@MOE_PLACES
 def test_answers_of_the_fast_and_of_the_folded_network_are_the_plain_ones(place):
     net = plain_net(place).eval()
-    quick = precision.fast(copy.deepcopy(net))
-    folded = precision.folded(quick)
+    quick = precision.channels_last(copy.deepcopy(net))
+    folded = precision.fuse_conv_bn(quick)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
     with torch.no_grad():
@@ -68,7 +69,7 @@ def test_answers_of_the_fast_and_of_the_folded_network_are_the_plain_ones(place)
 def test_gradients_of_the_fast_network_are_the_plain_ones():
     """In float64, where rounding does not hide a mistake."""
     net = plain_net().double().train()
-    quick = precision.fast(copy.deepcopy(net))
+    quick = precision.channels_last(copy.deepcopy(net))
     rows = {"cls": torch.tensor([0, 2]), "seg": torch.tensor([1]), "loc": torch.tensor([0, 1, 2])}
     for n in (net, quick):
         torch.manual_seed(2)  # the router's noise and dropout
@@ -104,7 +105,7 @@ def test_depthwise_convolution_in_bf16(kernel, stride, piece, monkeypatch):
 
 
 def test_depthwise_convolution_in_float32_is_torchs_own():
-    conv = precision.fast(plain_net()).encoder.features[1][0].block[0][0]
+    conv = precision.channels_last(plain_net()).encoder.features[1][0].block[0][0]
     assert isinstance(conv, precision.DepthwiseConv)
     x = torch.randn(2, 32, 8, 8, requires_grad=True)
     assert "Depthwise" not in conv(x).grad_fn.name()
@@ -114,7 +115,7 @@ def test_depthwise_convolution_in_float32_is_torchs_own():
 def test_the_gradient_in_bf16_points_where_that_in_float32_does():
     found = {}
     for how in ("fp32", "bf16"):
-        config = replace(TINY, size=64, precision=how, stochastic_depth=0.0, expert_dropout=0.0)
+        config = replace(TINY, image_size=64, precision=how, stochastic_depth=0.0, expert_dropout=0.0)
         state, batch, learn = state_and_batch(config)
         state.net.train(), torch.manual_seed(0)
         losses = train.task_losses(state, batch, learn.keywords["tasks"], config)
@@ -129,9 +130,9 @@ def test_the_gradient_in_bf16_points_where_that_in_float32_does():
 def test_precision_is_picked_by_the_device(monkeypatch):
     for able in ("amx_bf16", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_f": True, able: True})
-        assert precision.pick(CPU) == "bf16"
+        assert precision.default_precision(CPU) == "bf16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
-    assert precision.pick(CPU) == "fp32"
+    assert precision.default_precision(CPU) == "fp32"
     assert train.configure(["--device", "cpu"])[0].precision == "fp32"
     assert train.configure(["--device", "cpu", "--precision", "bf16"])[0].precision == "bf16"
     with pytest.raises(InputError, match="--precision fp16: expected a GPU; on a CPU use fp32, or bf16"):
@@ -158,14 +159,14 @@ def test_each_part_sees_the_photographs_that_need_it():
     assert seen == {"encoder": [6, 6], "decoder": [1], "cls": [3, 3]}
 
 
-@PLACES
+@MOE_PLACES
 def test_heads_get_the_maps_that_they_read_and_no_others(place):
     net = plain_net(place)
     maps, _ = net.routed_maps(images(), {t: torch.tensor([1]) for t in net.heads})
     read = {t: [i for i, m in enumerate(maps[t]) if m is not None] for t in maps}
     decoder = [0, 1]
     assert read == {"cls": [1, 2, 3, 4], "dme": [1, 2, 3, 4],
-                    **({"seg": [0, 1, 2, 3, 4], "loc": [2, 3, 4]} if place == "deepest" else
+                    **({"seg": [0, 1, 2, 3, 4], "loc": [2, 3, 4]} if place == "bottleneck" else
                        {"seg": decoder, "loc": [1]})}
 
 
@@ -191,7 +192,7 @@ def test_a_step_hangs_on_no_value(how, monkeypatch):
         def faked(tensors):
             return {t: fake.from_tensor(x) for t, x in tensors.items()}
         batch = replace(batch, images=fake.from_tensor(batch.images), targets=faked(batch.targets),
-                        rows=faked(batch.rows))
+                        indices=faked(batch.indices))
         assert train.train_step(state, batch, chosen, options) == {} and state.step == 1
         with pytest.raises(DataDependentOutputException):  # which this test would have met
             batch.images.float().mean().item()
@@ -210,7 +211,7 @@ def test_losses_that_are_read_a_step_later_are_the_same(tmp_path, monkeypatch, s
     monkeypatch.setattr(LossMonitor, "__init__", later)
     train.fit(options, tmp_path / "later", quiet=True)
     assert log(tmp_path / "later") == log(tmp_path / "at_once")
-    lines = (tmp_path / "later" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "later" / "log.jsonl").read_text().splitlines()
     waited = [json.loads(line)["waiting"] for line in lines]
     assert len(waited) == 2 and all(0 < share < 1 for share in waited)
 

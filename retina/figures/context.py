@@ -18,14 +18,15 @@ from retina.datasets import preprocess
 from retina.datasets.preprocess import Sample
 from retina.drawing import COLOURS
 from retina.evaluation import metrics, scoring
-from retina.evaluation.scoring import Scores
+from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import ClassMetrics, TaskMetrics
 from retina.figures import charts
 from retina.figures.charts import Axis, Chart, axis_of
 from retina.inference import full_size
 
+
 if TYPE_CHECKING:
-    from data import Batch, Photographs
+    from data import Batch, FundusDataset
     from evaluate import Run
     from tasks import Task
 
@@ -34,21 +35,21 @@ MOST = 400  # photographs of the split, and as many of training, that are looked
 MOST_SHOWN = 12  # rows and columns of a table
 
 
-class Missing(Exception):
+class FigureUnavailable(Exception):
     """Why a figure cannot be drawn of this run, in words."""
 
 
 @dataclass
-class Material:
+class FigureContext:
     """What figures are made of; all that takes time is done when it is first asked for, and once."""
     run: Run  # its network folded, see precision.py
-    part: str  # "val" or "test"
-    photographs: Photographs  # of that part
-    training: Photographs  # at most MOST
+    split: str  # "val" or "test"
+    photographs: FundusDataset  # of that part
+    training: FundusDataset  # at most MOST
     device: torch.device
     batches: Callable[[Dataset, Sequence[Task]], Iterable[Batch]]  # of photographs, with the targets of tasks
     tasks: Mapping[str, Task]  # all that there are, by name
-    logs: Mapping[str, Sequence[Mapping]]  # name of a run -> lines of its metrics.jsonl; the first is `run`
+    logs: Mapping[str, Sequence[Mapping]]  # name of a run -> lines of its log.jsonl; the first is `run`
     perplexity: float | None = None  # of t-SNE; None: 30, or less for few photographs
     seed: int = 0  # of t-SNE
 
@@ -60,23 +61,23 @@ class Material:
     @property
     def words(self) -> str:
         """What the split is called."""
-        return {"val": "validation", "test": "test"}[self.part]
+        return {"val": "validation", "test": "test"}[self.split]
 
-    def passed(self, photographs: Photographs) -> tuple[Scores, Tensor]:
-        """Scores, and the deepest map of the encoder averaged over its positions, (n, C)."""
+    def passed(self, photographs: FundusDataset) -> tuple[SplitScores, Tensor]:
+        """Scores, and the bottleneck of the encoder averaged over its positions, (n, C)."""
         pooled, net = [], self.run.net
         with net.encoder.register_forward_hook(lambda _, __, maps: pooled.append(maps[-1].mean((2, 3)).cpu())):
-            found = scoring.score(net, self.batches(photographs, self.run.tasks), self.run.tasks,
-                                  f"scoring {len(photographs)} photographs")
+            found = scoring.evaluate_split(net, self.batches(photographs, self.run.tasks), self.run.tasks,
+                                           f"scoring {len(photographs)} photographs")
         return found, torch.cat(pooled)
 
     @functools.cached_property
-    def here(self) -> tuple[Scores, Tensor]:
+    def here(self) -> tuple[SplitScores, Tensor]:
         """Of the split."""
         return self.passed(self.photographs)
 
     @functools.cached_property
-    def learned(self) -> tuple[Scores, Tensor]:
+    def learned(self) -> tuple[SplitScores, Tensor]:
         """Of training photographs, as they are, without augmentation."""
         return self.passed(self.training)
 
@@ -86,32 +87,32 @@ class Material:
         Missing: there are none; only where `lack` says what follows for a run that was trained for no such task.
         """
         tasks = [t for t in self.run.tasks if isinstance(t, kinds)]
-        found = [t for t in tasks if t.name in self.here[0].tallies]
+        found = [t for t in tasks if t.name in self.here[0].stats]
         if found or not lack:
             return found
-        raise Missing(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
-                      f"{' or '.join(t.name for t in tasks)}" if tasks else
-                      f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {lack}")
+        raise FigureUnavailable(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
+                                f"{' or '.join(t.name for t in tasks)}" if tasks else
+                                f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {lack}")
 
     def first(self, kind: type) -> TaskMetrics | None:
         """The first of these, or None."""
         return next(iter(self.having(kind)), None)
 
-    def tallies(self, task: TaskMetrics) -> dict[str, Tensor]:
-        """{photograph: tally} of those with a label."""
+    def stats(self, task: TaskMetrics) -> dict[str, Tensor]:
+        """{photograph: statistics} of those with a label."""
         found = self.here[0]
-        return dict(zip(found.names.get(task.name, ()), found.tallies.get(task.name, ())))
+        return dict(zip(found.names.get(task.name, ()), found.stats.get(task.name, ())))
 
     def probabilities(self, task: ClassMetrics, p: Tensor) -> Tensor:
         """(n, C) at the temperature that was chosen."""
-        return metrics.at_temperature(p, self.run.chosen[task.name]["temperature"])
+        return metrics.at_temperature(p, self.run.calibration[task.name]["temperature"])
 
     @property
     def caution(self) -> str:
         """Why scores may look better than they are, or ""."""
-        if self.part == "val":
+        if self.split == "val":
             return " The checkpoint, temperatures and thresholds were chosen on these photographs: optimistic."
-        return " Trained with --keep-leaks: it may have seen eyes of the test part." * self.run.options["keep_leaks"]
+        return " Trained with --keep-leaks: it may have seen eyes of the test split." * self.run.options["keep_leaks"]
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
@@ -123,7 +124,7 @@ class Material:
         if size is None:
             return self.photographs[self.numbers[name]]
         record = self.photographs.records[self.numbers[name]]
-        return preprocess.to_sample(record, preprocess.prepare(record, size, alone=True))
+        return preprocess.to_sample(record, preprocess.preprocess(record, size, image_only=True))
 
     def answers(self, name: str) -> dict[str, Tensor]:
         """What the network says of a photograph: {task: decoded answer, one row}."""
@@ -148,15 +149,15 @@ def best_median_worst(values: Mapping[str, float]) -> dict[str, str]:
         dict(zip(order[::-1], ("best", "worst")))
 
 
-def of_run(m: Material) -> str:
+def of_run(ctx: FigureContext) -> str:
     """Which run, photographs and checkpoint a figure is about."""
-    drawn = " DRAWN" * (m.run.options["data"] is None)
-    return f"{m.name}, epoch {m.run.epoch}, {len(m.photographs)}{drawn} {m.words} photographs"
+    drawn = " DRAWN" * (ctx.run.options["data"] is None)
+    return f"{ctx.name}, epoch {ctx.run.epoch}, {len(ctx.photographs)}{drawn} {ctx.words} photographs"
 
 
 # ---- lines over epochs ----
 
-def chosen_of(lines: Sequence[Mapping]) -> int:
+def best_epoch_of(lines: Sequence[Mapping]) -> int:
     """The place of the epoch with the best score, the first of equals, as training chooses it."""
     return max(range(len(lines)), key=lambda i: (lines[i]["score"], -i))
 
@@ -167,26 +168,26 @@ class Line:
     words: str  # for the legend
     values: list[float | None]  # of each epoch
     colour: Sequence[int]
-    chosen: int | None = None  # the place of the epoch that was chosen, which gets a dot
+    best: int | None = None  # the place of the epoch of best.pt, which gets a dot
     dashed: bool = False
 
 
-def epochs_chart(m: Material, title: str, words: str, lines: Sequence[Line], low: float | None = None,
+def epochs_chart(ctx: FigureContext, title: str, words: str, lines: Sequence[Line], low: float | None = None,
                  high: float | None = None) -> Chart:
     """Lines over epochs, with a dot at the chosen one."""
-    last = max(2, *(len(log) for log in m.logs.values()))
+    last = max(2, *(len(log) for log in ctx.logs.values()))
     steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if v == round(v))
     chart = Chart(title, Axis("epoch", 1, last, steps),
                   axis_of(words, (v for line in lines for v in line.values), low, high))
     for line in lines:
         chart.line(range(1, len(line.values) + 1), line.values, line.colour, dashed=line.dashed)
-        if line.chosen is not None:
-            chart.dots([line.chosen + 1], [line.values[line.chosen]], line.colour)
+        if line.best is not None:
+            chart.dots([line.best + 1], [line.values[line.best]], line.colour)
     return chart
 
 
-def of_runs(m: Material, get: Callable[[Mapping], float | None], dashed: bool = False) -> list[Line]:
+def of_runs(ctx: FigureContext, get: Callable[[Mapping], float | None], dashed: bool = False) -> list[Line]:
     """A line for each run that has a value at all: what `get` takes out of each line of its log."""
-    lines = [Line(name, [get(line) for line in log], colour, None if dashed else chosen_of(log), dashed)
-             for (name, log), colour in zip(m.logs.items(), COLOURS)]
+    lines = [Line(name, [get(line) for line in log], colour, None if dashed else best_epoch_of(log), dashed)
+             for (name, log), colour in zip(ctx.logs.items(), COLOURS)]
     return [line for line in lines if any(v is not None for v in line.values)]
