@@ -4,9 +4,9 @@
     python baselines.py --data PATH/TO/IDRiD --all  # on the real ones; a GPU, or a night
     python baselines.py --list                      # the configurations
 
-    rows_for        what is compared: names, and what each changes of the default options
-    finish          one configuration with one seed on one fold: trained, then measured
-    summarised      all numbers of what is finished
+    configurations_for  what is compared: names, and what each changes of the default options
+    finish              one configuration with one seed on one fold: trained, then measured
+    summarised          all numbers of what is finished
 
 How runs are started, what their numbers are worth and how they are told: retina/comparison.
 """
@@ -141,7 +141,7 @@ def finish(job: Job) -> None:
     here, learned = (FundusDataset(evaluate.split_records(run, root, part), size) for part in ("val", "train"))
 
     def score(photographs):
-        return scoring.evaluate_split(net, data.eval_loader(photographs, run.tasks, batch, device), run.tasks)
+        return scoring.evaluate_split(net, data.eval_loader(photographs, run.tasks, batch), run.tasks)
 
     found, seconds = score(here), sum(line["seconds"] for line in log)
     checkpoint.save(job.folder / "measured.pt", {

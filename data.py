@@ -1,20 +1,22 @@
 """Batches of photographs of which some carry some labels. Read in this order:
 
-    draw, recoloured    augmentation: a seed -> what is done with a photograph; a whole batch changed at once
-    Photographs         samples from the cache (retina/datasets)
-    collate             samples -> Batch, augmented
-    Steps               which photographs meet in which training step
-    load_photographs    training and validation photographs of a data set
+    AUGMENTATION           torchvision's transforms (v2), on photograph, masks and landmarks alike
+    FundusDataset          samples from the cache (retina/datasets), augmented if a seed comes with their number
+    collate                samples -> Batch
+    MultiTaskBatchSampler  which photographs meet in which training step
+    load_datasets          training and validation photographs of a data set
 
     python data.py PATH/TO/IDRiD --pictures sheets     # what a data set holds and what is wrong with it
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +24,10 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-from torchvision.transforms.v2.functional import gaussian_blur, rgb_to_grayscale
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
@@ -40,88 +42,27 @@ from tasks import TASKS, Task, make_tasks
 
 # ---- augmentation ----
 
-TURN, SHIFT, SCALE = 30.0, 0.05, (0.9, 1.1)  # degrees either way, share of the side, factor
-JITTER, HUE = 0.2, 0.02  # brightness, contrast and saturation by a factor of 1 -+ JITTER; hue by a share of the circle
-BLURRED, SIGMA, KERNEL = 0.2, (0.1, 1.0), 5  # how often; of the Gaussian in pixels; its side
+# Each photograph with its masks and landmarks. Colours as float32: bytes would be cut off after each of three steps.
+AUGMENTATION = v2.Compose([
+    v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+    # torchvision 0.29 flips key points about pixel centres and turns them about pixel edges; see docs/data-and-leaks.md
+    v2.Lambda(lambda points: tv_tensors.wrap(points + 0.5, like=points), tv_tensors.KeyPoints),
+    v2.RandomAffine(30, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
+    v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+    v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+    v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], p=0.2),
+    v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)])
 
 
-@dataclass(frozen=True)
-class Change:
-    """What is to be done with one photograph."""
-    flip: tuple[bool, bool]  # left and right, top and bottom; then
-    angle: float  # radians, clockwise about the middle, and
-    scale: float  # about it; then
-    shift: tuple[float, float]  # to the right and down, in shares of the side
-    order: tuple[int, ...]  # in which the four of RECOLOUR come
-    amounts: tuple[float, ...]  # of each of them
-    sigma: float  # of the blur in pixels; 0: none
-
-
-def draw(seed: int, size: int) -> Change:
-    """What a seed stands for, of a photograph of `size` pixels a side."""
-    rng = np.random.default_rng(seed)
-    flip = tuple((rng.random(2) < 0.5).tolist())
-    angle, scale = rng.uniform(-TURN, TURN) * math.pi / 180, rng.uniform(*SCALE)
-    shift = tuple((np.round(rng.uniform(-SHIFT, SHIFT, 2) * size) / size).tolist())  # by whole pixels
-    amounts = (*rng.uniform(1 - JITTER, 1 + JITTER, 3).tolist(), rng.uniform(-HUE, HUE))
-    order = tuple(rng.permutation(4).tolist())
-    return Change(flip, angle, scale, shift, order, amounts, rng.uniform(*SIGMA) if rng.random() < BLURRED else 0.0)
-
-
-def matrices(changes: Sequence[Change]) -> Tensor:
-    """(B, 2, 3) A and t with new = A old + t; coordinates are -1 to 1 over the photograph, to the right and down."""
-    rows = []
-    for c in changes:
-        cos, sin = c.scale * math.cos(c.angle), c.scale * math.sin(c.angle)
-        x, y = (-1 if flipped else 1 for flipped in c.flip)
-        rows.append([[cos * x, -sin * y, 2 * c.shift[0]], [sin * x, cos * y, 2 * c.shift[1]]])
-    return torch.tensor(rows)
-
-
-def moved(pictures: Tensor, forward: Tensor, mode: str) -> Tensor:
-    """Pictures (n, C, S, S) uint8, moved by (n, 2, 3) -> float32; black comes in from outside."""
-    back = torch.linalg.inv(forward[:, :, :2])  # old = A^-1 new - A^-1 t, which tells for each new pixel where to look
-    back = torch.cat([back, -back @ forward[:, :, 2:]], 2)
-    grid = F.affine_grid(back.to(pictures.device, non_blocking=True), list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures.float(), grid, mode, align_corners=False)
-
-
-def blend(x: Tensor, other: Tensor, amount: Tensor) -> Tensor:
-    """amount x + (1 - amount) other, within 0..255; amount (n, 1, 1, 1)."""
-    return torch.lerp(other, x, amount).clamp_(0, 255)
-
-
-def turn_hue(x: Tensor, amount: Tensor) -> Tensor:
-    """Turn the hue, keep the largest and the smallest of the three channels (Smith 1978, SIGGRAPH 12:12, in HSV)."""
-    red, green, blue = x.split(1, 1)
-    largest, smallest = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
-    chroma = largest - smallest
-    is_red, is_green = red == largest, green == largest
-    between = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    sextant = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)) + 6 * amount
-    hue = between.div_(chroma.clamp(min=1e-6)).add_(sextant).remainder_(6)  # 0 red, 2 green, 4 blue
-    share = torch.cat([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)
-    return share.mul_(chroma).add_(smallest)
-
-
-RECOLOUR = (lambda x, amount: (amount * x).clamp_(0, 255),  # brightness
-            lambda x, amount: blend(x, rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), amount),  # contrast
-            lambda x, amount: blend(x, rgb_to_grayscale(x), amount),  # saturation
-            turn_hue)
-
-
-def recoloured(images: Tensor, changes: Sequence[Change]) -> Tensor:
-    """(B, 3, S, S) 0..255, float32, with the colours and the blur of each photograph's change; overwrites `images`."""
-    for place in range(4):
-        for kind, recolour in enumerate(RECOLOUR):
-            if chosen := [i for i, c in enumerate(changes) if c.order[place] == kind]:
-                amount = torch.tensor([changes[i].amounts[kind] for i in chosen]).view(-1, 1, 1, 1)
-                which = torch.tensor(chosen).to(images.device, non_blocking=True)
-                images[which] = recolour(images[which], amount.to(images.device, non_blocking=True))
-    for i, c in enumerate(changes):
-        if c.sigma:
-            images[i] = gaussian_blur(images[i], [KERNEL, KERNEL], [c.sigma, c.sigma])
-    return images
+def augmented(sample: Sample) -> Sample:
+    """The sample, changed as its seed says: the same in whichever process, at whatever time; labels follow."""
+    size = sample.image.shape[-1]
+    known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
+    with torch.random.fork_rng(devices=[]):  # the generator of all else is left as it was
+        torch.default_generator.manual_seed(sample.aug_seed)
+        image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
+    return replace(sample, image=image.as_subclass(Tensor), labels={
+        name: LABELS[name].from_tv_tensor(value, sample.labels[name]) for name, value in moved.items()})
 
 
 # ---- samples ----
@@ -129,8 +70,8 @@ def recoloured(images: Tensor, changes: Sequence[Change]) -> Tensor:
 class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels from the cache, by their number.
 
-    With (number, draw) in its place the sample will be augmented, and the draw is the seed: the same pair gives the
-    same photograph in whichever process, at whatever time. InputError: a file has been removed or replaced since.
+    With (number, seed) in its place the sample is augmented as the seed says. InputError: a file has been removed or
+    replaced since.
     """
 
     def __init__(self, records: Sequence[Record], size: int):
@@ -144,7 +85,8 @@ class FundusDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int | None]) -> Sample:
         i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
-        return replace(cache.cached_sample(self.records[i], self.paths[i], self.size), aug_seed=aug_seed)
+        sample = replace(cache.cached_sample(self.records[i], self.paths[i], self.size), aug_seed=aug_seed)
+        return sample if aug_seed is None else augmented(sample)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
@@ -166,40 +108,32 @@ class Batch:
     names: list[str]
     eyes: list[str]  # which eye each shows
 
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with other tensors."""
+        return replace(self, images=change(self.images), targets={t: change(x) for t, x in self.targets.items()},
+                       indices={t: change(x) for t, x in self.indices.items()})
 
-def collate(samples: Sequence[Sample], tasks: Sequence, device: torch.device = torch.device("cpu"),
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return self.apply(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
+        return self.apply(Tensor.pin_memory)
+
+
+def collate(samples: Sequence[Sample], tasks: Sequence,
             empty_targets: Mapping[str, Tensor] = MappingProxyType({})) -> Batch:
-    """Bring samples to a device, augment those that have a draw there, and stack them; see `make_empty_targets`."""
-    def move(x):
-        return x.to(device, non_blocking=True)
-
-    samples = [s.pictures(move) for s in samples]
-    images = torch.stack([s.image for s in samples])
-    if samples[0].aug_seed is not None:
-        images, samples = augmented(images, samples)
+    """Stack samples and the targets of those that carry a task's label; see `make_empty_targets`."""
     indices, targets = {}, {}
     for t in tasks:
         if labelled := [i for i, s in enumerate(samples) if t.labelled(s)]:
-            indices[t.name] = move(torch.tensor(labelled))
-            targets[t.name] = move(torch.stack([t.target(samples[i]) for i in labelled]))
+            indices[t.name] = torch.tensor(labelled)
+            targets[t.name] = torch.stack([t.target(samples[i]) for i in labelled])
         elif t.name in empty_targets:
-            indices[t.name], targets[t.name] = move(torch.zeros(0, dtype=torch.int64)), move(empty_targets[t.name])
-    return Batch(images, targets, indices, [s.name for s in samples], [s.eye for s in samples])
-
-
-def augmented(images: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[Sample]]:
-    """All samples, whose images are (B, 3, S, S) uint8, changed as their draws say; labels follow, see Label.moved."""
-    size = images.shape[-1]
-    changes = [draw(s.aug_seed, size) for s in samples]
-    forward = matrices(changes)
-    images = recoloured(moved(images, forward, "bilinear"), changes).round_().to(torch.uint8)
-    found = [replace(s, image=image, labels=dict(s.labels)) for s, image in zip(samples, images)]
-    for name, label in LABELS.items():
-        known = [i for i, s in enumerate(samples) if name in s.labels]
-        values = [samples[i].labels[name] for i in known]
-        for i, value in zip(known, label.moved(values, forward[known], size, moved) if known else ()):
-            found[i].labels[name] = value
-    return images, found
+            indices[t.name], targets[t.name] = torch.zeros(0, dtype=torch.int64), empty_targets[t.name]
+    return Batch(torch.stack([s.image for s in samples]), targets, indices, [s.name for s in samples],
+                 [s.eye for s in samples])
 
 
 class MultiTaskBatchSampler:
@@ -262,30 +196,27 @@ def make_empty_targets(photographs: FundusDataset, tasks: Sequence) -> dict[str,
     return {t.name: t.target(photographs[i])[None][:0] for t, i in firsts.items()}
 
 
-def eval_loader(photographs: Dataset, tasks: Sequence[Task], batch: int, device: torch.device = torch.device("cpu"),
-                world: World = SINGLE_PROCESS) -> DataLoader:
-    """Batches of all photographs once, as they are; each process of a group has every so many-th of them."""
+def eval_loader(photographs: Dataset, tasks: Sequence[Task], batch: int, world: World = SINGLE_PROCESS) -> DataLoader:
+    """Batches of all photographs once, as they are; each process has every so many-th of them."""
     batches = list(BatchSampler(SequentialSampler(photographs), batch, drop_last=False))[world.rank::world.size]
-    return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks, device=device))
+    return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks),
+                      pin_memory=torch.cuda.is_available())
 
 
 def train_loader(photographs: FundusDataset, batches, tasks: Sequence[Task], device: torch.device,
                  workers: int, empty_targets: Mapping[str, Tensor]) -> Iterator[Batch]:
-    """Batches of `photographs` on a device; `batches` are lists of its indices.
+    """Batches of `photographs` on a device; `batches` are lists of its indices."""
+    loader = iter(DataLoader(  # at once: it draws from torch's generator
+        photographs, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks, empty_targets=empty_targets),
+        num_workers=workers, worker_init_fn=init_worker, pin_memory=device.type == "cuda"))
 
-    Helpers read samples; this process puts them together, where augmentation may run on the device.
-    """
-    samples = DataLoader(photographs, batch_sampler=batches, collate_fn=list, num_workers=workers,
-                         worker_init_fn=init_worker, pin_memory=device.type == "cuda")
-    samples = iter(samples)  # at once: it draws from torch's generator
-
-    def collated():  # the helpers end when this does, also by an error, which may live longer
+    def on_device():  # the workers end when this does, also by an error, which may live longer
         try:
-            for some in samples:
-                yield collate(some, tasks, device, empty_targets)
+            for batch in loader:
+                yield batch.to(device)
         finally:
-            getattr(samples, "_shutdown_workers", lambda: None)()
-    return collated()
+            getattr(loader, "_shutdown_workers", lambda: None)()
+    return on_device()
 
 
 # ---- training and validation ----

@@ -205,7 +205,7 @@ def score_run(run: Run, args: argparse.Namespace,
     if args.split == "test":
         announce_opening(run, root)
     photographs = FundusDataset(records, size)
-    scores = evaluate_split(run.net, eval_loader(photographs, run.tasks, batch, device), run.tasks,
+    scores = evaluate_split(run.net, eval_loader(photographs, run.tasks, batch), run.tasks,
                             f"scoring {args.split}")
     return photographs, scores, score_at_full_size(run.net, run.tasks, records, size, args.tiles, device, batch)
 
@@ -243,13 +243,13 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
 def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, device: torch.device, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
-    uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch, device))
+    uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch))
     found = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                              "class" if run.options["classes"] else "grade")
     print(routing.table(found, details=args.routing))
     write("routing", found)
     if args.routing:
-        changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch, device), run.tasks)
+        changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch), run.tasks)
         print(table_of_changes(changes, run.tasks))
         write("interventions", changes)
 

@@ -219,7 +219,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
             run.save_last()
             if stop.agree(device):
                 raise KeyboardInterrupt
-            val_batches = data.eval_loader(val_set, tasks, config.batch_size, device, world)
+            val_batches = data.eval_loader(val_set, tasks, config.batch_size, world)
             run.end_epoch(scoring.evaluate_split(net, val_batches, tasks, world=world), tasks,
                           sampler.per_epoch * sampler.photographs)
         return run.finish()

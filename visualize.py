@@ -65,7 +65,7 @@ def gather(args: argparse.Namespace) -> FigureContext:
     if args.perplexity is not None and not 1 <= args.perplexity < points - 1:
         raise InputError(f"--perplexity {args.perplexity:g}: expected at least 1 and less than {points - 1}, with "
                          f"{points} photographs; leave it out for {min(30, points // 3)}")
-    batches = functools.partial(eval_loader, batch=run.options["batch_size"], device=device)
+    batches = functools.partial(eval_loader, batch=run.options["batch_size"])
     return FigureContext(run, args.split, photographs, training, device, batches, TASKS, logs, args.perplexity,
                          args.seed)
 

@@ -487,9 +487,9 @@ def evaluation() -> None:
             net(batch.images, batch.indices)
 
     def scored():
-        scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8, device), tasks).metrics()
+        scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8), tasks).metrics()
 
-    found = scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8, device), tasks)
+    found = scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8), tasks)
     times = medians({"forward": forward, "scored": scored, "intervals": lambda: scoring.summary([found], [{}])}, 5)
     FOUND["evaluation"] = [{"": name, "s": seconds} for name, seconds in times.items()]
     print(f"{len(photographs)} drawn photographs at 128 pixels, {' '.join(t.name for t in tasks)}: forward passes "

@@ -220,7 +220,7 @@ def ended_alike(one: Path, two: Path) -> None:
     for name in ("best.pt", "last.pt"):
         nets = [torch.load(run / name, weights_only=True)["net"] for run in (one, two)]
         assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
-    assert not list(one.glob("*.split")) + list(two.glob("*.split"))
+    assert not list(one.glob("*.part")) + list(two.glob("*.part"))
 
 
 def busy_net(**controls):

@@ -42,7 +42,7 @@ def test_every_row_is_a_network_and_differs_from_the_others():
 
     def layer(name):  # parameters and multiply-adds per token of the experts that a token meets
         w1 = nets[name].experts.experts.w1
-        return 2 * w1.numel(), 2 * options[name].chosen * w1[0].numel()
+        return 2 * w1.numel(), 2 * options[name].top_k * w1[0].numel()
     assert layer("dense")[1] == layer("learned")[1] and layer("dense_large")[0] == layer("learned")[0]
     assert layer("uniform")[0] == layer("learned")[0] == layer("random")[0]
     assert nets["hard"].experts is None and nets["cls_single"].experts is None
@@ -199,7 +199,7 @@ def test_a_comparison_from_the_command_line(here, capsys):
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
-    failing(monkeypatch, lambda o: o.experts == 1)
+    failing(monkeypatch, lambda o: o.num_experts == 1)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "failed", "--only", "hard", "dense", "--seeds", "1", "--epochs", "1"])
     found, text = written("failed")

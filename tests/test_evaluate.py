@@ -170,7 +170,7 @@ def runs(tmp_path_factory):
     for experts in (4, 0):
         for seed in range(3):
             options = replace(TINY, tasks=ALL, data=str(tree), epochs=1, num_experts=experts, seed=seed, fold="1/2",
-                              keep_leaks=True, calibration=2 if experts else 1, balance_weight=0.01 * bool(experts))
+                              keep_leaks=True, top_k=2 if experts else 1, balance_weight=0.01 * bool(experts))
             train.fit(options, home / f"e{experts}_s{seed}", quiet=True)
     patch.undo()
     return home
@@ -200,7 +200,7 @@ def test_every_number_has_its_interval(runs, monkeypatch, capsys):
                 if (around := part["intervals"][task][k]) is not None:
                     assert around[0] <= around[1] and (around[0] - 0.05 <= values[k] <= around[1] + 0.05 or "px" in k)
     assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
-    assert stored["chosen"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).chosen
+    assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).chosen
     assert "masks in the pixels of the original files" in text and "optimistic" in text
     assert "referable_sensitivity" in text and "five_masks_dice_of_true_disc" in text
 
@@ -314,7 +314,7 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
     state = torch.load(other / "best.pt", weights_only=True)
     state["options"]["lr"] = 0.5
     torch.save(state, other / "best.pt")
-    with pytest.raises(InputError, match="3 runs of 3 kinds, which differ in lr, experts"):
+    with pytest.raises(InputError, match="3 runs of 3 kinds, which differ in lr, num_experts, top_k"):
         run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0", other)
 
 
@@ -362,7 +362,7 @@ def test_the_test_part_is_judged_by_what_validation_chose(runs, monkeypatch):
     run_main(monkeypatch, runs / "e4_s0", "--split", "test")
     stored = strict(runs / "e4_s0" / "metrics_test.json")["metrics"]["cls"]
     loaded = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
-    chosen, split = loaded.chosen["cls"], evaluate.split_records(loaded, Path(loaded.options["data"]), "test")
+    chosen, split = loaded.calibration["cls"], evaluate.split_records(loaded, Path(loaded.options["data"]), "test")
     batches = data.eval_loader(data.FundusDataset(split, 32), loaded.tasks, 16)
     stats = scoring.evaluate_split(loaded.net, batches, loaded.tasks).stats["cls"]
     found, ill = [], [row[5] >= 2 for row in stats.tolist()]

@@ -54,7 +54,7 @@ class ResNet50(nn.Module):
 class Tiny(nn.Module):
     """Five convolutions of stride 2, some in groups and with a bias, and a word on how its maps are pooled."""
     channels = (4, 8, 8, 16, 12)
-    classifier_head = {"pooled": 24, "norm": nn.InstanceNorm2d, "dropout": 0.5}
+    classifier_head = {"last_channels": 24, "norm": nn.InstanceNorm2d, "dropout": 0.5}
 
     def __init__(self, stochastic_depth: float):
         super().__init__()
@@ -207,7 +207,7 @@ def test_only_depthwise_convolutions_as_ours_are_replaced():
 
 @pytest.mark.parametrize("variant", list(ENCODERS))
 def test_torchvision_publishes_what_is_listed(variant):
-    assert torchvision.models.get_model_weights(ENCODERS[variant].gates).DEFAULT.url.endswith(".pth")
+    assert torchvision.models.get_model_weights(ENCODERS[variant].weights).DEFAULT.url.endswith(".pth")
 
 
 def test_weights_that_are_not_published_are_one_line():
@@ -286,5 +286,5 @@ def test_a_run_of_an_unknown_encoder_is_one_line(run, monkeypatch):
 
 
 def test_an_unknown_encoder_on_the_command_line_is_told_what_there_is():
-    with pytest.raises(InputError, match="--encoder b9: no such variant; there are b0, .*, resnet50"):
+    with pytest.raises(InputError, match="--encoder b9: no such encoder; there are b0, .*, resnet50"):
         begin("unknown", "--encoder", "b9")

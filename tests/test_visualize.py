@@ -148,7 +148,7 @@ def test_curves_of_several_runs(made, tmp_path, words):
 @pytest.mark.parametrize("spoil,message", [
     (lambda run: shutil.rmtree(run), "no such checkpoint; expected a folder made by train.py"),
     (lambda run: (run / "best.pt").write_bytes(b"junk"), "best.pt: damaged"),
-    (lambda run: torch.save({"options": {"tasks": ["cls"]}}, run / "best.pt"), "another version .* lacks 'variant'"),
+    (lambda run: torch.save({"options": {"tasks": ["cls"]}}, run / "best.pt"), "another version .* lacks 'encoder'"),
     (lambda run: (run / "log.jsonl").unlink(), "log.jsonl: no such file; expected a folder made by train.py"),
     (lambda run: (run / "log.jsonl").write_text(""), "log.jsonl: empty; expected a line for each epoch"),
     (lambda run: (run / "log.jsonl").write_text('{"epoch":'), "log.jsonl: damaged .*; expected a line of JSON"),
@@ -431,7 +431,7 @@ def table_of(folder: Path, cells: list[str], header: str) -> Path:
 
 def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words):
     cells = ["{i}_od.png,,2,train"] * 6 + ["{i}_od.png,,1,val", "{i}_od.png,none,2,val", "{i}_od.png,none,0,val"]
-    table = table_of(tmp_path / "data", cells, "image,mask_od,mask_ma,cls,split")
+    table = table_of(tmp_path / "data", cells, "image,mask_od,mask_ma,grade,split")
     train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
     m = context_of(tmp_path / "run")
     assert [set(drawing.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
@@ -448,7 +448,7 @@ def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words)
 
 def test_a_split_without_some_labels_says_so(tmp_path, capsys):
     cells = ["{i}_od.png,2,train"] * 5 + ["{i}_od.png,1,val", ",1,test", ",3,test"]
-    table = table_of(tmp_path / "data", cells, "image,mask_od,cls,split")
+    table = table_of(tmp_path / "data", cells, "image,mask_od,grade,split")
     train.fit(replace(ALL, tasks=("cls", "seg"), data=str(table), epochs=1), tmp_path / "run", quiet=True)
     visualize.main([str(tmp_path / "run"), "--split", "test"])
     assert "not drawn: overlays: none of the 2 test photographs has a label for seg" in capsys.readouterr().out

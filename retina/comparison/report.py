@@ -298,16 +298,16 @@ def circumstances(found: Mapping) -> dict[str, str]:
     seeds = max((len(c["seeds"]) for c in configurations.values() if "costs" in c), default=0)
     drawn = [configurations[name]["words"] for name in pictured(found)]
     return {
-        "start": "random weights" if o["weights"] == "none" else f"weights {o['weights']}",
+        "start": "random weights" if o["encoder_weights"] == "none" else f"weights {o['encoder_weights']}",
         "failed": "".join(f"\n* {line}" for line in failures(found)) + "\n" * bool(found["failed"]),
-        "machine": "; ".join(found["machine"]), "minutes": found["seconds"] / 60, "variant": o["variant"].upper(),
+        "machine": "; ".join(found["machine"]), "minutes": found["seconds"] / 60, "encoder": o["encoder"].upper(),
         "drawn": " **These are drawings: nothing here is a result on IDRiD.**" * (found["data"] is None),
         "name": "Drawn photographs" if found["data"] is None else
         "{} (the first photograph has {}x{} pixels)".format(found["data"], *found["pixels"]),
         "threads": threads_words(found["threads"]), "threads_here": threads_words([found["threads_here"]]),
         "unlike": " Runs had different machines or numbers of threads: their times cannot be compared." * (
             len(found["threads"]) + len(found["machine"]) > 2),
-        "tasks": " ".join(found["tasks"]), "decisions": (o["size"] // 32) ** 2,
+        "tasks": " ".join(found["tasks"]), "decisions": (o["image_size"] // 32) ** 2,
         "folds": "the part that the data set names itself"
         if found["own_validation"] else f"fold {', '.join(found['folds'])} of the training split",
         "leaky": " The configuration without leak protection is split as if each file showed another eye, and compared "

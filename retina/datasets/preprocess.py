@@ -1,8 +1,8 @@
 """From a photograph's files to the square sample that a network sees: preprocess(), then to_sample()."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,6 @@ class Sample(Labelled):
     geometry: Geometry
     eye: str  # which eye it shows
     aug_seed: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
-
-    def pictures(self, change: Callable[[Tensor], Tensor]) -> "Sample":
-        """The same after a change of its image and of labels that are pictures."""
-        return replace(self, image=change(self.image), labels={
-            name: change(value) if LABELS[name].picture else value for name, value in self.labels.items()})
-
-    def pin_memory(self) -> "Sample":
-        """The same in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
-        return self.pictures(Tensor.pin_memory)
 
 
 # ---- photographs and masks ----

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError, image_size
@@ -80,7 +81,6 @@ class Label:
     task: str  # that learns from it, for reports
     columns: tuple[str, ...] = ()  # of tables
     minor: bool = False  # folds heed it only in photographs without a class
-    picture = False  # whether samples hold it as a picture, (C, S, S)
     section = ""  # of reports
 
     def parse(self, text: str, what: str) -> Any:
@@ -116,12 +116,13 @@ class Label:
         """
         return value
 
-    def moved(self, values: Sequence, forward: Tensor, size: int, move: Callable) -> Sequence:
-        """What samples hold after augmentation has moved their photographs by `forward` (n, 2, 3).
+    def to_tv_tensor(self, value: Any, size: int) -> Any:
+        """What of a sample's value torchvision's transforms move with the photograph, which is `size` pixels wide."""
+        return value
 
-        Its coordinates are -1 to 1 over the photograph; `move(pictures, forward, mode)` does the same to pictures.
-        """
-        return values
+    def from_tv_tensor(self, value: Any, before: Any) -> Any:
+        """A sample's value after the transforms, from what it has become and what it was."""
+        return value
 
     def fingerprint(self, value: Any) -> Any:
         """What of a value a run hangs on, beside the contents of cache files."""
@@ -248,9 +249,11 @@ class LandmarkLabel(Label):
         there = np.array([value.get(kind, (math.nan, math.nan)) for kind in self.kinds])
         return inside(torch.from_numpy(place(there)).float(), size)
 
-    def moved(self, values, forward, size, move):
-        return [inside(((2 / size * p - 1) @ f[:, :2].T + f[:, 2] + 1) * (size / 2), size)
-                for p, f in zip(values, forward)]
+    def to_tv_tensor(self, value, size):
+        return tv_tensors.KeyPoints(value - 0.5, canvas_size=(size, size))  # as torchvision flips: about pixel centres
+
+    def from_tv_tensor(self, value, before):
+        return inside(value.as_subclass(Tensor), value.canvas_size[0])
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class MaskLabel(Label):
     In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind. preprocess.preprocess reads the files.
     """
     kinds: tuple[str, ...] = ()
-    picture, section = True, "masks"
+    section = "masks"
 
     def __post_init__(self):
         if self.name != "masks":
@@ -290,10 +293,12 @@ class MaskLabel(Label):
         masks[[kind not in value for kind in self.kinds]] = UNKNOWN
         return masks
 
-    def moved(self, values, forward, size, move):
+    def to_tv_tensor(self, value, size):
+        return tv_tensors.Mask(value)
+
+    def from_tv_tensor(self, value, before):
         """A mask that is not known stays so, with its border; where another has moved away, it is 0."""
-        masks = torch.stack(list(values))
-        return torch.where(masks[..., :1, :1] == UNKNOWN, UNKNOWN, move(masks, forward, "nearest").to(torch.uint8))
+        return torch.where(before[:, :1, :1] == UNKNOWN, UNKNOWN, value.as_subclass(Tensor))
 
     def fingerprint(self, value):
         return sorted(value)

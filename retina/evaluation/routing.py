@@ -57,8 +57,8 @@ def token_classes(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
 def collect(net: nn.Module, batches: Iterable) -> dict[str, ExpertUsage]:
     """Route every photograph for every task, labelled or not; `batches` are collated for the task of masks alone."""
     net.eval()
-    seen: dict[str, list[ExpertUsage]] = {}
-    for b in batches:
+    device, seen = next(net.parameters()).device, {}
+    for b in (batch.to(device) for batch in batches):
         for task, r in net.routed_maps(b.images)[1].items():
             went = per_token(r)
             below, tokens = went.new_zeros(len(TOKEN_CLASSES), *went.shape[2:]), went.new_zeros(len(TOKEN_CLASSES))
@@ -73,7 +73,7 @@ def collect(net: nn.Module, batches: Iterable) -> dict[str, ExpertUsage]:
 
 
 def unused_experts(tokens: Iterable[Sequence[float]]) -> list[int]:
-    """Experts to which less than IDLE of the tokens go; a row of shares for each task, tasks count alike."""
+    """Experts to which less than UNUSED of the tokens go; a row of shares for each task, tasks count alike."""
     mean = torch.tensor(list(tokens), dtype=torch.float64).mean(0)
     return (mean < UNUSED).nonzero().flatten().tolist()
 

@@ -74,9 +74,11 @@ def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetric
     Each process of `world` is given every so many-th of the batches; the first gets the scores of all, the others None.
     """
     net.eval()
+    device = next(net.parameters()).device
     accumulators, found, eyes = {t.name: t.accumulator() for t in tasks}, [], {}
     for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
         eyes |= zip(b.names, b.eyes)
+        b = b.to(device)
         outputs, routing = net(b.images, b.indices)
         found.append({})
         for task in (t for t in tasks if t.name in outputs):

@@ -99,13 +99,13 @@ def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 def stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
                        device: torch.device, batch: int, accumulator: PRCurveAccumulator) -> tuple[list[str], Tensor]:
-    """Names and statistics (see MaskMetrics.statistics) of photographs with masks, in the pixels of their files."""
+    """Names and statistics (see MaskMetrics.image_stats) of photographs with masks, in the pixels of their files."""
     stats = []
     with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
         for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):
             maps, geometry = masks_of(net, task, record, size, tiles, device, batch)
 
-            def image_stats(kind, record=record, maps=maps, geometry=geometry):
+            def of_class(kind, record=record, maps=maps, geometry=geometry):
                 if task.classes[kind] not in record.masks:
                     return task.count(kind, maps[kind], None, accumulator)
                 path = record.masks[task.classes[kind]]
@@ -114,7 +114,7 @@ def stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Reco
                     np.asarray(preprocess.read_mask(path, shape[::-1])[0]) > 0
                 return task.count(kind, in_file_pixels(maps[kind], geometry), truth, accumulator)
 
-            stats.append(torch.stack(list(threads.map(stats, range(len(task.classes))))))
+            stats.append(torch.stack(list(threads.map(of_class, range(len(task.classes))))))
     return [r.name for r in records], torch.stack(stats)
 
 

@@ -158,16 +158,16 @@ def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequenc
                          "to balance; leave --balance-weight out")
     experts, chosen = given.get("num_experts"), given.get("top_k")
     if router == "private":
-        chosen = chosen or (kind.chosen if experts is None else max(1, experts // len(tasks)))
+        chosen = chosen or (kind.top_k if experts is None else max(1, experts // len(tasks)))
         experts = experts or chosen * len(tasks)
-    experts = experts or kind.experts
-    chosen = chosen or (experts if router == "uniform" else min(kind.chosen, experts))
+    experts = experts or kind.num_experts
+    chosen = chosen or (experts if router == "uniform" else min(kind.top_k, experts))
     try:
         model.make_routers(router, 1, tasks, experts, chosen)
     except ValueError as error:
         raise InputError(str(error)) from None
     return {"num_experts": experts, "top_k": chosen,
-            "balance_weight": given.get("balance_weight", kind.balance) if learns else 0.0}
+            "balance_weight": given.get("balance_weight", kind.balance_weight) if learns else 0.0}
 
 
 def resolve_defaults(kind: type[Config], given: Mapping[str, Any], model: ModuleType) -> tuple[Config, list[str]]:
@@ -195,8 +195,8 @@ def resolve_defaults(kind: type[Config], given: Mapping[str, Any], model: Module
         values |= {f.name: f.metadata["real"] for f in fields(kind) if f.metadata.get("real") is not None}
         if "encoder_weights" not in given:
             try:
-                variant = given.get("encoder", kind.variant)
-                pretrained.read_weights("imagenet", variant, model.ENCODERS[variant].gates)
+                encoder = given.get("encoder", kind.encoder)
+                pretrained.read_weights("imagenet", encoder, model.ENCODERS[encoder].weights)
                 values["encoder_weights"] = "imagenet"
             except InputError as error:
                 notes.append(f"warning: starting from random weights; {error}")

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 train.py --tasks cls seg
 
-Group says who takes part. What is a mean in one process is a quotient of two `all_reduce_sum`s here; so every loss is
+World says who takes part. What is a mean in one process is a quotient of two `all_reduce_sum`s here; so every loss is
 that of the whole batch, in every process, and its gradient too once DistributedDataParallel has averaged it: the
 backward pass of `all_reduce_sum` adds as well, and differentiates as many equal losses as there are processes.
 `parallelize` prepares a network. Imports nothing of ours but files.py.

@@ -53,7 +53,7 @@ def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkey
     parts, net = [], tasks.build_net(asdict(SMALL))
     for k in (1, 2, 3):
         _, validation, _ = data.load_datasets(replace(SMALL, fold=f"{k}/3"), net[1])
-        parts.append(baselines.kept(scoring.evaluate_split(net[0], data.eval_loader(validation, net[1], 6), net[1])))
+        parts.append(baselines.storable(scoring.evaluate_split(net[0], data.eval_loader(validation, net[1], 6), net[1])))
     found = analysis.put_together(parts, net[1])
     everything = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "train"], 64)
     whole = scoring.evaluate_split(net[0], data.eval_loader(everything, net[1], 6), net[1])

@@ -87,7 +87,7 @@ cache.CACHE = Path(sys.argv[2]) / "cache"
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 found = [records.Record(str(i), Path(sys.argv[2]) / f"{i}.jpg") for i in range(10000)]
-photographs, seen = data.Photographs(found, 64), []
+photographs, seen = data.FundusDataset(found, 64), []
 for i in range(10000):
     photographs[i]
     if i + 1 in (1000, 10000):

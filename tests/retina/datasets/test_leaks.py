@@ -150,7 +150,7 @@ def test_categories_that_contradict_each_other_do_not_count():
     records = [Record("a", Path("a"), labels={"category": 2}), Record("b", Path("b"), labels={"category": 1})]
     found, conflicts = joined(records, [(0, 1)])
     assert [r.category for r in found] == [None] and conflicts[0].values == (2, 1)
-    assert conflicts[0].plain(("x", "y", "z")) == {"label": "category", "photographs": ["a", "b"], "values": ["z", "y"],
+    assert conflicts[0].as_dict(("x", "y", "z")) == {"label": "category", "photographs": ["a", "b"], "values": ["z", "y"],
                                                    "used": None}
 
 

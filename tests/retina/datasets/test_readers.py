@@ -232,19 +232,19 @@ def truncated_tiff(path: Path) -> None:
     ([""], "labels.csv: no column 'image'; found no header"),
     (["image,grade"], "labels.csv: no row"),
     (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; .* separated by commas"),
-    (["image,grade", "images/a.png,1"], "labels.csv: unknown column 'grade'; known are image, cls, dme, disc_x"),
-    (["image,grade,cls", "images/a.png,1,1"], "labels.csv: two columns are named 'cls'"),
-    (["image,grade", "images/a.png,1", "images/b.png,two"], "line 3: cls of images/b.png is 'two', expected a whole"),
-    (["image,grade", "images/a.png,7"], "line 2: cls of images/a.png is '7', expected a whole number from 0 to 4"),
-    (["image,grade", "images/a.png,1.5"], "line 2: cls of images/a.png is '1.5', expected"),
+    (["image,cls", "images/a.png,1"], "labels.csv: unknown column 'cls'; known are image, grade, edema_risk, disc_x"),
+    (["image,grade,grade", "images/a.png,1,1"], "labels.csv: two columns are named 'grade'"),
+    (["image,grade", "images/a.png,1", "images/b.png,two"], "line 3: grade of images/b.png is 'two', expected a whole"),
+    (["image,grade", "images/a.png,7"], "line 2: grade of images/a.png is '7', expected a whole number from 0 to 4"),
+    (["image,grade", "images/a.png,1.5"], "line 2: grade of images/a.png is '1.5', expected"),
     (["image,group", 'images/a.png,"x', "images/b.png,"], "line 3: not CSV .unexpected end of data."),
     (["image,group", 'images/a.png,"x', 'images/b.png,"'], "line 3: a cell of more than one line"),
-    (["image,disc_x,disc_y", "images/a.png,1_0,3"], "od of images/a.png is at .'1_0', '3'., expected two numbers"),
+    (["image,disc_x,disc_y", "images/a.png,1_0,3"], "disc of images/a.png is at .'1_0', '3'., expected two numbers"),
     (["image,grade", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
     (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
     (["image,grade", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
     (["image,grade,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
-    (["image,edema_risk", "images/a.png,3"], "line 2: dme of images/a.png is '3', expected a whole number from 0 to 2"),
+    (["image,edema_risk", "images/a.png,3"], "line 2: edema_risk of images/a.png is '3', expected a whole number from 0 to 2"),
     (["image,grade", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
     (["image,grade", "images,1"], "line 2: image 'images': a folder: "),
     (["image,grade", "../outside.png,1"], "line 2: image '../outside.png': leads out of .*; expected a path below the"),
@@ -253,9 +253,9 @@ def truncated_tiff(path: Path) -> None:
     (["image,grade", ",1"], "line 2: the cell of column 'image' is empty"),
     (["image,mask_ma", "images/a.png,m.png"], "line 2: mask_ma 'm.png': no such file"),
     (["image,disc_x,disc_y", "images/a.png,60.5,3"],
-     r"line 2: od of images/a.png is at \(60.5, 3\), outside a.png with its 60x40 pixels"),
-    (["image,disc_x,disc_y", "images/a.png,5,"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
-    (["image,disc_x", "images/a.png,5"], r"line 2: od of images/a.png is at \('5', ''\), expected two numbers"),
+     r"line 2: disc of images/a.png is at \(60.5, 3\), outside a.png with its 60x40 pixels"),
+    (["image,disc_x,disc_y", "images/a.png,5,"], r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
+    (["image,disc_x", "images/a.png,5"], r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,fovea_x,fovea_y", "images/a.png,5,nan"], r"fovea of images/a.png is at \('5', 'nan'\), expected two num"),
     (["image,grade,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
     (["image,grade", "images/a.png,1", "images/b.png,0", "images/a.png,2"],
@@ -312,7 +312,7 @@ def test_a_bad_table_ends_the_program_with_status_2(table, arguments):
     path = table("image,grade", "images/a.png,9")
     result = subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:], path], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == f"error: {path} line 2: cls of images/a.png is '9', expected a whole number from 0 to 4\n"
+    assert result.stderr == f"error: {path} line 2: grade of images/a.png is '9', expected a whole number from 0 to 4\n"
 
 
 def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):

@@ -115,13 +115,13 @@ def test_chance_takes_the_bias_out():
     for seed in range(40):
         torch.manual_seed(seed)
         found = routing.information(one_hot(torch.randint(0, 8, (103,)), 8)[None], torch.randint(0, 5, (103,)).tolist(),
-                                    draws=100)
+                                    resamples=100)
         bits.append(found.bits), chance.append(found.by_chance), p.append(found.p)
     mean = [sum(x) / 40 for x in (bits, chance, p)]
     assert 0.17 < mean[0] < 0.24 and abs(mean[0] - mean[1]) < 0.02 and 0.3 < mean[2] < 0.7
     assert sum(x < 0.05 for x in p) <= 6
     labels = [i % 5 for i in range(103)]
-    found = routing.information(one_hot(labels, 8)[None], labels, draws=100)
+    found = routing.information(one_hot(labels, 8)[None], labels, resamples=100)
     assert found.bits == pytest.approx(math.log2(5), abs=0.01) and found.p == pytest.approx(1 / 101)
 
 
@@ -130,9 +130,9 @@ def test_permutation_stays_within_blocks():
     torch.manual_seed(0)
     photographs = torch.rand(20, 4, dtype=torch.float64).softmax(1).repeat_interleave(2, 0)
     labels, blocks = [0, 1] * 20, [i // 2 for i in range(40)]
-    found = routing.information(photographs[None], labels, blocks, draws=50)
+    found = routing.information(photographs[None], labels, blocks, resamples=50)
     assert found.bits == pytest.approx(0, abs=1e-12) and found.by_chance == pytest.approx(0, abs=1e-12) and found.p == 1
-    free = routing.information(photographs[None], labels, draws=50)
+    free = routing.information(photographs[None], labels, resamples=50)
     assert free.by_chance > 1e-4
 
 
@@ -208,8 +208,8 @@ def test_knocking_out_is_routing_without_the_expert(chosen):
         smaller.gate.copy_(router.gate[:, others])
         u = torch.randn(50, router.gate.shape[0])
         changed, expected = interventions.ablate_expert(router(u, GRID), 2), smaller(u, GRID)
-    assert torch.equal(changed.indices, torch.tensor(others)[expected.indices])
-    torch.testing.assert_close(changed.weights, expected.weights)
+    assert torch.equal(changed.experts, torch.tensor(others)[expected.experts])
+    torch.testing.assert_close(changed.gates, expected.gates)
 
 
 def test_knocking_out_where_nobody_else_is_left():
@@ -218,7 +218,7 @@ def test_knocking_out_where_nobody_else_is_left():
     r = interventions.ablate_expert(random_layer(3, 3).routers["a"].eval()(torch.randn(9, 24), GRID), 1)
     assert (r.gates[r.experts == 1] == 0).all() and torch.allclose(r.gates.sum(1), torch.ones(9))
     private = MoELayer(24, ("a", "b"), 2, 1, "private").routers["b"](torch.randn(9, 24), GRID)
-    assert (private.weights == 1).all() and (interventions.ablate_expert(private, 1).weights == 0).all()
+    assert (private.gates == 1).all() and (interventions.ablate_expert(private, 1).gates == 0).all()
 
 
 def test_shuffled_routes_are_those_of_another_photograph():
@@ -228,7 +228,7 @@ def test_shuffled_routes_are_those_of_another_photograph():
         return Routing(indices, indices.float(), indices.float(), indices.float(), (len(numbers), 2, 3))
     recorder = interventions.RouteRecorder()
     for batch in ((0, 1, 2), (3,), (4, 5, 6)):
-        assert recorder.record(photograph(*batch)).indices[0, 0] == batch[0]
+        assert recorder.record(photograph(*batch)).experts[0, 0] == batch[0]
     plays = []
     for sizes in ((7,), (2, 5)):
         replay, taken = recorder.shuffled(), []
@@ -353,6 +353,6 @@ def test_training_ends_with_a_warning_about_idle_experts(monkeypatch, capsys):
     flags = "--image-size 64 --epochs 1 --num-experts 8 --router private --top-k 4".split()
     train.main([*flags, "--name", "busy"])
     assert "receive less" not in capsys.readouterr().out
-    monkeypatch.setattr(routing, "IDLE", 0.6)
+    monkeypatch.setattr(routing, "UNUSED", 0.6)
     train.main([*flags, "--name", "idle"])
     assert "warning: experts 0, 1, 2, 3, 4, 5, 6, 7 receive less than 60 % of the tokens" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     assert m["dice_MA"] == 1 and "dice_EX" not in m and "aupr_EX" not in m and m["dice"] == 1
     assert "five_masks_dice" not in m  # five are not known of any photograph
     row = TASKS["seg"].scored_columns(stats[0])
-    assert row["dice_EX"] == row["true_pixels_EX"] == "" and row["true_pixels_MA"] == 64 and row["dice_MA"] == 1
+    assert row["dice_EX"] == row["pixels_EX_true"] == "" and row["pixels_MA_true"] == 64 and row["dice_MA"] == 1
 
 
 # ---- points ----

@@ -242,7 +242,7 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
         assert (int(row["width"]), int(row["height"])) == size
         assert sum(float(row[f"grade_p{g}"]) for g in range(5)) == pytest.approx(1, abs=1e-3)
         assert float(row["referable_p"]) == pytest.approx(sum(float(row[f"grade_p{g}"]) for g in (2, 3, 4)), abs=1e-3)
-        chosen = evaluate.load_run(run, CPU).chosen
+        chosen = evaluate.load_run(run, CPU).calibration
         assert (row["referable"] == "yes") == (float(row["referable_p"]) >= chosen["cls"]["referable"])
         assert row["edema_risk"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
         assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
@@ -278,7 +278,7 @@ def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
             16),
              loaded.tasks)
     assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
-    temperature = loaded.chosen["cls"]["temperature"]
+    temperature = loaded.calibration["cls"]["temperature"]
     rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}
     by_name = {r.name: rows[str(r.image)] for r in split}
     for name, stats in zip(found.names["cls"], found.stats["cls"]):
@@ -345,11 +345,11 @@ def answered_plainly(predictor, path: Path, name: str) -> dict:
                 wide = Image.fromarray(map_).transform(
                     (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y),
                     Image.BILINEAR)
-                masks[kind] = np.asarray(wide) >= p.chosen["seg"][kind]
+                masks[kind] = np.asarray(wide) >= p.calibration["seg"][kind]
                 Image.fromarray(masks[kind]).convert("L").save(p.out / f"masks/{name}_{kind}.png", compress_level=1)
                 row[f"area_{kind}"] = round(float(masks[kind].mean()) / float(lit.mean()), 6)
         else:
-            columns = task.predicted_columns(answers[task.name], sample, p.chosen[task.name])
+            columns = task.predicted_columns(answers[task.name], sample, p.calibration[task.name])
             row, lines = row | columns, lines + task.caption(columns)
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
     drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, note]).save(
@@ -377,8 +377,8 @@ def test_no_byte_depends_on_what_is_done_at_once(run, all_kinds, tmp_path, tiles
     sample = full_size.sample_of(records.Record("x", paths[-1]), 64)
     maps = full_size.answer(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for kind, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
-        loaded.chosen["seg"][kind] = float(map_.quantile(0.9))
-    predictor = Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU, tmp_path / "out", True)
+        loaded.calibration["seg"][kind] = float(map_.quantile(0.9))
+    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", True)
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
     assert all(0 < row[f"area_{kind}"] for row in found for kind in TASKS["seg"].classes if row["status"] == "answered")
@@ -400,7 +400,7 @@ def test_a_file_is_decoded_once_at_each_scale(run, all_kinds, tmp_path, monkeypa
         opened.append(path.name)
         return really(path)
     monkeypatch.setattr(preprocess, "open_image", counted)
-    predictor.predict_all(predictor.Predictor(loaded.net, loaded.tasks, loaded.chosen, 64, tiles, 8, CPU,
+    predictor.predict_all(predictor.Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU,
                                               tmp_path / "out", True), paths)
     assert Counter(opened) == {"large0.jpg": most, "large1.jpg": most, "small.png": 1, "black.png": 1,
                                "broken.jpg": 1}

@@ -88,7 +88,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 
 @pytest.mark.parametrize("change", [
     {"loss_weights": ("uncertainty",)},
-    {"workers": 2, "router": "shared", "calibration": 1, "log_gradients": True}], ids=str)
+    {"workers": 2, "router": "shared", "top_k": 1, "log_gradients": True}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     options = replace(SHORT, **change)
     for step in (5, 6):  # twice
@@ -138,7 +138,7 @@ def test_a_finished_run_that_is_resumed_says_what_it_found(tmp_path, whole, caps
 
 def test_stopped_while_it_is_scored(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(scoring, "score", lambda *_, **__: die())
+        patch.setattr(scoring, "evaluate_split", lambda *_, **__: die())
         train.fit(SHORT, tmp_path / "run", quiet=True)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"] == 4
     train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
@@ -152,7 +152,7 @@ def test_a_stop_during_scoring_ends_before_another_step(tmp_path, monkeypatch, w
         os.kill(os.getpid(), signal.SIGINT)
         return score(*arguments, **how)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
-        patch.setattr(scoring, "score", stopped)
+        patch.setattr(scoring, "evaluate_split", stopped)
         train.fit(SHORT, tmp_path / "run", quiet=True)
     stored = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]
     assert (stored["epoch"], stored["step"]) == (1, 4) and len(log(tmp_path / "run")) == 1
@@ -177,7 +177,7 @@ def test_stopped_right_before_a_file_takes_its_place(tmp_path, monkeypatch, whol
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         train.fit(SHORT, tmp_path / "run", quiet=True)
-    assert list(tmp_path.rglob(f"{name}.*.split"))
+    assert list(tmp_path.rglob(f"{name}.*.part"))
     if name == "config.json":  # without it there is no run
         with pytest.raises(InputError, match="no run there"):
             train.fit(SHORT, tmp_path / "run", quiet=True, resume=True)
@@ -411,7 +411,7 @@ while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
     while True:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             break
-        if time.monotonic() - begun > wait and (kind != "checkpoint" or any(run.glob("*.pt.*.split"))):
+        if time.monotonic() - begun > wait and (kind != "checkpoint" or any(run.glob("*.pt.*.part"))):
             time.sleep(chance.uniform(0, 0.05) if kind == "checkpoint" else 0)
             os.kill(pid, signal.SIGKILL)
             break
@@ -421,7 +421,7 @@ while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
         finished(status)
         continue
     found[kind] += 1
-    found["half written"] += any(run.glob("*.split"))
+    found["half written"] += any(run.glob("*.part"))
     for name in ("last.pt", "best.pt"):
         if (run / name).exists():
             files.load_tensors(run / name)
@@ -571,7 +571,7 @@ def version(path: Path) -> None:
 def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoil, said, running):
     expected = whole(SHORT)
     monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
-    data.FundusDataset(readers.read_drawn().records, SHORT.size)
+    data.FundusDataset(readers.read_drawn().records, SHORT.image_size)
 
     def spoil_all():
         for path in sorted((tmp_path / "cache").rglob("*.npz"))[::3]:
@@ -590,18 +590,18 @@ def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoi
 def test_two_processes_build_one_cache(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import data; from pathlib import Path; from "
             "retina.datasets import cache, readers; cache.CACHE = Path(sys.argv[2]); "
-            "print(len(data.Photographs(readers.read_drawn().records[:120], 64)))")
+            "print(len(data.FundusDataset(readers.read_drawn().records[:120], 64)))")
     both = [subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "cache"], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate(timeout=120)[0].strip() for p in both] == ["120", "120"]
     made = list((tmp_path / "cache").rglob("*"))
-    assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".split"]
+    assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".part"]
     assert all(cache.read_arrays(p, "image")[0].shape == (3, 64, 64) for p in made if p.suffix == ".npz")
 
 
 def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "CACHE", tmp_path)
-    monkeypatch.setattr(cache, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache, "preprocess", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match="a process that was reading photographs was killed, perhaps for want of memory"):
         data.FundusDataset(readers.read_drawn().records, 32)
 
@@ -738,7 +738,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
         assert caught.value.filename == str(run / "last.pt")
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
-        assert not list(run.glob("*.split"))
+        assert not list(run.glob("*.part"))
         assert torch.load(run / "last.pt", weights_only=True)["state"]["step"] == 0
         if how == "limited file size":  # two checkpoints of this size do not fit into the other
             train.fit(SHORT, run, quiet=True, resume=True)

@@ -62,7 +62,7 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
     ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--num-experts 0 --moe-at decoder", 0, 1, 0)])
 def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
     options = train.configure(arguments.split())[0]
-    assert (options.num_experts, options.chosen, options.balance_weight) == (experts, chosen, balance)
+    assert (options.num_experts, options.top_k, options.balance_weight) == (experts, chosen, balance)
 
 
 def test_one_chosen_expert_comes_with_its_reason():

@@ -45,10 +45,10 @@ cache.CACHE = Path(sys.argv[2])
 found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, two kinds of grade: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
-    found[i] = found[i].with_labels(masks=masks, points=found[i].landmarks if i % 2 else None,
+    found[i] = found[i].with_labels(masks=masks, landmarks=found[i].landmarks if i % 2 else None,
                                     grade=None if i in (1, 2, 4) else found[i].grade)
 
-def learn(group, options):
+def learn(world, options):
     torch.manual_seed(0)
     net, chosen = tasks.build_net(asdict(options))
     net.double()
@@ -59,27 +59,27 @@ def learn(group, options):
         for name, p in net.named_parameters():
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
-    photographs = data.Photographs(found, options.image_size)
-    blanks = data.blank_targets(photographs, chosen) if world.size > 1 else {}
-    state = train.make_state(net, chosen, options, 10, torch.device("cpu"), group)
+    photographs = data.FundusDataset(found, options.image_size)
+    empty_targets = data.make_empty_targets(photographs, chosen) if world.size > 1 else {}
+    state = train.make_state(net, chosen, options, 10, torch.device("cpu"), world)
     net.train()
     mine = [photographs[i] for i in range(8)][world.rank::world.size]
-    batches = [data.collate(mine, chosen, blanks=blanks) for _ in range(2)]
-    losses = [train.train_step(state, batch, chosen, options, group) for batch in batches]
+    batches = [data.collate(mine, chosen, empty_targets=empty_targets) for _ in range(2)]
+    losses = [train.train_step(state, batch, chosen, options, world) for batch in batches]
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
             "others": {**dict(net.named_buffers()), **state.loss_weights.state_dict()}}
 
-def scored(group):
+def scored(world):
     torch.manual_seed(0)
     net, chosen = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
-    photographs = data.Photographs(readers.read_drawn().records[:22], 64)
-    found = scoring.evaluate_split(net, data.in_order(photographs, chosen, 4, world=group), chosen, world=group)
-    return found and {"metrics": plain(found.metrics()), "names": found.names, "usage": found.usage,
-                      "top_k": found.calibrate()}
+    photographs = data.FundusDataset(readers.read_drawn().records[:22], 64)
+    found = scoring.evaluate_split(net, data.eval_loader(photographs, chosen, 4, world=world), chosen, world=world)
+    return found and {"metrics": jsonable(found.metrics()), "names": found.names, "usage": found.usage,
+                      "calibration": found.calibrate()}
 
-with distributed.init_world() as group:
-    learned = [learn(group, Config(**changed)) for changed in eval(sys.argv[4])]
-    torch.save({"learned": learned, "scores": scored(group)}, f"{sys.argv[3]}_{world.rank}.pt")
+with distributed.init_world() as world:
+    learned = [learn(world, Config(**changed)) for changed in eval(sys.argv[4])]
+    torch.save({"learned": learned, "scores": scored(world)}, f"{sys.argv[3]}_{world.rank}.pt")
 """
 
 
@@ -187,10 +187,10 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 FATAL = PROGRAM.replace("files.run_cli", """
 import os, signal
 whole = train.train_step
-def step(state, batch, tasks, config, group):
+def step(state, batch, tasks, config, world):
     if state.step == 5 and world.rank == 1:
         END
-    return whole(state, batch, tasks, config, group)
+    return whole(state, batch, tasks, config, world)
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
 files.run_cli""")
