@@ -17,6 +17,16 @@ from torch import Tensor
 NAN = float("nan")
 
 
+RANGES = {"kappa": (-1.0, 1.0), **dict.fromkeys(("px4288", "median_px4288", "diameters"), (0.0, math.inf)),
+          **dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "calibration_error", "referable", "dice",
+                           "iou", "aupr", "five_masks_dice", "within_radius"), (0.0, 1.0))}  # by how names begin
+
+
+def range_of(measure: str) -> tuple[float, float]:
+    """The lowest and the highest value that the measure of this name can have, as far as they are known."""
+    return next((ends for name, ends in RANGES.items() if measure.startswith(name)), (-math.inf, math.inf))
+
+
 def mean(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean over photographs: (n, ...), (D, n) -> (D, ...); nan values are not known and count for nothing."""
     flat = values.double().flatten(1) if values.ndim > 1 else values.double()[:, None]

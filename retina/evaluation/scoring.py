@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.evaluation import statistics
-from retina.evaluation.metrics import PRCurveAccumulator
+from retina.evaluation.metrics import PRCurveAccumulator, range_of
 from retina.evaluation.routing import per_token
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 from retina.files import InputError
@@ -141,25 +141,29 @@ def align(scores: Sequence[SplitScores]) -> None:
 
 
 def summary(scores: Sequence[SplitScores], calibration: Sequence[Mapping]) -> tuple[dict, dict]:
-    """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}} over eyes (and runs)."""
-    found = [s.metrics(c) for s, c in zip(scores, calibration)]
+    """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}}, see statistics.bootstrap.
+
+    Of several runs also `seeds`, the values of each, and their standard deviations, `sd`.
+    """
+    runs = [s.metrics(c) for s, c in zip(scores, calibration)]
     values, limits = {}, {}
     for task in scores[0].scored():
         t = task.name
-        values[t] = {k: v if len(found) == 1 or not isinstance(v, float) else sum(f[t][k] for f in found) / len(found)
-                     for k, v in found[0][t].items() if len(found) == 1 or k != "confusion"}
-        if len(found) > 1:
-            values[t]["sd"] = {k: float(torch.tensor([f[t][k] for f in found], dtype=torch.float64).std())
-                               for k, v in found[0][t].items() if isinstance(v, float)}
-        drawn = statistics.bootstrap([partial(task.compute, s.stats[t], calibration=c.get(t, {}))
-                                     for s, c in zip(scores, calibration)], scores[0].eyes_of(t))
-        # a resample ranks pixels by the coarse levels of the statistics: its distance to their own value is what counts
-        limits[t] = {k: statistics.percentile_interval(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
-        for k in limits[t]:
-            if k.startswith("calibration_error") and limits[t][k] is not None:
-                # resamples are worse calibrated than what they are drawn from, so count the distance the other way
-                # (the basic bootstrap interval: Davison & Hinkley 1997, section 5.2.1)
-                limits[t][k] = [max(0.0, 2 * values[t][k] - v) for v in reversed(limits[t][k])]
+        values[t] = dict(runs[0][t])
+        if len(runs) > 1:
+            values[t].pop("confusion", None)
+            seeds = {k: [run[t][k] for run in runs] for k, v in runs[0][t].items() if isinstance(v, float)}
+            values[t] |= {k: sum(v) / len(v) for k, v in seeds.items()} | {
+                "seeds": seeds, "sd": {k: float(torch.tensor(v, dtype=torch.float64).std()) for k, v in seeds.items()}}
+        resampled = statistics.bootstrap([partial(task.compute, s.stats[t], calibration=c.get(t, {}))
+                                          for s, c in zip(scores, calibration)], scores[0].eyes_of(t))
+        limits[t] = {}
+        for k, v in resampled.items():
+            # a resample ranks pixels by the coarse levels of the statistics: its distance to their own value counts.
+            # Resamples are worse calibrated than what they are drawn from: there it counts the other way (the basic
+            # bootstrap interval: Davison & Hinkley 1997, section 5.2.1)
+            distance = (v[1:] - v[0]) * (-1 if k.startswith("calibration_error") else 1)
+            limits[t][k] = statistics.percentile_interval((values[t][k] + distance).clamp(*range_of(k)))
     return values, limits
 
 
