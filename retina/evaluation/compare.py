@@ -78,7 +78,7 @@ def arms_of(runs: Sequence, machine: Collection[str]) -> list[list[int]]:
         raise InputError(f"{len(runs)} runs of {len(arms)} kinds, which differ in {', '.join(differ)}; expected two "
                          "runs, or runs of at most two kinds that differ in nothing but their seed")
     if len({len(arm) for arm in arms}) > 1:
-        raise InputError(f"{len(arms[0])} runs against {len(arms[1])}; expected as many on both sides")
+        raise InputError(f"{len(arms[0])} runs against {len(arms[1])}; expected as many of both kinds")
     return arms
 
 
