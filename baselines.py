@@ -195,8 +195,8 @@ def summarize(asked: Sequence[Job], configurations: Sequence[Configuration], fai
         measured = {"constant": analysis.constant(loaded, tasks), **measured}
     data_facts = described(base)
     summary = analysis.summarize(measured, tasks, {
-        "what": what_words(base, folds, len(configurations), data_facts), "options": of_result(base), "folds": list(folds),
-        "asked": {c.name: c.words for c in configurations},
+        "what": what_words(base, folds, len(configurations), data_facts), "options": of_result(base),
+        "folds": list(folds), "asked": {c.name: c.words for c in configurations},
         "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
         **{k: sorted({x[k] for job in asked if (x := job.measured())}) for k in ("machine", "threads")},

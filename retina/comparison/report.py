@@ -235,8 +235,8 @@ def failures(summary: Mapping) -> list[str]:
 
 def screen(summary: Mapping) -> str:
     """The comparison for the screen."""
-    return "\n".join([summary["what"], aligned(score_table(summary)), *(sentence(summary, d) for d in summary["differences"]),
-                      *failures(summary)])
+    return "\n".join([summary["what"], aligned(score_table(summary)),
+                      *(sentence(summary, d) for d in summary["differences"]), *failures(summary)])
 
 
 def chart(summary: Mapping) -> Image.Image:

@@ -45,7 +45,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def token_classes(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
-    """(n, 3, S, S), (n, L, S, S) with UNKNOWN -> (n, L + 2, h * w) bool: which of TOKEN_CLASSES there is below each token."""
+    """(n, 3, S, S), (n, L, S, S) with UNKNOWN -> (n, L + 2, h * w) bool: TOKEN_CLASSES below each token."""
     there = F.adaptive_max_pool2d((masks == 1).float(), tuple(grid)).bool()  # (n, L, h, w)
     outside = F.adaptive_max_pool2d(images.amax(1, keepdim=True).float(), tuple(grid)) <= DARK  # (n, 1, h, w)
     unknown = (masks == UNKNOWN).flatten(1).any(1)[:, None, None, None]

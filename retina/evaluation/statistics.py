@@ -180,8 +180,8 @@ def adjust(differences: Sequence[Mapping]) -> list[dict]:
         needed = n SE_eyes^2 / ((difference / (t + 0.84))^2 - SE_seeds^2)
 
     None where it is not defined, and where it is no more than there are: then p forbids the claim, not the interval.
-    `wants`: "seeds" where there are fewer than FEWEST_RUNS an arm, "eyes" where a permutation test of so few cannot come
-    to a p that is small enough, "more seeds" where no number of photographs would do.
+    `wants`: "seeds" where there are fewer than FEWEST_RUNS an arm, "eyes" where a permutation test of so few cannot
+    come to a p that is small enough, "more seeds" where no number of photographs would do.
     """
     power, m, adjusted = NormalDist().inv_cdf(0.8), len(differences), []
     for d, p in zip(differences, holm([1.0 if math.isnan(d["p"]) else d["p"] for d in differences])):
