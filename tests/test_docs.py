@@ -69,8 +69,9 @@ TRAIN_AND_SCORE = """
 import sys, train, evaluate
 train.main(["--name", "run", "--data", "labels.csv", "--image-size", "64", "--epochs", "1", "--batch-size", "4",
             "--num-experts", "4", "--expert-ratio", "0.1", "--precision", "fp32", *FLAGS])
-sys.argv = ["evaluate.py", "runs/run"]
-evaluate.main()
+for words in ([], ["--images", "1.png", "--out", "out"]):
+    sys.argv = ["evaluate.py", "runs/run", *words]
+    evaluate.main()
 """
 
 
@@ -87,10 +88,14 @@ def write_labels(home: Path) -> None:
 def test_a_task_and_a_label_from_the_page_are_learned_and_scored(tmp_path):
     pasted("add-a-task.md", tmp_path)
     write_labels(tmp_path)
-    said = run_there(tmp_path, 'FLAGS = "--encoder-weights none --tasks edema age".split()' + TRAIN_AND_SCORE)
+    said = run_there(tmp_path, 'FLAGS = "--encoder-weights none --tasks edema age".split()' + TRAIN_AND_SCORE +
+                     "import tasks\nprint('guess', tasks.TASKS['age'].constant_guess(torch.tensor([40., 50.])))")
     assert "edema: 4 photographs of 4 eyes" in said and "age: 4 photographs of 4 eyes" in said
-    columns = (tmp_path / "runs" / "run" / "per_photograph.csv").read_text().splitlines()[0].split(",")
-    assert {"edema_risk", "edema_risk_p1", "edema_risk_true", "age", "age_true"} <= set(columns)
+    assert "1 of 1 photographs answered for" in said and "guess tensor([45.])" in said
+    scored, predicted = ((tmp_path / path).read_text().splitlines()[0].split(",") for path in (
+        "runs/run/per_photograph.csv", "out/predictions.csv"))
+    assert {"edema_risk", "edema_risk_p1", "edema_risk_true", "age", "age_true"} <= set(scored)
+    assert {"edema_risk", "edema_risk_p1", "age"} <= set(predicted)
 
 
 def test_an_encoder_from_the_page_is_trained_and_scored(tmp_path):
@@ -101,7 +106,7 @@ def test_an_encoder_from_the_page_is_trained_and_scored(tmp_path):
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     said = run_there(tmp_path, shell + 'FLAGS = "--encoder resnet18 --encoder-weights resnet18.pth --tasks cls".split()'
                      + TRAIN_AND_SCORE)
-    assert "cls: 4 photographs of 4 eyes" in said
+    assert "cls: 4 photographs of 4 eyes" in said and "1 of 1 photographs answered for" in said
 
 
 def test_the_numbers_on_the_load_are_what_the_code_beside_them_prints():
