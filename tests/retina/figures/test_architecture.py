@@ -18,7 +18,8 @@ ALL = ("cls", "dme", "seg", "loc")
 NETS = [{}, {"moe_at": "decoder"}, {"num_experts": 0}, {"moe_at": "decoder", "num_experts": 0}, {"encoder": "b2"},
         {"encoder": "b2", "moe_at": "decoder", "tasks": ("dme", "loc")}, {"tasks": ("seg",)}, {"tasks": ("cls", "seg")},
         {"tasks": ("loc",), "moe_at": "decoder"}, {"tasks": ("cls",), "num_experts": 40, "top_k": 1},
-        {"router": "shared", "num_experts": 5, "top_k": 3}, {"router": "private", "num_experts": 8}, {"router": "random"}]
+        {"router": "shared", "num_experts": 5, "top_k": 3}, {"router": "private", "num_experts": 8},
+        {"router": "random"}]
 
 
 @pytest.fixture(params=NETS, ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()) or "default")
