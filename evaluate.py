@@ -36,7 +36,6 @@ from retina.training import precision
 from retina.training.precision import check_precision, pick_device
 from retina.training.pretrained import differences
 from tasks import TASKS, Task, build_net, make_tasks
-from train import Config
 
 
 # ---- runs ----
@@ -297,7 +296,7 @@ def main() -> None:
 
 def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> None:
     """All but --images: print what is found and write it into the first run's folder."""
-    arms = arms_of(runs, {f.name for f in fields(Config) if f.metadata.get("machine")})
+    arms = arms_of(runs)
     folder, written = args.runs[0], []
     suffix = "_test" * (args.split == "test") + ("" if args.tiles is None else f"_tiles{args.tiles:g}")
 

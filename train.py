@@ -46,7 +46,7 @@ class Config:
     """All that determines a run; plain types, stored in config.json and in every checkpoint."""
     tasks: tuple[str, ...] = flag(("cls", "seg"), WHAT, f"any of {' '.join(TASKS)}", choices=TASKS.keys())
     data: str | None = flag(None, WHAT, "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see "
-                            "README", shown="data/IDRiD if it exists, else drawn photographs", machine=True)
+                            "README", shown="data/IDRiD if it exists, else drawn photographs")
     image_size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training split")
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
@@ -75,10 +75,9 @@ class Config:
     precision: str = flag("fp32", MACHINE, f"of the passes through the network, {' '.join(precision.DTYPES)}",
                           shown="bf16 where the device has units for it, fp16 on older GPUs, else fp32",
                           choices=precision.DTYPES.keys())
-    workers: int = flag(0, MACHINE, "processes that load photographs", shown="0 on CPU, else up to 8", lowest=0,
-                        machine=True)
+    workers: int = flag(0, MACHINE, "processes that load photographs", shown="0 on CPU, else up to 8", lowest=0)
     device: str = flag("auto", MACHINE, "auto, cpu or cuda; auto: the GPU if there is one",
-                       choices=("auto", "cpu", "cuda"), machine=True)
+                       choices=("auto", "cpu", "cuda"))
     deterministic: bool = flag(False, MACHINE, "on a GPU: the same weights every time, more slowly; a CPU always does")
     # no flags: what the data or the comparison decide
     classes: tuple[str, ...] = ()  # where the data set is folders of classes

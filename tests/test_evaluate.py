@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,6 +324,12 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
     torch.save(state, other / "best.pt")
     with pytest.raises(InputError, match="3 runs of 3 kinds, which differ in lr, num_experts, top_k"):
         run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0", other)
+
+
+def test_runs_are_of_one_kind_wherever_their_data_lay_if_the_photographs_were_the_same():
+    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed}, learned_from=seen, folder="")
+            for seed, path, seen in ((1, "/a", "x"), (0, "/b", "x"), (0, "/a", "y"), (1, "/a", "y"))]
+    assert compare.arms_of(runs) == [[1, 0], [2, 3]]
 
 
 def test_runs_on_different_photographs_cannot_be_compared(runs, run, monkeypatch):

@@ -1,7 +1,7 @@
 """Two runs, or two arms of several runs, on the same photographs. Runs are those of evaluate.py."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from retina.evaluation.scoring import SplitScores
 from retina.evaluation.tables import claim, table_of_differences
 from retina.evaluation.task_metrics import ClassMetrics, Joint
 from retina.files import InputError
+from retina.training.config import OF_MACHINE
 
 
 def compare(first: Sequence[SplitScores], second: Sequence[SplitScores],
@@ -57,14 +58,14 @@ def claims(compared: Mapping[str, Mapping], scores: SplitScores) -> list[str]:
          for t in scores.scored() if t.name in compared])]
 
 
-def arms_of(runs: Sequence, machine: Collection[str]) -> list[list[int]]:
+def arms_of(runs: Sequence) -> list[list[int]]:
     """Which runs count as one: those that differ in their seed alone, and in options of the machine. Two runs are two
 
     arms. InputError: more than two arms, or two that do not have as many runs.
     """
     if len(runs) == 2:
         return [[0], [1]]
-    kinds = [{k: v for k, v in run.options.items() if k not in ("seed", *machine)} |
+    kinds = [{k: v for k, v in run.options.items() if k not in ("seed", *OF_MACHINE)} |
              {"training photographs": run.learned_from} for run in runs]
     arms = [[i for i, kind in enumerate(kinds) if kind == first] for k, first in enumerate(kinds)
             if first not in kinds[:k]]

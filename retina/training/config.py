@@ -30,15 +30,17 @@ if TYPE_CHECKING:
     from train import Config
 
 
+OF_MACHINE = ("data", "workers", "device")  # may be others when a run is resumed: the result does not hang on them
+
+
 # ---- a field is a flag ----
 
 def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | None = None,
          choices: Collection[str] | Mapping[str, str] | None = None, lowest: float | None = None,
-         below: float = math.inf, multiple: int | None = None, machine: bool = False) -> Any:
+         below: float = math.inf, multiple: int | None = None) -> Any:
     """A field that is declared once. `real`: the default on real data, where it is another than on drawings.
 
-    `shown` tells of a default that depends on more; `lowest`, `below` and `multiple` bound numbers; `machine`: it may
-    be another when a run is resumed, since the result does not hang on it.
+    `shown` tells of a default that depends on more; `lowest`, `below` and `multiple` bound numbers.
     """
     if isinstance(choices, Mapping):
         text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
@@ -48,7 +50,7 @@ def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | 
         shown = f"{words} drawn, else {real:g}" if real is not None else words
     return field(default=default, metadata={
         "group": group, "help": text if shown is None else f"{text} (default: {shown})", "real": real,
-        "choices": choices, "lowest": lowest, "below": below, "multiple": multiple, "machine": machine})
+        "choices": choices, "lowest": lowest, "below": below, "multiple": multiple})
 
 
 def spelled(f: Field) -> str:
@@ -110,8 +112,7 @@ def as_dict(config: Config) -> dict:
 
 def of_result(config: Config) -> dict:
     """The same without what the result does not hang on."""
-    values = as_dict(config)
-    return {f.name: values[f.name] for f in fields(config) if not f.metadata.get("machine")}
+    return {k: v for k, v in as_dict(config).items() if k not in OF_MACHINE}
 
 
 # ---- defaults that depend on the data and the device ----
