@@ -256,7 +256,8 @@ def chart(summary: Mapping) -> Image.Image:
             plot.dots(v["values"], [y] * len(v["values"]), drawing.PALE, 2.5)
             plot.dots([v["mean"]], [y], drawing.COLOURS[0], 4.5)
         pictures.append(plot.picture())
-    keys = drawing.legend([(f"95 % over {over(summary)}", drawing.COLOURS[4], "line"),
+    drawn = any(primary_metric(x)["interval"] for t in summary["tasks"] for x in scores_of(summary, t).values())
+    keys = drawing.legend([(f"95 % over {over(summary)}", drawing.COLOURS[4], "line")] * drawn + [
                           ("mean over seeds", drawing.COLOURS[0], "dot"), ("a seed", drawing.PALE, "dot")])
     return drawing.titled("The comparison", drawing.column([keys, drawing.row(pictures, 24)], 12), summary["what"])
 
