@@ -15,12 +15,20 @@ from retina.drawing import BODY, GRID, INK, PALE, PAPER, SMALL, boxed, brightnes
     shades, spots, stroke, text
 
 
-def round_steps(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from low to high, at most so many: multiples of 1, 2 or 5 times a power of ten."""
+def round_ends(low: float, high: float, most: int = 6) -> tuple[float, float, float]:
+    """A step of 1, 2 or 5 times a power of ten, and its multiples around low and high, at most so many steps apart."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= most)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first <= most:
+            return step, first * step, last * step
+
+
+def round_steps(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, at most seven."""
+    step, first, last = round_ends(low, high)
+    return [v for k in range(round((last - first) / step) + 1)
+            if low - 1e-9 * step <= (v := first + k * step) <= high + 1e-9 * step]
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,13 @@ class Axis:
 
 
 def axis_of(words: str, values: Iterable[float], low: float | None = None, high: float | None = None) -> Axis:
-    """An axis that has room for all values that are numbers, from `low` to `high` where these are given."""
+    """An axis for all values that are numbers, or from `low` to `high`; round numbers at its ends, so that no line or
+
+    interval ends at the frame, as if cut off there.
+    """
     known = [v for v in values if v is not None and math.isfinite(v)] or [0.0, 1.0]
     low, high = min(known) if low is None else low, max(known) if high is None else high
-    return Axis(words, low, high if high > low else low + 1.0)
+    return Axis(words, *round_ends(low, high if high > low else low + 1.0)[1:])
 
 
 class Chart:
