@@ -254,9 +254,7 @@ def found_legend(masks: Mapping[str, np.ndarray], retina: float, width: float, s
     shares = {lesion: np.count_nonzero(mask) / retina for lesion, mask in masks.items()}
     entries = [(f"{records.LESION_NAMES[lesion]} " + ("< 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"),
                 records.LESION_COLOURS[lesion], "square") for lesion, share in shares.items() if share]
-    lesions = [share for lesion, share in shares.items() if lesion != "OD"]
-    nothing = [text("no lesion outlined", size, width=width)] * (bool(lesions) and not any(lesions))
-    return column([*[legend(entries, width, size)] * bool(entries), *nothing], 4)
+    return legend(entries, width, size) if entries else text("nothing outlined", size, width=width)
 
 
 def photograph(image: Tensor, side: int, resample: Image.Resampling = Image.LANCZOS) -> Image.Image:

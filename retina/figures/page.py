@@ -17,7 +17,7 @@ body { margin: 0 auto; max-width: 1280px; padding: 16px; box-sizing: border-box;
 img { display: block; max-width: 100%; height: auto; border: 1px solid #dee2e6 }
 h1, h2 { line-height: 1.2; margin: 1.6em 0 .5em } h1 { margin-top: .4em }
 nav a { display: inline-block; margin-right: 1em } a { color: #0072b2 }
-table { border-collapse: collapse; margin-bottom: 1em; font-size: 15px } th, td { padding: 2px 10px; text-align: right }
+table { border-collapse: collapse; margin-bottom: 1em; font-size: 14px } th, td { padding: 2px 6px; text-align: right }
 tr { border-bottom: 1px solid #e9ecef } th { color: #5f6770; font-weight: normal } th:first-child { text-align: left }
 @media (max-width: 600px) { table { font-size: 11px } th, td { padding: 1px 3px } }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 0 24px }
