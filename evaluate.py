@@ -51,7 +51,6 @@ class Run:
     validation: list[str]  # names of the photographs that it was chosen on
     calibration: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
     learned_from: str | None  # fingerprint of the training photographs, see data.py
-    machine: dict  # that it was trained on
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
@@ -79,7 +78,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: "
                          f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
-               state["calibration"], state.get("data", [None])[0], state.get("machine", {}))
+               state["calibration"], state.get("data", [None])[0])
 
 
 def split_records(run: Run, root: Path | None, split: str) -> list[Record]:

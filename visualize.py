@@ -25,9 +25,7 @@ from retina.figures.page import page
 from retina.files import InputError, atomic_write, run_cli, write_text
 from retina.training import precision
 from retina.training.checkpoint import read_log
-from retina.training.config import command_of
 from tasks import TASKS
-from train import Config
 
 
 # name -> the function, and the format: photographs as JPEG, lines and dots as PNG
@@ -131,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, suffix = args.runs[0] / "pictures", "_test" * (args.split == "test")
     drawn = draw_figures(ctx, args.only or list(FIGURES), folder, suffix)
     if not args.only:
-        data = (root := ctx.run.options["data"]) and f"PATH/TO/{Path(root).name}"  # pages are passed on, paths are not
-        command = command_of(Config, ctx.run.options | {"data": data}, ctx.name)
-        write_text(folder / f"index{suffix}.html", page(ctx, drawn, FIGURES, command))
+        write_text(folder / f"index{suffix}.html", page(ctx, drawn, FIGURES))
         print(f"{folder / f'index{suffix}.html'}: all of them, the measures and the configuration, for any browser")
 
 

@@ -1,8 +1,8 @@
 """One page with all figures of a run, its measures and its configuration."""
 
 import base64
-import datetime
 import html
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,15 +50,13 @@ def measured(ctx: FigureContext) -> str:
                    table(tables.measure_rows(t, values[t.name], limits[t.name])) for t in ctx.here[0].scored())
 
 
-def page(ctx: FigureContext, drawn: Mapping[str, bytes | str], figures: Mapping[str, tuple[Callable, str]],
-         command: str) -> str:
+def page(ctx: FigureContext, drawn: Mapping[str, bytes | str], figures: Mapping[str, tuple[Callable, str]]) -> str:
     """One page that needs no other file: pictures (or why there is none), measures, configuration.
 
-    `figures`: name -> function, format. The first line of a function's docstring is its picture's heading. `command`:
-    what trains such a run.
+    `figures`: name -> function, format. The first line of a function's docstring is its picture's heading.
     """
     run = ctx.run
-    when = datetime.datetime.fromtimestamp((run.folder / "best.pt").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    begun = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     source = "DRAWN photographs, which are no photographs of eyes" if run.options["data"] is None else \
         f"photographs of {Path(run.options['data']).name}"
     sections = []
@@ -78,8 +76,8 @@ def page(ctx: FigureContext, drawn: Mapping[str, bytes | str], figures: Mapping[
 <h1>{html.escape(title)}</h1>
 <p>Checkpoint of epoch {run.epoch}; {len(ctx.photographs)} {ctx.words} photographs; {html.escape(source)}.
 {predictor.NOTE.capitalize()}.</p>
-<p>Trained by <code>{html.escape(command)}</code>, the checkpoint written on {when}; machine:
-{html.escape(", ".join(f"{k} {v}" for k, v in run.machine.items()))}.</p>
+<p>Trained by <code>{html.escape(begun["command"])}</code>, begun {begun["begun"]}; machine:
+{html.escape(", ".join(f"{k} {v}" for k, v in begun["machine"].items()))}.</p>
 <nav>{links}</nav>
 {"".join(sections)}
 <h2 id="measures">Measures</h2>

@@ -108,21 +108,6 @@ def as_dict(config: Config) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
-def command_of(kind: type[Config], options: Mapping[str, Any], name: str) -> str:
-    """A command line that leads to the configuration `options`: the flags that are not at their defaults."""
-    drawn, words = options["data"] is None, ["python train.py"]
-    # without experts there are no flags for them; on real data the default weights hang on what can be downloaded
-    needless = () if options["num_experts"] else ("top_k", "balance_weight")
-    for f in flags_of(kind).values():
-        value, real = options[f.name], f.metadata["real"]
-        default = f.default if drawn or real is None else real
-        if f.name == "encoder_weights" and not drawn or f.name not in needless and value != (
-                list(default) if isinstance(default, tuple) else default):
-            values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-            words += [spelled(f), *map(str, values)]
-    return " ".join([*words, "--name", name])
-
-
 def of_result(config: Config) -> dict:
     """The same without what the result does not hang on."""
     values = as_dict(config)
