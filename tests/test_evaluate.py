@@ -200,16 +200,16 @@ def test_every_number_has_its_interval(runs, monkeypatch, capsys):
                 if (around := part["intervals"][task][k]) is not None:
                     assert around[0] <= around[1] and (around[0] - 0.05 <= values[k] <= around[1] + 0.05 or "px" in k)
     assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
-    assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).chosen
+    assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).calibration
     assert "masks in the pixels of the original files" in text and "optimistic" in text
-    assert "referable_sensitivity" in text and "five_masks_dice_of_true_disc" in text
+    assert "referable: sensitivity" in text and "the same of the true optic disc alone" in text
 
 
 def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypatch):
     run_main(monkeypatch, runs / "e4_s0")
     with open(runs / "e4_s0" / "per_photograph.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["cls_truth"] and r["dme_truth"]]
-    right = [r["grade_true"] == r["grade"] and r["dme_truth"] == r["dme_predicted"] for r in rows]
+        rows = [r for r in csv.DictReader(file) if r["grade_true"] and r["edema_risk_true"]]
+    right = [r["grade_true"] == r["grade"] and r["edema_risk_true"] == r["edema_risk"] for r in rows]
     stored = strict(runs / "e4_s0" / "metrics.json")["metrics"]["joint"]
     assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
 

@@ -117,7 +117,7 @@ def table_of_differences(compared: Mapping[str, Mapping]) -> str:
 
 
 def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[TaskMetrics]) -> str:
-    """What rerouted() found, as lines of text."""
+    """What score_interventions() found, as lines of text."""
     known = [t for t in tasks if any(t.name in row for row in changes.values())]
     return aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in known)]] + [
         [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in known)]

@@ -154,7 +154,7 @@ def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequenc
         return {"num_experts": 0, "top_k": 1, "balance_weight": 0.0}
     learns = router in model.LEARNED
     if not learns and given.get("balance_weight"):
-        raise InputError(f"--balance-weight {given['balance']}: --router {router} does not learn, so there is nothing "
+        raise InputError(f"--balance-weight {given['balance_weight']}: --router {router} does not learn, so there is nothing "
                          "to balance; leave --balance-weight out")
     experts, chosen = given.get("num_experts"), given.get("top_k")
     if router == "private":

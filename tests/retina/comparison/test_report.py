@@ -23,7 +23,7 @@ def test_the_report_claims_only_what_can_be_claimed():
     first = right(0.5, 300, 1)
     rows = {"cls_single": row_of("cls_single", first, first),
             "hard": row_of("hard", *[first | right(0.4, 300, 2)] * 2)}
-    found = {"configurations": {name: analysis.row_numbers(row) for name, row in rows.items()},
+    found = {"configurations": {name: analysis.configuration_numbers(row) for name, row in rows.items()},
              "differences": analysis.differences(rows, [Accurate()])}
     (d,) = found["differences"]
     said = report.claim(found, d)
@@ -48,7 +48,7 @@ def test_the_report_of_this_repository_says_what_was_measured():
 
 def test_intervals_of_a_row_are_those_of_evaluate():
     rows = [right(0.6, 80, k) for k in (1, 2)]
-    numbers = analysis.row_numbers(row_of("hard", *rows))["tasks"]["cls"]["metrics"]["accuracy"]
+    numbers = analysis.configuration_numbers(row_of("hard", *rows))["tasks"]["cls"]["metrics"]["accuracy"]
     means = [float(r.double().mean()) for r in rows]
     assert numbers["mean"] == pytest.approx(sum(means) / 2) and numbers["values"] == pytest.approx(means)
     assert numbers["sd"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))

@@ -199,10 +199,10 @@ def test_a_table_of_all_columns(table):
                  "images/a.png,2,1,10,20,30.5,20,mask.png,none,,p1", "images/b.png,,0,,,1,2,,,val,",
                  "images/c.png,4.0,,,,,,,,test,p1")
     a, b, c = read_data(path).records
-    assert (a.grade, a.edema_risk, a.split, a.points) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
+    assert (a.grade, a.edema_risk, a.split, a.landmarks) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
     assert a.masks == {"MA": path.parent / "mask.png", "EX": None}
-    assert (b.grade, b.edema_risk, b.split, b.points, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
-    assert (c.grade, c.edema_risk, c.split, c.points) == (4, None, "test", None)
+    assert (b.grade, b.edema_risk, b.split, b.landmarks, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
+    assert (c.grade, c.edema_risk, c.split, c.landmarks) == (4, None, "test", None)
     assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
     sample = data.FundusDataset([a], 64)[0]
     values = [sorted(m.unique().tolist()) for m in sample.masks]  # MA known, EX known to be absent, others not known

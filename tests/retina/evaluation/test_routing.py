@@ -333,10 +333,10 @@ def test_main_reports_routes(tmp_path, monkeypatch, capsys):
     stored = json.loads((tmp_path / "run" / "routing_test.json").read_text())
     assert stored["split"] == "test" and stored["photographs"] == 10
     assert sum(stored["tasks"]["seg"]["tokens"]) == pytest.approx(2)
-    changes = json.loads((tmp_path / "run" / "rerouted_test.json").read_text())
+    changes = json.loads((tmp_path / "run" / "interventions_test.json").read_text())
     assert changes["split"] == "test" and set(changes["without expert 3"]) == {"cls", "seg"}
     run_main(monkeypatch, tmp_path / "run", "--split", "test")  # a short call takes nothing away
-    assert json.loads((tmp_path / "run" / "rerouted_test.json").read_text()) == changes
+    assert json.loads((tmp_path / "run" / "interventions_test.json").read_text()) == changes
     assert not (tmp_path / "run" / "interventions.json").exists()
 
 

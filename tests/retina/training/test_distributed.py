@@ -113,7 +113,7 @@ CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "moe_at": 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """What one process, and each of two, learned and scored."""
-    same = {"tasks": ("cls", "dme", "seg", "loc"), "size": 64, "num_experts": 4, "stochastic_depth": 0.0,
+    same = {"tasks": ("cls", "dme", "seg", "loc"), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):
