@@ -85,10 +85,10 @@ def test_all_pictures_of_a_run_and_the_page(made, words, capsys):
     assert datetime.timedelta() <= datetime.datetime.now(begun.tzinfo) - begun < datetime.timedelta(hours=1)
     assert all(f" {word}" in html.unescape(page) for word in (config["begun"], torch.__version__, *sys.argv[1:]))
     assert f"<code>python {Path(sys.argv[0]).name}" in page
-    assert all(f"<span>{k}</span>" in page for k in options) and "<th>Dice, mean over images</th>" in page
+    assert all(f"<span>{k}</span>" in page for k in options) and "<th>Dice, mean over images<td>" in page
     stored = evaluate.load_run(run, torch.device("cpu"))
     values, limits = scoring.summary([context_of(run).here[0]], [stored.calibration])
-    assert f"<td>{tables.number_cell(values['seg']['dice_MA'], limits['seg'].get('dice_MA'))}</td>" in page
+    assert f"<td>{tables.number_cell(values['seg']['dice_MA'], limits['seg'].get('dice_MA'))}<td>" in page
     log = checkpoint.read_log(run)
     assert log[context.best_epoch_of(log)]["epoch"] == stored.epoch
     assert f"run, epoch {stored.epoch}, 6 DRAWN validation" in " ".join(words)

@@ -55,10 +55,10 @@ def in_words(ctx: FigureContext, name: str) -> str:
         stats = ctx.stats(task).get(name)
         if isinstance(task, ClassMetrics):
             p = ctx.probabilities(task, answers[task.name][None])[0]
-            said, true = int(p.argmax()), None if stats is None else int(stats[-1])
-            parts.append(f"{task.title} {task.word(said)} (p {p[said]:.2f}), " + (
+            guess, true = int(p.argmax()), None if stats is None else int(stats[-1])
+            parts.append(f"{task.title} {task.word(guess)} (p {p[guess]:.2f}), " + (
                 "true one not known" if true is None else
-                "right" if said == true else f"true {task.word(true)} (p {p[true]:.2f})"))
+                "right" if guess == true else f"true {task.word(true)} (p {p[true]:.2f})"))
         elif isinstance(task, LandmarkMetrics) and stats is not None and not stats[:, 0].isnan().all():
             gaps = [f"{point} {gap:.0f}" for point, gap in zip(task.classes, stats[:, 0].tolist()) if gap == gap]
             parts.append(f"{', '.join(gaps)} px off")
@@ -92,8 +92,8 @@ def overlays(ctx: FigureContext) -> Image.Image:
     heads = [text(words, colour=PALE) for words in ("photograph", "ground truth", "prediction")]
     for name, which in best_median_worst(values).items():
         pictures = grid([*heads, *panels_of(ctx, name)], 3, (12, 6))
-        said = "; ".join(filter(None, (f"{which}: {name}", written.format(abs(values[name])), in_words(ctx, name))))
-        parts.append(column([pictures, text(said, width=pictures.width)], 6))
+        words = "; ".join(filter(None, (f"{which}: {name}", written.format(abs(values[name])), in_words(ctx, name))))
+        parts.append(column([pictures, text(words, width=pictures.width)], 6))
         heads = []  # they stand above the first photograph alone
     return titled(f"Prediction and ground truth: best, median and worst of {len(values)} {ctx.words} photographs",
                   column(parts, 14), f"{of_run(ctx)}. Areas in percent of the retina. Ranked by: {rule}. "
@@ -255,4 +255,5 @@ def reliability(ctx: FigureContext) -> Image.Image:
     """Reliability diagrams of tasks that tell classes apart; precision-recall curves of lesions."""
     charts = [reliability_diagram(ctx, t) if isinstance(t, ClassMetrics) else precision_recall_chart(ctx, t)
               for t in ctx.having((ClassMetrics, MaskMetrics), "gives no probabilities")]
-    return titled("Reliability diagrams and precision-recall curves", grid(charts, 2, (28, 20)), f"{of_run(ctx)}.{ctx.caution}")
+    return titled("Reliability diagrams and precision-recall curves", grid(charts, 2, (28, 20)),
+                  f"{of_run(ctx)}.{ctx.caution}")

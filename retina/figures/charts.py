@@ -15,20 +15,12 @@ from retina.drawing import BODY, GRID, INK, PALE, PAPER, SMALL, boxed, brightnes
     shades, spots, stroke, text
 
 
-def round_ends(low: float, high: float, most: int = 6) -> tuple[float, float, float]:
-    """A step of 1, 2 or 5 times a power of ten, and its multiples around low and high, at most so many steps apart."""
+def round_steps(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers around low and high, at most so many steps: multiples of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        if last - first <= most:
-            return step, first * step, last * step
-
-
-def round_steps(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, at most seven."""
-    step, first, last = round_ends(low, high)
-    return [v for k in range(round((last - first) / step) + 1)
-            if low - 1e-9 * step <= (v := first + k * step) <= high + 1e-9 * step]
+    ends = ((m * power, math.floor(low / (m * power) + 1e-9), math.ceil(high / (m * power) - 1e-9))
+            for m in (1, 2, 5, 10, 20))
+    return next([k * step for k in range(first, last + 1)] for step, first, last in ends if last - first <= most)
 
 
 @dataclass(frozen=True)
@@ -50,13 +42,11 @@ class Axis:
 
 
 def axis_of(words: str, values: Iterable[float], low: float | None = None, high: float | None = None) -> Axis:
-    """An axis for all values that are numbers, or from `low` to `high`; round numbers at its ends, so that no line or
-
-    interval ends at the frame, as if cut off there.
-    """
+    """An axis for all values that are numbers, or from `low` to `high`, with round numbers at its ends: none is cut."""
     known = [v for v in values if v is not None and math.isfinite(v)] or [0.0, 1.0]
     low, high = min(known) if low is None else low, max(known) if high is None else high
-    return Axis(words, *round_ends(low, high if high > low else low + 1.0)[1:])
+    steps = round_steps(low, high if high > low else low + 1.0)
+    return Axis(words, steps[0], steps[-1])
 
 
 class Chart:

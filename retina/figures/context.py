@@ -84,7 +84,7 @@ class FigureContext:
     def having(self, types: type | tuple[type, ...], lack: str = "") -> list[TaskMetrics]:
         """Those of the run's tasks that are of these types and have a label in the split.
 
-        FigureUnavailable: there are none; only where `lack` says what follows for a run that was trained for no such task.
+        FigureUnavailable: there are none; only where `lack` says what follows for a run without such a task.
         """
         tasks = [t for t in self.run.tasks if isinstance(t, types)]
         labelled = [t for t in tasks if t.name in self.here[0].stats]
@@ -176,7 +176,7 @@ def epochs_chart(ctx: FigureContext, title: str, words: str, lines: Sequence[Lin
                  high: float | None = None) -> Chart:
     """Lines over epochs, with a dot at that of best.pt."""
     last = max(2, *(len(log) for log in ctx.logs.values()))
-    steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if v == round(v))
+    steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if 1 <= v == round(v) <= last)
     chart = Chart(title, Axis("epoch", 1, last, steps),
                   axis_of(words, (v for line in lines for v in line.values), low, high))
     for line in lines:

@@ -37,7 +37,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells; the first cell of each names it, and a first row whose first cell is empty names the columns."""
     def line(name, *cells):
         tag = "td" if name else "th"
-        return f"<tr><th>{html.escape(name)}</th>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+        return "".join([f"<tr><th>{html.escape(name)}", *(f"<{tag}>{html.escape(cell)}" for cell in cells)])
 
     return f"<table>{''.join(line(*row) for row in rows)}</table>"
 
