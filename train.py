@@ -62,7 +62,7 @@ class Config:
     encoder: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
     encoder_weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
                                 shown="none for drawn photographs, else imagenet if it can be had")
-    num_experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", shown="8; private: tasks x chosen",
+    num_experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", shown="8; private: tasks x top-k",
                             lowest=0)
     top_k: int = flag(2, NETWORK, "experts that each token is sent to", shown="2; uniform: all", lowest=1)
     router: str = flag("learned", NETWORK, "", choices=ROUTERS)
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                       if asked.resume else "nothing was trained yet"))
             sys.exit(130)
         what = "DRAWN photographs, not IDRiD" if asked.config.data is None else asked.config.data
-        tell(f"\nchosen: epoch {result['epoch']} of {asked.folder}, validation split of {what}")
+        tell(f"\nbest checkpoint: epoch {result['epoch']} of {asked.folder}, validation split of {what}")
         tell(tables.table(result["metrics"], make_tasks(asked.config.tasks, asked.config.classes)))
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))

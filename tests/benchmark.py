@@ -149,7 +149,7 @@ def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Se
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
                "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8),
                "loc": torch.rand(number, 6, 2)}
-    batch = data.Batch(images, {t: targets[t][rows[t]] for t in names}, rows, [""] * number)
+    batch = data.Batch(images, {t: targets[t][rows[t]] for t in names}, rows, [""] * number, [""] * number)
     precision = "bf16" if HALF in measures else "fp32"
 
     def step():
@@ -163,11 +163,6 @@ def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Se
 
 def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
     """A batch as most code makes it: each file decoded whole, resized, and augmented on its own."""
-    change = v2.Compose([
-        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        v2.RandomAffine(data.TURN, (data.SHIFT,) * 2, data.SCALE, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(data.JITTER, data.JITTER, data.JITTER, data.HUE),
-        v2.RandomApply([v2.GaussianBlur(data.KERNEL, data.SIGMA)], data.BLURRED)])
     samples = []
     for r in paths:
         with Image.open(r.image) as file:
@@ -181,7 +176,7 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(kind)] = torch.from_numpy(np.array(small) > 0)
             parts["masks"] = tv_tensors.Mask(masks)
-        parts = {k: x.as_subclass(Tensor) for k, x in change(parts).items()}
+        parts = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(parts).items()}
         samples.append(preprocess.Sample(r.name, parts["image"], {"grade": r.grade or 0}, None, r.eye).with_labels(
             masks=parts.get("masks")))
     return data.collate(samples, make_tasks(["cls", "seg"]))
@@ -323,7 +318,7 @@ def scaling() -> None:
             "resolution, 2 and 2 photographs": {size: {"size": size, "graded": 2, "masked": 2}
                                                 for size in (256, 512, 768, 1024)},
             "photographs in a step, half of them masked": {2 * n: {"graded": n, "masked": n} for n in (1, 2, 4, 8, 16)},
-            "num_experts": {e: {"num_experts": e} for e in (0, 2, 8, 32, 64)},
+            "experts": {e: {"experts": e} for e in (0, 2, 8, 32, 64)},
             "tasks, 8 photographs with all labels": {k: {"names": FOUR[:k], "graded": 0, "masked": 8}
                                                      for k in (1, 2, 3, 4)}}.items():
         found = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
@@ -523,7 +518,7 @@ def main() -> None:
         return work(args.work)
     print(machine())
     jobs = {"step": step, "data": partial(data_, args.data), "inference": inference, "scaling": scaling,
-            "num_experts": experts, "evaluation": evaluation}
+            "experts": experts, "evaluation": evaluation}
     for name, job in jobs.items():
         if args.what in (name, "all"):
             job()
