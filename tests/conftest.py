@@ -124,7 +124,7 @@ def ill_eye(series: int, start: int) -> synthetic.Eye:
     """The next drawn eye with haemorrhages and hard exudates."""
     while True:
         eye = synthetic.plan(series, start)
-        if {"HE", "EX"} <= {lesion.kind for lesion in eye.lesions}:
+        if {"HE", "EX"} <= {lesion.lesion_class for lesion in eye.lesions}:
             return eye
         start += 1
 

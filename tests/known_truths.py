@@ -66,8 +66,8 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 
 def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Run these rows; -> tasks, and what each row measured."""
-    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE), "--encoder-weights",
-                                  "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
+    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE),
+                                  "--encoder-weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
     every = {row.name: row for row in baselines.configurations_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all

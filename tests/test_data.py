@@ -36,7 +36,7 @@ def drawn(number: int) -> list[Record]:
 # ---- augmentation ----
 
 def changed(sample: preprocess.Sample, aug_seed: int) -> preprocess.Sample:
-    return data.augmented(replace(sample, aug_seed=aug_seed))
+    return data.augment(replace(sample, aug_seed=aug_seed))
 
 
 def marked(points: Tensor, size: int = 128) -> preprocess.Sample:

@@ -213,7 +213,8 @@ def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
     encoder = EfficientNet("b0")
     spec = model.FeatureSpec((16, 32, *encoder.channels[2:]), 1, **encoder.classifier_head)
     maps = [torch.randn(2, c, 32 >> i, 64 >> i) for i, c in enumerate(spec.channels)]
-    for head, shape, reads in ((LandmarkHead(spec, 2), (2, 2, 8, 16), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
+    for head, shape, reads in ((LandmarkHead(spec, 2), (2, 2, 8, 16), {1}),
+                               (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
                                (ClassifierHead(spec, 3), (2, 3), {1, 2, 3, 4})):
         head.eval()
         assert head(maps).shape == shape

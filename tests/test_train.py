@@ -60,15 +60,8 @@ def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
     best = train.fit(TINY, tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     records = evaluate.split_records(run, None, "val")
-    again = scoring.evaluate_split(
-    run.net,
-    data.eval_loader(
-        data.FundusDataset(
-            records,
-            32),
-            run.tasks,
-            TINY.batch_size),
-             run.tasks)
+    loader = data.eval_loader(data.FundusDataset(records, 32), run.tasks, TINY.batch_size)
+    again = scoring.evaluate_split(run.net, loader, run.tasks)
     assert files.jsonable(again.metrics()) == files.jsonable(best["metrics"]) and run.epoch == best["epoch"]
 
 
@@ -147,7 +140,8 @@ def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
     options = replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"))
     with pytest.raises(InputError, match="1 for training, 0 for validation|0 for training, 1 for validation") as error:
         data.load_datasets(options, [TASKS["cls"]])
-    assert "(of 2 photographs, 1 show an eye of the test split); expected at least one each; no task" in str(error.value)
+    why = "(of 2 photographs, 1 show an eye of the test split); expected at least one each; no task"
+    assert why in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -188,14 +182,15 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     assert "kappa" not in text and [line.split()[0] for line in lines[-5:-2]] == ["day", "dusk", "night"]
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
-    row = (run / "per_photograph_test.csv").read_text().splitlines()[:2]
-    assert row[0] == "photograph,category,category_p_day,category_p_dusk,category_p_night,category_true" and ",day" in row[1]
+    header, row, *_ = (run / "per_photograph_test.csv").read_text().splitlines()
+    assert header == "photograph,category,category_p_day,category_p_dusk,category_p_night,category_true"
+    assert ",day" in row
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
     with pytest.raises(InputError, match="--tasks seg: photographs with its label .*: 0 for .*--tasks cls would work"):
-        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg",
-                   "--image-size", "64", "--encoder-weights", "none"])
+        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg", "--image-size", "64", "--encoder-weights",
+                    "none"])
 
 
 def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
@@ -210,7 +205,7 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     training, validation, findings = data.load_datasets(replace(options, data=str(tmp_path / "u.csv")),
                                                         [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
-    said = splits.announcement(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
+    said = splits.describe_split(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
     assert "1 photographs of the training split show an eye of the validation split: left out" in said
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation split; leave --fold out"):
         train.configure(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"])

@@ -188,8 +188,8 @@ def test_it_is_scored(run, monkeypatch, capsys):
     found = [r for r in rows_of(run / "per_photograph.csv") if r["age_true"]]
     error = np.mean([abs(float(r["age"]) - float(r["age_true"])) for r in found])
     values = json.loads((run / "metrics.json").read_text())
-    assert values["metrics"]["age"]["error"] == pytest.approx(error) and len(found) == values["metrics"]["age"][
-        "photographs"]
+    assert values["metrics"]["age"]["error"] == pytest.approx(error)
+    assert values["metrics"]["age"]["photographs"] == len(found)
     low, high = values["intervals"]["age"]["error"]
     assert low <= error <= high and "age   " in capsys.readouterr().out
     assert {float(r["age_true"]) for r in found} <= {30 + 2 * i for i in range(24)} | {71.5}
@@ -199,10 +199,9 @@ def test_it_answers_for_new_photographs(run, table, tmp_path, monkeypatch):
     run_evaluate(monkeypatch, run, "--images", *(table.parent / f"{i}.png" for i in (1, 2)), "--out", tmp_path / "out")
     loaded = evaluate.load_run(run, torch.device("cpu"))
     photographs = data.FundusDataset(read_data(table).records[1:3], 64)
-    found = scoring.evaluate_split(loaded.net, data.eval_loader(
-        photographs, loaded.tasks, 2), loaded.tasks).stats["age"]
-    assert [float(r["age"]) for r in rows_of(tmp_path / "out" / "predictions.csv")] == pytest.approx(
-        found[:, 0].tolist(), abs=0.06)
+    scores = scoring.evaluate_split(loaded.net, data.eval_loader(photographs, loaded.tasks, 2), loaded.tasks)
+    ages = [float(r["age"]) for r in rows_of(tmp_path / "out" / "predictions.csv")]
+    assert ages == pytest.approx(scores.stats["age"][:, 0].tolist(), abs=0.06)
 
 
 def test_it_is_drawn_where_it_can_be(run, monkeypatch, capsys):

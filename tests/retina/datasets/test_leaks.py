@@ -29,7 +29,7 @@ def scores(records) -> dict[tuple[int, int], float]:
 def brute_score(a: np.ndarray, b: np.ndarray, turn: float, zoom: float) -> float:
     """Definition of the score, shift by shift: mean product over the overlap, which counts as 40 % at least."""
     v = vessels.standardise(torch.from_numpy(np.stack([a, b])).float())
-    a, b = v[0].numpy(), vessels.seen_at(v[1:], turn, zoom)[0].numpy()
+    a, b = v[0].numpy(), vessels.rotate_and_zoom(v[1:], turn, zoom)[0].numpy()
     side, field = len(a), (a != 0)
     reach, best = round(vessels.REACH * side), -1.0
     for dy, dx in itertools.product(range(-reach, reach + 1, 1), repeat=2):
@@ -48,7 +48,7 @@ def test_correlation_equals_brute_force_over_shifts(tmp_path):
     maps = np.where((maps > 0).all(0), maps, 0)  # the same pixels are inside, so that field and mask agree
     v = vessels.standardise(torch.from_numpy(maps).float())
     correlation = vessels.Correlation((v[0] != 0).float())
-    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(vessels.seen_at(v[1:], -3, 1.04)))
+    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(vessels.rotate_and_zoom(v[1:], -3, 1.04)))
     assert float(fast) == pytest.approx(brute_score(*maps, -3, 1.04), abs=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
 def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
     records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
     records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
-    assert leaks.copies(prepared(records, "thumbnail")) == [(2, 6)]
+    assert leaks.find_copies(prepared(records, "thumbnail")) == [(2, 6)]
 
 
 def test_copies_equal_brute_force():
@@ -107,13 +107,13 @@ def test_copies_equal_brute_force():
         thumbnails[i] = np.clip(thumbnails[i - 20] + rng.normal(0, (i - 20) / 4, (6, 9, 3)), 0, 255)
     close = [(i, j) for i, j in itertools.combinations(range(40), 2)
              if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= leaks.COPY_RMSE]
-    assert leaks.copies(thumbnails) == close and 5 < len(close) < 15
+    assert leaks.find_copies(thumbnails) == close and 5 < len(close) < 15
 
 
 def test_dark_pictures_are_no_copies_of_each_other():
     rng = np.random.default_rng(0)
     dark = rng.integers(0, 3, (4, 89, 134, 3)).astype(np.uint8)
-    assert leaks.copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
+    assert leaks.find_copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
 
 
 def joined(records, pairs, sizes=None):
@@ -150,8 +150,8 @@ def test_categories_that_contradict_each_other_do_not_count():
     records = [Record("a", Path("a"), labels={"category": 2}), Record("b", Path("b"), labels={"category": 1})]
     found, conflicts = joined(records, [(0, 1)])
     assert [r.category for r in found] == [None] and conflicts[0].values == (2, 1)
-    assert conflicts[0].as_dict(("x", "y", "z")) == {"label": "category", "photographs": ["a", "b"], "values": ["z", "y"],
-                                                   "used": None}
+    assert conflicts[0].as_dict(("x", "y", "z")) == {
+        "label": "category", "photographs": ["a", "b"], "values": ["z", "y"], "used": None}
 
 
 def test_no_label_crosses_from_test_into_training():
@@ -183,8 +183,8 @@ def test_masks_of_copies_are_put_together_kind_by_kind():
 
 
 def test_connected():
-    assert splits.connected([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
-    assert splits.connected([], 2) == [0, 1]
+    assert splits.connected_components([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
+    assert splits.connected_components([], 2) == [0, 1]
 
 
 def test_eyes_are_connected_by_vessels_and_by_the_groups_of_the_data_set():
@@ -309,7 +309,7 @@ def test_real_copies_and_eyes():
     pairs = set(map(tuple, found.copies.tolist()))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
-    leaders = splits.connected(found.same_eye(), len(records))
+    leaders = splits.connected_components(found.same_eye(), len(records))
     for a, b in CONFIRMED + FOUND_HERE + COPIES:
         assert leaders[number[a]] == leaders[number[b]]
     for a, b in FALSE_ALARMS:

@@ -60,11 +60,11 @@ def test_masks_are_what_is_drawn_and_can_be_seen():
         e = synthetic.plan(4, i)
         image, masks = synthetic.render(e, 128)
         assert image.shape == (128, 128, 3) and masks.shape == (5, 128, 128) and masks.dtype == bool
-        kinds = {lesion.kind for lesion in e.lesions} | {"OD"}
+        kinds = {lesion.lesion_class for lesion in e.lesions} | {"OD"}
         assert {kind for kind, mask in zip(LESIONS, masks) if mask.any()} == kinds
         assert (image[masks.any(0)].max(1) > 10).all()  # nothing is outlined in the black outside the field
         for lesion in e.lesions:  # the pixel under each centre is set
-            assert masks[LESIONS.index(lesion.kind), int(lesion.y * 128), int(lesion.x * 128)]
+            assert masks[LESIONS.index(lesion.lesion_class), int(lesion.y * 128), int(lesion.x * 128)]
 
 
 def test_area_of_a_round_lesion():

@@ -63,7 +63,7 @@ def test_in_file_pixels_equals_interpolation_by_hand():
                 corners = [(math.floor(v - 0.5) + i, math.floor(u - 0.5) + j) for i in (0, 1) for j in (0, 1)]
                 expected[y, x] = sum(map_[min(max(a, 0), 15), min(max(b, 0), 15)] * (1 - abs(v - 0.5 - a)) *
                                      (1 - abs(u - 0.5 - b)) for a, b in corners)
-    found = full_size.in_file_pixels(map_, g)
+    found = full_size.to_file_pixels(map_, g)
     assert found.shape == (17, 23) and np.abs(found - expected).max() < 1e-5
 
 
@@ -75,7 +75,7 @@ def test_in_file_pixels_equals_pillow(geometry):
     g, map_ = geometry, np.random.default_rng(0).random((64, 64)).astype(np.float32)
     affine = (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y)
     expected = np.asarray(Image.fromarray(map_).transform((g.width, g.height), Image.AFFINE, affine, Image.BILINEAR))
-    found = full_size.in_file_pixels(map_, g)
+    found = full_size.to_file_pixels(map_, g)
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_array_max_ulp(found, expected, 1)
 
@@ -84,7 +84,7 @@ def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     """File -> sample -> file: all but the outline."""
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     sample = preprocess.to_sample(record, preprocess.preprocess(record, 96))
-    back = full_size.in_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
+    back = full_size.to_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
     truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
 
@@ -95,7 +95,7 @@ def test_tiles_of_a_local_network_change_nothing():
     """Where an answer depends on its pixel alone, cutting, weighing and blending must give it back."""
     image = torch.randint(256, (3, 150, 150), dtype=torch.uint8)
     whole = (image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).expand(5, -1, -1)
-    found = full_size.in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
+    found = full_size.predict_in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
     assert found.shape == whole.shape and torch.allclose(found, whole, atol=1e-5)
 
 
@@ -103,8 +103,8 @@ def test_one_tile_is_the_whole(run):
     loaded = evaluate.load_run(run, CPU)
     loaded.net.eval()
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    tile = full_size.in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
-    assert torch.allclose(tile, full_size.answer(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
+    tile = full_size.predict_in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
+    assert torch.allclose(tile, full_size.predict_sample(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
 
 
 def test_tiles_overlap_by_half_at_least():
@@ -117,7 +117,7 @@ def test_tiles_overlap_by_half_at_least():
             return super().forward(images, rows)
     at = torch.arange(100, dtype=torch.uint8)
     image = torch.stack([at.expand(100, 100), at[:, None].expand(100, 100), at.expand(100, 100)])
-    full_size.in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
+    full_size.predict_in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
     assert seen.min() >= 1 and seen[16:-16, 16:-16].min() >= 4
 
 
@@ -128,7 +128,7 @@ def test_full_size_stats_equal_counting_pixels_of_files(tree):
     chosen = [r for r in readers.read_idrid(tree).records if r.masks]
     photographs, task = data.FundusDataset(chosen, 64), TASKS["seg"]
     accumulator = task.accumulator()
-    names, stats = full_size.stats_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, accumulator)
+    names, stats = full_size.mask_stats_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, accumulator)
     assert names == [r.name for r in chosen]
     found = task.at(stats, [0.3] * 5)
     pixels = {kind: ([], []) for kind in task.classes}
@@ -138,7 +138,7 @@ def test_full_size_stats_equal_counting_pixels_of_files(tree):
             path, size = record.masks[kind], (sample.geometry.width, sample.geometry.height)
             truth = np.zeros(size[::-1], bool) if path is None else np.asarray(preprocess.read_mask(path, size)[0]) > 0
             map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
-            score = full_size.in_file_pixels(map_, sample.geometry)
+            score = full_size.to_file_pixels(map_, sample.geometry)
             mask = score >= metrics.threshold_at(metrics.level_of(0.3))
             near = 3  # pixels whose score rounds to the other side
             assert found[i, c].tolist() == pytest.approx([(mask & truth).sum(), mask.sum(), truth.sum()], abs=near)
@@ -154,8 +154,8 @@ def test_full_size_stats_equal_counting_pixels_of_files(tree):
 def test_kinds_that_are_not_known_are_not_counted(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     record = replace(record, labels={"masks": {"EX": record.masks["EX"]}})
-    _, stats = full_size.stats_at_full_size(
-    Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].accumulator())
+    _, stats = full_size.mask_stats_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8,
+                                                 TASKS["seg"].accumulator())
     assert stats[0, [0, 1, 3, 4]].isnan().all() and not stats[0, 2, :-1].isnan().any()
 
 
@@ -268,15 +268,8 @@ def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
     """The same file, once as a photograph of the validation split, once as a new one."""
     loaded = evaluate.load_run(run, CPU)
     split = evaluate.split_records(loaded, Path(loaded.options["data"]), "val")
-    found = scoring.evaluate_split(
-    loaded.net,
-    data.eval_loader(
-        data.FundusDataset(
-            split,
-            32),
-            loaded.tasks,
-            16),
-             loaded.tasks)
+    photographs = data.FundusDataset(split, 32)
+    found = scoring.evaluate_split(loaded.net, data.eval_loader(photographs, loaded.tasks, 16), loaded.tasks)
     assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
     temperature = loaded.calibration["cls"]["temperature"]
     rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}
@@ -335,8 +328,8 @@ def answered_plainly(predictor, path: Path, name: str) -> dict:
     except InputError as error:
         return row | {"status": "unreadable", "reason": str(error)[len(f"{path}: "):].split("; replace the file")[0]}
     record = records.Record(name, path)
-    sample, masks, lines = full_size.sample_of(record, p.size), {}, []
-    answers = full_size.answer(p.net, p.tasks, sample.image, CPU)
+    sample, masks, lines = full_size.unlabelled_sample(record, p.size), {}, []
+    answers = full_size.predict_sample(p.net, p.tasks, sample.image, CPU)
     lit = preprocess.foreground_mask(preprocess.read_image(path, 512).image)
     for task in p.tasks:
         if task.name == "seg":
@@ -374,8 +367,8 @@ def all_kinds(tmp_path) -> Path:
 @pytest.mark.parametrize("tiles", [None, 4.5])
 def test_no_byte_depends_on_what_is_done_at_once(run, all_kinds, tmp_path, tiles):
     loaded, paths = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir())
-    sample = full_size.sample_of(records.Record("x", paths[-1]), 64)
-    maps = full_size.answer(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
+    sample = full_size.unlabelled_sample(records.Record("x", paths[-1]), 64)
+    maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for kind, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
         loaded.calibration["seg"][kind] = float(map_.quantile(0.9))
     predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", True)
@@ -549,8 +542,8 @@ def test_a_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkey
 
 def test_overlays_show_the_masks():
     """Colours inside, on and outside the outline of a mask, also where it touches the border of the picture."""
-    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {
-                             k: np.zeros((300, 400), bool) for k in records.LESION_NAMES}
+    image = Image.new("RGB", (400, 300), (100, 50, 20))
+    masks = {lesion: np.zeros((300, 400), bool) for lesion in records.LESION_NAMES}
     masks["EX"][100:140, 360:400] = True
     masks["OD"][200:240, 200:240] = True
     drawn = np.asarray(drawing.overlay(image, masks, None, []))
@@ -602,8 +595,8 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
     (["--images", "{new}", "--out", "{new}/out", "--split", "test"], "belong to no split and no data set"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "0.5"], "--tiles 0.5: expected 1 to 16"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "nan"], "--tiles nan: expected 1 to 16"),
-    (["--images", "{new}", "--out", "{new}/out", "--routing",
-     "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    (["--images", "{new}", "--out", "{new}/out", "--routing", "--batch-size", "0"],
+     "--batch-size 0: expected at least 1"),
 ])
 def test_mistakes_are_one_line(run, pictures, monkeypatch, flags, message):
     (pictures / "empty").mkdir()
@@ -635,9 +628,10 @@ class Fake(torch.nn.Module):
     def forward(self, images, rows):
         return {{"seg": (images[:, :1].float() / 16 - 12).expand(-1, 5, -1, -1)}}, {{}}
 found = [r for r in readers.read_idrid(Path({str(root)!r})).records if r.masks] * 6
-pool = TASKS["seg"].accumulator()
-names, statistics = full_size.stats_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
-assert len(names) == 27 and float(statistics[..., :-1].sum()) == 27 * 5 * 4288 * 2848
+accumulator = TASKS["seg"].accumulator()
+names, stats = full_size.mask_stats_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8,
+                                                 accumulator)
+assert len(names) == 27 and float(stats[..., :-1].sum()) == 27 * 5 * 4288 * 2848
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -321,7 +321,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, whole, monkeypatch):
     evil = Code(tmp_path / "witness")
     torch.save({**torch.load(run / "best.pt", weights_only=True), "epoch": evil}, run / "best.pt")
     torch.save(evil, run / "last.pt"), torch.save(evil, tmp_path / "weights.pt")
-    np.savez(tmp_path / "cache.npz", version=np.array(cache.PREPROCESSING), image=np.array([evil], object))
+    np.savez(tmp_path / "cache.npz", version=np.array(cache.CACHE_VERSION), image=np.array([evil], object))
     for read in (lambda: evaluate.load_run(run, torch.device("cpu")),
                  lambda: train.fit(SHORT, run, quiet=True, resume=True),
                  lambda: pretrained.read_weights(str(tmp_path / "weights.pt"), "b0"),
@@ -699,8 +699,8 @@ def test_steps_that_fp16_leaves_out_are_counted_and_limited():
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch, error, capsys):
     def full():
         raise error
-    with pytest.raises(RunError, match="out of memory after step 5 with --batch-size 6 --image-size 32; try --batch-size 3 or a "
-                                       "smaller --image-size; .*run keeps what was saved") as caught:
+    with pytest.raises(RunError, match="out of memory after step 5 with --batch-size 6 --image-size 32; try "
+                                       "--batch-size 3 or a smaller --image-size; .*run keeps what was saved") as caught:
         fit_until(monkeypatch, 5, full, SHORT, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"] == 4

@@ -132,8 +132,8 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
         parts = defaultdict(list)
         for name in one["gradients"]:
             parts[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
-        assert parts.keys() == {"encoder", "cls", "dme", "seg", "loc"} | ({"experts"} if change != {"num_experts": 0} else
-                                                                          set()) | ({"blocks"} & parts.keys())
+        experts = set() if change == {"num_experts": 0} else {"experts"}
+        assert parts.keys() == {"encoder", "cls", "dme", "seg", "loc"} | experts | ({"blocks"} & parts.keys())
         for part, names in parts.items():
             largest = max(float(one["gradients"][n].abs().max()) for n in names)
             apart = max(float((one["gradients"][n] - two["gradients"][n]).abs().max()) for n in names)
@@ -230,16 +230,15 @@ def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, r
 
 
 def test_each_process_needs_a_photograph(tmp_path):
-    with pytest.raises(InputError, match="--batch-size 2: 3 processes share it; expected at least one photograph for each"):
+    with pytest.raises(InputError, match="--batch-size 2: 3 processes share it; expected at least one photograph for "
+                                         "each"):
         train.fit(Config(batch_size=2), tmp_path / "run", world=World(0, 3))
 
 
 def test_without_torchrun_there_is_one_process():
-    assert SINGLE_PROCESS.gather(3) == [3] and SINGLE_PROCESS.broadcast(
-        4) == 4 and SINGLE_PROCESS.any([False], None) == [False]
-    x = torch.ones(2)
-    assert SINGLE_PROCESS.all_reduce_sum(x) is x and SINGLE_PROCESS.device(
-        torch.device("cuda", 1)) == torch.device("cuda", 1)
+    one, x, cuda = SINGLE_PROCESS, torch.ones(2), torch.device("cuda", 1)
+    assert one.gather(3) == [3] and one.broadcast(4) == 4 and one.any([False], None) == [False]
+    assert one.all_reduce_sum(x) is x and one.device(cuda) == cuda
     with pytest.raises(InputError, match="process 2 of a machine that has 1 GPUs; expected at most one process"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -82,10 +82,10 @@ def test_gradients_of_the_fast_network_are_the_plain_ones():
 
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("piece", [1, 1 << 30])
-def test_depthwise_convolution_in_bf16(kernel, stride, piece, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 1 << 30])
+def test_depthwise_convolution_in_bf16(kernel, stride, chunk, monkeypatch):
     """Against float64 on the same numbers: nothing is lost but what bf16 cannot hold."""
-    monkeypatch.setattr(precision.DepthwiseBackward, "PIECE", piece)
+    monkeypatch.setattr(precision.DepthwiseBackward, "CHUNK", chunk)
     torch.manual_seed(0)
     x = torch.randn(3, 8, 12, 12).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     conv = precision.DepthwiseConv(8, 8, kernel, stride, kernel // 2, groups=8, bias=False)
