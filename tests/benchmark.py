@@ -75,7 +75,7 @@ def medians(jobs: Mapping[str, Callable[[], None]], repetitions: int) -> dict[st
 
 
 def show(title: str, rows: Sequence[Mapping]) -> None:
-    """Print rows of a table, and keep them for --json."""
+    """Print a table of these rows, and keep them for --json."""
     FOUND[title] = list(rows)
     cells = [[*rows[0]], *([f"{v:{'.0f' if v > 100 else '.3g'}}" if isinstance(v, float) else str(v)
                             for v in r.values()] for r in rows)]
@@ -231,7 +231,7 @@ def work(how: str) -> None:
     spec = json.loads(how)
     torch.manual_seed(0)
     jobs = {"library": library, "ours": ours, "trained": trained, "reading": reading}[spec.pop("kind")]
-    job = jobs(**{k: v for k, v in spec.items() if k != "part"})[spec.get("part", 0)]
+    job = jobs(**{k: v for k, v in spec.items() if k != "job"})[spec.get("job", 0)]
     for _ in sys.stdin:
         begun = time.perf_counter()
         job()
@@ -310,11 +310,11 @@ def inference() -> None:
                  "+ channels_last": {"measures": [MEMORY, LAYOUT]},
                  "+ norms folded (as evaluate.py)": {"measures": [MEMORY, LAYOUT, FOLDED]},
                  "+ bf16 (with --precision bf16)": {"measures": [MEMORY, LAYOUT, FOLDED, HALF]}}
-        ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "part": 1} | spec
+        ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "job": 1} | spec
                 for name, spec in ways.items()}
         table(f"forward pass of one photograph, {size} px", race(ways, 20), 1)
     shared("forward pass of one photograph",
-           {"graded": 0, "masked": 1, "part": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, 20)
+           {"graded": 0, "masked": 1, "job": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, 20)
 
 
 def scaling() -> None:
@@ -345,8 +345,8 @@ def loading(folder: Path, size: int) -> None:
         cache.build_cache(found, size)
         build = time.perf_counter() - begun
     ways = {"plain": {"measures": [PLAIN]}, "ours": {"measures": BEST}}
-    ways = {f"{name}{', loading alone' * part}": {"kind": "trained", "folder": str(folder), "size": size, "part": part}
-            | spec for name, spec in ways.items() for part in (0, 1)}
+    ways = {f"{name}{', loading alone' * job}": {"kind": "trained", "folder": str(folder), "size": size, "job": job}
+            | spec for name, spec in ways.items() for job in (0, 1)}
     times = {name: seconds * len(found) / 8 for name, (seconds, _) in race(ways, 12).items()}
     plain, quick = times["plain"], times["ours"]
     show(f"an epoch over the {len(found)} photographs of {folder.name} at {size} px, in steps of 8 (seconds)", [
@@ -468,9 +468,9 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
         border = ((0, 0), (180, 180))
         Image.fromarray(np.pad(picture, (*border, (0, 0)))).resize(size).save(folder / f"{i}.jpg", quality=92)
         paths = {}
-        for kind, mask in zip(synthetic.LESIONS, masks):
-            paths[kind] = folder / f"{i}_{kind}.tif"
-            save_palette_mask(paths[kind], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
+        for lesion, mask in zip(synthetic.LESIONS, masks):
+            paths[lesion] = folder / f"{i}_{lesion}.tif"
+            save_palette_mask(paths[lesion], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
         found.append(records.Record(str(i), folder / f"{i}.jpg", labels={"masks": paths}))
     return found
 

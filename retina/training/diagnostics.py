@@ -120,7 +120,7 @@ class LossMonitor:
         finally:
             self.seconds += time.perf_counter() - begun - self.comparing
 
-    def look(self, losses: Mapping[str, Tensor], encoder: nn.Module) -> None:
+    def compare_gradients(self, losses: Mapping[str, Tensor], encoder: nn.Module) -> None:
         """At eight steps of an epoch, record gradient_cosines; the time that this takes does not count."""
         self.steps += 1
         if (self.steps - 1) % self.compare_every or len(losses.keys() - {"balance"}) < 2:

@@ -206,11 +206,11 @@ def test_it_answers_for_new_photographs(run, table, tmp_path, monkeypatch):
 
 def test_it_is_drawn_where_it_can_be(run, monkeypatch, capsys):
     charts, whole = {}, answers.epochs_chart
-    monkeypatch.setattr(answers, "epochs_chart", lambda m, title, *rest: charts.setdefault(
-        title, whole(m, title, *rest)))
+    monkeypatch.setattr(answers, "epochs_chart",
+                        lambda m, title, *rest: charts.setdefault(title, whole(m, title, *rest)))
     visualize.main([str(run)])
-    assert [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if "not drawn" in line] == [
-        "overlays"]  # there are neither masks nor points
+    missing = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if "not drawn" in line]
+    assert missing == ["overlays"]  # there are neither masks nor points
     found = [json.loads(line)["val"]["age"]["error"] for line in (run / "log.jsonl").read_text().splitlines()]
     axis = charts["age: error"].y
     assert axis.low == 0 and axis.high >= max(30, *found) and "lower is better" in axis.words
@@ -257,9 +257,10 @@ def test_it_is_compared_with_a_constant_guess(table, here):  # noqa: F811
     folder = records.HERE / "runs" / "ages"
     found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
     split = splits.split(leaks.find_eyes(read_data(table).records, 64)[0])
-    ages = [np.array([r.age for r in part if r.age is not None]) for part in (split.training, split.validation)]
-    assert found["configurations"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"] == pytest.approx(
-        np.abs(ages[1] - ages[0].mean()).mean(), rel=1e-5)
+    training, validation = (np.array([r.age for r in records if r.age is not None])
+                            for records in (split.training, split.validation))
+    error = found["configurations"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"]
+    assert error == pytest.approx(np.abs(validation - training.mean()).mean(), rel=1e-5)
     assert "age: error (lower is better), " in text
     assert [d["row"] for d in found["differences"] if d["task"] == "age"] == ["learned"]
 

@@ -1,4 +1,4 @@
-"""Copies, eyes, splits: what shows one eye is found, what does not is not, and no eye is on both sides."""
+"""Copies, eyes, splits: what shows one eye is found, what does not is not, and no eye is in two splits."""
 
 import itertools
 from collections import Counter
@@ -163,13 +163,13 @@ def test_no_label_crosses_from_test_into_training():
     assert not conflicts
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_what_is_scored_stays_as_it_was_given(part):
-    records = [Record("a", Path("a"), part, {"grade": 1}), Record("b", Path("b"), part, {"grade": 4})]
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_is_scored_stays_as_it_was_given(split):
+    records = [Record("a", Path("a"), split, {"grade": 1}), Record("b", Path("b"), split, {"grade": 4})]
     assert joined(records, [(0, 1)]) == (records, [])
 
 
-def test_masks_of_copies_are_put_together_kind_by_kind():
+def test_masks_of_copies_are_put_together_lesion_by_lesion():
     one, two, other = Path("one.tif"), Path("two.tif"), Path("other.tif")
     records = [Record("a", Path("a"), labels={"masks": {"MA": one, "SE": None, "HE": None}}),
                Record("b", Path("b"), labels={"masks": {"SE": two, "EX": one, "HE": None, "OD": two}}),
@@ -182,7 +182,7 @@ def test_masks_of_copies_are_put_together_kind_by_kind():
     assert found[0].masks == {"SE": two, "EX": one, "HE": None, "OD": two} and len(conflicts) == 1
 
 
-def test_connected():
+def test_connected_components():
     assert splits.connected_components([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
     assert splits.connected_components([], 2) == [0, 1]
 
@@ -206,8 +206,8 @@ def test_folds_keep_eyes_whole_and_strata_even(seed):
         validated.update(r.name for r in split.validation)
         for label in ("grade", "masks"):
             whole = Counter(repr(getattr(r, label)) for r in records)
-            part = Counter(repr(getattr(r, label)) for r in split.validation)
-            assert all(abs(part[k] - n / 5) <= 2.5 for k, n in whole.items())
+            counts = Counter(repr(getattr(r, label)) for r in split.validation)
+            assert all(abs(counts[k] - n / 5) <= 2.5 for k, n in whole.items())
     assert validated == Counter(r.name for r in records)  # each photograph is validated on once
 
 
@@ -229,7 +229,7 @@ def test_training_photographs_of_a_test_eye_are_left_out_unless_kept():
     assert len(kept.training + kept.validation) == len(records) and kept.leaks == split.leaks
 
 
-def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
+def test_a_validation_split_that_the_data_set_names_is_taken_and_protected():
     records = fake_records(0)
     given = [Record(f"val{i}", Path("v"), "val", {"grade": 0}, eye=f"eye{i}") for i in range(20)]
     tested = [Record(f"test{i}", Path("t"), "test", {"grade": 0}, eye=f"eye{i}") for i in range(5)]
@@ -274,18 +274,19 @@ def eye_of(record: Record) -> str:
     return record.name.split("_")[0]
 
 
-def test_no_eye_lies_on_both_sides_of_any_split(album, monkeypatch):
+def test_no_eye_is_in_two_splits(album, monkeypatch):
     found, _ = find_eyes(album, 64)
     assert len(found) == len(album) - 3  # three copies have been joined; the copy in the test split stays
     for number in range(2, 8):
         for k in range(1, number + 1):
             split = splits.split(found, f"{k}/{number}")
-            training, validation, test, leaks = ({eye_of(r) for r in part} for part in (
-                split.training, split.validation, split.test, split.leaks))
+            training, validation, test, leaks = (
+                {eye_of(r) for r in records}
+                for records in (split.training, split.validation, split.test, split.leaks))
             assert training and validation and len(test) == 6 and leaks == {"0", "4", "5", "13"}
             assert not (training & validation or training & test or validation & test)
-    everything = splits.split(found, keep_leaks=True)
-    assert {"0", "4", "5", "13"} <= {eye_of(r) for r in everything.training + everything.validation}
+    with_leaks = splits.split(found, keep_leaks=True)
+    assert {"0", "4", "5", "13"} <= {eye_of(r) for r in with_leaks.training + with_leaks.validation}
     monkeypatch.setattr(vessels, "same_eye_scores", None)  # the second time it is read from the cache
     assert find_eyes(album, 64)[0] == found
 
@@ -309,12 +310,12 @@ def test_real_copies_and_eyes():
     pairs = set(map(tuple, found.copies.tolist()))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
-    leaders = splits.connected_components(found.same_eye(), len(records))
+    components = splits.connected_components(found.same_eye(), len(records))
     for a, b in CONFIRMED + FOUND_HERE + COPIES:
-        assert leaders[number[a]] == leaders[number[b]]
+        assert components[number[a]] == components[number[b]]
     for a, b in FALSE_ALARMS:
-        assert leaders[number[a]] != leaders[number[b]]
-    assert len(set(leaders)) == 467 - 42 - 5 - len(CONFIRMED + FOUND_HERE)
+        assert components[number[a]] != components[number[b]]
+    assert len(set(components)) == 467 - 42 - 5 - len(CONFIRMED + FOUND_HERE)
     same = found.scores >= leaks.SAME_EYE  # and the threshold lies in a wide gap
     assert found.scores[same].min() > 0.55 and found.scores[~same].max() < 0.38
     joined, conflicts = leaks.find_eyes(records, 256)
