@@ -6,7 +6,7 @@
 
     configurations_for  what is compared: names, and what each changes of the default options
     finish              one configuration with one seed on one fold: trained, then measured
-    summarised          all numbers of what is finished
+    summarize           all numbers of what is finished
 
 How runs are started, what their numbers are worth and how they are told: retina/comparison.
 """
@@ -94,14 +94,14 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
     Reads all photographs once. InputError: some cannot be used; a task without a label on a side of a fold; a run of
     another comparison where one of these is to go.
     """
-    seen, found = {}, []
+    fingerprints, asked = {}, []
     for seed, configuration, fold in itertools.product(
             range(seeds), [c for c in configurations if c.name != "constant"], folds):
         options = replace(base, **configuration.changes, seed=seed, fold=fold)
         key = options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes
-        if key not in seen:
-            parts = data.load_datasets(options, make_tasks(options.tasks, options.classes))[:2]
-            seen[key] = [part.fingerprint() for part in parts]
+        if key not in fingerprints:
+            splits = data.load_datasets(options, make_tasks(options.tasks, options.classes))[:2]
+            fingerprints[key] = [split.fingerprint() for split in splits]
         path = folder / configuration.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
         if (path / "config.json").exists():
             before, now = json.loads((path / "config.json").read_text())["options"], result_options(options)
@@ -109,28 +109,28 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
                 raise InputError(f"{path}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
                                  "expected the comparison that is asked for; choose another --name, or remove that "
                                  "folder")
-        found.append(Job(configuration.name, options, path, seen[key]))
-    return found
+        asked.append(Job(configuration.name, options, path, fingerprints[key]))
+    return asked
 
 
 # ---- one run ----
 
-def storable(found: SplitScores) -> dict:
+def storable(scores: SplitScores) -> dict:
     """Scores as plain types and tensors; float32 holds counts of pixels exactly up to 16 million."""
-    return {"names": found.names, "stats": {t: x.float() for t, x in found.stats.items()}, "losses": found.losses,
-            "eyes": found.eyes}
+    return {"names": scores.names, "stats": {t: x.float() for t, x in scores.stats.items()}, "losses": scores.losses,
+            "eyes": scores.eyes}
 
 
-def primary_metrics(found: SplitScores) -> dict[str, float]:
-    """{task: the metric that counts}."""
-    return {task.name: float(task.metrics(found.stats[task.name])[task.primary]) for task in found.tasks
-            if task.name in found.stats}
+def primary_metrics(scores: SplitScores) -> dict[str, float]:
+    """{task: its primary metric}."""
+    return {task.name: float(task.metrics(scores.stats[task.name])[task.primary]) for task in scores.tasks
+            if task.name in scores.stats}
 
 
 def finish(job: Job) -> None:
-    """Train, from wherever its run stands, and leave in measured.pt what the chosen checkpoint is worth.
+    """Train, from wherever its run stands, and leave in measured.pt what its best checkpoint is worth.
 
-    Scores of validation; what counts, of training and of shifted photographs too; costs.
+    Scores of validation; primary metrics of training and of shifted photographs too; costs.
     """
     device = precision.pick_device(job.options.device)
     train.fit(job.options, job.folder, quiet=True, resume=(job.folder / "config.json").exists())
@@ -138,17 +138,18 @@ def finish(job: Job) -> None:
     run, log = evaluate.load_run(job.folder, device), checkpoint.read_log(job.folder)
     net, size, batch = precision.fuse_conv_bn(run.net), job.options.image_size, job.options.batch_size
     root = None if job.options.data is None else Path(job.options.data)
-    here, learned = (FundusDataset(evaluate.split_records(run, root, part), size) for part in ("val", "train"))
+    validation, training = (FundusDataset(evaluate.split_records(run, root, split), size) for split in ("val", "train"))
 
     def score(photographs):
         return scoring.evaluate_split(net, data.eval_loader(photographs, run.tasks, batch), run.tasks)
 
-    found, seconds = score(here), sum(line["seconds"] for line in log)
+    scores, seconds = score(validation), sum(line["seconds"] for line in log)
     checkpoint.save(job.folder / "measured.pt", {
-        "photographs": job.photographs, "scores": storable(found), "epoch": run.epoch,
-        "validation": primary_metrics(found), "training": primary_metrics(score(learned)),
+        "photographs": job.photographs, "scores": storable(scores), "epoch": run.epoch,
+        "validation": primary_metrics(scores), "training": primary_metrics(score(training)),
         "threads": torch.get_num_threads(),
-        "shifts": {shift: primary_metrics(score(measurements.Shifted(here, shift))) for shift in measurements.SHIFTS},
+        "shifts": {shift: primary_metrics(score(measurements.Shifted(validation, shift)))
+                   for shift in measurements.SHIFTS},
         "machine": measurements.hardware(device),
         "costs": {"parameters": sum(p.numel() for p in run.net.parameters()),
                   "multiply_adds": measurements.multiply_adds(net, size, device),
@@ -167,48 +168,47 @@ def finish_single(words: str) -> None:
 
 # ---- the comparison ----
 
-def gathered(asked: Sequence[Job], configurations: Sequence[Configuration],
+def finished(asked: Sequence[Job], configurations: Sequence[Configuration],
              tasks: Sequence[Task]) -> dict[str, analysis.Measurements]:
-    """What is finished of each configuration, put together; a seed of which a fold is missing is left out."""
-    found = {}
+    """Of each configuration the measurements of its finished runs; a seed of which a fold is missing is left out."""
+    measured = {}
     for configuration in configurations:
         runs = {}
         for job in (job for job in asked if job.configuration == configuration.name):
             runs.setdefault(job.options.seed, []).append(job.measured())
-        if whole := {seed: of for seed, of in runs.items() if all(of)}:
-            found[configuration.name] = analysis.gather(configuration.words, whole, tasks)
-    return found
+        if complete := {seed: folds for seed, folds in runs.items() if all(folds)}:
+            measured[configuration.name] = analysis.measurements_of(configuration.words, complete, tasks)
+    return measured
 
 
-def summarised(asked: Sequence[Job], configurations: Sequence[Configuration], failed: Mapping[str, str], base: Config,
-               folds: Sequence[str]) -> dict:
+def summarize(asked: Sequence[Job], configurations: Sequence[Configuration], failed: Mapping[str, str], base: Config,
+              folds: Sequence[str]) -> dict:
     """All numbers of what is finished. RunError: nothing is."""
     tasks, device = make_tasks(base.tasks, base.classes), precision.pick_device(base.device)
-    found = gathered(asked, configurations, tasks)
-    firsts = {name: next(job for job in asked if (job.configuration, job.options.seed) == (name, of.seeds[0]))
-              for name, of in found.items()}
+    measured = finished(asked, configurations, tasks)
+    firsts = {name: next(job for job in asked if (job.configuration, job.options.seed) == (name, m.seeds[0]))
+              for name, m in measured.items()}
     if not firsts:
         raise RunError(f"none of the {len(asked)} runs came to its end; first: {': '.join(next(iter(failed.items())))}")
     if configurations[0].name == "constant":
         loaded = (data.load_datasets(replace(base, fold=fold), tasks)[:2] for fold in folds)
-        found = {"constant": analysis.constant(loaded, tasks), **found}
-    of_data = described(base)
-    numbers = analysis.compared(found, tasks, {
-        "what": what_words(base, folds, len(configurations), of_data), "options": result_options(base),
-        "folds": list(folds),
-        "asked": {c.name: c.words for c in configurations},
+        measured = {"constant": analysis.constant(loaded, tasks), **measured}
+    data_facts = described(base)
+    summary = analysis.summarize(measured, tasks, {
+        "what": what_words(base, folds, len(configurations), data_facts), "options": result_options(base),
+        "folds": list(folds), "asked": {c.name: c.words for c in configurations},
         "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
         **{k: sorted({x[k] for job in asked if (x := job.measured())}) for k in ("machine", "threads")},
-        "threads_here": torch.get_num_threads(), **of_data})
+        "threads_here": torch.get_num_threads(), **data_facts})
     runs = {name: evaluate.load_run(job.folder, device) for name, job in firsts.items()}
     nets = {name: (precision.fuse_conv_bn(run.net), base.image_size) for name, run in runs.items()}
     for name, value in measurements.latencies(nets, device).items():
-        numbers["configurations"][name]["costs"]["latency"] = value
-        numbers["configurations"][name] |= {"run": "/".join(firsts[name].folder.parts[-2:]),
+        summary["configurations"][name]["costs"]["latency"] = value
+        summary["configurations"][name] |= {"run": "/".join(firsts[name].folder.parts[-2:]),
                                             "cosines": [line.get("gradient_cosines", {})
                                                         for line in checkpoint.read_log(firsts[name].folder)]}
-    return numbers
+    return summary
 
 
 def described(base: Config) -> dict:
@@ -216,15 +216,15 @@ def described(base: Config) -> dict:
     if base.data is None:
         return {"data": None, "pixels": None, "own_validation": False}
     root = Path(base.data)
-    found = readers.read_data(root).records
-    return {"data": "IDRiD" if readers.is_idrid(root) else root.name, "pixels": files.image_size(found[0].image),
-            "own_validation": any(r.split == "val" for r in found)}
+    all_records = readers.read_data(root).records
+    return {"data": "IDRiD" if readers.is_idrid(root) else root.name, "pixels": files.image_size(all_records[0].image),
+            "own_validation": any(r.split == "val" for r in all_records)}
 
 
-def what_words(base: Config, folds: Sequence[str], configurations: int, of_data: Mapping) -> str:
+def what_words(base: Config, folds: Sequence[str], configurations: int, data_facts: Mapping) -> str:
     """What was compared on what, in a sentence."""
-    name = of_data["data"] or "DRAWN photographs, not IDRiD"
-    where = "its own validation split" if of_data["own_validation"] else f"fold{'s' * (len(folds) > 1)} " + \
+    name = data_facts["data"] or "DRAWN photographs, not IDRiD"
+    where = "its own validation split" if data_facts["own_validation"] else f"fold{'s' * (len(folds) > 1)} " + \
         " ".join(folds)
     return f"{name}, {base.image_size} px, at most {base.epochs} epochs, {where}, {configurations} configurations, " \
            f"encoder weights {base.encoder_weights}"
@@ -234,14 +234,14 @@ FOLDS = 5  # of the training split
 REPORTED = ("overlays", "confusion", "routing", "curves")  # figures of the report
 
 
-def report_pictures(found: Mapping, folder: Path, base: Config) -> dict[str, str]:
+def report_pictures(summary: Mapping, folder: Path, base: Config) -> dict[str, str]:
     """Draw what the report shows of the default model's first run, with all configurations' curves; -> {name: path}."""
-    names = report.pictured(found)
-    m = visualize.gather(visualize.parse([*(str(folder / found["configurations"][name]["run"]) for name in names),
-                                          "--device", base.device, *(["--data", base.data] if base.data else [])]))
-    m.logs = dict(zip(names, m.logs.values()))
-    drawn = visualize.draw_figures(m, REPORTED, folder / report.PICTURES)
-    forms = {name: visualize.FIGURES[name][1] for name, content in drawn.items() if isinstance(content, bytes)}
+    names = report.pictured(summary)
+    ctx = visualize.gather(visualize.parse([*(str(folder / summary["configurations"][name]["run"]) for name in names),
+                                            "--device", base.device, *(["--data", base.data] if base.data else [])]))
+    ctx.logs = dict(zip(names, ctx.logs.values()))
+    figures = visualize.draw_figures(ctx, REPORTED, folder / report.PICTURES)
+    forms = {name: visualize.FIGURES[name][1] for name, content in figures.items() if isinstance(content, bytes)}
     return {name: f"{report.PICTURES}/{name}.{form}" for name, form in {"comparison": "png", **forms}.items()}
 
 
@@ -340,10 +340,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on", file=sys.stderr)
             sys.exit(130)
-        found = summarised(asked, configurations, failed, base, folds)
-        print(report.screen(found))
-        written = report.write(found, folder)
-        files.write_text(folder / "REPORT.md", report.text(found, report_pictures(found, folder, base)))
+        summary = summarize(asked, configurations, failed, base, folds)
+        print(report.screen(summary))
+        written = report.write(summary, folder)
+        files.write_text(folder / "REPORT.md", report.text(summary, report_pictures(summary, folder, base)))
     print(f"wrote {', '.join([*written, 'REPORT.md'])} to {folder}")
     if failed:
         sys.exit(1)

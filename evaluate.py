@@ -28,7 +28,7 @@ from retina.evaluation.compare import arms_of, calibration_line, show_comparison
 from retina.evaluation.interventions import score_interventions
 from retina.evaluation.routing import labels_of
 from retina.evaluation.scoring import SplitScores, align, evaluate_split, summary, write_per_photograph
-from retina.evaluation.tables import table, table_of_changes
+from retina.evaluation.tables import few_seeds, table, table_of_changes
 from retina.files import InputError, jsonable, load_tensors, run_cli
 from retina.inference.full_size import score_at_full_size
 from retina.inference.predictor import NOTE, Predictor, find_photographs, picture_folders, predict_all
@@ -136,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a run, compare runs, or answer for new photographs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
                         help="folder made by train.py. Two are compared; several that differ in nothing but their seed "
-                             "count as one side")
+                             "count as one arm")
     parser.add_argument("--split", choices=("val", "test"), default="val",
                         help="test: the test split of the data set (default: val, what the run was chosen on)")
     parser.add_argument("--tiles", type=float, metavar="SCALE",
@@ -215,8 +215,8 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     """Print the measures of one run, or of several that count as one; -> the same for JSON."""
     calibration = [run.calibration for run in runs]
 
-    def measured(of):
-        values, limits = summary(of, calibration)
+    def measured(arm):
+        values, limits = summary(arm, calibration)
         print(table(values, runs[0].tasks, limits))
         return {"metrics": values, "intervals": limits}
 
@@ -226,28 +226,29 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         if args.split == "test" and run.options["keep_leaks"]:
             print("trained with --keep-leaks: it may have seen eyes of the test split")
     if len(runs) > 1:
-        print(f"means over {len(runs)} runs, intervals over eyes and runs")
-    found = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
+        over = " and runs" if len(runs) >= statistics.FEWEST_RUNS else f", for these networks; {few_seeds(len(runs))}"
+        print(f"means over {len(runs)} runs, intervals over eyes{over}")
+    content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
         print(f"masks in the pixels of the original files{how}:")
-        found["full_size"] = measured(full) | {"tiles": args.tiles}
+        content["full_size"] = measured(full) | {"tiles": args.tiles}
     print("\n".join(calibration_line(run) for run in runs))
     if args.split == "val":
-        print("the checkpoint, temperatures and thresholds (_chosen, _at_temperature, referable_) were chosen on these "
-              "photographs: optimistic")
-    print(f"(in brackets: 95 % of {statistics.RESAMPLES} draws of eyes)")
-    return found
+        print("the checkpoint, temperatures and thresholds (temperature-scaled, calibrated, referable) were chosen on "
+              "these photographs: optimistic")
+    print(f"(in brackets: 95 % intervals from {statistics.RESAMPLES} resamples of eyes)")
+    return content
 
 
 def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, device: torch.device, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
     uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch))
-    found = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
+    usage = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                              "class" if run.options["classes"] else "grade")
-    print(routing.table(found, details=args.routing))
-    write("routing", found)
+    print(routing.table(usage, details=args.routing))
+    write("routing", usage)
     if args.routing:
         changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch), run.tasks)
         print(table_of_changes(changes, run.tasks))

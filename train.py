@@ -46,7 +46,7 @@ class Config:
     """All that determines a run, as numbers, strings and tuples; stored in config.json and in every checkpoint."""
     tasks: tuple[str, ...] = flag(("cls", "seg"), WHAT, f"any of {' '.join(TASKS)}", choices=TASKS.keys())
     data: str | None = flag(None, WHAT, "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see "
-                            "README", default_text="data/IDRiD if it exists, else drawn photographs", machine=True)
+                            "README", default_text="data/IDRiD if it exists, else drawn photographs")
     image_size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training split")
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
@@ -75,10 +75,9 @@ class Config:
     precision: str = flag("fp32", MACHINE, f"of the passes through the network, {' '.join(precision.DTYPES)}",
                           default_text="bf16 where the device has units for it, fp16 on older GPUs, else fp32",
                           choices=precision.DTYPES.keys())
-    workers: int = flag(0, MACHINE, "processes that load photographs", default_text="0 on CPU, else up to 8", lowest=0,
-                        machine=True)
+    workers: int = flag(0, MACHINE, "processes that load photographs", default_text="0 on CPU, else up to 8", lowest=0)
     device: str = flag("auto", MACHINE, "auto, cpu or cuda; auto: the GPU if there is one",
-                       choices=("auto", "cpu", "cuda"), machine=True)
+                       choices=("auto", "cpu", "cuda"))
     deterministic: bool = flag(False, MACHINE, "on a GPU: the same weights every time, more slowly; a CPU always does")
     # no flags: the data set or the comparison decides these
     classes: tuple[str, ...] = ()  # where the data set is folders of classes
@@ -244,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                       if request.resume else "nothing was trained yet"))
             sys.exit(130)
         what = "DRAWN photographs, not IDRiD" if config.data is None else config.data
-        tell(f"\nchosen: epoch {result['epoch']} of {folder}, validation split of {what}")
+        tell(f"\nbest checkpoint: epoch {result['epoch']} of {folder}, validation split of {what}")
         tell(tables.table(result["metrics"], make_tasks(config.tasks, config.classes)))
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))

@@ -19,7 +19,7 @@ from PIL import Image
 import evaluate
 from data import FundusDataset, eval_loader
 from retina import drawing
-from retina.figures import answers, context, internals, routing
+from retina.figures import answers, architecture, context, internals, routing
 from retina.figures.context import FigureContext, FigureUnavailable
 from retina.figures.page import page
 from retina.files import InputError, atomic_write, run_cli, write_text
@@ -32,7 +32,8 @@ from tasks import TASKS
 FIGURES = {"overlays": (answers.overlays, "jpg"), "curves": (answers.curves, "png"),
            "confusion": (answers.confusion, "jpg"), "reliability": (answers.reliability, "png"),
            "routing": (routing.routing, "jpg"), "tsne": (internals.tsne_map, "png"),
-           "gradcam": (internals.gradcam, "jpg"), "feature_maps": (internals.feature_maps, "jpg")}
+           "gradcam": (internals.gradcam, "jpg"), "feature_maps": (internals.feature_maps, "jpg"),
+           "architecture": (architecture.architecture, "png")}
 
 
 def logs_of(folders: Sequence[Path]) -> dict[str, list[dict]]:

@@ -164,10 +164,6 @@ def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Se
 
 def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
     """A batch as most code makes it: each file decoded whole, resized, and augmented on its own."""
-    change = v2.Compose([
-        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        v2.RandomAffine(30, (0.05, 0.05), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(0.2, 0.2, 0.2), v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], 0.2)])
     samples = []
     for r in paths:
         with Image.open(r.image) as file:
@@ -181,7 +177,7 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
             parts["masks"] = tv_tensors.Mask(masks)
-        parts = {k: x.as_subclass(Tensor) for k, x in change(parts).items()}
+        parts = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(parts).items()}
         labels = {"grade": r.grade or 0} | ({"masks": parts["masks"]} if "masks" in parts else {})
         samples.append(preprocess.Sample(r.name, parts["image"], labels, None, r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
@@ -324,7 +320,7 @@ def scaling() -> None:
             "resolution, 2 and 2 photographs": {size: {"size": size, "graded": 2, "masked": 2}
                                                 for size in (256, 512, 768, 1024)},
             "photographs in a step, half of them masked": {2 * n: {"graded": n, "masked": n} for n in (1, 2, 4, 8, 16)},
-            "num_experts": {e: {"num_experts": e} for e in (0, 2, 8, 32, 64)},
+            "experts": {e: {"experts": e} for e in (0, 2, 8, 32, 64)},
             "tasks, 8 photographs with all labels": {k: {"names": FOUR[:k], "graded": 0, "masked": 8}
                                                      for k in (1, 2, 3, 4)}}.items():
         found = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
@@ -524,7 +520,7 @@ def main() -> None:
         return work(args.work)
     print(machine())
     jobs = {"step": step, "data": partial(data_, args.data), "inference": inference, "scaling": scaling,
-            "num_experts": experts, "evaluation": evaluation}
+            "experts": experts, "evaluation": evaluation}
     for name, job in jobs.items():
         if args.what in (name, "all"):
             job()

@@ -30,7 +30,7 @@ IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 STAGES = model.STAGES
-TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1)
+TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1, device="cpu")
 
 # train.py as a process of its own, with few drawings, a shallow encoder and another home:
 # python -c PROGRAM ROOT HOME FLAGS

@@ -79,13 +79,13 @@ def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: in
     failed = jobs.run_all(asked, baselines.__file__, min(2, torch.get_num_threads()))
     assert not failed, failed
     tasks = make_tasks(options.tasks)
-    return tasks, baselines.gathered(asked, configurations, tasks)
+    return tasks, baselines.finished(asked, configurations, tasks)
 
 
 def print_report(tasks: list, found: dict) -> None:
     """Print scores, and what may be claimed about grades."""
     asked = {name: configuration.words for name, configuration in found.items()}
-    print(report.screen(analysis.compared(found, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
+    print(report.screen(analysis.summarize(found, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal"])
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None)
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp())

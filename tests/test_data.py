@@ -66,7 +66,7 @@ def test_photograph_masks_and_landmarks_move_alike():
             gone += 1
             assert new.image[:, 11:-11, 11:-11].sum() == 0
         elif 10 < x < 118 and 10 < y < 118:
-            assert math.dist(centre(new.image.float().mean(0)), (x, y)) < 0.1
+            assert math.dist(centre(new.image.float().mean(0)), (x, y)) < 0.25
             assert math.dist(centre(new.masks[0]), (x, y)) < 0.6  # to the nearest pixel
             places.add((round(x), round(y)))
     assert 0 < gone < 20 and len(places) > 30

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,16 +201,17 @@ def test_every_number_has_its_interval(runs, monkeypatch, capsys):
                 if (around := part["intervals"][task][k]) is not None:
                     assert around[0] <= around[1] and (around[0] - 0.05 <= values[k] <= around[1] + 0.05 or "px" in k)
     assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
-    assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).chosen
+    assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).calibration
     assert "masks in the pixels of the original files" in text and "optimistic" in text
-    assert "referable_sensitivity" in text and "five_masks_dice_of_true_disc" in text
+    assert "referable: sensitivity" in text and "the same of the true optic disc alone" in text
+    assert not any(name in text for name in ("referable_", "five_masks", "aupr", "px4288", "within_radius", "_at_temp"))
 
 
 def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypatch):
     run_main(monkeypatch, runs / "e4_s0")
     with open(runs / "e4_s0" / "per_photograph.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["cls_truth"] and r["dme_truth"]]
-    right = [r["grade_true"] == r["grade"] and r["dme_truth"] == r["dme_predicted"] for r in rows]
+        rows = [r for r in csv.DictReader(file) if r["grade_true"] and r["edema_risk_true"]]
+    right = [r["grade_true"] == r["grade"] and r["edema_risk_true"] == r["edema_risk"] for r in rows]
     stored = strict(runs / "e4_s0" / "metrics.json")["metrics"]["joint"]
     assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
 
@@ -235,9 +237,11 @@ def test_opening_the_test_part_is_written_down(runs, monkeypatch, capsys):
 def test_two_runs_are_compared(runs, monkeypatch, capsys):
     run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0")
     text, stored = capsys.readouterr().out, strict(runs / "e4_s0" / "against_e0_s0.json")
-    assert "McNemar's exact p" in text and "adjusted for their number (Holm)" in text
+    assert "McNemar's exact p" in text and "corrected for the number of these, 5 (Bonferroni, Holm)" in text
     assert len(stored["claims"]) == 5 and all(c in text for c in stored["claims"])
-    assert all("can be claimed" in c or "a claim about these 2 networks" in c for c in stored["claims"])
+    assert all(c.endswith("of these networks on these photographs; no claim about ways of training: 1 seed a side, 5 are "
+                          "needed") for c in stored["claims"])
+    assert stored["claims"][0].startswith("cls quadratic weighted kappa, second minus first: ") and "higher" not in text
     assert stored["masks_in_pixels_of"] == "the original files"
     for rows in stored["compared"].values():
         for row in rows.values():
@@ -283,7 +287,11 @@ def test_runs_of_several_seeds_count_as_one(runs, monkeypatch, capsys):
         assert stored["metrics"][t][k] == pytest.approx(sum(values) / 3)
         mean = sum(values) / 3
         assert stored["metrics"][t]["sd"][k] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / 2))
-    assert len(stored["runs"]) == 3 and "intervals over eyes and runs" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert len(stored["runs"]) == 3 and ("intervals over eyes, for these networks; no claim about ways of training: 3 "
+                                         "seeds a side, 5 are needed") in text
+    assert ("quadratic weighted kappa, seed by seed: " + ", ".join(
+        f"{s['metrics']['cls']['kappa']:.3f}" for s in single)) in text
 
 
 def test_two_sets_of_seeds_are_compared(runs, monkeypatch, capsys):
@@ -296,7 +304,7 @@ def test_two_sets_of_seeds_are_compared(runs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["e4_s0", "e4_s1", "e0_s0"], "2 runs against 1; expected as many on both sides"),
+    (["e4_s0", "e4_s1", "e0_s0"], "2 runs against 1; expected as many of both kinds"),
     (["e4_s0", "e4_s0"], "e4_s0: named twice"),
     (["e4_s0", "e0_s0", "--routing"], "e0_s0 was trained with --num-experts 0 and has no routing"),
     (["e4_s0", "e4_s1", "--routing"], "--routing: expected one run, got 2"),
@@ -316,6 +324,12 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
     torch.save(state, other / "best.pt")
     with pytest.raises(InputError, match="3 runs of 3 kinds, which differ in lr, num_experts, top_k"):
         run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0", other)
+
+
+def test_runs_are_of_one_kind_wherever_their_data_lay_if_the_photographs_were_the_same():
+    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed}, learned_from=seen, folder="")
+            for seed, path, seen in ((1, "/a", "x"), (0, "/b", "x"), (0, "/a", "y"), (1, "/a", "y"))]
+    assert compare.arms_of(runs) == [[1, 0], [2, 3]]
 
 
 def test_runs_on_different_photographs_cannot_be_compared(runs, run, monkeypatch):
@@ -374,7 +388,7 @@ def test_the_test_part_is_judged_by_what_validation_chose(runs, monkeypatch):
     assert (stored["referable_sensitivity"], stored["referable_specificity"]) == pytest.approx((hit, spared))
 
 
-def two_sides():
+def two_arms():
     """Grades of 80 photographs of 40 eyes by two networks, the second's in another order."""
     torch.manual_seed(0)
     names, truth = [f"p{i}" for i in range(80)], torch.arange(80) % 5
@@ -389,7 +403,7 @@ def two_sides():
 
 
 def test_a_comparison_equals_loops_over_eyes():
-    first, second, stats, truth = two_sides()
+    first, second, stats, truth = two_arms()
     scoring.align([first, second])
     row = compare.compare([first], [second])["cls"]["accuracy"]
     right = [t[:, :5].argmax(1) == truth for t in stats]

@@ -93,9 +93,9 @@ def test_pictures_do_not_change_from_one_time_to_the_next(made):
 
 
 @pytest.mark.parametrize("change,missing", [
-    ({"tasks": ("cls",), "experts": 0, "balance": 0.0},
+    ({"tasks": ("cls",), "num_experts": 0, "balance_weight": 0.0},
      {"overlays": "trained for cls, which answers neither with lesions", "routing": "--num-experts 0"}),
-    ({"tasks": ("seg",), "experts": 16},
+    ({"tasks": ("seg",), "num_experts": 16},
      {"confusion": "for seg, which tells no classes", "gradcam": "tells no classes"}),
     ({"tasks": ("loc",), "moe_at": "decoder"},
      {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "which gives no prob"})])

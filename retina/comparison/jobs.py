@@ -51,13 +51,13 @@ class Job:
     def measured(self) -> dict | None:
         """What the job left, if it has come to its end. InputError: of other photographs."""
         try:
-            found = files.load_tensors(self.folder / "measured.pt")
+            measured = files.load_tensors(self.folder / "measured.pt")
         except FileNotFoundError:
             return None
-        if found["photographs"] != self.photographs:
+        if measured["photographs"] != self.photographs:
             raise InputError(f"{self.folder}: a run on other photographs or labels; expected the comparison that is "
                              "asked for; choose another --name")
-        return found
+        return measured
 
     def epochs(self) -> int:
         """How many are done."""
@@ -68,8 +68,8 @@ class Job:
         """Why its process ended with this status, which is not 0."""
         if status < 0:
             return f"killed by {signal.Signals(-status).name}, perhaps for want of memory"
-        said = self.errors.read_text(encoding="utf-8", errors="replace").split("\n")
-        lines = [line for line in said if line.startswith("error: ")] or [line for line in said if line]
+        stderr = self.errors.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = [line for line in stderr if line.startswith("error: ")] or [line for line in stderr if line]
         return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"
 
 

@@ -1,6 +1,5 @@
 """Two runs, or two arms of several runs, on the same photographs. Runs are those of evaluate.py."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,77 +7,80 @@ from functools import partial
 import torch
 
 from retina.evaluation import statistics
+from retina.evaluation.metrics import range_of
 from retina.evaluation.scoring import SplitScores
-from retina.evaluation.tables import table_of_differences
+from retina.evaluation.tables import claim, table_of_differences
 from retina.evaluation.task_metrics import ClassMetrics, Joint
 from retina.files import InputError
+from retina.training.config import OF_MACHINE
 
 
 def compare(first: Sequence[SplitScores], second: Sequence[SplitScores],
             resamples: int = statistics.RESAMPLES) -> dict[str, dict[str, dict]]:
-    """{task: {measure: first, second, difference, interval, p from so many draws, standard_error, runs}} of two arms,
+    """{task: {measure: its difference}} of two arms, each a run or as many runs of its kind, photographs aligned.
 
-    each a run or as many runs of its kind; `runs`: their values, side by side. Their photographs are aligned. Nothing
-    that was chosen on validation enters: thresholds are 0.5, temperatures 1.
+    A difference is what statistics.adjust takes: both values and those of each seed (`runs`), their difference, its
+    interval, p from so many resamples, its standard error. Nothing that was calibrated on validation enters: thresholds
+    are 0.5, temperatures 1.
     """
-    found, exact = {}, [[s.metrics() for s in arm] for arm in (first, second)]
+    compared, exact = {}, [[s.metrics() for s in arm] for arm in (first, second)]
     for task in (t for t in first[0].scored() if t.name in second[0].stats):
         t = task.name
         arms, eyes = [[s.stats[t] for s in arm] for arm in (first, second)], first[0].eyes_of(t)
-        drawn = [statistics.bootstrap([partial(task.compute, x, calibration={}) for x in arm], eyes, k)
-                 for k, arm in enumerate(arms)]
+        resampled = [statistics.bootstrap([partial(task.compute, x, calibration={}) for x in arm], eyes, k)
+                     for k, arm in enumerate(arms)]
         p = statistics.p_values([partial(task.compute, torch.cat(pair), calibration={}) for pair in zip(*arms)], eyes,
                                 resamples)
-        found[t] = {}
-        for name in drawn[0]:
+        compared[t] = {}
+        for name in resampled[0]:
             runs = [[values[t][name] for values in arm] for arm in exact]
             one, other = (sum(arm) / len(arm) for arm in runs)
-            gap = drawn[1][name] - drawn[0][name]
-            known = gap[1:][~gap[1:].isnan()]
-            found[t][name] = {"first": one, "second": other, "difference": other - one,
-                              "interval": statistics.percentile_interval(gap[1:] - gap[0] + other - one), "p": p[name],
-                              "standard_error": float(known.std()) if len(known) > 1 else math.nan, "runs": runs}
+            low, high = range_of(name)
+            gap = resampled[1][name] - resampled[0][name]
+            defined = gap[1:][~gap[1:].isnan()]
+            error, of_seeds, degrees = statistics.error_for_new_seeds(
+                float(defined.std()) if len(defined) > 1 else math.nan, runs, len(set(eyes)))
+            compared[t][name] = {
+                "seeds": len(first), "photographs": len(eyes), "eyes": len(set(eyes)), "first": one, "second": other,
+                "runs": runs, "difference": other - one, "interval": statistics.percentile_interval(
+                    (gap[1:] - gap[0] + other - one).clamp(low - high, high - low)), "p": p[name],
+                "standard_error": error, "standard_error_of_seeds": of_seeds, "degrees_of_freedom": degrees}
         if len(first) == 1 and isinstance(task, (ClassMetrics, Joint)):
             exact_test = statistics.mcnemar(*(task.right(arm[0]) for arm in arms))
-            found[t]["accuracy"]["mcnemar"] = dict(zip(("only_first_right", "only_second_right", "p"), exact_test))
-    return found
+            compared[t]["accuracy"]["mcnemar"] = dict(zip(("only_first_right", "only_second_right", "p"), exact_test))
+    return compared
 
 
-def claims(compared: Mapping[str, Mapping], scores: SplitScores, runs: int) -> list[str]:
-    """A sentence on the primary metric of each task, p adjusted for the number of tasks (Holm)."""
-    tasks = [t for t in scores.scored() if t.name in compared]
-    rows = [compared[t.name][t.primary] for t in tasks]
-    adjusted = statistics.holm([1.0 if math.isnan(row["p"]) else row["p"] for row in rows])
-    return [statistics.claim(f"{t.name} {t.primary}", row["difference"], row["interval"],
-                             math.nan if math.isnan(row["p"]) else p, len(scores.names[t.name]), runs)
-            for t, row, p in zip(tasks, rows, adjusted)]
+def claims(compared: Mapping[str, Mapping], scores: SplitScores) -> list[str]:
+    """A sentence on the primary metric of each task, corrected for the number of tasks."""
+    return [claim(d, "first", "second") for d in statistics.adjust(
+        [compared[t.name][t.primary] | {"task": t.name, "metric": t.primary}
+         for t in scores.scored() if t.name in compared])]
 
 
 def arms_of(runs: Sequence) -> list[list[int]]:
-    """Which runs count as one: those whose options differ in their seed alone. Two runs are two arms.
+    """Which runs count as one: those that differ in their seed alone, and in options of the machine. Two runs are two
 
-    InputError: more than two arms, or two that do not have as many runs.
+    arms. InputError: more than two arms, or two that do not have as many runs.
     """
     if len(runs) == 2:
         return [[0], [1]]
-    arms: dict[str, list[int]] = {}
-    machine = ("seed", "workers", "device")
-    for i, run in enumerate(runs):
-        key = json.dumps({k: v for k, v in run.options.items() if k not in machine}, sort_keys=True)
-        arms.setdefault(key, []).append(i)
-    found = [sorted(arm, key=lambda i: runs[i].options["seed"]) for arm in arms.values()]
-    for i, j in ((i, j) for arm in found for i, j in zip(arm, arm[1:])):
+    kinds = [{k: v for k, v in run.options.items() if k not in ("seed", *OF_MACHINE)} |
+             {"training photographs": run.learned_from} for run in runs]
+    arms = [[i for i, kind in enumerate(kinds) if kind == first] for k, first in enumerate(kinds)
+            if first not in kinds[:k]]
+    arms = [sorted(arm, key=lambda i: runs[i].options["seed"]) for arm in arms]
+    for i, j in ((i, j) for arm in arms for i, j in zip(arm, arm[1:])):
         if runs[i].options["seed"] == runs[j].options["seed"]:
             raise InputError(f"{runs[i].folder} and {runs[j].folder} have the same options and the same seed; expected "
                              "different seeds; leave one out")
-    if len(found) > 2:
-        one, *others = (runs[arm[0]].options for arm in found)
-        differ = [k for k in one if any(o.get(k) != one[k] for o in others) and k not in machine]
-        raise InputError(f"{len(runs)} runs of {len(found)} kinds, which differ in {', '.join(differ)}; expected two "
+    if len(arms) > 2:
+        differ = [k for k, v in kinds[0].items() if any(kind.get(k) != v for kind in kinds)]
+        raise InputError(f"{len(runs)} runs of {len(arms)} kinds, which differ in {', '.join(differ)}; expected two "
                          "runs, or runs of at most two kinds that differ in nothing but their seed")
-    if len({len(arm) for arm in found}) > 1:
-        raise InputError(f"{len(found[0])} runs against {len(found[1])}; expected as many on both sides")
-    return found
+    if len({len(arm) for arm in arms}) > 1:
+        raise InputError(f"{len(arms[0])} runs against {len(arms[1])}; expected as many of both kinds")
+    return arms
 
 
 def show_comparison(runs: Sequence[Sequence], scores: Sequence[Sequence[SplitScores]],
@@ -92,17 +94,18 @@ def show_comparison(runs: Sequence[Sequence], scores: Sequence[Sequence[SplitSco
     elif len({run.options["image_size"] for arm in runs for run in arm}) > 1 and "seg" in compared:
         del compared["seg"]
         at = "different sizes: not compared"
-    print("\nsecond less first, on the same photographs; temperature 1, masks at a threshold of 0.5, in pixels of "
+    print("\nsecond minus first, on the same photographs; temperature 1, masks at a threshold of 0.5, in pixels of "
           f"{at}:")
     print(table_of_differences(compared))
-    sentences = claims(compared, scores[0][0], len(runs[0]))
-    print("\n".join([f"p of these {len(sentences)} adjusted for their number (Holm):", *sentences]))
+    sentences = claims(compared, scores[0][0])
+    print("\n".join([f"intervals and p corrected for the number of these, {len(sentences)} (Bonferroni, Holm):",
+                     *sentences]))
     first, second = ([str(r.folder) for r in arm] for arm in runs)
     return {"first": first, "second": second, "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
 
 
 def calibration_line(run) -> str:
     """Temperatures and thresholds in words."""
-    found = (f"{task} " + " ".join(f"{k} {v:.3g}" for k, v in values.items())
-             for task, values in run.calibration.items() if values)
-    return f"temperatures and thresholds, chosen on validation: {'; '.join(found)}"
+    fitted = (f"{task} " + " ".join(f"{k} {v:.3g}" for k, v in values.items())
+              for task, values in run.calibration.items() if values)
+    return f"temperatures and thresholds, calibrated on validation: {'; '.join(fitted)}"

@@ -13,8 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# n photographs, D weightings of them, C classes, L kinds of lesion, K levels of score
+# n photographs, D weightings of them, C classes, L lesion classes, K levels of score
 NAN = float("nan")
+
+
+RANGES = {"kappa": (-1.0, 1.0), **dict.fromkeys(("px4288", "median_px4288", "diameters"), (0.0, math.inf)),
+          **dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "calibration_error", "referable", "dice",
+                           "iou", "aupr", "five_masks_dice", "within_radius"), (0.0, 1.0))}  # by how names begin
+
+
+def range_of(measure: str) -> tuple[float, float]:
+    """The lowest and the highest value that the measure of this name can have, as far as they are known."""
+    return next((ends for name, ends in RANGES.items() if measure.startswith(name)), (-math.inf, math.inf))
 
 
 def mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -22,8 +32,8 @@ def mean(values: Tensor, weights: Tensor) -> Tensor:
     flat = values.double().flatten(1) if values.ndim > 1 else values.double()[:, None]
     known = ~flat.isnan()
     total = weights @ known.double()  # (D, ...)
-    found = torch.where(total > 0, weights @ flat.nan_to_num() / total, NAN)
-    return found.view(len(weights), *values.shape[1:])
+    means = torch.where(total > 0, weights @ flat.nan_to_num() / total, NAN)
+    return means.view(len(weights), *values.shape[1:])
 
 
 def median(values: Tensor, weights: Tensor) -> Tensor:
@@ -67,8 +77,8 @@ def macro_f1(truth: Tensor, predicted: Tensor, classes: int, weights: Tensor) ->
 
     over the classes that occur or are predicted.
     """
-    right, occur, found = class_counts(truth, predicted, classes, weights)
-    return torch.where(occur + found > 0, 2 * right / (occur + found), NAN).nanmean(1)
+    right, occur, answered = class_counts(truth, predicted, classes, weights)
+    return torch.where(occur + answered > 0, 2 * right / (occur + answered), NAN).nanmean(1)
 
 
 def quadratic_kappa(truth: Tensor, predicted: Tensor, classes: int, weights: Tensor) -> Tensor:
@@ -77,9 +87,9 @@ def quadratic_kappa(truth: Tensor, predicted: Tensor, classes: int, weights: Ten
     1 is agreement, 0 what chance gives with the same shares of classes. If truth and prediction are one and the same
     single class, chance leaves no room for disagreement and kappa is 0 / 0: reported as 0.
     """
-    _, occur, found = class_counts(truth, predicted, classes, weights)
+    _, occur, answered = class_counts(truth, predicted, classes, weights)
     i = torch.arange(classes, dtype=torch.float64)
-    by_chance = ((occur @ (i[:, None] - i).square()) * found).sum(1) / weights.sum(1)
+    by_chance = ((occur @ (i[:, None] - i).square()) * answered).sum(1) / weights.sum(1)
     seen = weights @ (truth - predicted).double().square()
     return torch.where(by_chance > 0, 1 - seen / by_chance, 0.0)
 
@@ -90,8 +100,8 @@ def roc_area(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     (Hanley & McNeil 1982, Radiology 143:29). (n,), (n,) bool -> (D,); nan where either is missing.
     """
     values, group = score.unique(return_inverse=True)  # ascending
-    mass = [torch.zeros(len(weights), len(values), dtype=torch.float64).index_add_(1, group, weights * side)
-            for side in (positive.double(), (~positive).double())]
+    mass = [torch.zeros(len(weights), len(values), dtype=torch.float64).index_add_(1, group, weights * member)
+            for member in (positive.double(), (~positive).double())]
     below = mass[1].cumsum(1) - mass[1] / 2
     pairs = mass[0].sum(1) * mass[1].sum(1)
     return torch.where(pairs > 0, (mass[0] * below).sum(1) / pairs, NAN)
@@ -154,9 +164,9 @@ def best_temperature(probabilities: Tensor, truth: Tensor) -> float:
     return 1 / low if 0.051 < low < 19.9 and (probabilities.argmax(1) != truth).any() else 1.0
 
 
-def sensitivity(found: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
+def sensitivity(predicted: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     """Share of the positive that are found; (n,) bool. Specificity is that of the negations."""
-    return mean(found.double().masked_fill(~positive, NAN), weights)
+    return mean(predicted.double().masked_fill(~positive, NAN), weights)
 
 
 def best_threshold(score: Tensor, positive: Tensor) -> float:
@@ -167,8 +177,8 @@ def best_threshold(score: Tensor, positive: Tensor) -> float:
     values, group = score.double().unique(return_inverse=True)
     if positive.all() or not positive.any() or len(values) == 1:
         return 0.5
-    below = [torch.bincount(group[side], minlength=len(values)).cumsum(0)[:-1] / side.sum()
-             for side in (positive, ~positive)]  # the threshold lies above the first, the second ... value
+    below = [torch.bincount(group[member], minlength=len(values)).cumsum(0)[:-1] / member.sum()
+             for member in (positive, ~positive)]  # the threshold lies above the first, the second ... value
     best = (below[1] - below[0]).argmax()
     return float((values[best] + values[best + 1]) / 2)
 
@@ -246,25 +256,25 @@ def ranked_area(true: np.ndarray, above: np.ndarray) -> float:
 
     the mean over true pixels of the precision at their score. nan where there is none.
     """
-    found = len(true) - np.searchsorted(true, true)
-    return float((found / (found + above)).mean()) if len(true) else NAN
+    hits = len(true) - np.searchsorted(true, true)
+    return float((hits / (hits + above)).mean()) if len(true) else NAN
 
 
 class PRCurveAccumulator:
-    """All pixels of a split ranked by score, kind by kind, in memory that grows with the true ones alone.
+    """All pixels of a split ranked by score, channel by channel, in memory that grows with the true ones alone.
 
     Scores of true pixels, which are few, are kept, and so are those of the others up to `most`; from then on these are
     counted by fine levels. Until then areas are exact; then they differ from a sort of all pixels by less than 1e-6
     (tested), as long as log odds beyond 16 either way, which count as 16, are few.
     """
-    most = 1 << 23  # other pixels of a kind
+    most = 1 << 23  # other pixels of a channel
 
-    def __init__(self, kinds: int):
-        self.true = [[] for _ in range(kinds)]
-        self.others = [[] for _ in range(kinds)]
-        self.counts = [None] * kinds  # (LEVELS * FINE,)
+    def __init__(self, channels: int):
+        self.true = [[] for _ in range(channels)]
+        self.others = [[] for _ in range(channels)]
+        self.counts = [None] * channels  # (LEVELS * FINE,)
 
-    def add(self, kind: int, probability: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:
+    def add(self, channel: int, probability: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:
         """Take in the pixels of one photograph, any shape of float32 and bool; -> its own area under the curve,
 
         counts (2, LEVELS) of its other and true pixels by coarse level.
@@ -272,42 +282,42 @@ class PRCurveAccumulator:
         probability, truth = probability.ravel(), truth.ravel()
         true, others = probability[truth], probability[~truth]
         true.sort(), others.sort()
-        if self.counts[kind] is None and len(others) + sum(map(len, self.others[kind])) > self.most:
-            self.count(kind)
-        if self.counts[kind] is None:
-            self.others[kind].append(others)
+        if self.counts[channel] is None and len(others) + sum(map(len, self.others[channel])) > self.most:
+            self.count(channel)
+        if self.counts[channel] is None:
+            self.others[channel].append(others)
             coarse = counted(others, FINE)
         else:
             fine = counted(others, 1)
-            self.counts[kind] += fine
+            self.counts[channel] += fine
             coarse = fine.reshape(LEVELS, FINE).sum(1)
-        self.true[kind].append(true)
+        self.true[channel].append(true)
         area = ranked_area(true, len(others) - np.searchsorted(others, true))
         return area, np.stack([coarse, counted(true, FINE)])
 
-    def count(self, kind: int) -> None:
-        """Count the other pixels of a kind from now on, in place of keeping them."""
-        counts = counted(np.concatenate([np.zeros(0, np.float32), *self.others[kind]]), 1)
-        self.counts[kind] = counts if self.counts[kind] is None else self.counts[kind] + counts
-        self.others[kind].clear()
+    def count(self, channel: int) -> None:
+        """Count the other pixels of a channel from now on, in place of keeping them."""
+        counts = counted(np.concatenate([np.zeros(0, np.float32), *self.others[channel]]), 1)
+        self.counts[channel] = counts if self.counts[channel] is None else self.counts[channel] + counts
+        self.others[channel].clear()
 
     def merge(self, other: "PRCurveAccumulator") -> None:
         """Take in all pixels that `other` has seen, which is of no use after that."""
-        for kind, kept in enumerate(self.others):
-            self.true[kind] += other.true[kind]
-            kept += other.others[kind]
-            counting = self.counts[kind] is not None or other.counts[kind] is not None
-            if counting or sum(map(len, kept)) > self.most:
-                self.count(kind)
-            if other.counts[kind] is not None:
-                self.counts[kind] += other.counts[kind]
+        for channel, others in enumerate(self.others):
+            self.true[channel] += other.true[channel]
+            others += other.others[channel]
+            counting = self.counts[channel] is not None or other.counts[channel] is not None
+            if counting or sum(map(len, others)) > self.most:
+                self.count(channel)
+            if other.counts[channel] is not None:
+                self.counts[channel] += other.counts[channel]
 
-    def area(self, kind: int) -> float:
+    def area(self, channel: int) -> float:
         """Area under the precision-recall curve over all pixels seen; nan where none is true."""
-        true = np.sort(np.concatenate(self.true[kind] or [np.zeros(0, np.float32)]))
-        counts = self.counts[kind]
+        true = np.sort(np.concatenate(self.true[channel] or [np.zeros(0, np.float32)]))
+        counts = self.counts[channel]
         if counts is None:
-            others = np.sort(np.concatenate(self.others[kind] or [true]))
+            others = np.sort(np.concatenate(self.others[channel] or [true]))
             return ranked_area(true, len(others) - np.searchsorted(others, true))
         exact = fine_odds(true.astype(np.float64)).numpy() + HALF
         level = exact.astype(np.int64)
@@ -322,7 +332,7 @@ class PRCurveAccumulator:
 def masks_at(counts: Tensor, level: int | Tensor) -> Tensor:
     """Counts (n, L, 2, K) of other and true pixels by level -> (n, L, 3): both, predicted, true, from `level` up.
 
-    `level` may be one for all kinds or one for each (L,).
+    `level` may be one for all classes or one for each (L,).
     """
     above = torch.arange(counts.shape[3]) >= torch.as_tensor(level).reshape(-1, 1)  # (1 or L, K)
     others, true = (counts * above[:, None]).sum(3).unbind(2)  # (n, L)

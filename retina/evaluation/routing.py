@@ -29,7 +29,7 @@ class ExpertUsage:
     """Where one task's tokens went. The second to last dimension: share of the tokens that went there, mean weight."""
     shares: Tensor  # (n, 2, E) of each photograph; the former sum to K, the latter to 1 if K > 1
     entropy: Tensor  # (n,) mean entropy of a token's probabilities, in bits: how undecided the router is
-    below: Tensor  # (L + 2, 2, E) of all tokens together below which there is each of KINDS, as sums
+    below: Tensor  # (L + 2, 2, E) of all tokens together below which there is each of TOKEN_CLASSES, as sums
     tokens: Tensor  # (L + 2,) how many these are
 
 
@@ -45,7 +45,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def token_classes(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
-    """(n, 3, S, S), (n, L, S, S) with UNKNOWN -> (n, L + 2, h * w) bool: which of KINDS there is below each token."""
+    """(n, 3, S, S), (n, L, S, S) with UNKNOWN -> (n, L + 2, h * w) bool: TOKEN_CLASSES below each token."""
     there = F.adaptive_max_pool2d((masks == 1).float(), tuple(grid)).bool()  # (n, L, h, w)
     outside = F.adaptive_max_pool2d(images.amax(1, keepdim=True).float(), tuple(grid)) <= DARK  # (n, 1, h, w)
     unknown = (masks == UNKNOWN).flatten(1).any(1)[:, None, None, None]
@@ -57,19 +57,19 @@ def token_classes(images: Tensor, masks: Tensor, grid: Sequence[int]) -> Tensor:
 def collect(net: nn.Module, batches: Iterable) -> dict[str, ExpertUsage]:
     """Route every photograph for every task, labelled or not; `batches` are collated for the task of masks alone."""
     net.eval()
-    device, seen = next(net.parameters()).device, {}
+    device, usages = next(net.parameters()).device, {}
     for b in (batch.to(device) for batch in batches):
         for task, r in net.routed_maps(b.images)[1].items():
             went = per_token(r)
             below, tokens = went.new_zeros(len(TOKEN_CLASSES), *went.shape[2:]), went.new_zeros(len(TOKEN_CLASSES))
-            for masks, rows in b.indices.items():
-                kinds = token_classes(b.images[rows], b.targets[masks], r.grid[1:]).to(went.dtype)
-                below, tokens = torch.einsum("nlt,ntse->lse", kinds, went[rows]), kinds.sum((0, 2))
+            for masks, indices in b.indices.items():
+                classes = token_classes(b.images[indices], b.targets[masks], r.grid[1:]).to(went.dtype)
+                below, tokens = torch.einsum("nlt,ntse->lse", classes, went[indices]), classes.sum((0, 2))
             undecided = entropy(r.probabilities).view(r.grid[0], -1).mean(1)
-            seen.setdefault(task, []).append(ExpertUsage(*(x.double().cpu()
-                                                           for x in (went.mean(1), undecided, below, tokens))))
+            usages.setdefault(task, []).append(ExpertUsage(*(x.double().cpu()
+                                                             for x in (went.mean(1), undecided, below, tokens))))
     return {task: ExpertUsage(torch.cat([u.shares for u in uses]), torch.cat([u.entropy for u in uses]),
-                              sum(u.below for u in uses), sum(u.tokens for u in uses)) for task, uses in seen.items()}
+                              sum(u.below for u in uses), sum(u.tokens for u in uses)) for task, uses in usages.items()}
 
 
 def unused_experts(tokens: Iterable[Sequence[float]]) -> list[int]:
@@ -79,7 +79,7 @@ def unused_experts(tokens: Iterable[Sequence[float]]) -> list[int]:
 
 
 def warning(experts: Sequence[int]) -> str:
-    """A line that names idle experts."""
+    """A line that names unused experts."""
     one = len(experts) == 1
     return (f"warning: expert{'' if one else 's'} {', '.join(map(str, experts))} receive{'s' if one else ''} less than "
             f"{100 * UNUSED:.0f} % of the tokens")
@@ -122,7 +122,7 @@ def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None =
 
     From finitely many rows the estimate is above 0 even where there is nothing to find, by about (E - 1)(G - 1) /
     (2 n ln 2) bits if each went to one expert (Miller 1955); the permutations show by how much, and p = (1 + how many
-    reach it) / (1 + resamples) (Phipson & Smyth 2010). A row must be an independent witness: an eye, not a token.
+    reach it) / (1 + resamples) (Phipson & Smyth 2010). Rows must be independent: an eye each, not a token.
     `blocks` (n,), ascending: permute within these alone.
     """
     labelled, _ = one_hot(labels, shares.dtype)
@@ -148,64 +148,64 @@ def describe(uses: Mapping[str, ExpertUsage], labels: Sequence[str | None], eyes
     """All numbers about a split, as plain types: shares of tokens and weight by task, grade and lesion; information.
 
     `labels` are grades or classes of the photographs in their order, None where not known, and `word` says which;
-    `eyes` names the eye of each. Information is about the choices: which of its K experts a token was sent to is a coin
-    with K equal sides.
+    `eyes` names the eye of each. Information is about one of the K experts that a token was sent to, each as likely.
     """
-    def plain(shares):  # (2, E)
+    def as_lists(shares):  # (2, E)
         return {"tokens": shares[0].tolist(), "weight": shares[1].tolist()}
 
     known = [i for i, label in enumerate(labels) if label is not None]
-    rows = {name: [i for i in known if labels[i] == name] for name in sorted({labels[i] for i in known})}
-    found = {"photographs": len(labels), "word": word, "tasks": {}, "information": {}}
+    indices = {name: [i for i in known if labels[i] == name] for name in sorted({labels[i] for i in known})}
+    content = {"photographs": len(labels), "word": word, "tasks": {}, "information": {}}
     for task, use in uses.items():
         mean = use.shares.mean(0)
-        found["tasks"][task] = {
-            **plain(mean), "entropy_of_use": float(entropy(mean[0] / mean[0].sum())),
+        content["tasks"][task] = {
+            **as_lists(mean), "entropy_of_use": float(entropy(mean[0] / mean[0].sum())),
             "entropy_of_router": float(use.entropy.mean()),
-            "labels": {name: {"photographs": len(of), **plain(use.shares[of].mean(0))} for name, of in rows.items()},
-            "below": {kind: {"tokens_below": int(n), **plain(sums / n)}
-                      for kind, n, sums in zip(TOKEN_CLASSES, use.tokens, use.below) if n}}
-    found["unused"] = unused_experts(t["tokens"] for t in found["tasks"].values())
+            "labels": {name: {"photographs": len(i), **as_lists(use.shares[i].mean(0))} for name, i in indices.items()},
+            "below": {class_name: {"tokens_below": int(n), **as_lists(sums / n)}
+                      for class_name, n, sums in zip(TOKEN_CLASSES, use.tokens, use.below) if n}}
+    content["unused"] = unused_experts(t["tokens"] for t in content["tasks"].values())
     choices = torch.stack([use.shares[:, 0] / use.shares[:, 0].sum(1, keepdim=True) for use in uses.values()])
     if len(uses) > 1:
         by_eye, names = averaged(choices, eyes)  # (T, m, E)
         units = by_eye.transpose(0, 1).flatten(0, 1)[None]  # (1, m * T, E), tasks of one eye side by side
         number = torch.arange(len(names) * len(uses))
-        found["information"]["task"] = asdict(information(units, (number % len(uses)).tolist(), number // len(uses)))
-    if len(rows) > 1:
+        content["information"]["task"] = asdict(information(units, (number % len(uses)).tolist(), number // len(uses)))
+    if len(indices) > 1:
         by_eye, keys = averaged(choices[:, known], [(eyes[i], labels[i]) for i in known])
-        of = [label for _, label in keys]
-        found["information"][word] = asdict(information(by_eye, of))
+        label_of_eye = [label for _, label in keys]
+        content["information"][word] = asdict(information(by_eye, label_of_eye))
         for task, shares in zip(uses, by_eye):
-            found["tasks"][task]["information"] = asdict(information(shares[None], of))
-    return found
+            content["tasks"][task]["information"] = asdict(information(shares[None], label_of_eye))
+    return content
 
 
-def table(found: Mapping, details: bool) -> str:
-    """What describe() found, as lines of text; `details`: by grade and lesion too."""
-    order = torch.tensor([t["tokens"] for t in found["tasks"].values()]).mean(0).argsort(descending=True)
-    shown = sorted(order[:12].tolist())
-    most = "" if len(shown) == len(order) else f"; the {len(shown)} most used of {len(order)} experts"
-    word = found["word"]
+def table(usage: Mapping, details: bool) -> str:
+    """What describe() returns, as lines of text; `details`: by grade and lesion too."""
+    order = torch.tensor([t["tokens"] for t in usage["tasks"].values()]).mean(0).argsort(descending=True)
+    experts = sorted(order[:12].tolist())
+    most = "" if len(experts) == len(order) else f"; the {len(experts)} most used of {len(order)} experts"
+    word = usage["word"]
 
     def line(title, shares):
         return f"   {title:24}" + "".join(f"{100 * shares['tokens'][e]:3.0f}/{100 * shares['weight'][e]:<4.0f}"
-                                          for e in shown)
-    lines = [f"experts   {found['photographs']} photographs, all routed for every task; % of tokens sent there/mean "
+                                          for e in experts)
+    lines = [f"experts   {usage['photographs']} photographs, all routed for every task; % of tokens sent there/mean "
              f"weight in %{most}",
-             f"   {'expert':24}" + "".join(f"{e:^8}" for e in shown) + "  entropy (bits): use, router"]
-    for task, t in found["tasks"].items():
+             f"   {'expert':24}" + "".join(f"{e:^8}" for e in experts) + "  entropy in bits: of use, of router"]
+    for task, t in usage["tasks"].items():
         lines.append(line(task, t) + f"  {t['entropy_of_use']:.2f}, {t['entropy_of_router']:.2f}")
         if details:
             lines += [line(f"  {name} ({v['photographs']})", v) for name, v in t["labels"].items()]
-            lines += [line(f"  {kind} below ({v['tokens_below']})", v) for kind, v in t["below"].items()]
+            lines += [line(f"  {name} below ({v['tokens_below']})", v) for name, v in t["below"].items()]
             if "information" in t:
-                lines.append(f"     I(expert; {word}) {Information(**t['information'])}")
-    for label, title in (("task", "I(expert; task)"), (word, f"I(expert; {word} | task)")):
-        if label in found["information"]:
-            lines.append(f"   {title} {Information(**found['information'][label])}")
-    if found["unused"]:
-        lines.append("   " + warning(found["unused"]))
+                lines.append(f"     mutual information of expert and {word}: {Information(**t['information'])}")
+    for label, given in (("task", ""), (word, ", given the task")):
+        if label in usage["information"]:
+            lines.append(f"   mutual information of expert and {label}{given}: "
+                         f"{Information(**usage['information'][label])}")
+    if usage["unused"]:
+        lines.append("   " + warning(usage["unused"]))
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.evaluation import statistics
-from retina.evaluation.metrics import PRCurveAccumulator
+from retina.evaluation.metrics import PRCurveAccumulator, range_of
 from retina.evaluation.routing import per_token
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 from retina.files import InputError
@@ -39,13 +39,13 @@ class SplitScores:
 
     def metrics(self, calibration: Mapping[str, Mapping] = MappingProxyType({})) -> dict[str, dict]:
         """{task: {metric: value}}, each over all photographs of the split; `calibration` as `calibrate` gives it."""
-        found = {}
+        values = {}
         for task in self.scored():
             t = task.name
             loss = {"loss": self.losses[t]} if t in self.losses else {}
-            found[t] = {"photographs": len(self.stats[t]), "eyes": len(set(self.eyes_of(t))), **loss,
-                        **task.metrics(self.stats[t], calibration.get(t, {}), self.accumulators.get(t))}
-        return found
+            values[t] = {"photographs": len(self.stats[t]), "eyes": len(set(self.eyes_of(t))), **loss,
+                         **task.metrics(self.stats[t], calibration.get(t, {}), self.accumulators.get(t))}
+        return values
 
     def eyes_of(self, task: str) -> list[str]:
         """The eye of each photograph of a task."""
@@ -75,44 +75,45 @@ def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetric
     """
     net.eval()
     device = next(net.parameters()).device
-    accumulators, found, eyes = {t.name: t.accumulator() for t in tasks}, [], {}
+    accumulators, answers, eyes = {t.name: t.accumulator() for t in tasks}, [], {}
     for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
         eyes |= zip(b.names, b.eyes)
         b = b.to(device)
         outputs, routing = net(b.images, b.indices)
-        found.append({})
+        answers.append({})
         for task in (t for t in tasks if t.name in outputs):
             t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]
-            found[-1][t] = ([b.names[i] for i in b.indices[t].tolist()],
-                            task.image_stats(task.decode(output), target, accumulators[t]).cpu(),
-                            float(task.loss(output, target)),
-                            per_token(routing[t]).mean(1).cpu() if routing else None)  # (n, 2, E)
-    parts = world.gather((found, accumulators, eyes))
-    return parts and assemble(tasks, parts)
+            answers[-1][t] = ([b.names[i] for i in b.indices[t].tolist()],
+                              task.image_stats(task.decode(output), target, accumulators[t]).cpu(),
+                              float(task.loss(output, target)),
+                              per_token(routing[t]).mean(1).cpu() if routing else None)  # (n, 2, E)
+    gathered = world.gather((answers, accumulators, eyes))
+    return gathered and assemble(tasks, gathered)
 
 
-def assemble(tasks: Sequence[TaskMetrics], parts: Sequence[tuple[list[dict], dict, dict[str, str]]]) -> SplitScores:
-    """Scores of a split from batches, pools and eyes of each process; batches are those of one in its order.
+def assemble(tasks: Sequence[TaskMetrics], gathered: Sequence[tuple[list[dict], dict, dict[str, str]]]) -> SplitScores:
+    """Scores of a split from batches, accumulators and eyes of each process; batches are those of one in its order.
 
     A batch leaves of each task: names, statistics and mean loss of its labelled photographs, and their use of the
     experts.
     """
-    (_, accumulators, _), *others = parts
+    (_, accumulators, _), *others = gathered
     for _, more, _ in others:
         for t, accumulator in accumulators.items():
             if accumulator is not None:
                 accumulator.merge(more[t])
-    batches = [b for turn in itertools.zip_longest(*(found for found, _, _ in parts)) for b in turn if b is not None]
+    in_turn = itertools.zip_longest(*(answers for answers, _, _ in gathered))
+    batches = [b for batch_of_each in in_turn for b in batch_of_each if b is not None]
     scores = SplitScores(list(tasks), accumulators=accumulators,
-                         eyes={k: v for _, _, eyes in parts for k, v in eyes.items()})
+                         eyes={k: v for _, _, eyes in gathered for k, v in eyes.items()})
     for t in accumulators:
         answered = [b[t] for b in batches if t in b]
         if not answered:
             continue
         names, stats, losses, usage = zip(*answered)
-        scores.names[t] = [name for some in names for name in some]
+        scores.names[t] = list(itertools.chain(*names))
         scores.stats[t] = torch.cat(stats)
-        scores.losses[t] = sum(len(some) * loss for some, loss in zip(names, losses)) / len(scores.names[t])
+        scores.losses[t] = sum(len(batch) * loss for batch, loss in zip(names, losses)) / len(scores.names[t])
         if usage[0] is not None:
             scores.usage[t] = dict(zip(("tokens", "weight"), torch.cat(usage).mean(0).tolist()))
     scores.join_grades()
@@ -124,42 +125,46 @@ def primary_score(values: Mapping[str, dict], tasks: Sequence[TaskMetrics]) -> f
 
     InputError: one of these metrics has no value.
     """
-    found = [t.score(values[t.name]) for t in tasks if t.name in values]
-    return sum(found) / len(found)
+    scores = [t.score(values[t.name]) for t in tasks if t.name in values]
+    return sum(scores) / len(scores)
 
 
 def align(scores: Sequence[SplitScores]) -> None:
     """Bring the photographs of all into the order of the first. InputError: they are not the same."""
     for other in scores[1:]:
         for t in other.stats.keys() & scores[0].stats.keys():
-            place = {name: i for i, name in enumerate(other.names[t])}
-            if place.keys() != set(scores[0].names[t]):
+            index = {name: i for i, name in enumerate(other.names[t])}
+            if index.keys() != set(scores[0].names[t]):
                 raise InputError(f"{t}: the runs were scored on different photographs; expected the same data set, "
                                  "fold and split")
-            other.stats[t] = other.stats[t][[place[name] for name in scores[0].names[t]]]
+            other.stats[t] = other.stats[t][[index[name] for name in scores[0].names[t]]]
             other.names[t] = scores[0].names[t]
 
 
 def summary(scores: Sequence[SplitScores], calibration: Sequence[Mapping]) -> tuple[dict, dict]:
-    """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}} over eyes (and runs)."""
-    found = [s.metrics(c) for s, c in zip(scores, calibration)]
+    """Metrics of one run, or their means over several, and {task: {measure: 95 % interval}}, see statistics.bootstrap.
+
+    Of several runs also `seeds`, the values of each, and their standard deviations, `sd`.
+    """
+    runs = [s.metrics(c) for s, c in zip(scores, calibration)]
     values, limits = {}, {}
     for task in scores[0].scored():
         t = task.name
-        values[t] = {k: v if len(found) == 1 or not isinstance(v, float) else sum(f[t][k] for f in found) / len(found)
-                     for k, v in found[0][t].items() if len(found) == 1 or k != "confusion"}
-        if len(found) > 1:
-            values[t]["sd"] = {k: float(torch.tensor([f[t][k] for f in found], dtype=torch.float64).std())
-                               for k, v in found[0][t].items() if isinstance(v, float)}
-        drawn = statistics.bootstrap([partial(task.compute, s.stats[t], calibration=c.get(t, {}))
-                                     for s, c in zip(scores, calibration)], scores[0].eyes_of(t))
-        # a resample ranks pixels by the coarse levels of the statistics: its distance to their own value is what counts
-        limits[t] = {k: statistics.percentile_interval(v[1:] - v[0] + values[t][k]) for k, v in drawn.items()}
-        for k in limits[t]:
-            if k.startswith("calibration_error") and limits[t][k] is not None:
-                # resamples are worse calibrated than what they are drawn from, so count the distance the other way
-                # (the basic bootstrap interval: Davison & Hinkley 1997, section 5.2.1)
-                limits[t][k] = [max(0.0, 2 * values[t][k] - v) for v in reversed(limits[t][k])]
+        values[t] = dict(runs[0][t])
+        if len(runs) > 1:
+            values[t].pop("confusion", None)
+            seeds = {k: [run[t][k] for run in runs] for k, v in runs[0][t].items() if isinstance(v, float)}
+            values[t] |= {k: sum(v) / len(v) for k, v in seeds.items()} | {
+                "seeds": seeds, "sd": {k: float(torch.tensor(v, dtype=torch.float64).std()) for k, v in seeds.items()}}
+        resampled = statistics.bootstrap([partial(task.compute, s.stats[t], calibration=c.get(t, {}))
+                                          for s, c in zip(scores, calibration)], scores[0].eyes_of(t))
+        limits[t] = {}
+        for k, v in resampled.items():
+            # a resample ranks pixels by the coarse levels of the statistics: its distance to their own value counts.
+            # Resamples are worse calibrated than what they are drawn from: there it counts the other way (the basic
+            # bootstrap interval: Davison & Hinkley 1997, section 5.2.1)
+            distance = (v[1:] - v[0]) * (-1 if k.startswith("calibration_error") else 1)
+            limits[t][k] = statistics.percentile_interval((values[t][k] + distance).clamp(*range_of(k)))
     return values, limits
 
 

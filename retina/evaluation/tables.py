@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from retina.evaluation.statistics import FEWEST_RUNS
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 
 
@@ -75,23 +76,73 @@ def measure_rows(task: TaskMetrics, values: Mapping[str, float], limits: Mapping
     for name, value in values.items():
         if isinstance(value, float):  # dice_MA_per_image stands in the row dice_per_image, in the column MA
             words = name.split("_")
-            which = next((word for word in words if word in classes), "")
-            rows.setdefault("_".join(w for w in words if w != which), {})[which] = number_cell(value, limits.get(name))
+            class_name = next((word for word in words if word in classes), "")
+            measure = "_".join(word for word in words if word != class_name)
+            rows.setdefault(measure, {})[class_name] = number_cell(value, limits.get(name))
     head = [["", "mean" if classes else "", *classes]] * bool(classes)
-    return head + [[spelled_out(name), *(cells.get(which, "-") for which in ("", *classes))]
+    return head + [[spelled_out(name), *(cells.get(class_name, "-") for class_name in ("", *classes))]
                    for name, cells in rows.items()]
+
+
+# ---- what may be claimed ----
+
+def difference_cell(d: Mapping) -> str:
+    """A difference with its corrected interval; "-": not defined."""
+    return "-" if d["difference"] is None or math.isnan(d["difference"]) else \
+        f"{d['difference']:+.3f}{around(d['corrected_interval'], '+.3f')}"
+
+
+def verdict(d: Mapping) -> str:
+    """What is claimed of a difference."""
+    return "none" if not d["claimed"] else "higher" if d["difference"] > 0 else "lower"
+
+
+def needs(d: Mapping) -> str:
+    """What it would take to claim a difference as large as the one seen, or ""."""
+    return {"seeds": f"{FEWEST_RUNS} seeds a side", "eyes": f"more eyes than {d['eyes']}",
+            "more seeds": "more seeds"}.get(d["wants"]) or \
+        f"{d['needed']} photographs (here {d['photographs']})" * bool(d["needed"])
+
+
+def few_seeds(seeds: int) -> str:
+    """Why nothing is claimed from fewer than FEWEST_RUNS seeds a side."""
+    return f"no claim about ways of training: {seeds} seed{'s' * (seeds > 1)} a side, {FEWEST_RUNS} are needed"
+
+
+def claim(d: Mapping, first: str, second: str) -> str:
+    """What may be said of a difference, as statistics.adjust leaves it, between two arms of these names."""
+    said = f"{d['task']} {spelled_out(d['metric'])}, {second} minus {first}: "
+    if difference_cell(d) == "-":
+        return said + "not defined on these photographs"
+    few, interval = d["seeds"] < FEWEST_RUNS, d["corrected_interval"]
+    said += f"{d['difference']:+.3f} (" + (
+        "no interval within the range of the measure" if interval is None else
+        f"95 % over eyes{' and seeds' * (not few)} {interval[0]:+.3f} to {interval[1]:+.3f}")
+    said += f", p = {d['p_adjusted']:.3f})"
+    if few or interval is None:
+        one, other = (", ".join(map(number_cell, values)) for values in d["runs"])
+        said += f", seed by seed {other} against {one}"
+    if few:
+        return f"{said}, of these networks on these photographs; {few_seeds(d['seeds'])}"
+    if d["claimed"]:
+        return f"{said}: {verdict(d)}, from n = {d['photographs']} and {d['seeds']} seeds a side"
+    return f"{said}: no difference can be claimed from n = {d['photographs']}" + (
+        f"; one as large as this would take {needs(d)}" * bool(needs(d)))
 
 
 # ---- what is shown ----
 
-def table(found: Mapping[str, dict], tasks: Sequence[TaskMetrics],
+def table(scores: Mapping[str, dict], tasks: Sequence[TaskMetrics],
           limits: Mapping[str, Mapping] = MappingProxyType({})) -> str:
     """Metrics as lines of text, for each task a table; intervals behind the numbers that have one."""
     lines = []
-    for task in (t for t in [*tasks, Joint()] if t.name in found):
-        values = found[task.name]
+    for task in (t for t in [*tasks, Joint()] if t.name in scores):
+        values = scores[task.name]
         lines += [f"{task.name}: {values['photographs']} photographs of {values['eyes']} eyes",
                   aligned(measure_rows(task, values, limits.get(task.name, {})))]
+        if "seeds" in values:
+            lines.append(f"   {spelled_out(task.primary)}, seed by seed: "
+                         f"{', '.join(map(number_cell, values['seeds'][task.primary]))}")
         if values.get("lesions", 4) < 4:
             lines.append("   classes without a true pixel in this split, at this size, are left out of the means")
         if len(values.get("confusion", range(99))) <= 12:
@@ -103,22 +154,22 @@ def table(found: Mapping[str, dict], tasks: Sequence[TaskMetrics],
 
 def table_of_differences(compared: Mapping[str, Mapping]) -> str:
     """What compare() found, as lines of text."""
-    rows, exact = [], []
+    rows, mcnemar_lines = [], []
     for task, measures in compared.items():
         rows.append([task, "first", "second", "difference (95 %)", "p"])
-        rows += [[f"   {spelled_out(name)}", number_cell(row["first"]), number_cell(row["second"]),
-                  "-" if row["interval"] is None else f"{row['difference']:+.3f}{around(row['interval'], '+.3f')}",
-                  f"{row['p']:.3f}"] for name, row in measures.items()]
-        if found := measures.get("accuracy", {}).get("mcnemar"):
-            exact.append(f"   {task}: only the first is right {found['only_first_right']} times, only the second "
-                         f"{found['only_second_right']}: McNemar's exact p = {found['p']:.3f} "
-                         "(as if no two photographs showed one eye)")
-    return "\n".join([aligned(rows), *exact])
+        rows += [[f"   {spelled_out(name)}", number_cell(d["first"]), number_cell(d["second"]),
+                  "-" if math.isnan(d["difference"]) else f"{d['difference']:+.3f}{around(d['interval'], '+.3f')}",
+                  f"{d['p']:.3f}"] for name, d in measures.items()]
+        if mcnemar := measures.get("accuracy", {}).get("mcnemar"):
+            mcnemar_lines.append(f"   {task}: only the first is right {mcnemar['only_first_right']} times, only the "
+                                 f"second {mcnemar['only_second_right']}: McNemar's exact p = {mcnemar['p']:.3f} "
+                                 "(as if no two photographs showed one eye)")
+    return "\n".join([aligned(rows), *mcnemar_lines])
 
 
 def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[TaskMetrics]) -> str:
-    """What rerouted() found, as lines of text."""
-    known = [t for t in tasks if any(t.name in row for row in changes.values())]
-    return aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in known)]] + [
-        [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := row.get(t.name)) else "-" for t in known)]
-        for title, row in changes.items()])
+    """What score_interventions() found, as lines of text."""
+    scored = [t for t in tasks if any(t.name in by_task for by_task in changes.values())]
+    return aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in scored)]] + [
+        [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := by_task.get(t.name)) else "-"
+                  for t in scored)] for title, by_task in changes.items()])

@@ -159,15 +159,15 @@ class GradeMetrics(ClassMetrics):
     def compute(self, stats, weights, calibration):
         """Beside those of all classes: of referable or not, the area under the ROC curve (at temperature 1),
 
-        sensitivity and specificity at the temperature and threshold that were chosen.
+        sensitivity and specificity at the temperature and threshold of `calibration`.
         """
         values = super().compute(stats, weights, calibration)
         p, ill = stats[:, :-1], stats[:, -1] >= 2
         values["referable_auc"] = metrics.roc_area(p[:, 2:].sum(1), ill, weights)
         if "referable" in calibration:
-            found = self.referable(p, calibration["temperature"]) >= calibration["referable"]
-            values |= {"referable_sensitivity": metrics.sensitivity(found, ill, weights),
-                       "referable_specificity": metrics.sensitivity(~found, ~ill, weights)}
+            referred = self.referable(p, calibration["temperature"]) >= calibration["referable"]
+            values |= {"referable_sensitivity": metrics.sensitivity(referred, ill, weights),
+                       "referable_specificity": metrics.sensitivity(~referred, ~ill, weights)}
         return values
 
     def predicted_columns(self, answer, sample, calibration):
@@ -206,46 +206,47 @@ class MaskMetrics(TaskMetrics):
         """No lesion."""
         return torch.zeros(1, *targets.shape[1:])
 
-    def count(self, kind: int, answer: np.ndarray, truth: np.ndarray | None, accumulator: PRCurveAccumulator) -> Tensor:
-        """One kind on one photograph, probabilities and truth of any one shape: (2 K + 1,)
+    def count(self, channel: int, answer: np.ndarray, truth: np.ndarray | None,
+              accumulator: PRCurveAccumulator) -> Tensor:
+        """One class on one photograph, probabilities and truth of any one shape: (2 K + 1,)
 
         Other pixels by level of score, true ones, and the area under this photograph's own precision-recall curve; nan
         where the truth is not known (None).
         """
         if truth is None:
             return torch.full((2 * metrics.LEVELS + 1,), math.nan, dtype=torch.float64)
-        area, counts = accumulator.add(kind, answer, truth)
+        area, counts = accumulator.add(channel, answer, truth)
         return torch.from_numpy(np.append(counts.astype(np.float64), area))
 
     def image_stats(self, answer, target, accumulator=None):
-        """(n, L, 2 K + 1), see `count`; nan for kinds that are not known."""
+        """(n, L, 2 K + 1), see `count`; nan for classes that are not known."""
         answer, target, accumulator = (answer.float().cpu().numpy(), target.cpu().numpy(),
                                        accumulator or self.accumulator())
         return torch.stack([torch.stack([
-            self.count(kind, probability, None if (mask == UNKNOWN).any() else mask == 1, accumulator)
-            for kind, (probability, mask) in enumerate(zip(*photograph))]) for photograph in zip(answer, target)])
+            self.count(channel, probability, None if (mask == UNKNOWN).any() else mask == 1, accumulator)
+            for channel, (probability, mask) in enumerate(zip(*photograph))]) for photograph in zip(answer, target)])
 
     def at(self, stats: Tensor, thresholds: Sequence[float]) -> Tensor:
-        """Counts (n, L, 3) of both, predicted, true pixels at a threshold for each kind, from statistics."""
+        """Counts (n, L, 3) of both, predicted, true pixels at a threshold for each class, from statistics."""
         level = torch.tensor([metrics.level_of(t) for t in thresholds])
         return metrics.masks_at(stats[..., :-1].unflatten(2, (2, metrics.LEVELS)), level)
 
     def calibrate(self, stats):
-        """For each kind the threshold of the highest pooled Dice; 0.5 for those without a true pixel."""
+        """For each class the threshold of the highest pooled Dice; 0.5 for those without a true pixel."""
         others, true = stats[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS)).flip(2).unbind(1)  # (L, K) falling
         both = true.cumsum(1)
         scores = metrics.dice(torch.stack([both, both + others.cumsum(1), both[:, -1:].expand_as(both)], 2))
         best = metrics.LEVELS - 1 - scores.argmax(1)
-        return {kind: metrics.threshold_at(int(best[i])) if both[i, -1] > 0 else 0.5
-                for i, kind in enumerate(self.classes)}
+        return {name: metrics.threshold_at(int(best[i])) if both[i, -1] > 0 else 0.5
+                for i, name in enumerate(self.classes)}
 
     def compute(self, stats, weights, calibration):
         """Dice, IoU and area under the precision-recall curve (aupr), each of pooled pixels and, averaged, per image.
 
         The means are over the lesions that occur in the split, never the disc; where nothing but the disc is known,
-        the disc counts. Masks at a threshold of 0.5, and `dice_calibrated` at those that were chosen. Pooled first,
+        the disc counts. Masks at a threshold of 0.5, and `dice_calibrated` at those of `calibration`. Pooled first,
         because a mean of per-image Dice rewards a model that finds nothing: an image without a lesion then scores 1. A
-        pooled value of a kind without a true pixel in the split, and the area of an image without one, are not defined.
+        pooled value of a class without a true pixel in the split, and the area of an image without one, are undefined.
 
         five_masks_dice is what older work reports as Dice: all five masks of an image in one, then the mean over
         images; five_masks_dice_of_true_disc is what the true optic disc alone would score.
@@ -264,47 +265,46 @@ class MaskMetrics(TaskMetrics):
         of_pixels = {"dice": metrics.dice(pooled(half)), "iou": metrics.iou(pooled(half)),
                      "aupr": metrics.average_precision(*levels.unbind(2))}  # (D, L) each
         if calibration:
-            of_pixels["dice_calibrated"] = metrics.dice(pooled(self.at(stats, [calibration[k] for k in self.classes])))
+            of_pixels["dice_calibrated"] = metrics.dice(pooled(self.at(stats, [calibration[c] for c in self.classes])))
         of_pixels = {name: v.masked_fill(~occurs, math.nan) for name, v in of_pixels.items()}
         of_images = {name: metrics.mean(v, weights) for name, v in
                      (("dice", metrics.dice(half)), ("iou", metrics.iou(half)), ("aupr", stats[..., -1]))}
         values = {}
-        for mark, found in (("", of_pixels), ("_per_image", of_images)):
-            for name, value in found.items():
-                values[name + mark] = value.masked_fill(~counted, math.nan).nanmean(1)
-                values |= {f"{name}_{kind}{mark}": value[:, i] for i, kind in enumerate(self.classes) if known[i]}
-        every, disc = half.sum(1), half[:, -1, 2]  # (n, 3), nan where a kind is not known; (n,)
+        for ending, by_name in (("", of_pixels), ("_per_image", of_images)):
+            for name, value in by_name.items():
+                values[name + ending] = value.masked_fill(~counted, math.nan).nanmean(1)
+                values |= {f"{name}_{c}{ending}": value[:, i] for i, c in enumerate(self.classes) if known[i]}
+        every, disc = half.sum(1), half[:, -1, 2]  # (n, 3), nan where a class is not known; (n,)
         if not every.isnan().all():
-            alone = torch.stack([disc, disc, every[:, 2]], 1)
+            true_disc = torch.stack([disc, disc, every[:, 2]], 1)
             values |= {"five_masks_dice": metrics.mean(metrics.dice(every), weights),
-                       "five_masks_dice_of_true_disc": metrics.mean(metrics.dice(alone), weights)}
+                       "five_masks_dice_of_true_disc": metrics.mean(metrics.dice(true_disc), weights)}
         return values
 
     def metrics(self, stats, calibration=MappingProxyType({}), accumulator=None):
         """With `accumulator`, the areas over all pixels are exact; without, they rest on the levels of the statistics.
 
-        `lesions` counts the kinds that the means are taken over. Where there is none, `dice` is 0: a checkpoint has to
-        have a score.
+        `lesions` counts the classes that the means are taken over. Where there is none, `dice` is 0: a checkpoint has
+        to have a score.
         """
         values = super().metrics(stats, calibration)
-        kinds = [kind for kind in self.classes[:-1] if f"dice_{kind}" in values] or list(self.classes[-1:])
-        kinds = [kind for kind in kinds if not math.isnan(values[f"dice_{kind}"])]
+        names = [c for c in self.classes[:-1] if f"dice_{c}" in values] or list(self.classes[-1:])
+        names = [c for c in names if not math.isnan(values[f"dice_{c}"])]
         if accumulator:
-            areas = {f"aupr_{kind}": accumulator.area(i) for i, kind in enumerate(self.classes)
-                     if f"aupr_{kind}" in values}
-            mean = sum(areas[f"aupr_{kind}"] for kind in kinds) / len(kinds) if kinds else math.nan
+            areas = {f"aupr_{c}": accumulator.area(i) for i, c in enumerate(self.classes) if f"aupr_{c}" in values}
+            mean = sum(areas[f"aupr_{c}"] for c in names) / len(names) if names else math.nan
             values |= areas | {"aupr": mean}
-        if not kinds:
+        if not names:
             values["dice"] = 0.0
-        return {"lesions": len(kinds), **values}
+        return {"lesions": len(names), **values}
 
     def scored_columns(self, stats):
         columns = {}
-        for kind, counts, levels in zip(self.classes, self.at(stats[None], [0.5] * len(self.classes))[0], stats):
+        for name, counts, levels in zip(self.classes, self.at(stats[None], [0.5] * len(self.classes))[0], stats):
             values = [""] * 4 if counts.isnan().any() else [
                 round(float(metrics.dice(counts)), 4), "" if levels[-1].isnan() else round(float(levels[-1]), 4),
                 *map(int, counts[1:])]
-            columns |= dict(zip((f"dice_{kind}", f"aupr_{kind}", f"pixels_{kind}", f"pixels_{kind}_true"), values))
+            columns |= dict(zip((f"dice_{name}", f"aupr_{name}", f"pixels_{name}", f"pixels_{name}_true"), values))
         return columns
 
 
@@ -331,24 +331,24 @@ class LandmarkMetrics(TaskMetrics):
         file, so that data sets compare.
         """
         values = {}
-        for i, point in enumerate(self.classes):
+        for i, landmark in enumerate(self.classes):
             pixels, diameters = stats[:, i, :2].unbind(1)
             if not pixels.isnan().all():
                 near = (diameters < 0.5).double().masked_fill(diameters.isnan(), math.nan)
-                values |= {f"within_radius_{point}": metrics.mean(near, weights),
-                           f"px4288_{point}": metrics.mean(pixels, weights),
-                           f"median_px4288_{point}": metrics.median(pixels, weights),
-                           f"diameters_{point}": metrics.mean(diameters, weights)}
+                values |= {f"within_radius_{landmark}": metrics.mean(near, weights),
+                           f"px4288_{landmark}": metrics.mean(pixels, weights),
+                           f"median_px4288_{landmark}": metrics.median(pixels, weights),
+                           f"diameters_{landmark}": metrics.mean(diameters, weights)}
         share = [v for k, v in values.items() if k.startswith("within_radius")]
         both = torch.stack(share).nanmean(0) if share else torch.zeros(len(weights), dtype=torch.float64)
         return {"within_radius": both, **values}
 
     def scored_columns(self, stats):
         columns = ("{}_px4288", "{}_diameters", "{}_x", "{}_y", "{}_x_true", "{}_y_true")
-        return {column.format(point): "" if math.isnan(v) else round(v, 4)
-                for point, values in zip(self.classes, stats.tolist()) for column, v in zip(columns, values)}
+        return {column.format(landmark): "" if math.isnan(v) else round(v, 4)
+                for landmark, values in zip(self.classes, stats.tolist()) for column, v in zip(columns, values)}
 
     def predicted_columns(self, answer, sample, calibration):
         places = sample.geometry.to_file(answer.double().numpy() * sample.image.shape[-1])
-        return {f"{point}_{axis}": round(v, 1) for point, place in zip(self.classes, places.tolist())
+        return {f"{landmark}_{axis}": round(v, 1) for landmark, place in zip(self.classes, places.tolist())
                 for axis, v in zip("xy", place)}

@@ -24,7 +24,7 @@ from retina.datasets.records import Record
 from retina.drawing import overlay
 from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError
-from retina.inference.full_size import predict_sample, to_file_pixels, predict_in_tiles, unlabelled_sample
+from retina.inference.full_size import predict_in_tiles, predict_sample, to_file_pixels, unlabelled_sample
 from retina.inference.quality import refusal
 
 

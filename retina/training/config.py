@@ -30,15 +30,17 @@ if TYPE_CHECKING:
     from train import Config
 
 
+OF_MACHINE = ("data", "workers", "device")  # may be others when a run is resumed: the result does not hang on them
+
+
 # ---- a field is a flag ----
 
 def flag(default: Any, group: str, text: str, *, real: Any = None, default_text: str | None = None,
          choices: Collection[str] | Mapping[str, str] | None = None, lowest: float | None = None,
-         below: float = math.inf, multiple: int | None = None, machine: bool = False) -> Any:
+         below: float = math.inf, multiple: int | None = None) -> Any:
     """A field of Config that is a flag. `real` is the default on real data, if it differs from that on drawn data.
 
-    `default_text` describes a default that depends on more; `lowest`, `below` and `multiple` bound numbers; `machine`:
-    the value may change when a run is resumed, since the result does not depend on it.
+    `default_text` describes a default that depends on more; `lowest`, `below` and `multiple` bound numbers.
     """
     if isinstance(choices, Mapping):
         text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
@@ -48,7 +50,7 @@ def flag(default: Any, group: str, text: str, *, real: Any = None, default_text:
         default_text = f"{words} drawn, else {real:g}" if real is not None else words
     return field(default=default, metadata={
         "group": group, "help": text if default_text is None else f"{text} (default: {default_text})", "real": real,
-        "choices": choices, "lowest": lowest, "below": below, "multiple": multiple, "machine": machine})
+        "choices": choices, "lowest": lowest, "below": below, "multiple": multiple})
 
 
 def flag_name(f: Field) -> str:
@@ -110,8 +112,7 @@ def as_dict(config: Config) -> dict:
 
 def result_options(config: Config) -> dict:
     """The same without the fields that the result does not depend on."""
-    values = as_dict(config)
-    return {f.name: values[f.name] for f in fields(config) if not f.metadata.get("machine")}
+    return {k: v for k, v in as_dict(config).items() if k not in OF_MACHINE}
 
 
 # ---- defaults that depend on the data and the device ----

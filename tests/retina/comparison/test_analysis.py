@@ -14,7 +14,7 @@ from conftest import TINY
 from retina import files
 from retina.comparison import analysis, report
 from retina.datasets import readers
-from retina.evaluation import scoring, tables
+from retina.evaluation import compare, scoring, statistics, tables
 from retina.evaluation.scoring import SplitScores
 from tasks import TASKS
 
@@ -54,7 +54,7 @@ def test_folds_are_put_together_and_each_photograph_counts_once(tmp_path, monkey
     for k in (1, 2, 3):
         _, validation, _ = data.load_datasets(replace(SMALL, fold=f"{k}/3"), net[1])
         parts.append(baselines.storable(scoring.evaluate_split(net[0], data.eval_loader(validation, net[1], 6), net[1])))
-    found = analysis.put_together(parts, net[1])
+    found = analysis.concat_folds(parts, net[1])
     everything = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "train"], 64)
     whole = scoring.evaluate_split(net[0], data.eval_loader(everything, net[1], 6), net[1])
     scoring.align([whole, found])
@@ -82,10 +82,11 @@ def test_a_constant_guess_scores_what_it_must(tmp_path):
 # ---- differences ----
 
 def table_of(found: dict) -> str:
-    return tables.as_markdown(report.differences(found))
+    return tables.as_markdown(report.difference_table(found))
 
 
-KNOWN = {"standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "seeds": 2}  # seeds do not differ
+# seeds do not differ, and the measure has no range
+KNOWN = {"standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "seeds": 5, "metric": "effect"}
 
 
 def test_equal_rows_with_different_names_differ_by_nothing():
@@ -94,10 +95,10 @@ def test_equal_rows_with_different_names_differ_by_nothing():
     rows = {"cls_single": row_of("cls_single", same), "hard": row_of("hard", same)}
     (d,) = analysis.differences(rows, [Accurate()])
     assert d["difference"] == 0 and not d["claimed"] and d["needed"] is None and d["p_adjusted"] == 1
-    assert d["corrected_interval"] == [0, 0]  # defined, and nothing
+    assert d["corrected_interval"] is None  # no width is no certainty
     wrong = 0
     for k in range(10):
-        rows = {name: row_of(name, right(0.6, 100, 100 * k + i)) for i, name in enumerate(
+        rows = {name: row_of(name, *[right(0.6, 100, 100 * k + i)] * 5) for i, name in enumerate(
             ("cls_single", "hard", "dense", "learned"))}
         wrong += any(d["claimed"] for d in analysis.differences(rows, [Accurate()]))
     assert wrong <= 2
@@ -106,40 +107,40 @@ def test_equal_rows_with_different_names_differ_by_nothing():
 def test_a_planted_difference_is_claimed_with_its_size():
     first = right(0.5, 300, 1)
     second = first | right(0.4, 300, 2)
-    rows = {"cls_single": row_of("cls_single", first, first), "hard": row_of("hard", second, second)}
+    rows = {"cls_single": row_of("cls_single", *[first] * 5), "hard": row_of("hard", *[second] * 5)}
     (d,) = analysis.differences(rows, [Accurate()])
     gap = float((second.double() - first.double()).mean())
     error = float((second.double() - first.double()).std()) / math.sqrt(300)
     assert d["difference"] == pytest.approx(gap) and d["standard_error"] == pytest.approx(error, rel=0.1)
     assert d["claimed"] and d["corrected_interval"] == pytest.approx([gap - 1.96 * error, gap + 1.96 * error], rel=0.1)
-    assert (d["seeds"], d["photographs"], d["against"]) == (2, 300, "cls_single")
+    assert (d["seeds"], d["photographs"], d["against"]) == (5, 300, "cls_single")
 
 
 def test_correction_for_the_number_of_differences():
     one = {"difference": 0.1, "standard_error": 0.04, **KNOWN, "p": 0.02, "photographs": 50,
            "eyes": 50}
-    found = analysis.corrected([dict(one) for _ in range(10)])
+    found = statistics.adjust([dict(one) for _ in range(10)])
     assert [d["p_adjusted"] for d in found] == pytest.approx([0.2] * 10) and not any(d["claimed"] for d in found)
     assert found[0]["corrected_interval"] == pytest.approx([0.1 - 2.807 * 0.04, 0.1 + 2.807 * 0.04], abs=1e-4)
     assert found[0]["needed"] == math.ceil(50 * ((2.80703 + 0.84162) * 0.4) ** 2)
-    (alone,) = analysis.corrected([dict(one)])
+    (alone,) = statistics.adjust([dict(one)])
     assert alone["claimed"] and alone["wants"] is None
-    (few,) = analysis.corrected([{**one, "eyes": 5}])
-    assert few["wants"] == "eyes" and report.wanted(few) == "more eyes than 5"
+    (few,) = statistics.adjust([{**one, "eyes": 5}])
+    assert few["wants"] == "eyes" and tables.needs(few) == "more eyes than 5"
     # seeds alone make an error that no number of photographs takes away
-    (noisy,) = analysis.corrected([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
-    assert (noisy["wants"], noisy["needed"]) == ("seeds", None) and "more seeds" in report.wanted(noisy)
+    (noisy,) = statistics.adjust([{**one, "standard_error": 0.06, "standard_error_of_seeds": 0.05, "p": 0.2}])
+    assert (noisy["wants"], noisy["needed"]) == ("more seeds", None) and "more seeds" in tables.needs(noisy)
     # p forbids what the interval would allow: nothing is said of photographs
-    (odd,) = analysis.corrected([{**one, "standard_error": 0.02, "p": 0.2}])
-    assert not odd["claimed"] and odd["needed"] is None and report.wanted(odd) == ""
+    (odd,) = statistics.adjust([{**one, "standard_error": 0.02, "p": 0.2}])
+    assert not odd["claimed"] and odd["needed"] is None and tables.needs(odd) == ""
     # table and sentence give the same reason: one seed, though photographs would do for the interval
-    (single,) = analysis.corrected([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
-    assert single["needed"] and "more seeds" in report.wanted(single)
+    (single,) = statistics.adjust([{**one, "standard_error": 0.06, "seeds": 1, "p": 0.2}])
+    assert single["needed"] and "5 seeds a side" in tables.needs(single)
     said = {"configurations": {n: {"words": n} for n in "ab"},
             "differences": [{**single, "configuration": "a", "against": "b", "task": "cls", "metric": "kappa"}]}
-    assert table_of(said).endswith("| none | more seeds |")
-    # an error that draws of eyes leave undefined is not replaced by that of seeds
-    assert all(math.isnan(v) for v in analysis.sources(math.nan, [[], []], 5))
+    assert table_of(said).endswith("| none | 5 seeds a side |")
+    # an error that resamples of eyes leave undefined is not replaced by that of seeds
+    assert all(math.isnan(v) for v in statistics.error_for_new_seeds(math.nan, [[], []], 5))
 
 
 def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
@@ -150,30 +151,34 @@ def test_of_many_differences_that_are_not_there_hardly_one_is_claimed():
         found = [{"difference": x, "standard_error": 1.0, **KNOWN, "photographs": 90, "eyes": 90,
                   "p": math.erfc(abs(x) / math.sqrt(2))} for x in drawn]
         uncorrected += any(d["p"] < 0.05 for d in found)
-        claimed += any(d["claimed"] for d in analysis.corrected(found))
+        claimed += any(d["claimed"] for d in statistics.adjust(found))
     assert claimed / 500 <= 0.07 and uncorrected / 500 > 0.3
 
 
 def test_seeds_count_as_new_seeds_would():
-    """Two seeds a side with known values: the variance of a mean is s^2 / k for each side, whatever the draws say."""
+    """Five seeds an arm with known values: the variance of a mean is s^2 / k for each arm, whatever resamples say."""
     values = [[float(right(share, 400, k).double().mean()) for k, share in enumerate(shares)]
-              for shares in ((0.4, 0.6), (0.5, 0.5))]
-    variances = [(a - b) ** 2 / 2 for a, b in values]  # sd^2 of two
-    error, of_seeds, degrees = analysis.sources(0.2, values, 400)
-    assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 2))
-    assert error == pytest.approx(math.sqrt(0.2 ** 2 + sum(variances) / 4))
-    of_eyes = 0.2 ** 2 - sum(variances) / 4
-    assert degrees == pytest.approx(error ** 4 / (sum((v / 2) ** 2 for v in variances) + of_eyes ** 2 / 399))
-    assert analysis.sources(0.2, [side[:1] for side in values], 400) == pytest.approx((0.2, 0.0, 399))
+              for shares in ((0.4, 0.5, 0.6, 0.5, 0.5), (0.5,) * 5)]
+    variances = [sum((v - sum(arm) / 5) ** 2 for v in arm) / 4 for arm in values]
+    error, of_seeds, degrees = statistics.error_for_new_seeds(0.2, values, 400)
+    assert of_seeds == pytest.approx(math.sqrt(sum(variances) / 5))
+    of_eyes = 0.2 ** 2 - sum(variances) * 4 / 5 / 5  # resamples show 4 / 5 of it
+    assert error == pytest.approx(math.sqrt(of_eyes + sum(variances) / 5))
+    assert degrees == pytest.approx(error ** 4 / (sum((v / 5) ** 2 / 4 for v in variances) + of_eyes ** 2 / 399))
 
 
-def test_one_seed_a_side_claims_nothing():
-    """How much seeds differ is not known; the same two, twice, do not differ."""
+def test_fewer_than_five_seeds_a_side_claim_nothing_and_evaluate_says_the_same():
+    """The same seed several times does not differ; the sentence of both commands differs in names and numbers alone."""
     first, second = right(0.3, 300, 1), right(0.8, 300, 2)
-    for seeds, claimed in ((1, False), (2, True)):
-        rows = {"cls_single": row_of("", *[first] * seeds), "hard": row_of("", *[second] * seeds)}
+    for seeds, claimed in ((1, False), (2, False), (4, False), (5, True)):
+        rows = {"cls_single": row_of("A", *[first] * seeds), "hard": row_of("B", *[second] * seeds)}
         (d,) = analysis.differences(rows, [Accurate()])
         assert d["claimed"] == claimed and d["wants"] == (None if claimed else "seeds") and d["p_adjusted"] < 0.01
+        (said,) = compare.claims(compare.compare(*(row.scores for row in rows.values())), rows["hard"].scores[0])
+        summary = {"configurations": {name: {"words": row.words} for name, row in rows.items()}}
+        assert said == report.sentence(summary, d).replace("B minus A", "second minus first")
+        assert ("higher" in said) == claimed and (f"{seeds} seed" in said)
+        assert ("no claim about ways of training" in said) != claimed
 
 
 def test_so_many_photographs_as_are_said_to_be_needed_find_it():
@@ -182,29 +187,29 @@ def test_so_many_photographs_as_are_said_to_be_needed_find_it():
     shift, n = 0.2, 60
     one = {"difference": shift, "standard_error": 1 / math.sqrt(n), **KNOWN, "p": 0.5,
            "photographs": n, "eyes": n}
-    needed = analysis.corrected([dict(one) for _ in range(5)])[0]["needed"]
+    needed = statistics.adjust([dict(one) for _ in range(5)])[0]["needed"]
     claimed = 0
     for sample in torch.randn(600, needed, generator=rng) + shift:
         found = {"difference": float(sample.mean()), "standard_error": float(sample.std()) / math.sqrt(needed)}
         p = math.erfc(abs(found["difference"] / found["standard_error"]) / math.sqrt(2))
         family = [{**one, **found, "p": p, "photographs": needed}, *(dict(one) for _ in range(4))]
-        claimed += analysis.corrected(family)[0]["claimed"]
+        claimed += statistics.adjust(family)[0]["claimed"]
     assert claimed / 600 == pytest.approx(0.8, abs=0.06)
 
 
 def test_many_differences_can_still_be_claimed_and_undefined_ones_are_said():
     """p of a thousand draws, times as many differences, would never be small enough."""
     first = right(0.2, 60, 1)
-    rows = {"cls_single": row_of("cls_single", first, first)} | {
-        f"row{k}": row_of(f"row{k}", *[first | right(0.7, 60, k + 2)] * 2) for k in range(60)}
+    rows = {"cls_single": row_of("cls_single", *[first] * 5)} | {
+        f"row{k}": row_of(f"row{k}", *[first | right(0.7, 60, k + 2)] * 5) for k in range(60)}
     assert all(d["claimed"] for d in analysis.differences(rows, [Accurate()]))
     nothing = {"difference": math.nan, "standard_error": math.nan, **KNOWN, "p": math.nan,
                "photographs": 6, "eyes": 6}
-    (bad,) = analysis.corrected([nothing])
+    (bad,) = statistics.adjust([nothing])
     assert bad["needed"] is None and not bad["claimed"] and json.dumps(files.jsonable(bad), allow_nan=False)
     said = {"configurations": {n: {"words": n} for n in "ab"}}
     d = files.jsonable({**bad, "configuration": "a", "against": "b", "task": "seg", "metric": "dice"})
-    assert "not defined on these photographs" in report.claim(said, d)
+    assert "not defined on these photographs" in report.sentence(said, d)
     assert table_of({**said, "differences": [d]}).splitlines()[-1] == "| seg | a | b | - | 1.000 | none |  |"
 
 

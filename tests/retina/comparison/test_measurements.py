@@ -20,7 +20,7 @@ def test_shifts_change_pictures_and_nothing_else():
         assert torch.equal(one.image, again.image) and one.image.dtype == torch.uint8
         assert one.image.shape == before.image.shape and not torch.equal(one.image, before.image)
         assert (one.image.float() - before.image.float()).abs().mean() < 60
-        assert torch.equal(one.masks, before.masks) and torch.equal(one.points, before.points)
+        assert torch.equal(one.masks, before.masks) and torch.equal(one.landmarks, before.landmarks)
     dark, cold = (measurements.Shifted(photographs, s)[1].image.float().mean((1, 2)) / before.image.float().mean(
         (1, 2)) for s in ("darker", "colder light"))
     assert dark.max() < 0.65 and cold[0] < 0.9 < 1.1 < cold[2]

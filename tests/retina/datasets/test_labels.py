@@ -262,7 +262,7 @@ def test_it_is_compared_with_a_constant_guess(table, here):  # noqa: F811
     error = found["configurations"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"]
     assert error == pytest.approx(np.abs(validation - training.mean()).mean(), rel=1e-5)
     assert "age: error (lower is better), " in text
-    assert [d["row"] for d in found["differences"] if d["task"] == "age"] == ["learned"]
+    assert [d["configuration"] for d in found["differences"] if d["task"] == "age"] == ["learned"]
 
 
 # ---- a metric that cannot select checkpoints ----

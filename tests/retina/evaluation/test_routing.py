@@ -164,7 +164,8 @@ def test_description_and_table():
     assert found["information"]["task"]["bits"] == pytest.approx(0, abs=1e-9)  # both tasks alike
     assert found["information"]["grade"]["units"] == 29 and found["information"]["task"]["units"] == 60
     short, long = routing.table(found, False), routing.table(found, True)
-    assert "I(expert; grade | task) 0." in short and "grade 1 (9)" not in short and "warning" not in short
+    assert "mutual information of expert and grade, given the task: 0." in short
+    assert "grade 1 (9)" not in short and "warning" not in short
     assert "grade 1 (9)" in long and "EX below (4)" in long
     assert f"{100 * cls['tokens'][2]:3.0f}/{100 * cls['weight'][2]:.0f}" in short
 
@@ -192,7 +193,7 @@ def test_a_table_of_many_experts_shows_the_most_used():
     use = routing.ExpertUsage(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
     text = routing.table(routing.describe({"cls": use}, [None] * 5, ["e"] * 5), True)
     assert "the 12 most used of 20 experts" in text and all(f"   {e}   " in text for e in range(4, 8))
-    assert "I(expert" not in text and "warning: experts 0, 1, 2, 3, 8, 9" in text
+    assert "mutual information" not in text and "warning: experts 0, 1, 2, 3, 8, 9" in text
 
 
 # ---- other routes ----
@@ -326,17 +327,18 @@ def test_main_reports_routes(tmp_path, monkeypatch, capsys):
     train.fit(TINY, tmp_path / "run", quiet=True)
     run_main(monkeypatch, tmp_path / "run")
     text = capsys.readouterr().out
-    assert "I(expert; task)" in text and "grade 0" not in text and "change of the score" not in text
+    assert "mutual information of expert and task: " in text
+    assert "grade 0" not in text and "change of the score" not in text
     run_main(monkeypatch, tmp_path / "run", "--split", "test", "--routing")
     text = capsys.readouterr().out
     assert "grade 0" in text and "OD below (10)" in text and "routes of another photograph" in text
     stored = json.loads((tmp_path / "run" / "routing_test.json").read_text())
     assert stored["split"] == "test" and stored["photographs"] == 10
     assert sum(stored["tasks"]["seg"]["tokens"]) == pytest.approx(2)
-    changes = json.loads((tmp_path / "run" / "rerouted_test.json").read_text())
+    changes = json.loads((tmp_path / "run" / "interventions_test.json").read_text())
     assert changes["split"] == "test" and set(changes["without expert 3"]) == {"cls", "seg"}
     run_main(monkeypatch, tmp_path / "run", "--split", "test")  # a short call takes nothing away
-    assert json.loads((tmp_path / "run" / "rerouted_test.json").read_text()) == changes
+    assert json.loads((tmp_path / "run" / "interventions_test.json").read_text()) == changes
     assert not (tmp_path / "run" / "interventions.json").exists()
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from retina.evaluation import metrics, statistics
+from retina.evaluation import metrics, scoring, statistics, tables
+from tasks import TASKS
 
 
 def mean_of(values):
@@ -46,13 +47,16 @@ def test_bootstrap_starts_with_the_measure_itself_and_spreads_over_runs():
     assert one.shape == (1 + statistics.RESAMPLES,) and float(one[0]) == pytest.approx(float(values.mean()))
     same = statistics.bootstrap([mean_of(values)] * 3, eyes)["mean"]
     assert torch.allclose(one, same)
-    apart = statistics.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes)["mean"]
+    few = statistics.bootstrap([mean_of(values + shift) for shift in (-1, 0, 0, 1)], eyes)["mean"]
+    assert torch.allclose(one, few)  # fewer than five runs are not resampled
+    shifts = (-2, -1, 0, 1, 2)
+    apart = statistics.bootstrap([mean_of(values + shift) for shift in shifts], eyes)["mean"]
     assert float(apart[0]) == pytest.approx(float(values.mean()))
-    # the mean of three runs drawn from -1, 0, 1 has the standard deviation sqrt(2/3 / 3)
-    assert float(apart[1:].std()) == pytest.approx(math.hypot(math.sqrt(2 / 9), float(one[1:].std())), rel=0.1)
-    # the other side sees the same eyes, but other draws of runs
-    other = statistics.bootstrap([mean_of(values + shift) for shift in (-1, 0, 1)], eyes, 1)["mean"]
-    assert float((other - apart)[1:].std()) == pytest.approx(math.sqrt(4 / 9), rel=0.1)
+    # the mean of five runs drawn from these has the standard deviation sqrt(2 / 5)
+    assert float(apart[1:].std()) == pytest.approx(math.hypot(math.sqrt(2 / 5), float(one[1:].std())), rel=0.1)
+    # the other arm sees the same eyes, but other resamples of runs
+    other = statistics.bootstrap([mean_of(values + shift) for shift in shifts], eyes, 1)["mean"]
+    assert float((other - apart)[1:].std()) == pytest.approx(math.sqrt(4 / 5), rel=0.1)
 
 
 def test_undefined_draws():
@@ -63,12 +67,12 @@ def test_undefined_draws():
     assert statistics.percentile_interval(torch.ones(1000)) is None
 
 
-def test_in_parts_is_the_same():
+def test_in_chunks_is_the_same():
     values, weights = torch.rand(7), torch.rand(300, 7).double()
-    assert torch.equal(statistics.in_parts(mean_of(values), weights, 41)["mean"], mean_of(values)(weights)["mean"])
+    assert torch.equal(statistics.in_chunks(mean_of(values), weights, 41)["mean"], mean_of(values)(weights)["mean"])
 
 
-# ---- two sides ----
+# ---- two arms ----
 
 def both(first, second):
     """The measures of p_values: a mean, and one that is no mean over photographs."""
@@ -105,7 +109,7 @@ def test_for_a_mean_it_is_the_sign_flip_test():
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
-    """Of 200 comparisons of exchangeable sides about 5 % fall below 0.05; draws, since 2^30 swaps are too many."""
+    """Of 200 comparisons of exchangeable arms about 5 % fall below 0.05; draws, since 2^30 swaps are too many."""
     rng, eyes = np.random.default_rng(0), list(map(str, range(30)))
     found = [statistics.p_values([both(*torch.from_numpy(rng.normal(size=(2, 30))))], eyes)["mean"]
              for _ in range(200)]
@@ -142,24 +146,81 @@ def test_holm_by_hand():
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([0.02]) == [0.02]
 
 
-@pytest.mark.parametrize("difference,interval,p,words", [
-    (0.01, (-0.08, 0.1), 0.8, "no difference can be claimed from n = 103"),
-    (0.10, (0.01, 0.2), 0.2, "no difference can be claimed from n = 103"),  # before the correction it could
-    (0.10, (-0.01, 0.2), 0.04, "no difference can be claimed from n = 103"),
-    (0.10, (0.05, 0.2), 0.01, "the second scores higher, from n = 103; a claim about these 2 networks"),
-    (-0.10, (-0.2, -0.05), 0.01, "the first scores higher"),
-    (0.1, None, 0.01, "nothing can be claimed"), (math.nan, (0, 1), math.nan, "nothing can be claimed")])
-def test_what_may_be_claimed(difference, interval, p, words):
-    said = statistics.claim("cls kappa", difference, interval, p, 103, 1)
-    assert words in said and said.startswith("cls kappa: ") and "\n" not in said
-    about = [statistics.claim("cls kappa", 0.1, (0.05, 0.2), 0.01, 9, runs).partition("a claim about ")[2]
-             for runs in (3, 5)]
-    assert about[0].startswith("these 6 networks, not the ways they were trained") and about[1] == \
-        "these ways of training"
+# ---- what may be claimed ----
+
+def difference_of(value: float, error: float, p: float, seeds: int = 5, metric: str = "accuracy") -> dict:
+    """What compare.compare leaves of a difference between arms whose seeds do not differ, of 103 eyes."""
+    return {"task": "cls", "metric": metric, "difference": value, "standard_error": error, "p": p, "seeds": seeds,
+            "standard_error_of_seeds": 0.0, "degrees_of_freedom": 1e5, "photographs": 103, "eyes": 103,
+            "runs": [[0.25] * seeds, [0.25 + value] * seeds]}
+
+
+@pytest.mark.parametrize("value,error,p,words", [
+    (0.01, 0.05, 0.8, "no difference can be claimed from n = 103"),
+    (0.10, 0.04, 0.2, "no difference can be claimed from n = 103"),
+    (0.10, 0.06, 0.04, "no difference can be claimed from n = 103"),  # 0.1 - 1.96 * 0.06 < 0
+    (0.10, 0.04, 0.01, "+0.100 (95 % over eyes and seeds +0.022 to +0.178, p = 0.010): higher, from n = 103 and 5 seeds"),
+    (-0.10, 0.04, 0.01, "-0.100 (95 % over eyes and seeds -0.178 to -0.022, p = 0.010): lower, from n = 103"),
+    (0.10, math.nan, 0.01, "(no interval within the range of the measure, p = 0.010), seed by seed 0.350, 0.350, 0.350, "
+                           "0.350, 0.350 against 0.250, 0.250, 0.250, 0.250, 0.250: no difference can be claimed"),
+    (0.10, 0.0, 0.01, "no interval within"),  # no width is no certainty
+    (math.nan, math.nan, math.nan, "not defined on these photographs")])
+def test_what_may_be_claimed(value, error, p, words):
+    (d,) = statistics.adjust([difference_of(value, error, p)])
+    said = tables.claim(d, "A", "B")
+    assert words in said and said.startswith("cls accuracy, B minus A: ") and "\n" not in said
+    assert d["claimed"] == ("higher" in said or "lower" in said)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_nothing_is_claimed_of_ways_of_training_from_few_seeds(seeds):
+    """A difference that five seeds would claim: told of these networks, with the value of each seed, and why."""
+    (d,) = statistics.adjust([difference_of(0.1, 0.04, 0.01, seeds)])
+    a, b = (", ".join([number] * seeds) for number in ("0.250", "0.350"))
+    assert not d["claimed"] and d["wants"] == "seeds" and tables.needs(d) == "5 seeds a side"
+    assert tables.claim(d, "first", "second") == (
+        f"cls accuracy, second minus first: +0.100 (95 % over eyes +0.022 to +0.178, p = 0.010), seed by seed {b} against "
+        f"{a}, of these networks on these photographs; no claim about ways of training: {seeds} seed{'s' * (seeds > 1)} "
+        "a side, 5 are needed")
+
+
+@pytest.mark.parametrize("metric,value,claimed", [
+    ("dice_MA", 0.9, False), ("dice_MA", 0.8, True), ("kappa", 0.9, True), ("kappa", 1.9, False),
+    ("px4288_disc", 90, True), ("one of another's task", 9, True), ("referable_sensitivity", -0.9, False)])
+def test_an_interval_that_leaves_the_range_of_its_measure_says_nothing(metric, value, claimed):
+    """0.9 +- 1.96 * 0.1 reaches 1.096: two Dice never differ by that, two kappa may."""
+    (d,) = statistics.adjust([difference_of(value, 0.1, 0.001, metric=metric)])
+    assert d["claimed"] == claimed == (d["corrected_interval"] is not None)
+    assert not claimed or d["corrected_interval"] == pytest.approx([value - 0.196, value + 0.196], abs=1e-3)
+
+
+def test_the_error_of_few_seeds_is_that_of_eyes_and_of_many_counts_new_ones():
+    assert statistics.error_for_new_seeds(0.2, [[0.1, 0.9], [0.5, 0.3]], 400) == pytest.approx((0.2, 0, 399))
+    # variance of five seeds 0 0 0 0 1: 0.2, of their mean 0.04; resampling them shows 4 / 5 of it
+    error, of_seeds, degrees = statistics.error_for_new_seeds(0.2, [[0, 0, 0, 0, 1], [0.5] * 5], 400)
+    of_eyes = 0.04 - 0.032
+    assert (error, of_seeds) == pytest.approx((math.sqrt(0.04 + of_eyes), 0.2))
+    assert degrees == pytest.approx((0.04 + of_eyes) ** 2 / (0.04 ** 2 / 4 + of_eyes ** 2 / 399))
+
+
+def test_intervals_of_measures_stay_within_their_range():
+    """Of 40 answers that are certain and right but for one, the error of calibration is small and resamples make it
+    larger: the basic bootstrap interval would begin below 0."""
+    truth = torch.zeros(40)
+    p = torch.tensor([[0.999, 0.0005, 0.0005]]).repeat(40, 1).double()
+    p[0] = torch.tensor([0.0, 0.6, 0.4])
+    names = list(map(str, range(40)))
+    one = scoring.SplitScores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth[:, None]], 1)},
+                              eyes=dict(zip(names, names)))
+    values, limits = scoring.summary([one], [{}])
+    for k, interval in limits["dme"].items():
+        low, high = metrics.range_of(k)
+        assert interval is None or low <= interval[0] <= interval[1] <= high
+    assert limits["dme"]["calibration_error"][0] == 0 < values["dme"]["calibration_error"]
 
 
 def test_measures_of_tasks_can_be_compared():
-    """A kappa on both sides at once, through p_values and by hand for one swap of two eyes."""
+    """A kappa of both arms at once, through p_values and by hand for one swap of two eyes."""
     truth = torch.tensor([0, 1, 2, 2])
     first, second = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
     both_truth, answers = truth.repeat(2), torch.cat([first, second])

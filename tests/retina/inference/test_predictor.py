@@ -254,7 +254,8 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
             assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
             assert float(row[f"area_{lesion}"]) == pytest.approx((mask > 0).mean() / foreground, abs=1e-6)
     text = capsys.readouterr().out
-    assert "2 of 2 photographs answered for" in text and "left out" not in text and "chosen on validation: cls" in text
+    assert "2 of 2 photographs answered for" in text and "left out" not in text
+    assert "calibrated on validation: cls" in text
 
 
 def test_what_is_left_out_of_a_folder_is_said(run, pictures, tmp_path, monkeypatch, capsys):

@@ -344,7 +344,7 @@ from multiprocessing import connection, resource_sharer
 from retina import files
 
 def helper(pipe):
-    files.as_helper(1)
+    files.init_worker(1)
     pipe.send(resource_sharer.DupFd(1)._id)
     pipe.recv()
 

@@ -114,7 +114,7 @@ CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "moe_at": 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """What one process, and each of two, learned and scored."""
-    same = {"tasks": ("cls", "dme", "seg", "loc"), "size": 64, "num_experts": 4, "stochastic_depth": 0.0,
+    same = {"tasks": ("cls", "dme", "seg", "loc"), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):
@@ -203,7 +203,7 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     """Three add in an order that two do not have."""
     status, output, errors = run(3, PROGRAM, ROOT, tmp_path, *FLAGS, "--name", "whole")
     assert status == 0, errors
-    assert output.count("chosen: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
+    assert output.count("best checkpoint: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
     whole = tmp_path / "runs" / "whole"
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 12
