@@ -35,7 +35,7 @@ from retina.evaluation import scoring
 from retina.evaluation.scoring import SplitScores
 from retina.files import InputError, RunError, run_cli
 from retina.training import checkpoint, interrupt, precision
-from retina.training.config import of_result
+from retina.training.config import result_options
 from retina.training.distributed import SINGLE_PROCESS
 from tasks import Task, make_tasks
 from train import Config
@@ -104,7 +104,7 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
             fingerprints[key] = [split.fingerprint() for split in splits]
         path = folder / configuration.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
         if (path / "config.json").exists():
-            before, now = json.loads((path / "config.json").read_text())["options"], of_result(options)
+            before, now = json.loads((path / "config.json").read_text())["options"], result_options(options)
             if differ := [k for k in now if before.get(k) != now[k]]:
                 raise InputError(f"{path}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
                                  "expected the comparison that is asked for; choose another --name, or remove that "
@@ -195,7 +195,7 @@ def summarize(asked: Sequence[Job], configurations: Sequence[Configuration], fai
         measured = {"constant": analysis.constant(loaded, tasks), **measured}
     data_facts = described(base)
     summary = analysis.summarize(measured, tasks, {
-        "what": what_words(base, folds, len(configurations), data_facts), "options": of_result(base),
+        "what": what_words(base, folds, len(configurations), data_facts), "options": result_options(base),
         "folds": list(folds), "asked": {c.name: c.words for c in configurations},
         "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies

@@ -1,7 +1,7 @@
-"""Batches of photographs of which some carry some labels. Read in this order:
+"""Batches of photographs, each with some of the labels. Read in this order:
 
     AUGMENTATION           torchvision's transforms (v2), on photograph, masks and landmarks alike
-    FundusDataset          samples from the cache (retina/datasets), augmented if a seed comes with their number
+    FundusDataset          samples from the cache (retina/datasets), augmented where their index comes with a seed
     collate                samples -> Batch
     MultiTaskBatchSampler  which photographs meet in which training step
     load_datasets          training and validation photographs of a data set
@@ -33,7 +33,7 @@ from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.records import LABELS, Record
-from retina.datasets.report import contact_sheets, examine, page
+from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
 from retina.files import InputError, init_worker, run_cli
 from retina.training.distributed import SINGLE_PROCESS, World
@@ -42,7 +42,7 @@ from tasks import TASKS, Task, make_tasks
 
 # ---- augmentation ----
 
-# Each photograph with its masks and landmarks. Colours as float32: bytes would be cut off after each of three steps.
+# Each photograph with its masks and landmarks. Colours are float32: bytes would be rounded after each of three steps.
 AUGMENTATION = v2.Compose([
     v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
     # torchvision 0.29 flips key points about pixel centres and turns them about pixel edges; see docs/data-and-leaks.md
@@ -54,11 +54,11 @@ AUGMENTATION = v2.Compose([
     v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)])
 
 
-def augmented(sample: Sample) -> Sample:
-    """The sample, changed as its seed says: the same in whichever process, at whatever time; labels follow."""
+def augment(sample: Sample) -> Sample:
+    """The sample and its labels, transformed as its `aug_seed` says: the same in every process and at any time."""
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
-    with torch.random.fork_rng(devices=[]):  # the generator of all else is left as it was
+    with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
         torch.default_generator.manual_seed(sample.aug_seed)
         image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
     return replace(sample, image=image.as_subclass(Tensor), labels={
@@ -68,16 +68,16 @@ def augmented(sample: Sample) -> Sample:
 # ---- samples ----
 
 class FundusDataset(Dataset):
-    """Samples of `records` at `size` pixels from the cache, by their number.
+    """Samples of `records` at `size` pixels, from the cache.
 
-    With (number, seed) in its place the sample is augmented as the seed says. InputError: a file has been removed or
-    replaced since.
+    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says. InputError: a file has
+    been removed or replaced since.
     """
 
     def __init__(self, records: Sequence[Record], size: int):
         self.records, self.size = list(records), size
-        self.paths = cache.want_cache(self.records, size)
-        self.files = [cache.files_of(r) for r in self.records]
+        self.paths = cache.ensure_cached(self.records, size)
+        self.files = [cache.input_files(r) for r in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -86,7 +86,7 @@ class FundusDataset(Dataset):
         i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
         sample = replace(cache.cached_sample(self.records[i], self.paths[i], self.size), aug_seed=aug_seed)
-        return sample if aug_seed is None else augmented(sample)
+        return sample if aug_seed is None else augment(sample)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
@@ -97,34 +97,34 @@ class FundusDataset(Dataset):
 
 @dataclass
 class Batch:
-    """Photographs of which some carry some labels. Row k of targets[t] belongs to photograph indices[t][k].
+    """Photographs, each with some of the labels. targets[t][k] belongs to photograph indices[t][k].
 
-    A task without a labelled photograph is in neither; in a group of processes it is in both, with no row: norms and
-    sums over all processes need everyone.
+    A task without a labelled photograph is in neither. Where several processes share a batch, it is in both with length
+    0: norms and sums over all processes need everyone.
     """
     images: Tensor  # (B, 3, S, S) uint8
     targets: dict[str, Tensor]  # task -> (n_t, ...)
     indices: dict[str, Tensor]  # task -> (n_t,) int64, ascending
     names: list[str]
-    eyes: list[str]  # which eye each shows
+    eyes: list[str]  # the eye that each shows
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same with other tensors."""
+        """The same batch with `change` applied to each tensor."""
         return replace(self, images=change(self.images), targets={t: change(x) for t, x in self.targets.items()},
                        indices={t: change(x) for t, x in self.indices.items()})
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The same batch on a device."""
         return self.apply(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from which copies to a GPU need not wait (called by DataLoader)."""
+        """The same batch in page-locked memory, whose copies to a GPU are asynchronous (called by DataLoader)."""
         return self.apply(Tensor.pin_memory)
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence,
             empty_targets: Mapping[str, Tensor] = MappingProxyType({})) -> Batch:
-    """Stack samples and the targets of those that carry a task's label; see `make_empty_targets`."""
+    """Stack samples, and for each task the targets of those that carry its label; see `make_empty_targets`."""
     indices, targets = {}, {}
     for t in tasks:
         if labelled := [i for i, s in enumerate(samples) if t.labelled(s)]:
@@ -137,16 +137,16 @@ def collate(samples: Sequence[Sample], tasks: Sequence,
 
 
 class MultiTaskBatchSampler:
-    """Which photographs meet in which training step; a step is a list of (record, draw).
+    """Which photographs meet in which training step; a step is a list of (index of the record, aug_seed).
 
-    Records fall into label patterns by the labels they carry for `tasks`; those that carry none are left out. Every
-    step takes from every pattern, in proportion to the square root of its size: proportional sampling would show too
-    few of the rare photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of
-    Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). A pattern runs through its photographs in a new order each
-    time around. Everything is a function of (seed, step): a step can be reproduced without those before it.
+    Records with labels for the same `tasks` form a label pattern; records without any are left out. Every step takes
+    from every pattern, in proportion to the square root of its size: proportional sampling would show too few of the
+    rare photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of Arivazhagan et al.
+    2019, arXiv 1907.05019, section 4.2). Each pass through a pattern has a new order. Everything is a function of
+    (seed, step): a step can be reproduced without those before it.
 
-    `wanted`: of each step only the photographs with a label for one of these tasks; a network for one task then sees
-    those of its photographs that a network for all `tasks` sees, changed in the same ways.
+    `wanted` keeps only the photographs with a label for one of these tasks. A network for one task then sees its
+    photographs in the same steps, and augmented in the same way, as a network for all `tasks`.
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
@@ -161,56 +161,56 @@ class MultiTaskBatchSampler:
             raise InputError(f"--batch-size {batch}: every step takes from each of the {len(self.patterns)} groups of "
                              f"differently labelled photographs; use at least {len(self.patterns)}")
         weights = np.sqrt([len(s) for s in self.patterns])
-        spare = batch - len(self.patterns)  # one each, the rest by the largest remainder
-        shares = spare * weights / weights.sum()
+        # one photograph of each pattern, the others of the batch by the largest remainder
+        shares = (batch - len(self.patterns)) * weights / weights.sum()
         self.quota = 1 + np.floor(shares).astype(int)
         for k in np.argsort(np.floor(shares) - shares, kind="stable")[:batch - self.quota.sum()]:
             self.quota[k] += 1
-        # an epoch: each photograph of the pattern that takes longest has come once
+        # steps of an epoch: until the pattern that takes longest has shown each of its photographs once
         self.per_epoch = max(math.ceil(len(s) / q) for s, q in zip(self.patterns, self.quota))
         wanted = {t.name for t in (tasks if wanted is None else wanted)}
-        self.kept = [bool(wanted & set(labels)) for labels in sorted(patterns)]
-        self.photographs = int(self.quota[self.kept].sum())  # of a step
+        self.wanted = [bool(wanted & set(labels)) for labels in sorted(patterns)]
+        self.photographs_per_step = int(self.quota[self.wanted].sum())
 
     def step(self, number: int) -> list[tuple[int, int | None]]:
         """The photographs of training step `number`, counted from 0."""
-        chosen = []
-        for k, (pattern, quota, kept) in enumerate(zip(self.patterns, self.quota, self.kept)):
-            if not kept:
+        photographs = []
+        for k, (pattern, quota, wanted) in enumerate(zip(self.patterns, self.quota, self.wanted)):
+            if not wanted:
                 continue
             for position in range(number * quota, (number + 1) * quota):
-                around, place = divmod(position, len(pattern))
-                order = np.random.default_rng((self.seed, k, around)).permutation(len(pattern))
+                cycle, place = divmod(position, len(pattern))
+                order = np.random.default_rng((self.seed, k, cycle)).permutation(len(pattern))
                 aug_seed = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
-                chosen.append((pattern[order[place]], aug_seed if self.augmented else None))
-        return chosen
+                photographs.append((pattern[order[place]], aug_seed if self.augmented else None))
+        return photographs
 
     def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[tuple[int, int | None]]]:
-        """Steps start..stop-1; of each the share that falls to process `rank` of `size`, as even as it can be."""
+        """Steps start..stop-1; of each step the share of process `rank` of `size`, as even as possible."""
         return (self.step(number)[rank::size] for number in range(start, stop))
 
 
-def make_empty_targets(photographs: FundusDataset, tasks: Sequence) -> dict[str, Tensor]:
-    """{task: target of no photograph (0, ...)}, for the process that has none in a step in which others have some."""
-    firsts = {t: next(i for i, r in enumerate(photographs.records) if t.labelled(r)) for t in tasks}
-    return {t.name: t.target(photographs[i])[None][:0] for t, i in firsts.items()}
+def make_empty_targets(dataset: FundusDataset, tasks: Sequence) -> dict[str, Tensor]:
+    """{task: target of no photograph (0, ...)}, for a process whose share of a step has no label of the task."""
+    firsts = {t: next(i for i, r in enumerate(dataset.records) if t.labelled(r)) for t in tasks}
+    return {t.name: t.target(dataset[i])[None][:0] for t, i in firsts.items()}
 
 
-def eval_loader(photographs: Dataset, tasks: Sequence[Task], batch: int, world: World = SINGLE_PROCESS) -> DataLoader:
-    """Batches of all photographs once, as they are; each process has every so many-th of them."""
-    batches = list(BatchSampler(SequentialSampler(photographs), batch, drop_last=False))[world.rank::world.size]
-    return DataLoader(photographs, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks),
+def eval_loader(dataset: Dataset, tasks: Sequence[Task], batch: int, world: World = SINGLE_PROCESS) -> DataLoader:
+    """Batches of all photographs, once and without augmentation; of several processes each has its share of batches."""
+    batches = list(BatchSampler(SequentialSampler(dataset), batch, drop_last=False))[world.rank::world.size]
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks),
                       pin_memory=torch.cuda.is_available())
 
 
-def train_loader(photographs: FundusDataset, batches, tasks: Sequence[Task], device: torch.device,
+def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device: torch.device,
                  workers: int, empty_targets: Mapping[str, Tensor]) -> Iterator[Batch]:
-    """Batches of `photographs` on a device; `batches` are lists of its indices."""
-    loader = iter(DataLoader(  # at once: it draws from torch's generator
-        photographs, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks, empty_targets=empty_targets),
+    """Batches on a device; `batches` are lists of indices of `dataset`, see MultiTaskBatchSampler.range."""
+    loader = iter(DataLoader(  # before anything else: it takes a number from torch's generator
+        dataset, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks, empty_targets=empty_targets),
         num_workers=workers, worker_init_fn=init_worker, pin_memory=device.type == "cuda"))
 
-    def on_device():  # the workers end when this does, also by an error, which may live longer
+    def on_device():  # its end, also by an error, ends the workers
         try:
             for batch in loader:
                 yield batch.to(device)
@@ -222,21 +222,21 @@ def train_loader(photographs: FundusDataset, batches, tasks: Sequence[Task], dev
 # ---- training and validation ----
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
-    """Training and validation photographs, and what was found of leaks and of labels that contradict each other.
+    """Training and validation photographs, and findings: leaks, and labels that contradict each other.
 
-    `config` is train.py's Config. InputError: a task of which nothing is labelled on either side.
+    `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task.
     """
     root = None if config.data is None else Path(config.data)
-    found = readers.read_data(root).records
-    everything = make_tasks(TASKS, config.classes)
-    check_labels({"training": [r for r in found if r.split != "test"]}, tasks, everything, root)  # before decoding
-    joined, conflicts = find_eyes(found, config.image_size, config.ignore_eyes)
+    records = readers.read_data(root).records
+    all_tasks = make_tasks(TASKS, config.classes)
+    check_labels({"training": [r for r in records if r.split != "test"]}, tasks, all_tasks, root)  # before decoding
+    joined, conflicts = find_eyes(records, config.image_size, config.ignore_eyes)
     split = splits.split(joined, config.fold, config.keep_leaks)
-    check_labels({"training": split.training, "validation": split.validation}, tasks, everything, root,
+    check_labels({"training": split.training, "validation": split.validation}, tasks, all_tasks, root,
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test split)")
     sampled = [*tasks, *make_tasks(config.sampling_tasks, config.classes)]
-    training, validation, leaks = ([r for r in part if any(t.labelled(r) for t in wanted)] for part, wanted in (
+    training, validation, leaks = ([r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
         (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
@@ -248,21 +248,21 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
 # ---- command line ----
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """python data.py PATH: examine a data set. Nothing on disk changes but the cache."""
+    """python data.py PATH: examine a data set. It writes only the cache, and pictures if asked to."""
     parser = argparse.ArgumentParser(description="Examine a data set before training on it.")
     parser.add_argument("data", nargs="?", help="IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it "
                                                 "(default: data/IDRiD if it exists, else drawn photographs)")
     parser.add_argument("--fold", default="1/5", help="show the split with this fold for validation (default: 1/5)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER",
-                        help="write a contact sheet for each kind of finding")
+                        help="write a contact sheet for each sort of finding")
     args = parser.parse_args(argv)
     splits.read_fold(args.fold)
     if args.pictures is not None and args.pictures.exists() and not args.pictures.is_dir():
         raise InputError(f"--pictures {args.pictures}: a file; expected a folder, which may be new")
     root = readers.find_data(args.data)
     report, sheets = examine(readers.read_data(root), root, args.fold)
-    print(json.dumps(report, indent=1) if args.json else page(report))
+    print(json.dumps(report, indent=1) if args.json else format_report(report))
     if args.pictures is not None:
         print("\n".join(["", *contact_sheets(sheets, args.pictures)]), file=sys.stderr if args.json else sys.stdout)
     if problems := report["unreadable"]:

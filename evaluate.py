@@ -31,7 +31,7 @@ from retina.evaluation.scoring import SplitScores, align, evaluate_split, summar
 from retina.evaluation.tables import few_seeds, table, table_of_changes
 from retina.files import InputError, jsonable, load_tensors, run_cli
 from retina.inference.full_size import score_at_full_size
-from retina.inference.predictor import NOTE, Predictor, find_photographs, folders, predict_all
+from retina.inference.predictor import NOTE, Predictor, find_photographs, picture_folders, predict_all
 from retina.training import precision
 from retina.training.precision import check_precision, pick_device
 from retina.training.pretrained import differences
@@ -271,7 +271,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     for row in rows:
         if row["status"] != "answered":
             print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
-    written = ", ".join(["predictions.csv", *(folders(run.tasks) if number["answered"] else [])])
+    written = ", ".join(["predictions.csv", *(picture_folders(run.tasks) if number["answered"] else [])])
     print(f"{number['answered']} of {len(rows)} photographs answered for, {number['refused']} refused, "
           f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{NOTE}")
     if number["unreadable"]:

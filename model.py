@@ -1,12 +1,12 @@
 """One network for several answers about one retina photograph. Read it from top to bottom:
 
-    MBConv -> EfficientNet -> ENCODERS               Tan & Le 2019, arXiv 1905.11946
-    NoisyTopKRouter, Experts, load_balancing_loss -> MoELayer
-                                                     noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538),
-                                                     one per task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
-    UpBlock -> Decoder                               U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
-    ClassifierHead, MaskHead, LandmarkHead           maps -> classes, masks, points
-    Net                                              all of it in one forward pass
+    MBConv -> EfficientNet -> ENCODERS        Tan & Le 2019, arXiv 1905.11946
+    NoisyTopKRouter -> Experts -> MoELayer    noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538), one for each
+                                              task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
+    load_balancing_loss                       tasks together use all experts (Shazeer et al. 2017)
+    UpBlock -> Decoder                        U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
+    ClassifierHead, MaskHead, LandmarkHead    maps -> classes, masks, points
+    NetConfig -> Net                          all of it in one forward pass
 
     python -c "import model; print(model.EfficientNet('b0'))"
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 class ConvNormAct(nn.Sequential):
     """Convolution, batch norm, SiLU; (B, inputs, H, W) -> (B, outputs, H/stride, W/stride).
 
-    The index of each part ("0" convolution, "1" norm) is its name in torchvision's checkpoints.
+    The index of each layer ("0" convolution, "1" norm) is its name in torchvision's checkpoints.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1,
@@ -91,8 +91,8 @@ def round_channels(channels: float) -> int:
 class EfficientNet(nn.Module):
     """EfficientNet without its classifier: (B, 3, H, W) -> five maps at strides 2, 4, 8, 16, 32.
 
-    Names mirror torchvision's (`features.0` ... `features.7`). `classifier_head` is how the classifier starts, see
-    FeatureSpec.
+    Names mirror torchvision's (`features.0` ... `features.7`). `classifier_head` holds what a ClassifierHead copies
+    from EfficientNet's own classifier, see FeatureSpec.
     """
 
     def __init__(self, variant: str = "b0", drop: float = 0.2):
@@ -137,8 +137,8 @@ class EncoderSpec(NamedTuple):
     """An encoder, (B, 3, H, W) -> five maps at strides 2 to 32 of `channels`, and the published weights that fit it."""
     build: Callable[[float], nn.Module]  # takes the chance of stochastic depth
     weights: str | None = None  # torchvision's name of the model that they are of; None: there are none
-    to_head: tuple[str, ...] = ()  # how keys start that belong to the first convolution of a ClassifierHead
-    left_out: tuple[str, ...] = ()  # how keys start that belong nowhere; all others are the encoder's
+    to_head: tuple[str, ...] = ()  # prefixes of keys that belong to the first convolution of a ClassifierHead
+    left_out: tuple[str, ...] = ()  # prefixes of keys that belong nowhere; all other keys are the encoder's
 
 
 ENCODERS = {name: EncoderSpec(partial(EfficientNet, name), f"efficientnet_{name}", ("features.8.",), ("classifier.",))
@@ -149,23 +149,23 @@ ENCODERS = {name: EncoderSpec(partial(EfficientNet, name), f"efficientnet_{name}
 
 class Routing(NamedTuple):
     """Where one task's tokens went. N = n_t * h * w; row i is token i of the grid, photograph by photograph."""
-    experts: Tensor  # (N, K) which, best first
-    gates: Tensor  # (N, K) their shares of the answer; for K > 1 each row sums to 1
-    probabilities: Tensor  # (N, E) softmax of the clean logits
-    load: Tensor  # (N, E) the chance that expert i is among the K were its noise drawn again; over the noise of
-    #               training a row sums to K on average; 0 or 1 without noise: in evaluation, of fixed or frozen routers
+    experts: Tensor  # (N, K) indices of the K experts, best first
+    gates: Tensor  # (N, K) their weights in the output; for K > 1 each row sums to 1
+    probabilities: Tensor  # (N, E) softmax of the logits without noise
+    load: Tensor  # (N, E) the chance that expert i is among the K if its noise alone were sampled again; a row sums to
+    #               K on average; without noise (evaluation, fixed or frozen routers) it is 0 or 1
     grid: tuple[int, int, int]  # n_t, h, w
 
     def to_dense(self, values: Tensor | float) -> Tensor:
-        """Values of each token's K experts, (N, K) or one for all -> (N, E), 0 for the others."""
+        """Values of each token's K experts, (N, K) or one number for all -> (N, E), 0 for the other experts."""
         empty = torch.zeros_like(self.probabilities)
         return empty.scatter(1, self.experts, values)
 
 
 class NoisyTopKRouter(nn.Module):
-    """Noisy top-k gate (Shazeer et al. 2017, section 2.1): tokens (N, C) -> which experts, with which gates.
+    """Noisy top-k gate (Shazeer et al. 2017, section 2.1): tokens (N, C) -> the experts of each, and their gates.
 
-    `frozen` makes a control of it, the frozen random router: drawn once, without noise, and no gradient passes.
+    `frozen` makes it a control, the frozen random router: its weights are random, and it has no noise and no gradient.
     """
 
     def __init__(self, channels: int, num_experts: int, top_k: int, frozen: bool = False):
@@ -185,25 +185,25 @@ class NoisyTopKRouter(nn.Module):
             # clean = u gate ;  scale = softplus(u noise) + 0.01 ;  noisy = clean + scale * N(0, 1)      (eqs. 3, 4)
             clean, raw = (u @ torch.cat([self.gate, self.noise], 1)).chunk(2, 1)  # (N, E) each
             scale = F.softplus(raw) + 0.01
-            draws = self.training and not self.frozen
-            noisy = clean + scale * torch.randn_like(clean) if draws else clean
+            add_noise = self.training and not self.frozen
+            noisy = clean + scale * torch.randn_like(clean) if add_noise else clean
             # experts: the K largest of noisy ;  gates = softmax over these only                         (eqs. 3, 5)
             top, best = noisy.topk(min(k + 1, num_experts), dim=1)  # (N, K + 1)
             experts = best[:, :k]
             # with K = 1 that softmax is the constant 1 and teaches the router nothing: take the one over all experts
             gates = top[:, :k].softmax(1) if k > 1 else noisy.softmax(1).gather(1, experts)
             # load_i = Phi((clean_i - K-th largest of the *other* noisy logits) / scale_i)               (eqs. 8, 9)
-            inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, experts, True)
-            if draws and k < num_experts:
-                kth_excluding_i = torch.where(inside, top[:, k:k + 1], top[:, k - 1:k])
+            in_top_k = torch.zeros_like(clean, dtype=torch.bool).scatter(1, experts, True)
+            if add_noise and k < num_experts:
+                kth_excluding_i = torch.where(in_top_k, top[:, k:k + 1], top[:, k - 1:k])
                 load = torch.special.ndtr((clean - kth_excluding_i) / scale)
             else:
-                load = inside.to(clean.dtype)
+                load = in_top_k.to(clean.dtype)
             return Routing(experts, gates, clean.softmax(1), load, grid)
 
 
 class FixedRouter(nn.Module):
-    """A control: every token goes to the experts `own` of E, whose answers are averaged; nothing is learned."""
+    """A control: every token goes to the same experts, `own`, whose outputs are averaged; nothing is learned."""
 
     def __init__(self, num_experts: int, own: Sequence[int]):
         super().__init__()
@@ -223,35 +223,37 @@ ROUTERS = {"learned": "one noisy top-k gate for each task", "shared": "one gate 
 LEARNED = ("learned", "shared")  # those of them that learn
 
 
-def make_routers(kind: str, channels: int, tasks: Sequence[str], num_experts: int, top_k: int) -> dict[str, nn.Module]:
-    """The router of each task, one of ROUTERS. ValueError, in words of the command line: the numbers do not fit."""
-    if kind not in ROUTERS:
-        raise ValueError(f"--router {kind}: expected one of {', '.join(ROUTERS)}")
+def make_routers(router: str, channels: int, tasks: Sequence[str], num_experts: int,
+                 top_k: int) -> dict[str, nn.Module]:
+    """The router of each task; `router` is one of ROUTERS. ValueError, naming the flag: the numbers do not fit."""
+    if router not in ROUTERS:
+        raise ValueError(f"--router {router}: expected one of {', '.join(ROUTERS)}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"--top-k {top_k}: expected 1 to {num_experts}, the number of --num-experts")
-    if kind == "uniform" and top_k < num_experts:
+    if router == "uniform" and top_k < num_experts:
         raise ValueError(f"--top-k {top_k}: --router uniform mixes all {num_experts} experts; leave --top-k out")
-    if kind == "private" and top_k * len(tasks) != num_experts:
+    if router == "private" and top_k * len(tasks) != num_experts:
         spare = num_experts - top_k * len(tasks)
         raise ValueError(f"--router private: {len(tasks)} tasks with --top-k {top_k} experts each need --num-experts "
                          f"{top_k * len(tasks)}; with {num_experts}, "
                          + (f"{spare} would have no task" if spare > 0 else f"{-spare} are missing"))
-    if kind == "shared":
+    if router == "shared":
         return dict.fromkeys(tasks, NoisyTopKRouter(channels, num_experts, top_k))
-    if kind == "uniform":
+    if router == "uniform":
         return {t: FixedRouter(num_experts, range(num_experts)) for t in tasks}
-    if kind == "private":
+    if router == "private":
         return {t: FixedRouter(num_experts, range(i * top_k, (i + 1) * top_k)) for i, t in enumerate(tasks)}
-    return {t: NoisyTopKRouter(channels, num_experts, top_k, frozen=kind == "random") for t in tasks}
+    return {t: NoisyTopKRouter(channels, num_experts, top_k, frozen=router == "random") for t in tasks}
 
 
 class Experts(nn.Module):
-    """E independent two-layer networks over tokens, of which each token meets only its K.
+    """E independent two-layer networks over tokens; each token passes through its K of them.
 
-    y = D^-1/2 * sum over its K experts i of gates_i * silu(u w1_i) w2_i; w2 starts at zero: at first the layer adds
-    nothing. Adam moves every entry of w2 by about the learning rate whatever the gradient, so that y would move by D of
-    these; the factor leaves the root of that (compare Yang et al. 2022, arXiv 2203.03466). Without it, experts outgrew
-    the map that they add to by a factor of forty, and heads turned away from it.
+    y = D^-1/2 * sum over its K experts i of gates_i * silu(u w1_i) w2_i
+
+    w2 starts at zero, so that at first the layer adds nothing. Adam moves every entry of w2 by about the learning rate,
+    whatever the gradient. A sum over D of them would move D times as far; D^-1/2 leaves the root of that (compare Yang
+    et al. 2022, arXiv 2203.03466). Without it the experts' output grew to forty times the map that it is added to.
     """
 
     def __init__(self, channels: int, num_experts: int, hidden: int, dropout: float):
@@ -261,29 +263,29 @@ class Experts(nn.Module):
         self.dropout = dropout
 
     def forward(self, u: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        """u (N, C), experts and gates (N, K) -> (N, C). Computes N * K expert rows, whatever E is."""
-        owner, order = experts.flatten().sort(stable=True)  # (N*K,) pairs (token, choice) grouped by expert
-        # where the next expert's begin; the one place at which the host has to wait for a GPU
-        ends = torch.searchsorted(owner, torch.arange(1, len(self.w1), device=owner.device)).tolist()
+        """u (N, C), experts and gates (N, K) -> (N, C). The cost is that of N * K tokens, whatever E is."""
+        expert, order = experts.flatten().sort(stable=True)  # (N*K,) pairs (token, expert), sorted by expert
+        # where the pairs of the next expert begin; the one place at which the host has to wait for a GPU
+        ends = torch.searchsorted(expert, torch.arange(1, len(self.w1), device=expert.device)).tolist()
         token = order // experts.shape[1]  # of each pair
 
-        def by_owner(rows, w):  # unbind, since w[i] would allocate a gradient of the size of *all* experts each time
-            return torch.cat([r @ w_i for r, w_i in zip(rows.tensor_split(ends), w.unbind(0)) if len(r)])
+        def multiply(x, w):  # unbind, since w[i] would allocate a gradient of the size of *all* experts each time
+            return torch.cat([x_i @ w_i for x_i, w_i in zip(x.tensor_split(ends), w.unbind(0)) if len(x_i)])
 
-        hidden = F.silu(by_owner(u.index_select(0, token), self.w1))  # (N*K, D)
+        hidden = F.silu(multiply(u.index_select(0, token), self.w1))  # (N*K, D)
         hidden = F.dropout(hidden, self.dropout, self.training)
         # gates_i * (hidden_i w2_i) = (gates_i * hidden_i) w2_i, by default half as much to multiply
         gates = gates.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
-        y = by_owner(gates / math.sqrt(hidden.shape[1]) * hidden, self.w2)  # (N*K, C)
+        y = multiply(gates / math.sqrt(hidden.shape[1]) * hidden, self.w2)  # (N*K, C)
         return torch.zeros_like(u).index_add(0, token, y.to(u.dtype))
 
 
 class MoELayer(nn.Module):
     """Experts behind the router of each task: {task: (n_t, C, h, w)} -> ({task: (n_t, C, h, w)}, {task: Routing}).
 
-    A token is a position of the map. The tokens of all tasks are dispatched together. `ratio` is that of an expert's
-    hidden layer in multiples of C: one expert of width K * `ratio` is the dense adapter of equal cost, one of
-    E * `ratio` that of equal parameters.
+    A token is a position of the map. The tokens of all tasks are dispatched together. `ratio` is the width D of an
+    expert as a multiple of C: one expert of ratio K * `ratio` is the dense adapter of equal cost, one of E * `ratio`
+    that of equal parameters.
     """
 
     def __init__(self, channels: int, tasks: Sequence[str], num_experts: int = 8, top_k: int = 2,
@@ -303,14 +305,14 @@ class MoELayer(nn.Module):
             mixed = self.experts(torch.cat(list(normed.values())),
                                  torch.cat([r.experts for r in routing.values()]),
                                  torch.cat([r.gates for r in routing.values()]))  # (sum of N_t, C)
-        parts = mixed.split([len(x) for x in tokens.values()])
+        per_task = mixed.split([len(x) for x in tokens.values()])
         # y = x + experts(LayerNorm(x)), back on the grid
         return {t: x + y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).to(x.dtype)
-                for (t, x), y in zip(maps.items(), parts)}, routing
+                for (t, x), y in zip(maps.items(), per_task)}, routing
 
 
 def identity(x: Tensor) -> Tensor:
-    """The sum of x over all processes where there is but one; see retina/training/distributed.py."""
+    """The sum of x over all processes where there is only one; see retina/training/distributed.py."""
     return x
 
 
@@ -319,8 +321,8 @@ def load_balancing_loss(routing: Mapping[str, Routing],
     """CV^2(importance) + CV^2(load) over experts (Shazeer et al. 2017, eqs. 6, 7, 11); 0 when all are used equally.
 
     Importance and load are averaged over a task's tokens, then over tasks: the tasks *together* should use all experts.
-    Balancing every task on its own would forbid what the layer is for, that tasks differ in their experts.
-    `all_reduce_sum` sums over the processes that share a batch, whose tokens are balanced together.
+    Balancing each task on its own would forbid what the layer is for, that tasks differ in their experts.
+    `all_reduce_sum` sums over the processes that share a batch, so that their tokens are balanced together.
     """
     of_tasks = []
     for r in routing.values():
@@ -333,7 +335,7 @@ def load_balancing_loss(routing: Mapping[str, Routing],
 # ---- decoder: U-Net ----
 
 class UpBlock(nn.Module):
-    """One step up the U-Net: double the resolution, join the encoder's map of that size, two convolutions."""
+    """One step up the U-Net: double the resolution, append the encoder's map of that size, two convolutions."""
 
     def __init__(self, inputs: int, skip: int, outputs: int):
         super().__init__()
@@ -345,11 +347,11 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up a U-Net: maps of `channels`, shallow to deep -> a map (B, widths[-1], ...), len(widths) steps up."""
+    """The decoder of a U-Net: maps of `channels`, finest first -> a map (B, widths[-1], ...), len(widths) steps up."""
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int]):
         super().__init__()
-        skips, inputs = [*channels[-2::-1], 0], [channels[-1], *widths]  # 0: nothing to join at the image's own size
+        skips, inputs = [*channels[-2::-1], 0], [channels[-1], *widths]  # 0: there is no map of the image's own size
         self.blocks = nn.ModuleList(UpBlock(*io) for io in zip(inputs, skips, widths))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -365,10 +367,10 @@ WIDTHS = (128, 64, 32, 16, 16)  # of the decoder's maps at strides 16, 8, 4, 2, 
 # ---- heads: maps -> one task's raw output ----
 
 class FeatureSpec(NamedTuple):
-    """What a head is told of the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
+    """What a head is told about the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
     channels: tuple[int, ...]
-    routed: int  # which of them comes from the task's experts: 4, the deepest, or 1, the decoder's map at stride 4
-    # channels, norm and dropout of a ClassifierHead; the encoder's `classifier_head` may say others
+    routed: int  # index of the map that comes from the task's experts: 4, the bottleneck, or 1, at stride 4
+    # channels, norm and dropout of a ClassifierHead; the encoder's `classifier_head` may name others
     last_channels: int = 1280
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     dropout: float = 0.2
@@ -377,10 +379,10 @@ class FeatureSpec(NamedTuple):
 class ClassifierHead(nn.Module):
     """Classify the whole photograph: 1x1 convolution, global average, dropout, linear; maps -> (n_t, outputs).
 
-    So EfficientNet classifies its bottleneck map. The maps at strides 4, 8 and 16 join it by a convolution each: a
-    lesion of a few pixels has vanished at stride 32, and its traces further up are what the mask task keeps alive.
+    This is how EfficientNet classifies its bottleneck map. The maps at strides 4, 8 and 16 are added, each through a
+    convolution: a lesion of a few pixels has vanished at stride 32, and the mask task keeps it visible on finer maps.
     """
-    pretrained = "conv"  # what published weights may have of a head, see EncoderSpec.to_head
+    pretrained = "conv"  # the layer that published weights may exist for, see EncoderSpec.to_head
 
     def __init__(self, spec: FeatureSpec, outputs: int):
         super().__init__()
@@ -396,7 +398,7 @@ class ClassifierHead(nn.Module):
         return self.classify(self.convolved(maps))
 
     def convolved(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The maps of whose averages the answer is a linear function: strides 32, 4, 8, 16."""
+        """The maps whose averages the output is a linear function of: strides 32, 4, 8, 16."""
         return [self.conv(maps[-1]), *(conv(x) for conv, x in zip(self.laterals, maps[1:-1]))]
 
     def classify(self, convolved: Sequence[Tensor]) -> Tensor:
@@ -405,11 +407,11 @@ class ClassifierHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Go on up the U-Net from the routed map; maps -> logits (n_t, outputs, H, W), one yes/no per pixel and mask."""
+    """A U-Net decoder up to the image; maps -> logits (n_t, outputs, H, W), one yes/no per pixel and mask."""
 
     def __init__(self, spec: FeatureSpec, outputs: int):
         super().__init__()
-        self.reads = slice(0, spec.routed + 1)  # and as many steps from the routed map to the image
+        self.reads = slice(0, spec.routed + 1)  # the decoder has as many steps, from the routed map to the image
         self.decoder = Decoder(spec.channels[self.reads], WIDTHS[-self.reads.stop:])
         self.conv = nn.Conv2d(WIDTHS[-1], outputs, 3, padding=1)
         initialise(self)
@@ -421,11 +423,11 @@ class MaskHead(nn.Module):
 
 
 class LandmarkHead(nn.Module):
-    """Find points: a light way down from the routed map to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
+    """Find points by a feature pyramid down to stride 8; maps -> logits (n_t, points, H / 8, W / 8).
 
-    1x1 convolutions bring the maps at strides 8, 16 and 32 to one width, each is added to the next deeper one at twice
-    its size (Lin et al. 2017, arXiv 1612.03144, figure 3), and the last gives one heatmap for each point, which the
-    task reads off. A routed map at stride 4 has been that way already; it is read alone, halved.
+    1x1 convolutions bring the maps at strides 8, 16 and 32 to one width. From the coarsest on, the sum so far is
+    doubled in size and the next map is added (Lin et al. 2017, arXiv 1612.03144, figure 3). A last convolution gives
+    one heatmap for each point. A routed map at stride 4 holds what is coarser already: it alone is read, halved.
     """
 
     def __init__(self, spec: FeatureSpec, points: int, width: int = 64):
@@ -437,8 +439,8 @@ class LandmarkHead(nn.Module):
         initialise(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        x, *shallower = [conv(m) for conv, m in zip(self.laterals, maps[self.reads][::-1])]
-        for lateral in shallower:
+        x, *finer = [conv(m) for conv, m in zip(self.laterals, maps[self.reads][::-1])]
+        for lateral in finer:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest") + lateral
         x = F.avg_pool2d(x, 2) if self.reads.start == 1 else x
         return self.conv(self.smooth(x))
@@ -446,12 +448,12 @@ class LandmarkHead(nn.Module):
 
 # ---- the net ----
 
-MOE_PLACES = {"bottleneck": 4, "decoder": 1}  # where --moe-at puts the layer, as the number of one of the five maps
+MOE_PLACES = {"bottleneck": 4, "decoder": 1}  # where --moe-at puts the layer, as the index of one of the five maps
 
 
 @dataclass(frozen=True)
 class NetConfig:
-    """What determines the network's shape, beside its tasks."""
+    """All that determines the network's architecture, beside its tasks."""
     encoder: str = "b0"  # one of ENCODERS
     num_experts: int = 8  # 0: no expert layer, every head reads the shared map itself
     top_k: int = 2
@@ -465,9 +467,10 @@ class NetConfig:
 class Net(nn.Module):
     """Photographs (B, 3, H, W), uint8 RGB, H and W multiples of 32 -> ({task: raw output}, {task: Routing}).
 
-    `tasks` are objects with a `name` and a `head(spec)`, see FeatureSpec. `indices` names, per task, the photographs
-    (n_t,) that are wanted, ascending and each once; a task's output has n_t rows, perhaps none. A task that it does not
-    name is left out. None: all for all tasks. ValueError: H or W is no multiple of 32; numbers of experts do not fit.
+    `tasks` are objects with a `name` and a `head(spec)`, see FeatureSpec. `indices` says for which photographs each
+    task is computed: {task: (n_t,), ascending}. Its output has n_t rows, perhaps none; a task that is not in `indices`
+    has no output. None: all photographs for all tasks. ValueError: H or W is no multiple of 32; the numbers of experts
+    do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
@@ -475,7 +478,7 @@ class Net(nn.Module):
         self.encoder_spec = ENCODERS[config.encoder]
         self.encoder = self.encoder_spec.build(config.stochastic_depth)
         self.decoder, self.routed, channels = None, MOE_PLACES[config.moe_at], list(self.encoder.channels)
-        if config.moe_at == "decoder":  # all tasks share the way up to stride 4; its map replaces the encoder's
+        if config.moe_at == "decoder":  # all tasks share a decoder up to stride 4; its map replaces the encoder's
             self.decoder = Decoder(self.encoder.channels, WIDTHS[:3])
             initialise(self.decoder)
             channels[self.routed] = WIDTHS[2]
@@ -500,15 +503,14 @@ class Net(nn.Module):
         if self.decoder is not None:
             maps[self.routed] = self.decoder(maps)
 
-        def of(task: str) -> list[Tensor | None]:  # what this task wants: maps that its head reads, of its photographs
+        def maps_for(task: str) -> list[Tensor | None]:  # those that its head reads, of its photographs
             read = range(5)[getattr(self.heads[task], "reads", slice(None))]
             whole = indices is None or len(indices[task]) == len(images)  # no copy then
             return [(m if whole else m[indices[task]]) if i in read else None for i, m in enumerate(maps)]
 
-        wanted = [t for t in self.heads if indices is None or t in indices]
-        mine, routing = {t: of(t) for t in wanted}, {}
-        if self.experts is not None and wanted:
-            mixed, routing = self.experts({t: mine[t][self.routed] for t in wanted})
-            for t in wanted:
-                mine[t][self.routed] = mixed[t]
-        return mine, routing
+        task_maps, routing = {t: maps_for(t) for t in self.heads if indices is None or t in indices}, {}
+        if self.experts is not None and task_maps:
+            mixed, routing = self.experts({t: m[self.routed] for t, m in task_maps.items()})
+            for t in task_maps:
+                task_maps[t][self.routed] = mixed[t]
+        return task_maps, routing

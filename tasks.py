@@ -1,8 +1,9 @@
-"""What a task is, and the tasks. A task names its label, head, loss, decoding and metrics in one class.
+"""What a task is, and the tasks. One class holds a task's label, head, loss, decoding and metrics.
 
-Read Task first, then Grading, Lesions and Landmarks as its three examples. To add a task, write one more class and list
-it in TASKS; `train.py --tasks` then knows its name. How its answers are scored comes from retina/evaluation, one class
-for each kind of answer; what it learns from is one of LABELS in retina/datasets/records.py, or one more there.
+Read Task first, then Grading, Lesions and Landmarks as three examples. To add a task, write one more class and list it
+in TASKS; `train.py --tasks` then knows its name. Its metrics come from a base class in
+retina/evaluation/task_metrics.py: classes, masks or points. Its label is one of LABELS in retina/datasets/records.py;
+a new label is declared there.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
@@ -28,8 +29,8 @@ from retina.training import precision
 class Task(TaskMetrics):
     """One question about a photograph. All outputs and targets have one row per labelled photograph."""
     name: str  # the word for --tasks
-    label: str  # that it learns from, a name in LABELS (retina/datasets/records.py)
-    weight: float = 1.0  # of its loss in the sum
+    label: str  # what it learns from, a name in LABELS (retina/datasets/records.py)
+    weight: float = 1.0  # of its loss in the sum over tasks
 
     def labelled(self, record) -> bool:
         """Whether a record or sample carries this task's label."""
@@ -40,19 +41,19 @@ class Task(TaskMetrics):
         raise NotImplementedError
 
     def target(self, sample) -> Tensor:
-        """What the loss compares with, from a sample whose label is present."""
+        """What the loss compares the output with, from a sample that carries the label."""
         raise NotImplementedError
 
     def loss(self, output: Tensor, target: Tensor,
              all_reduce_sum: Callable[[Tensor], Tensor] = model.identity) -> Tensor:
-        """Scalar, a mean over the rows: over those of all processes that share a batch, by `all_reduce_sum` of a sum.
+        """A scalar, the mean over all labelled photographs of the batch.
 
-        There may be none here, as long as there is one in another process.
+        Where several processes share a batch, `all_reduce_sum` adds their sums and counts; one of them may have none.
         """
         raise NotImplementedError
 
     def decode(self, output: Tensor) -> Tensor:
-        """Raw output -> answer in human units (n, ...): probabilities, masks, points."""
+        """Raw output -> prediction in human units (n, ...): probabilities, masks, points."""
         raise NotImplementedError
 
 
@@ -76,7 +77,7 @@ class Classification(ClassMetrics, Task):
 
 
 class Grading(GradeMetrics, Classification):
-    """Diabetic retinopathy, grade 0 (none) to 4 (proliferative); referable: to be seen by a doctor, grade 2 and up."""
+    """Diabetic retinopathy, grade 0 (none) to 4 (proliferative); referable, to be seen by a doctor, is 2 and above."""
     name, label, primary, classes, title = "cls", "grade", "kappa", 5, "retinopathy grade"
 
 
@@ -86,7 +87,7 @@ class Edema(Classification):
 
 
 class Categories(Classification):
-    """Which of the folders of a data set a photograph belongs to; the task `cls` where the data are such folders."""
+    """Which class folder a photograph lies in; this is the task `cls` where a data set is folders of classes."""
     name, label, primary, prefix, ordered = "cls", "category", "accuracy", "p_", False
 
     def __init__(self, names: Sequence[str]):
@@ -96,7 +97,7 @@ class Categories(Classification):
 # ---- masks ----
 
 class Lesions(MaskMetrics, Task):
-    """Masks of four lesion kinds and the optic disc, each pixel an independent yes/no for each kind."""
+    """Masks of four lesion classes and the optic disc, each pixel an independent yes/no for each class."""
     name, label, primary = "seg", "masks", "dice"
     classes = ("MA", "HE", "EX", "SE", "OD")  # the order of the channels of a sample's masks
 
@@ -104,18 +105,18 @@ class Lesions(MaskMetrics, Task):
         return MaskHead(spec, len(self.classes))
 
     def target(self, sample):
-        return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind
+        return sample.masks  # (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a class
 
     def loss(self, output, target, all_reduce_sum=model.identity):
         """Cross-entropy of each pixel, and soft Dice (Milletari et al. 2016, arXiv 1606.04797, section 3).
 
-        The overlap is taken over all rows of a batch: most photographs lack some lesion, and their own Dice would
-        jump between 0 and 1 on a single pixel. Masks that are not known count in neither.
+        The Dice of a class is that of the whole batch: most photographs lack some lesion, and their own Dice would
+        jump between 0 and 1 on a single pixel. Unknown masks count in neither term.
         """
-        known, truth = ((target != UNKNOWN).to(output.dtype), (target == 1).to(output.dtype))
+        known, truth = (target != UNKNOWN).to(output.dtype), (target == 1).to(output.dtype)
         p = output.sigmoid() * known
-        overlap, predicted, true = all_reduce_sum(
-            torch.stack([x.sum((0, 2, 3)) for x in (p * truth, p, truth)]))  # (L,) each
+        sums = torch.stack([x.sum((0, 2, 3)) for x in (p * truth, p, truth)])
+        overlap, predicted, true = all_reduce_sum(sums)  # (L,) each
         soft_dice = (2 * overlap + 1) / (predicted + true + 1)
         entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
         return all_reduce_sum(entropy) / all_reduce_sum(known.sum()) + 1 - soft_dice.mean()
@@ -133,7 +134,7 @@ ORIGINAL_WIDTH = 4288  # of IDRiD's photographs in pixels, the unit of its liter
 def soft_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Heatmaps (n, P, h, w) -> expected position (n, P, 2), x and y as shares of the sides, and probabilities.
 
-    The expectation can be differentiated, which the argmax cannot (DSNT: Nibali et al. 2018, arXiv 1801.07372).
+    The expectation has a gradient, the argmax has none (DSNT: Nibali et al. 2018, arXiv 1801.07372).
     """
     height, width = logits.shape[2:]
     p = logits.flatten(2).softmax(2).view_as(logits)
@@ -168,10 +169,10 @@ class Landmarks(LandmarkMetrics, Task):
         return LandmarkHead(spec, len(self.classes))
 
     def target(self, sample):
-        """(P + 4, 2): the points as shares of the side, nan where not known; then what turns shares into other units.
+        """(P + 4, 2): the points as shares of the side, nan where unknown; then four rows that convert shares.
 
-        Along x and y: where the sample begins and what its side measures in pixels of the file; its side in pixels of
-        a 4288 pixels wide original and in disc diameters.
+        The four rows, x and y each: where the sample begins in pixels of the file; its side in pixels of the file, in
+        pixels of an original 4288 pixels wide, and in disc diameters.
         """
         g, side = sample.geometry, sample.image.shape[-1]
         begin, pixels = (-g.shift_x / g.scale_x, -g.shift_y / g.scale_y), (side / g.scale_x, side / g.scale_y)
@@ -179,10 +180,10 @@ class Landmarks(LandmarkMetrics, Task):
         return torch.cat([sample.landmarks / side, torch.tensor([begin, pixels, original, [1 / DISC_DIAMETER] * 2])])
 
     def loss(self, output, target, all_reduce_sum=model.identity):
-        """Smooth L1 of the expected point, and divergence of its heatmap from a Gaussian of one cell around the truth
+        """Smooth L1 of the expected point, plus the divergence of its heatmap from a Gaussian of one cell at the truth.
 
-        (Nibali et al. 2018, arXiv 1801.07372, whose first term is the Euclidean distance). Points that are not known
-        count in neither.
+        From Nibali et al. 2018, arXiv 1801.07372, whose first term is the Euclidean distance. Unknown points count in
+        neither term.
         """
         truth = target[:, :-4]
         known = ~truth.isnan().any(2)  # (n, P)
@@ -202,9 +203,9 @@ TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesio
 
 
 def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
-    """The tasks with these names; `cls` tells the `classes` of the data set apart where it has any of its own.
+    """The tasks with these names; `cls` predicts the `classes` of the data set where that has classes of its own.
 
-    InputError: one of them learns from no declared label, or its primary metric has no range; see check_range.
+    InputError: a task's label is not declared, or its primary metric has no range; see check_range.
     """
     tasks = [Categories(classes) if name == Categories.name and classes else TASKS[name] for name in names]
     for task in tasks:
@@ -216,9 +217,9 @@ def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
 
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:
-    """The network that `options` (of a command line or a checkpoint) describe, with fresh weights.
+    """The network that `options` (of a command line or a checkpoint) describe, with random weights, and its tasks.
 
-    InputError: an encoder that is not there, numbers of experts that do not fit.
+    InputError: an unknown encoder, numbers of experts that do not fit.
     """
     tasks = make_tasks(options["tasks"], options["classes"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=2 train.py --tasks cls seg   # in several processes
     python train.py --resume runs/NAME                     # go on where it was stopped
 
-Read Config for what there is to choose, then train_step for what one step is and fit for the loop around it. In
-runs/NAME are then config.json, log.jsonl (a line per epoch), best.pt (chosen on validation), last.pt, result.json.
+Read Config for the options, then train_step for one step and fit for the loop around it. A run leaves config.json,
+log.jsonl (a line per epoch), best.pt (the best epoch on validation), last.pt and result.json in runs/NAME.
 """
 
 import math
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 import data
 import model
 from model import ENCODERS, MOE_PLACES, ROUTERS, Net, load_balancing_loss
-from retina.datasets.splits import announcement
+from retina.datasets.splits import describe_split
 from retina.evaluation import routing, scoring, tables
 from retina.files import run_cli
 from retina.training import checkpoint, distributed, precision, pretrained
 from retina.training.checkpoint import RunFolder, TrainState
 from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
     resolve_defaults
-from retina.training.diagnostics import LossMonitor, opening
+from retina.training.diagnostics import LossMonitor, describe_run
 from retina.training.distributed import SINGLE_PROCESS, World
 from retina.training.interrupt import StopSignal, explain_failures, stopped_by_sigterm
 from tasks import TASKS, Task, build_net, make_tasks
@@ -43,10 +43,10 @@ WHAT, NETWORK, TRAINING, MACHINE = "what is learned from what", "network", "trai
 
 @dataclass(frozen=True)
 class Config:
-    """All that determines a run; plain types, stored in config.json and in every checkpoint."""
+    """All that determines a run, as numbers, strings and tuples; stored in config.json and in every checkpoint."""
     tasks: tuple[str, ...] = flag(("cls", "seg"), WHAT, f"any of {' '.join(TASKS)}", choices=TASKS.keys())
     data: str | None = flag(None, WHAT, "IDRiD's folder, a table FILE.csv, or a folder with train/CLASS/ in it; see "
-                            "README", shown="data/IDRiD if it exists, else drawn photographs")
+                            "README", default_text="data/IDRiD if it exists, else drawn photographs")
     image_size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training split")
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
@@ -57,47 +57,46 @@ class Config:
     weight_decay: float = flag(0.01, TRAINING, "of AdamW", lowest=0)
     patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
     loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
-    augment: bool = flag(True, TRAINING, "show every photograph as it is")
+    augment: bool = flag(True, TRAINING, "train on every photograph as it is")
     seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0, below=1 << 32)
     encoder: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
     encoder_weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
-                                shown="none for drawn photographs, else imagenet if it can be had")
-    num_experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", shown="8; private: tasks x top-k",
+                                default_text="none for drawn photographs, else imagenet if it can be had")
+    num_experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", default_text="8; private: tasks x top-k",
                             lowest=0)
-    top_k: int = flag(2, NETWORK, "experts that each token is sent to", shown="2; uniform: all", lowest=1)
+    top_k: int = flag(2, NETWORK, "experts that each token is sent to", default_text="2; uniform: all", lowest=1)
     router: str = flag("learned", NETWORK, "", choices=ROUTERS)
     expert_ratio: float = flag(0.5, NETWORK, "hidden units of an expert, in multiples of the map's channels",
                                lowest=1e-3)
     moe_at: str = flag("bottleneck", NETWORK, "the layer's place: the bottleneck, or the decoder's at stride 4, "
                        "which all tasks then share up to there", choices=MOE_PLACES.keys())
     balance_weight: float = flag(0.01, NETWORK, "weight of the load-balancing loss",
-                                 shown="0.01 for routers that learn", lowest=0)
+                                 default_text="0.01 for routers that learn", lowest=0)
     precision: str = flag("fp32", MACHINE, f"of the passes through the network, {' '.join(precision.DTYPES)}",
-                          shown="bf16 where the device has units for it, fp16 on older GPUs, else fp32",
+                          default_text="bf16 where the device has units for it, fp16 on older GPUs, else fp32",
                           choices=precision.DTYPES.keys())
-    workers: int = flag(0, MACHINE, "processes that load photographs", shown="0 on CPU, else up to 8", lowest=0)
+    workers: int = flag(0, MACHINE, "processes that load photographs", default_text="0 on CPU, else up to 8", lowest=0)
     device: str = flag("auto", MACHINE, "auto, cpu or cuda; auto: the GPU if there is one",
                        choices=("auto", "cpu", "cuda"))
     deterministic: bool = flag(False, MACHINE, "on a GPU: the same weights every time, more slowly; a CPU always does")
-    # no flags: what the data or the comparison decide
+    # no flags: the data set or the comparison decides these
     classes: tuple[str, ...] = ()  # where the data set is folders of classes
     expert_dropout: float = 0.1
     # five epochs of drawings are too short to overfit
     stochastic_depth: float = field(default=0.05, metadata={"real": 0.1})
-    log_gradients: bool = False  # write down the cosines of the tasks' gradients at eight steps of each epoch
-    ignore_eyes: bool = False  # split as if each file showed an eye of its own
-    # the tasks by which photographs are sampled, where these are more than are learned
-    sampling_tasks: tuple[str, ...] = ()
+    log_gradients: bool = False  # log the cosines of the tasks' gradients at eight steps of each epoch
+    ignore_eyes: bool = False  # split as if each photograph showed an eye of its own
+    sampling_tasks: tuple[str, ...] = ()  # label patterns are those of these tasks, of which only some are trained
 
 
 # ---- the loss of several tasks ----
 
 class LossWeights(nn.Module):
-    """Sum the tasks' losses: with fixed weights, or with learned ones.
+    """Sum the tasks' losses, with fixed or learned weights.
 
-    uncertainty: L = sum_t exp(-s_t) L_t + s_t, s_t = log sigma_t^2 learned (Kendall et al. 2018, arXiv 1705.07115, eq.
-    10; the factors 1/2 that differ between regression and classification are left out). A task that is not in `losses`
-    adds nothing, neither its loss nor its s_t. "balance" is added with its own weight.
+    "uncertainty" learns s_t = log sigma_t^2 in L = sum_t exp(-s_t) L_t + s_t (Kendall et al. 2018, arXiv 1705.07115,
+    eq. 10; the factors 1/2 that differ between regression and classification are left out). A task that is not in
+    `losses` adds neither its loss nor its s_t. "balance" is added with `balance_weight`.
     """
 
     def __init__(self, tasks: Sequence[Task], words: Sequence[str], balance_weight: float):
@@ -109,21 +108,21 @@ class LossWeights(nn.Module):
                                              else {})
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
-        of_tasks = {t: loss for t, loss in losses.items() if t != "balance"}
+        by_task = {t: loss for t, loss in losses.items() if t != "balance"}
         if self.learned:
-            total = sum((-self.log_variance[t]).exp() * loss + self.log_variance[t] for t, loss in of_tasks.items())
+            total = sum((-self.log_variance[t]).exp() * loss + self.log_variance[t] for t, loss in by_task.items())
         else:
-            total = sum(self.fixed[t] * loss for t, loss in of_tasks.items())
+            total = sum(self.fixed[t] * loss for t, loss in by_task.items())
         return total + self.balance_weight * losses["balance"] if "balance" in losses else total
 
 
 def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
                 world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
-    """The loss of each task on its labelled rows, and of balance; of the whole batch in every process of a group."""
+    """The loss of each task over its labelled photographs, and "balance"; always those of the whole batch."""
     with precision.autocast(state.device, config.precision):
         outputs, routed = state.model(batch.images, batch.indices)
-    kind = next(state.net.parameters()).dtype  # float32, whatever the precision of the pass
-    losses = {t.name: t.loss(outputs[t.name].to(kind), batch.targets[t.name], world.all_reduce_sum)
+    dtype = next(state.net.parameters()).dtype  # float32, whatever the precision of the pass
+    losses = {t.name: t.loss(outputs[t.name].to(dtype), batch.targets[t.name], world.all_reduce_sum)
               for t in tasks if t.name in outputs}
     return losses | ({"balance": load_balancing_loss(routed, world.all_reduce_sum)} if routed else {})
 
@@ -132,43 +131,43 @@ def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], con
 
 def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
                world: World = SINGLE_PROCESS) -> dict[str, float]:
-    """Learn from one batch; -> its losses, on a GPU those of the step before. RunError: see LossMonitor.check."""
+    """Learn from one batch; -> its losses (on a GPU, those of the step before). RunError: see LossMonitor.check."""
     losses = task_losses(state, batch, tasks, config, world)
     if config.log_gradients:
-        state.monitor.look(losses, state.net.encoder)
+        state.monitor.compare_gradients(losses, state.net.encoder)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(state.loss_weights(losses)).backward()
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.net.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    read = state.monitor.record(state.step + 1, losses, norm)
+    logged = state.monitor.record(state.step + 1, losses, norm)
     nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.schedule.step()
     state.step += 1
-    return read
+    return logged
 
 
 def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, device: torch.device,
                world: World = SINGLE_PROCESS) -> TrainState:
-    """A network with what it takes to improve it over so many steps: AdamW, linear warm-up, then a cosine to zero."""
+    """A network and what trains it for so many steps: AdamW, linear warm-up, then a cosine to zero."""
     net.to(device)
-    called = distributed.parallelize(net, world, device)
+    parallel = distributed.parallelize(net, world, device)
     loss_weights = LossWeights(tasks, config.loss_weights, config.balance_weight).to(device)
     # weight decay on matrices and kernels only: on norms and biases it merely fights the data
-    parts = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
-             {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-             {"params": list(loss_weights.parameters()), "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([p for p in parts if p["params"]], config.lr, fused=device.type == "cuda" or None)
-    warm = max(1, min(steps // 10, 200))
+    groups = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+              {"params": list(loss_weights.parameters()), "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, fused=device.type == "cuda" or None)
+    warmup = max(1, min(steps // 10, 200))
 
     def factor(step):
-        return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(
-            math.pi * (step - warm) / max(1, steps - warm))
+        angle = math.pi * (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(angle)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return TrainState(net, called, loss_weights, optimizer, schedule, scaler,
+    return TrainState(net, parallel, loss_weights, optimizer, schedule, scaler,
                       LossMonitor(net, scaler, device, config.lr, steps // config.epochs))
 
 
@@ -176,11 +175,11 @@ def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, devi
 
 def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = False, overwrite: bool = False,
         quiet: bool = False, world: World = SINGLE_PROCESS) -> dict:
-    """Train as `config` says and leave everything in `folder`; -> what result.json holds.
+    """Train as `config` says and write everything to `folder`; -> what result.json holds.
 
-    With `resume` the run in `folder` goes on from its last.pt, and ends as if it had never been stopped. InputError:
-    unusable data or configuration, before anything is trained; a file that is not there any more. RunError: see
-    LossMonitor.check; a process or memory that is not there any more.
+    With `resume`, the run in `folder` goes on from its last.pt and ends as if it had never been stopped. InputError:
+    data or configuration cannot be used, or a file was removed during training. RunError: a loss is not finite (see
+    LossMonitor.check), a process was lost, memory ran out.
     """
     check_world(config, world)
     quiet = quiet or world.rank > 0
@@ -193,7 +192,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     with world.main_process_first():
         train_set, val_set, findings = data.load_datasets(config, tasks)
     if not quiet:
-        print(announcement(train_set.records, val_set.records, findings, tasks, config.fold))
+        print(describe_split(train_set.records, val_set.records, findings, tasks, config.fold))
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
                                          config.batch_size, config.seed, config.augment, tasks)
     steps = config.epochs * sampler.per_epoch
@@ -220,7 +219,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
                 raise KeyboardInterrupt
             val_batches = data.eval_loader(val_set, tasks, config.batch_size, world)
             run.end_epoch(scoring.evaluate_split(net, val_batches, tasks, world=world), tasks,
-                          sampler.per_epoch * sampler.photographs)
+                          sampler.per_epoch * sampler.photographs_per_step)
         return run.finish()
 
 
@@ -233,22 +232,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """python train.py ..., or torchrun --nproc_per_node=N train.py ..."""
     precision.tune_malloc()
     with distributed.init_world() as world, stopped_by_sigterm(world):
-        asked = world.broadcast(read_request(Config, argv, model) if world.rank == 0 else None)
-        tell, begun = print if world.rank == 0 else lambda *_: None, time.perf_counter()
-        tell("\n".join([*asked.notes, opening(asked.config, asked.folder, world)]))
+        request = world.broadcast(read_request(Config, argv, model) if world.rank == 0 else None)
+        config, folder, begun = request.config, request.folder, time.perf_counter()
+        tell = print if world.rank == 0 else lambda *_: None
+        tell("\n".join([*request.notes, describe_run(config, folder, world)]))
         try:
-            result = fit(*asked, world=world)
+            result = fit(*request, world=world)
         except KeyboardInterrupt as stopped:
             tell("\ninterrupted; " + (f"go on with: {stopped}" if str(stopped) else "the same command goes on"
-                                      if asked.resume else "nothing was trained yet"))
+                                      if request.resume else "nothing was trained yet"))
             sys.exit(130)
-        what = "DRAWN photographs, not IDRiD" if asked.config.data is None else asked.config.data
-        tell(f"\nbest checkpoint: epoch {result['epoch']} of {asked.folder}, validation split of {what}")
-        tell(tables.table(result["metrics"], make_tasks(asked.config.tasks, asked.config.classes)))
+        what = "DRAWN photographs, not IDRiD" if config.data is None else config.data
+        tell(f"\nbest checkpoint: epoch {result['epoch']} of {folder}, validation split of {what}")
+        tell(tables.table(result["metrics"], make_tasks(config.tasks, config.classes)))
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))
-        tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {asked.folder}")
+        tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
 
 
 if __name__ == "__main__":

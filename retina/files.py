@@ -1,10 +1,9 @@
-"""Files that others can trust, and trust in the files of others.
+"""Safe reading and writing of files, and errors of one line. Imports nothing of ours.
 
-    InputError, RunError, command   whatever goes wrong is one line; exit status 2 for a mistake, 1 for a mishap
-    replacing, plain                written whole or not at all, whatever kills the process; values as JSON has them
-    load_tensors, open_image        reading runs no code, and memory has a limit
-
-Imports nothing of ours.
+    InputError, RunError, run_cli     errors are one line; exit status 2 for a user's mistake, 1 for a failed run
+    init_worker                       processes that this project starts end with the one that started them
+    atomic_write, lock_folder         a file is written whole or not at all; one process at a time trains in a folder
+    load_tensors, open_image          reading runs no code, and memory has a limit
 """
 
 import contextlib
@@ -46,7 +45,7 @@ class InputError(OneLine, ValueError):
 
 
 class RunError(OneLine, RuntimeError):
-    """What ends a run that was set up well: a number that is not finite, memory that is not there, a killed helper."""
+    """What ends a run that was set up well: a number that is not finite, lack of memory, a killed process."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -76,25 +75,25 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def init_worker(*worker) -> None:
-    """For helper processes: only the main process answers Ctrl-C, and they do not outlive it, even if it is killed.
+    """For helper processes: they leave Ctrl-C to the main process, and end when it does, even if it is killed.
 
-    `worker` is given by a loader, of whose workers none may end before the main process has saved what it learned. A
-    pool gives nothing, and ends its processes by SIGTERM.
+    A data loader passes the number of its `worker`; none may end before the main process has saved the run, so SIGTERM
+    is ignored. A pool passes nothing, and ends its processes by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if worker else signal.SIG_DFL)
 
-    def lost(kind, error, trace):
-        # multiprocessing's thread that hands tensors over calls this where the main process is killed as it takes one
+    def lost(error_class, error, trace):
+        # multiprocessing's thread that hands over tensors calls this when the main process is killed meanwhile
         if not isinstance(error, (EOFError, ConnectionError)):
-            sys.__excepthook__(kind, error, trace)
+            sys.__excepthook__(error_class, error, trace)
     sys.excepthook = lost
 
     follow_parent()
 
 
 def follow_parent() -> None:
-    """For processes that this project starts: end when the one that started this one does, however it does."""
+    """End this process as soon as the one that started it has ended, however that happens."""
     def follow(parent):
         parent.join()
         os._exit(1)
@@ -108,22 +107,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def atomic_write(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
-    """A file to write in; it takes the place of `path` when the block ends, and never exists there in part.
+    """A file to write to; it replaces `path` when the block ends, so that `path` is never half written.
 
-    A process that is killed leaves what was there before, and a file of another name that ends in .part. If `lasting`,
-    this holds for a power cut too, at the cost of waiting for the disk. OSError: a full disk and the like.
+    A killed process leaves the old file, and a file of another name that ends in .part. With `lasting` this holds for a
+    power cut too, at the cost of waiting for the disk. OSError: a full disk and the like.
     """
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write the same file
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write the same file
     try:
-        with open(part, "xb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             if lasting:
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
             full = "; what was there before is as it was; make room and go on" * (error.errno in FULL)
             raise OSError(error.errno, os.strerror(error.errno) + full, str(path)) from error
@@ -131,7 +130,7 @@ def atomic_write(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
 
 
 def lock_folder(folder: Path) -> contextlib.AbstractContextManager:
-    """Claim a folder until this context, or the process, ends, however it ends. InputError: another process has."""
+    """Lock a folder until this context, or the process, ends. InputError: another process has locked it."""
     if fcntl is None:
         return contextlib.nullcontext()
     file = open(folder / ".lock", "ab")
@@ -152,7 +151,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def jsonable(value):
-    """For JSON, which has no nan and no infinity: the same with None in their place."""
+    """The same value with None in place of nan and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -163,7 +162,7 @@ def jsonable(value):
 # ---- reading ----
 
 def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
-    """What torch.save wrote, as long as it is tensors and plain types: nothing in the file is executed.
+    """Load what torch.save wrote, if it is tensors, numbers, strings and containers: no code in the file is executed.
 
     OSError: no such file, no permission. InputError: it is damaged, or holds something else.
     """
@@ -172,8 +171,8 @@ def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
             warnings.simplefilter("ignore")  # of pickles unlike torch's own, which are refused
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes in torch.load
-        elsewhere = isinstance(error, OSError) and error.errno != errno.EINVAL  # so it calls a file that is cut short
-        if elsewhere or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        system = isinstance(error, OSError) and error.errno != errno.EINVAL  # EINVAL: a file that is cut short
+        if system or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         raise InputError(f"{path}: damaged, or no file of tensors and plain types, as torch.save writes it "
                          f"({type(error).__name__})") from error

@@ -75,7 +75,7 @@ def medians(jobs: Mapping[str, Callable[[], None]], repetitions: int) -> dict[st
 
 
 def show(title: str, rows: Sequence[Mapping]) -> None:
-    """Print rows of a table, and keep them for --json."""
+    """Print a table of these rows, and keep them for --json."""
     FOUND[title] = list(rows)
     cells = [[*rows[0]], *([f"{v:{'.0f' if v > 100 else '.3g'}}" if isinstance(v, float) else str(v)
                             for v in r.values()] for r in rows)]
@@ -114,7 +114,7 @@ def library(size: int, graded: int, masked: int) -> tuple[Callable, Callable]:
     return step, forward
 
 
-def made(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
+def build(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
     """A network with these measures, and its tasks."""
     tasks = make_tasks(names)
     net = Net(NetConfig(num_experts=experts), tasks)
@@ -127,7 +127,7 @@ def made(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts
     return precision.fuse_conv_bn(net) if FOLDED in measures else net, tasks
 
 
-def taught(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: str, batch: data.Batch) -> None:
+def train_step(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: str, batch: data.Batch) -> None:
     """One training step."""
     net.train()
     optimizer.zero_grad()
@@ -141,19 +141,20 @@ def taught(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: s
 def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Sequence[str] = ("cls", "seg"),
          experts: int = 8) -> tuple[Callable, Callable]:
     """Our network -> step, forward of one photograph. The first `graded` photographs have all labels but masks."""
-    net, tasks = made(measures, names, experts)
+    net, tasks = build(measures, names, experts)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4) if FOLDED not in measures else None
     number = graded + masked
     images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
-    rows = {t: torch.arange(number)[graded:] if t == "seg" else torch.arange(number)[:graded or number] for t in names}
+    first, last = torch.arange(number)[:graded or number], torch.arange(number)[graded:]
+    indices = {t: last if t == "seg" else first for t in names}
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
                "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8),
                "loc": torch.rand(number, 6, 2)}
-    batch = data.Batch(images, {t: targets[t][rows[t]] for t in names}, rows, [""] * number, [""] * number)
+    batch = data.Batch(images, {t: targets[t][indices[t]] for t in names}, indices, [""] * number, [""] * number)
     precision = "bf16" if HALF in measures else "fp32"
 
     def step():
-        taught(net, tasks, optimizer, precision, batch)
+        train_step(net, tasks, optimizer, precision, batch)
 
     def forward():
         with torch.inference_mode(), autocast(CPU, precision):
@@ -170,15 +171,15 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
         parts = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(picture))}
         if r.masks is not None:
             masks = torch.zeros(5, size, size, dtype=torch.uint8)
-            for kind, path in r.masks.items():
+            for lesion, path in r.masks.items():
                 if path is not None:
                     with Image.open(path) as file:
                         small = file.convert("L").resize((size, size), Image.NEAREST)
-                    masks[synthetic.LESIONS.index(kind)] = torch.from_numpy(np.array(small) > 0)
+                    masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
             parts["masks"] = tv_tensors.Mask(masks)
         parts = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(parts).items()}
-        samples.append(preprocess.Sample(r.name, parts["image"], {"grade": r.grade or 0}, None, r.eye).with_labels(
-            masks=parts.get("masks")))
+        labels = {"grade": r.grade or 0} | ({"masks": parts["masks"]} if "masks" in parts else {})
+        samples.append(preprocess.Sample(r.name, parts["image"], labels, None, r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
 
 
@@ -186,19 +187,19 @@ def trained(folder: str, size: int, measures: Sequence[str], batch: int = 8) -> 
     """Steps over real files -> step with loading, loading alone; each photograph comes once, masks where there are."""
     found = [r for r in readers.read_data(Path(folder)).records if r.split == "train"]
     order = np.random.default_rng(0).permutation(len(found))
-    net, tasks = made(measures)
+    net, tasks = build(measures)
     optimizer, precision = torch.optim.AdamW(net.parameters(), 1e-4), "bf16" if HALF in measures else "fp32"
     photographs = None if PLAIN in measures else data.FundusDataset(found, size)
     turn = iter(range(10 ** 9))
 
     def load():
-        chosen = [int(order[(batch * i + k) % len(order)]) for i in [next(turn)] for k in range(batch)]
+        indices = [int(order[(batch * i + k) % len(order)]) for i in [next(turn)] for k in range(batch)]
         if PLAIN in measures:
-            return as_published([found[i] for i in chosen], size)
-        return data.collate([photographs[i, i] for i in chosen], tasks)
+            return as_published([found[i] for i in indices], size)
+        return data.collate([photographs[i, i] for i in indices], tasks)
 
     def step():
-        taught(net, tasks, optimizer, precision, load())
+        train_step(net, tasks, optimizer, precision, load())
     return step, load
 
 
@@ -226,7 +227,7 @@ def work(how: str) -> None:
     spec = json.loads(how)
     torch.manual_seed(0)
     jobs = {"library": library, "ours": ours, "trained": trained, "reading": reading}[spec.pop("kind")]
-    job = jobs(**{k: v for k, v in spec.items() if k != "part"})[spec.get("part", 0)]
+    job = jobs(**{k: v for k, v in spec.items() if k != "job"})[spec.get("job", 0)]
     for _ in sys.stdin:
         begun = time.perf_counter()
         job()
@@ -276,7 +277,8 @@ def shared(title: str, how: Mapping, repetitions: int) -> None:
          [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
 
 
-BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if precision.default_precision(CPU) == "bf16" else ()))  # what train.py does here
+# what train.py does on this machine
+BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if precision.default_precision(CPU) == "bf16" else ()))
 
 
 def step() -> None:
@@ -304,11 +306,11 @@ def inference() -> None:
                  "+ channels_last": {"measures": [MEMORY, LAYOUT]},
                  "+ norms folded (as evaluate.py)": {"measures": [MEMORY, LAYOUT, FOLDED]},
                  "+ bf16 (with --precision bf16)": {"measures": [MEMORY, LAYOUT, FOLDED, HALF]}}
-        ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "part": 1} | spec
+        ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "job": 1} | spec
                 for name, spec in ways.items()}
         table(f"forward pass of one photograph, {size} px", race(ways, 20), 1)
     shared("forward pass of one photograph",
-           {"graded": 0, "masked": 1, "part": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, 20)
+           {"graded": 0, "masked": 1, "job": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, 20)
 
 
 def scaling() -> None:
@@ -339,8 +341,8 @@ def loading(folder: Path, size: int) -> None:
         cache.build_cache(found, size)
         build = time.perf_counter() - begun
     ways = {"plain": {"measures": [PLAIN]}, "ours": {"measures": BEST}}
-    ways = {f"{name}{', loading alone' * part}": {"kind": "trained", "folder": str(folder), "size": size, "part": part}
-            | spec for name, spec in ways.items() for part in (0, 1)}
+    ways = {f"{name}{', loading alone' * job}": {"kind": "trained", "folder": str(folder), "size": size, "job": job}
+            | spec for name, spec in ways.items() for job in (0, 1)}
     times = {name: seconds * len(found) / 8 for name, (seconds, _) in race(ways, 12).items()}
     plain, quick = times["plain"], times["ours"]
     show(f"an epoch over the {len(found)} photographs of {folder.name} at {size} px, in steps of 8 (seconds)", [
@@ -462,9 +464,9 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
         border = ((0, 0), (180, 180))
         Image.fromarray(np.pad(picture, (*border, (0, 0)))).resize(size).save(folder / f"{i}.jpg", quality=92)
         paths = {}
-        for kind, mask in zip(synthetic.LESIONS, masks):
-            paths[kind] = folder / f"{i}_{kind}.tif"
-            save_palette_mask(paths[kind], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
+        for lesion, mask in zip(synthetic.LESIONS, masks):
+            paths[lesion] = folder / f"{i}_{lesion}.tif"
+            save_palette_mask(paths[lesion], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
         found.append(records.Record(str(i), folder / f"{i}.jpg", labels={"masks": paths}))
     return found
 
@@ -494,11 +496,11 @@ def evaluation() -> None:
         large = originals(Path(folder), 4)
 
         def full():
-            full_size.stats_at_full_size(net, SEG, large, 256, None, device, 8, SEG.accumulator())
+            full_size.mask_stats_at_full_size(net, SEG, large, 256, None, device, 8, SEG.accumulator())
 
         def network():
             for _ in large:
-                full_size.answer(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
+                full_size.predict_sample(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
 
         times = medians({"full": full, "network": network}, 3)
         print(f"masks of {len(large)} photographs of 4288x2848, network at 256 pixels: {times['full'] / 4:.2f} s a "

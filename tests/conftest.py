@@ -80,38 +80,38 @@ def save_palette_mask(path: Path, mask: np.ndarray) -> None:
 def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bool = True) -> Path:
     """Write photographs 144x96 and labels below `root`; the numbers are those of the training split."""
     series = 7
-    for part, (folder, word) in readers.SPLITS.items():
-        if part == "test" and not test:
+    for split, (folder, word) in readers.SPLITS.items():
+        if split == "test" and not test:
             continue
         a, b, c = (root / subset for subset in readers.SUBSETS)
         images = a / "1. Original Images" / folder
         images.mkdir(parents=True)
         masks = a / "2. All Segmentation Groundtruths" / folder
-        for kind in readers.MASK_FOLDERS.values():
-            (masks / kind).mkdir(parents=True)
+        for name in readers.MASK_FOLDERS.values():
+            (masks / name).mkdir(parents=True)
         for i in range(segmentation):
-            name = f"IDRiD_{i + 1 + (54 if part == 'test' else 0):02d}"
-            eye = ill_eye(series, 100 * i + (10000 if part == "test" else 0))
+            name = f"IDRiD_{i + 1 + (54 if split == 'test' else 0):02d}"
+            eye = ill_eye(series, 100 * i + (10000 if split == "test" else 0))
             picture, truth = synthetic.render(eye, 96)
             widen(picture).save(images / f"{name}.jpg", quality=92)
-            for kind, mask in zip(synthetic.LESIONS, truth):
+            for lesion, mask in zip(synthetic.LESIONS, truth):
                 if mask.any():
-                    file = masks / readers.MASK_FOLDERS[kind] / f"{name}_{kind}.tif"
+                    file = masks / readers.MASK_FOLDERS[lesion] / f"{name}_{lesion}.tif"
                     save_palette_mask(file, np.asarray(widen(mask)))
         images = b / "1. Original Images" / folder
         images.mkdir(parents=True)
-        rows = ["Image name,Retinopathy grade,Risk of macular edema ,,,"]
-        points = {kind: ["Image No,X- Coordinate,Y - Coordinate,,,"] for kind in records.LANDMARKS}
+        grades = ["Image name,Retinopathy grade,Risk of macular edema ,,,"]
+        points = {name: ["Image No,X- Coordinate,Y - Coordinate,,,"] for name in records.LANDMARKS}
         for i in range(grading):
-            name = f"IDRiD_{i + 1:03d}"  # the same names in both parts
-            eye = synthetic.plan(series + 1, i + (1000 if part == "test" else 0))
+            name = f"IDRiD_{i + 1:03d}"  # the same names in both splits
+            eye = synthetic.plan(series + 1, i + (1000 if split == "test" else 0))
             widen(synthetic.render(eye, 96)[0]).save(images / f"{name}.jpg", quality=92)
-            rows.append(f"{name},{eye.grade},{eye.edema_risk},,,")
-            for kind, (x, y) in zip(records.LANDMARKS, (eye.disc, eye.fovea)):
-                points[kind].append(f"{name},{24 + 96 * x:.2f},{96 * y:.2f},,,")
+            grades.append(f"{name},{eye.grade},{eye.edema_risk},,,")
+            for landmark, (x, y) in zip(records.LANDMARKS, (eye.disc, eye.fovea)):
+                points[landmark].append(f"{name},{24 + 96 * x:.2f},{96 * y:.2f},,,")
         letter, tables = folder[0], c / "2. Groundtruths"
         for path, lines in (
-                (b / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{word} Labels.csv", rows),
+                (b / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{word} Labels.csv", grades),
                 (tables / "1. Optic Disc Center Location" / f"{letter}. IDRiD_OD_Center_{word} Set_Markups.csv",
                  points["disc"]),
                 (tables / "2. Fovea Center Location" / f"IDRiD_Fovea_Center_{word} Set_Markups.csv", points["fovea"])):
@@ -124,7 +124,7 @@ def ill_eye(series: int, start: int) -> synthetic.Eye:
     """The next drawn eye with haemorrhages and hard exudates."""
     while True:
         eye = synthetic.plan(series, start)
-        if {"HE", "EX"} <= {lesion.kind for lesion in eye.lesions}:
+        if {"HE", "EX"} <= {lesion.lesion_class for lesion in eye.lesions}:
             return eye
         start += 1
 
@@ -154,7 +154,7 @@ def tree(tmp_path, small_tree) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Runs that nothing has stopped, made once in a file of tests for each kind of options."""
+    """Runs that nothing has stopped, made once for each set of options in a file of tests."""
     made = {}
 
     def run(options):
@@ -200,11 +200,11 @@ def few_drawings(monkeypatch):
 def state_and_batch(config: Config = TINY):
     """What a step changes, a batch to learn from, and the step: learn(state, batch)."""
     torch.manual_seed(0)
-    net, chosen = build_net(asdict(config))
+    net, tasks = build_net(asdict(config))
     photographs = data.FundusDataset(readers.read_drawn().records[:6], config.image_size)
-    batch = data.collate([photographs[i] for i in range(6)], chosen)
-    state = train.make_state(net, chosen, config, 100, torch.device("cpu"))
-    return state, batch, partial(train.train_step, tasks=chosen, config=config)
+    batch = data.collate([photographs[i] for i in range(6)], tasks)
+    state = train.make_state(net, tasks, config, 100, torch.device("cpu"))
+    return state, batch, partial(train.train_step, tasks=tasks, config=config)
 
 
 def log(run: Path) -> list[dict]:
@@ -258,6 +258,6 @@ def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, b
 def fake_records(seed: int, number: int = 200) -> list[Record]:
     rng = np.random.default_rng(seed)
     grades = [int(g) for g in rng.choice(5, number, p=[0.4, 0.1, 0.25, 0.15, 0.1])]
-    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema_risk": 0, **({"grade": grades[i]} if i % 9 else
-                                                                          {"masks": {"EX": None}})},
+    labels = [{"grade": grade} if i % 9 else {"masks": {"EX": None}} for i, grade in enumerate(grades)]
+    return [Record(f"r{i}", Path(f"{i}.jpg"), labels={"edema_risk": 0, **labels[i]},
                    eye=f"eye{rng.integers(number * 2 // 3)}") for i in range(number)]

@@ -40,15 +40,15 @@ def write_table(folder: Path, shuffled: bool) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True)
-    header = f"image,grade,split,{','.join(f'mask_{kind.lower()}' for kind in synthetic.LESIONS)}"
+    header = f"image,grade,split,{','.join(f'mask_{lesion.lower()}' for lesion in synthetic.LESIONS)}"
     masks_of, grades = [], []
     for i in range(MASKED + JUDGED):
         eye = synthetic.plan(11, i)
         picture, masks = synthetic.render(eye, SIDE)
         Image.fromarray(picture).save(folder / f"{i}.png")
         cells = []
-        for kind, mask in zip(synthetic.LESIONS, masks):
-            cells.append(f"{i}_{kind}.png" if mask.any() else "none")
+        for lesion, mask in zip(synthetic.LESIONS, masks):
+            cells.append(f"{i}_{lesion}.png" if mask.any() else "none")
             if mask.any():
                 Image.fromarray(mask.astype(np.uint8) * 255).save(folder / cells[-1])
         grades.append(eye.grade)
@@ -65,26 +65,26 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 
 
 def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
-    """Run these rows; -> tasks, and what each row measured."""
-    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE), "--encoder-weights",
-                                  "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
-    every = {row.name: row for row in baselines.configurations_for(options.tasks)}
+    """Train these configurations; -> tasks, and what was measured of each."""
+    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE),
+                                  "--encoder-weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
+    every = {c.name: c for c in baselines.configurations_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all
-    every["cls_single"] = replace(every["cls_single"], words="masks without weight", changes={
-        **every["hard"].changes, "loss_weights": ("seg=0",)})
-    rows = [every[name] for name in names]
+    every["cls_single"] = replace(every["cls_single"], words="masks without weight",
+                                  changes={**every["hard"].changes, "loss_weights": ("seg=0",)})
+    configurations = [every[name] for name in names]
     base = replace(options, stochastic_depth=0.05, log_gradients=True)
-    asked = baselines.jobs_for(rows, base, seeds, ["1/5"], folder)
+    asked = baselines.jobs_for(configurations, base, seeds, ["1/5"], folder)
     failed = jobs.run_all(asked, baselines.__file__, min(2, torch.get_num_threads()))
     assert not failed, failed
     tasks = make_tasks(options.tasks)
-    return tasks, baselines.finished(asked, rows, tasks)
+    return tasks, baselines.finished(asked, configurations, tasks)
 
 
-def told(tasks: list, found: dict) -> None:
-    """Print scores and what may be claimed of grades."""
-    asked = {name: row.words for name, row in found.items()}
+def print_report(tasks: list, found: dict) -> None:
+    """Print scores, and what may be claimed about grades."""
+    asked = {name: configuration.words for name, configuration in found.items()}
     print(report.screen(analysis.summarize(found, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
-    for name, words, place, rows, seeds in (
+    for name, words, place, configurations, seeds in (
             ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", ["cls_single", "hard"],
              args.seeds),
             ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", ["cls_single", "hard"], 1),
@@ -106,14 +106,14 @@ def main() -> None:
         if name not in args.which:
             continue
         print(f"{name}: {words}")
-        tasks, found = compared(write_table(home / place, place == "shuffled"), home / "runs" / place, rows, seeds,
-                                args.epochs)
+        table = write_table(home / place, place == "shuffled")
+        tasks, found = compared(table, home / "runs" / place, configurations, seeds, args.epochs)
         if name == "equal":
             found = {name: replace(found["hard"], words=words, seeds=list(range(args.seeds)),
-                                   **{k: getattr(found["hard"], k)[part] for k in ("scores", "gaps", "shifts")})
-                     for name, words, part in (("cls_single", "first seeds", slice(0, args.seeds)),
+                                   **{k: getattr(found["hard"], k)[half] for k in ("scores", "gaps", "shifts")})
+                     for name, words, half in (("cls_single", "first seeds", slice(0, args.seeds)),
                                                ("hard", "other seeds", slice(args.seeds, None)))}
-        told(tasks, found)
+        print_report(tasks, found)
 
 
 if __name__ == "__main__":

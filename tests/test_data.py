@@ -25,18 +25,18 @@ from tasks import TASKS
 SEG, CLS = TASKS["seg"], TASKS["cls"]
 
 
-def training_part(root: Path) -> list[Record]:
+def training_records(root: Path) -> list[Record]:
     return [r for r in read_idrid(root).records if r.split == "train"]
 
 
-def drawn(number: int) -> list[Record]:
+def drawn_records(number: int) -> list[Record]:
     return [r for r in readers.read_drawn().records if r.split == "test"][:number]
 
 
 # ---- augmentation ----
 
-def changed(sample: preprocess.Sample, aug_seed: int) -> preprocess.Sample:
-    return data.augmented(replace(sample, aug_seed=aug_seed))
+def augmented(sample: preprocess.Sample, aug_seed: int) -> preprocess.Sample:
+    return data.augment(replace(sample, aug_seed=aug_seed))
 
 
 def marked(points: Tensor, size: int = 128) -> preprocess.Sample:
@@ -56,11 +56,11 @@ def centre(x: Tensor) -> list[float]:
 
 
 def test_photograph_masks_and_landmarks_move_alike():
-    """Where a spot has gone, its mask and its point have, whatever is drawn; what has left is not known."""
+    """Whatever the seed, mask and point go where the spot goes; a point that has left the picture is unknown."""
     gone, places = 0, set()
     for seed in range(60):
         points = torch.from_numpy(np.random.default_rng(seed).uniform(6, 122, (1, 2))).float()
-        new = changed(marked(points), seed)
+        new = augmented(marked(points), seed)
         x, y = new.landmarks[0].tolist()
         if math.isnan(x):
             gone += 1
@@ -90,10 +90,10 @@ def test_flips_turn_about_the_same_middle_as_rotations():
     assert seen == {(20, 45.5), (108, 45.5), (20, 82.5), (108, 82.5)}
 
 
-def test_a_chain_of_colours_is_not_cut_off_step_by_step():
+def test_colours_are_not_rounded_after_each_step():
     """Grey of 128 stays grey, and its mean over many seeds stays 128: bytes would lose half a level at every step."""
     grey = preprocess.Sample("x", torch.full((3, 64, 64), 128, dtype=torch.uint8), {}, None, "x")
-    middle = [changed(grey, seed).image[:, 28:36, 28:36].float() for seed in range(400)]
+    middle = [augmented(grey, seed).image[:, 28:36, 28:36].float() for seed in range(400)]
     assert all((m - m.mean()).abs().max() < 0.6 for m in middle)
     means = torch.stack([m.mean() for m in middle])
     assert abs(float(means.mean()) - 128) < 1.5 and 90 < means.min() < 110 and 146 < means.max() < 166
@@ -101,13 +101,13 @@ def test_a_chain_of_colours_is_not_cut_off_step_by_step():
 
 def test_augmentation_moves_image_and_masks_together():
     """Paint the masked pixels white, augment: the white has moved where the mask has."""
-    record = next(r for r in drawn(300) if r.grade == 0)
+    record = next(r for r in drawn_records(300) if r.grade == 0)
     sample = data.FundusDataset([record], 128)[0]
     disc = synthetic.LESIONS.index("OD")
     sample.image = torch.where(sample.masks[disc] == 1, 255, 0).to(torch.uint8).expand(3, -1, -1).clone()
     moved = set()
     for aug_seed in range(20):
-        new = changed(sample, aug_seed)
+        new = augmented(sample, aug_seed)
         white = new.image.float().mean(0) > 0.4 * new.image.max()
         overlap = (white & (new.masks[disc] == 1)).sum() / (white | (new.masks[disc] == 1)).sum()
         assert overlap > 0.8
@@ -119,13 +119,13 @@ def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
     Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
     masks = {"EX": tmp_path / "m.png", "HE": None}
-    sample = changed(data.FundusDataset([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
-    values = {kind: set(m.unique().tolist()) for kind, m in zip(synthetic.LESIONS, sample.masks)}
+    sample = augmented(data.FundusDataset([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
+    values = {lesion: set(m.unique().tolist()) for lesion, m in zip(synthetic.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}
 
 
 def test_augmentation_is_a_function_of_its_seed_and_leaves_the_generator_alone():
-    photographs = data.FundusDataset(drawn(1), 64)
+    photographs = data.FundusDataset(drawn_records(1), 64)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -138,7 +138,7 @@ def test_augmentation_is_a_function_of_its_seed_and_leaves_the_generator_alone()
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_give_the_same_batches(workers):
-    photographs = data.FundusDataset(drawn(6), 64)
+    photographs = data.FundusDataset(drawn_records(6), 64)
     steps = [[(i, 10 * s + i) for i in range(6)] for s in range(3)]
     batches = list(data.train_loader(photographs, iter(steps), [SEG, CLS], torch.device("cpu"), workers, {}))
     for step, batch in zip(steps, batches):
@@ -149,45 +149,45 @@ def test_workers_give_the_same_batches(workers):
 # ---- batches ----
 
 def test_every_step_sees_every_task_and_every_photograph_comes_around():
-    found = fake_records(0)
-    steps = data.MultiTaskBatchSampler(found, [CLS, SEG], 16, 0, True)
-    assert steps.quota.sum() == 16 and len(steps.patterns) == 2
+    records = fake_records(0)
+    sampler = data.MultiTaskBatchSampler(records, [CLS, SEG], 16, 0, True)
+    assert sampler.quota.sum() == 16 and len(sampler.patterns) == 2
     seen = Counter()
-    for step in steps.range(0, 3 * steps.per_epoch):
-        chosen = [found[i] for i, _ in step]
-        assert len(chosen) == 16
-        assert any(r.grade is not None for r in chosen) and any(r.masks is not None for r in chosen)
-        seen.update(r.name for r in chosen)
-    assert set(seen) == {r.name for r in found}
-    for pattern in steps.patterns:  # evenly: nobody is seen twice more often than another of the same stream
-        counts = [seen[found[i].name] for i in pattern]
+    for step in sampler.range(0, 3 * sampler.per_epoch):
+        photographs = [records[i] for i, _ in step]
+        assert len(photographs) == 16
+        assert any(r.grade is not None for r in photographs) and any(r.masks is not None for r in photographs)
+        seen.update(r.name for r in photographs)
+    assert set(seen) == {r.name for r in records}
+    for pattern in sampler.patterns:  # evenly: nobody is seen twice more often than another of the same pattern
+        counts = [seen[records[i].name] for i in pattern]
         assert max(counts) - min(counts) <= 1
-    rare, common = sorted(steps.patterns, key=len)
-    assert 1 < seen[found[rare[0]].name] / seen[found[common[0]].name] < len(common) / len(rare)
+    rare, common = sorted(sampler.patterns, key=len)
+    assert 1 < seen[records[rare[0]].name] / seen[records[common[0]].name] < len(common) / len(rare)
 
 
 def test_steps_can_be_repeated_from_the_middle():
-    steps = data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 8, 3, True)
-    whole = list(steps.range(0, 50))
-    assert whole[30:] == list(steps.range(30, 50))
-    draws = [aug_seed for step in whole for _, aug_seed in step]
-    assert len(set(draws)) == len(draws)
+    sampler = data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 8, 3, True)
+    whole = list(sampler.range(0, 50))
+    assert whole[30:] == list(sampler.range(30, 50))
+    seeds = [aug_seed for step in whole for _, aug_seed in step]
+    assert len(set(seeds)) == len(seeds)
     assert whole != list(data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 8, 4, True).range(0, 50))
 
 
 def test_photographs_without_a_wanted_label_are_left_out():
-    found = fake_records(0)
-    steps = data.MultiTaskBatchSampler(found, [SEG], 8, 0, False)
-    assert all(found[i].masks is not None and aug_seed is None for s in steps.range(0, 9) for i, aug_seed in s)
+    records = fake_records(0)
+    sampler = data.MultiTaskBatchSampler(records, [SEG], 8, 0, False)
+    assert all(records[i].masks is not None and aug_seed is None for s in sampler.range(0, 9) for i, aug_seed in s)
 
 
-def test_batch_must_hold_one_of_each_stream():
+def test_batch_must_hold_one_of_each_pattern():
     with pytest.raises(InputError, match="--batch-size 1: .* use at least 2"):
         data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 1, 0, True)
 
 
 def test_collate_points_targets_at_their_photographs(shared_tree):
-    found = training_part(shared_tree)
+    found = training_records(shared_tree)
     photographs = data.FundusDataset(found, 64)
     order = [0, 10, 3, 12, 7]
     batch = data.collate([photographs[i] for i in order], [CLS, SEG])

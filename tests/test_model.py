@@ -65,10 +65,10 @@ def test_stochastic_depth_is_a_fair_coin_per_photograph():
     block = model.MBConv(8, 8, 3, 1, 1, drop=0.25, norm=torch.nn.BatchNorm2d).train()
     x = torch.randn(1, 8, 4, 4).expand(4000, 8, 4, 4)
     added = (block(x) - x).detach()
-    kept = added.flatten(1).abs().amax(1) > 0
-    assert abs(kept.float().mean() - 0.75) < 0.03
-    whole = block.block(x)  # the mean over coins is the block itself: what is kept is scaled up
-    torch.testing.assert_close(added[kept], whole[kept] / 0.75, rtol=1e-4, atol=1e-4)
+    not_skipped = added.flatten(1).abs().amax(1) > 0
+    assert abs(not_skipped.float().mean() - 0.75) < 0.03
+    whole = block.block(x)  # the mean over coins is the block itself: what is not skipped is scaled up
+    torch.testing.assert_close(added[not_skipped], whole[not_skipped] / 0.75, rtol=1e-4, atol=1e-4)
 
 
 def test_pretrained_of_another_variant_names_the_first_difference():
@@ -79,17 +79,17 @@ def test_pretrained_of_another_variant_names_the_first_difference():
 
 # ---- net ----
 
-def test_shapes_rows_and_partial_labels():
+def test_shapes_and_partial_labels():
     net = small_net().eval()
     x = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     full, routing = net(x)
     assert full["cls"].shape == (3, 5) and full["seg"].shape == (3, 5, 64, 96)
     assert routing["cls"].grid == (3, 2, 3) and len(routing["cls"].experts) == 18
-    part, routing = net(x, {"cls": torch.tensor([0, 2])})
-    assert list(part) == ["cls"] == list(routing)
-    torch.testing.assert_close(part["cls"], full["cls"][[0, 2]])
+    cls_only, routing = net(x, {"cls": torch.tensor([0, 2])})
+    assert list(cls_only) == ["cls"] == list(routing)
+    torch.testing.assert_close(cls_only["cls"], full["cls"][[0, 2]])
     none, _ = net(x, {"cls": torch.tensor([0, 2]), "seg": torch.tensor([], dtype=torch.int64)})
-    assert none["seg"].shape == (0, 5, 64, 96) and torch.equal(none["cls"], part["cls"])
+    assert none["seg"].shape == (0, 5, 64, 96) and torch.equal(none["cls"], cls_only["cls"])
 
 
 def test_photographs_are_normalised_as_torchvision_does():
@@ -97,13 +97,13 @@ def test_photographs_are_normalised_as_torchvision_does():
     oracle = torchvision.models.efficientnet_b0(weights=None).eval()
     net = Net(NetConfig(num_experts=0), [TASKS["cls"]]).eval()
     pretrained.load_pretrained(net, oracle.state_dict())
-    kept = {}
-    net.encoder.register_forward_hook(lambda module, inputs, maps: kept.update(bottleneck=maps[-1]))
+    hooked = {}
+    net.encoder.register_forward_hook(lambda module, inputs, maps: hooked.update(bottleneck=maps[-1]))
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     net(x)
     weights = torchvision.models.EfficientNet_B0_Weights.DEFAULT.transforms()
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(weights.mean, weights.std)])
-    torch.testing.assert_close(kept["bottleneck"], oracle.features[:8](normalise(x)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hooked["bottleneck"], oracle.features[:8](normalise(x)), rtol=1e-4, atol=1e-4)
 
 
 def test_size_must_be_a_multiple_of_32():
@@ -137,9 +137,9 @@ def test_batchmates_do_not_change_an_answer(place):
         for p in net.experts.parameters():
             p.normal_(std=0.3)
     x = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    alone, together = net(x[1:2])[0], net(x)[0]
-    for t in alone:
-        torch.testing.assert_close(alone[t], together[t][1:2], rtol=1e-6, atol=1e-6)
+    single, together = net(x[1:2])[0], net(x)[0]
+    for t in single:
+        torch.testing.assert_close(single[t], together[t][1:2], rtol=1e-6, atol=1e-6)
 
 
 def test_absent_task_gets_no_gradient():
@@ -174,7 +174,7 @@ def test_only_labelled_pairs_are_dispatched():
 
 # ---- heads ----
 
-def test_pooled_head_ignores_where():
+def test_classifier_head_ignores_positions():
     encoder = EfficientNet("b0")
     head = ClassifierHead(spec_of(encoder), 3).eval()
     maps = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(encoder.channels)]
@@ -191,7 +191,7 @@ def test_mask_head_starts_near_one_percent():
     assert 0.001 < p.median() < 0.1
 
 
-def test_point_head_is_a_feature_pyramid():
+def test_landmark_head_is_a_feature_pyramid():
     """Against its definition map by map: lateral convolutions, doubled by repeating pixels, added; strides 8 to 32."""
     torch.manual_seed(0)
     encoder = EfficientNet("b0")
@@ -213,7 +213,8 @@ def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
     encoder = EfficientNet("b0")
     spec = model.FeatureSpec((16, 32, *encoder.channels[2:]), 1, **encoder.classifier_head)
     maps = [torch.randn(2, c, 32 >> i, 64 >> i) for i, c in enumerate(spec.channels)]
-    for head, shape, reads in ((LandmarkHead(spec, 2), (2, 2, 8, 16), {1}), (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
+    for head, shape, reads in ((LandmarkHead(spec, 2), (2, 2, 8, 16), {1}),
+                               (MaskHead(spec, 5), (2, 5, 64, 128), {0, 1}),
                                (ClassifierHead(spec, 3), (2, 3), {1, 2, 3, 4})):
         head.eval()
         assert head(maps).shape == shape

@@ -242,8 +242,8 @@ def test_a_file_of_weights_loads_but_for_what_is_left_out(tmp_path, monkeypatch)
     pretrained.start_from(net, str(path), "resnet50")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():  # torchvision's own classifier says the same of our bottleneck
-        deepest = net.eval().encoder(x)[-1]
-        torch.testing.assert_close(oracle.eval()(x), oracle.fc(deepest.mean((2, 3))))
+        bottleneck = net.eval().encoder(x)[-1]
+        torch.testing.assert_close(oracle.eval()(x), oracle.fc(bottleneck.mean((2, 3))))
 
 
 def test_the_part_for_heads_goes_to_each_of_them(monkeypatch):

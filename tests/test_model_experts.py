@@ -1,4 +1,4 @@
-"""The expert layer against independent oracles: a dense loop, redrawn noise, counted multiply-adds, values by hand."""
+"""The expert layer against independent oracles: a dense loop, new noise, counted multiply-adds, values by hand."""
 
 import copy
 import math
@@ -64,24 +64,24 @@ def noisy_logits(router: NoisyTopKRouter, u: torch.Tensor) -> tuple[torch.Tensor
     return clean, scale, clean + scale * torch.randn_like(clean)
 
 
-def redrawn(estimator, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over 20000 draws of an estimate of the load, for three tokens and five experts, and how often each of them
-    was in fact top_k; (3, 5) each."""
+def resampled(estimator, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over 20000 samples of an estimate of the load, for three tokens and five experts, and how often each of them
+    was in fact among the top k; (3, 5) each."""
     torch.manual_seed(0)
     router = random_layer(experts=5, top_k=top_k).routers["a"].train()
     torch.nn.init.normal_(router.gate, std=0.1)
     u = torch.randn(3, C).repeat_interleave(20000, 0)
     with torch.no_grad():
         load = estimator(router, u).view(3, 20000, 5).mean(1)
-        drawn = noisy_logits(router, u)[2].topk(top_k, dim=1).indices
-    return load, F.one_hot(drawn, 5).sum(1).float().view(3, 20000, 5).mean(1)
+        sampled = noisy_logits(router, u)[2].topk(top_k, dim=1).indices
+    return load, F.one_hot(sampled, 5).sum(1).float().view(3, 20000, 5).mean(1)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_load_is_the_chance_of_being_chosen_were_the_noise_redrawn(top_k):
-    """The load of one draw conditions on the other experts' noise; over many draws it must average to how often expert
-    i is in fact top_k, and its sum to K."""
-    load, share = redrawn(lambda router, u: router(u, (len(u), 1, 1)).load, top_k)
+def test_load_is_the_chance_of_being_among_the_top_k_with_new_noise(top_k):
+    """The load of one sample conditions on the other experts' noise. Over many samples it must average to how often
+    expert i is in fact among the top k, and its sum to K."""
+    load, share = resampled(lambda router, u: router(u, (len(u), 1, 1)).load, top_k)
     torch.testing.assert_close(load, share, atol=0.012, rtol=0)
     torch.testing.assert_close(load.sum(1), torch.full((3,), float(top_k)), rtol=0.01, atol=0)
 
@@ -91,8 +91,8 @@ def load_against_softmaxed_thresholds(router: NoisyTopKRouter, u: torch.Tensor) 
     clean, scale, noisy = noisy_logits(router, u)
     k = router.top_k
     top, best = noisy.softmax(1).topk(k + 1, dim=1)
-    inside = torch.zeros_like(clean).scatter(1, best[:, :k], 1.0) > 0
-    return torch.special.ndtr((clean - torch.where(inside, top[:, k:], top[:, k - 1:k])) / scale)
+    in_top_k = torch.zeros_like(clean).scatter(1, best[:, :k], 1.0) > 0
+    return torch.special.ndtr((clean - torch.where(in_top_k, top[:, k:], top[:, k - 1:k])) / scale)
 
 
 def load_against_the_kth_of_all(router: NoisyTopKRouter, u: torch.Tensor) -> torch.Tensor:
@@ -105,12 +105,12 @@ def load_against_the_kth_of_all(router: NoisyTopKRouter, u: torch.Tensor) -> tor
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_oracle_rejects_known_mistakes(mistake, top_k):
     """So that the test above is known to be able to fail: in the shares and in the sum."""
-    load, share = redrawn(mistake, top_k)
+    load, share = resampled(mistake, top_k)
     assert (load - share).abs().max() > 0.012 and (load.sum(1) - top_k).abs().max() > 0.01 * top_k
 
 
-def test_load_of_one_draw_is_the_conditional_chance():
-    """P_i given the *others'* noise: redraw expert i's own noise only and count."""
+def test_load_of_one_sample_is_the_conditional_chance():
+    """P_i given the *others'* noise: resample expert i's own noise only and count."""
     torch.manual_seed(0)
     h, s, k = torch.randn(6), torch.rand(6) + 0.1, 2
     noisy = h + s * torch.randn(6)
@@ -124,9 +124,9 @@ def test_load_of_one_draw_is_the_conditional_chance():
     finally:
         torch.randn_like = original
     for i in range(6):
-        redrawn = noisy.repeat(100000, 1)
-        redrawn[:, i] = h[i] + s[i] * torch.randn(100000)
-        share = (redrawn.topk(k).indices == i).any(1).float().mean()
+        resampled = noisy.repeat(100000, 1)
+        resampled[:, i] = h[i] + s[i] * torch.randn(100000)
+        share = (resampled.topk(k).indices == i).any(1).float().mean()
         assert abs(share - load[i]) < 0.01
 
 
@@ -152,12 +152,12 @@ def test_routing_is_float32_under_autocast(dtype):
     torch.manual_seed(0)
     layer = random_layer().eval()
     x = torch.randn(4, C, 5, 5).to(dtype)
-    plain = layer({"a": x.float()})[1]["a"]
+    expected = layer({"a": x.float()})[1]["a"]
     with torch.autocast("cpu", torch.bfloat16):
         y, routing = layer({"a": x})
     r = routing["a"]
     assert {r.gates.dtype, r.load.dtype, r.probabilities.dtype} == {torch.float32}
-    assert torch.equal(r.experts, plain.experts) and torch.equal(r.gates, plain.gates)
+    assert torch.equal(r.experts, expected.experts) and torch.equal(r.gates, expected.gates)
     assert y["a"].isfinite().all()
 
 
@@ -169,16 +169,16 @@ def dense_loop(experts: Experts, u, indices, weights):
                             for e, w in zip(indices[n].tolist(), weights[n])) for n in range(len(u))])
 
 
-@pytest.mark.parametrize("n,e,k,spread", [
+@pytest.mark.parametrize("n,e,k,random", [
     (17, 6, 2, True), (1, 6, 2, True), (5, 1, 1, True), (9, 4, 4, True), (3, 32, 2, True), (12, 6, 1, True),
-    (12, 6, 1, False), (12, 6, 2, False)], ids=["plain", "one token", "E = 1", "K = E", "empty experts", "K = 1",
+    (12, 6, 1, False), (12, 6, 2, False)], ids=["usual", "one token", "E = 1", "K = E", "empty experts", "K = 1",
                                                 "all to one expert", "all to the same two"])
-def test_sparse_dispatch_equals_dense_loop(n, e, k, spread):
+def test_sparse_dispatch_equals_dense_loop(n, e, k, random):
     torch.manual_seed(n)
     experts = Experts(C, e, 10, 0.0).double()
     torch.nn.init.normal_(experts.w2)
     u = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
-    indices = torch.stack([torch.randperm(e)[:k] if spread else e - 1 - torch.arange(k) for _ in range(n)])
+    indices = torch.stack([torch.randperm(e)[:k] if random else e - 1 - torch.arange(k) for _ in range(n)])
     weights = torch.rand(n, k, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(n, C, dtype=torch.float64)
     results = []
@@ -186,8 +186,8 @@ def test_sparse_dispatch_equals_dense_loop(n, e, k, spread):
         y = f(u, indices, weights)
         gradients = torch.autograd.grad((y * direction).sum(), [u, weights, experts.w1, experts.w2])
         results.append([y, *gradients])
-    for fast, plain in zip(*results):
-        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+    for fast, dense in zip(*results):
+        torch.testing.assert_close(fast, dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("experts,top_k", [(6, 1), (6, 2), (6, 6), (1, 1)])
@@ -215,8 +215,8 @@ def test_the_layer_equals_all_experts_computed_densely(experts, top_k, training)
         wanted = [*maps.values(), *layer.parameters()]
         gradients = torch.autograd.grad(sum(v.square().sum() for v in y.values()), wanted, allow_unused=True)
         results.append([*y.values(), *(torch.zeros(()) if g is None else g for g in gradients)])
-    for sparse, plain in zip(*results):
-        torch.testing.assert_close(sparse, plain, rtol=1e-10, atol=1e-10)
+    for sparse, dense_result in zip(*results):
+        torch.testing.assert_close(sparse, dense_result, rtol=1e-10, atol=1e-10)
 
 
 def test_the_benchmark_compares_the_same_layer():
@@ -230,8 +230,8 @@ def test_the_benchmark_compares_the_same_layer():
 
 
 @pytest.mark.parametrize("e", [4, 8, 16, 32, 64])
-def test_the_number_of_expert_rows_computed_is_n_times_k(e):
-    """A row costs C * hidden twice; what is counted is the work done, forward, whatever E is."""
+def test_the_number_of_tokens_that_experts_compute_is_n_times_k(e):
+    """A token costs C * hidden twice; what is counted is the work done, forward, whatever E is."""
     torch.manual_seed(0)
     n, k, hidden = 100, 2, 10
     indices = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
@@ -244,7 +244,7 @@ def test_the_number_of_expert_rows_computed_is_n_times_k(e):
 
 def test_nan_reaches_exactly_the_tokens_that_chose_the_expert():
     """In the answers and in the gradients of the tokens. An implementation that computes all experts and multiplies
-    what was not top_k by zero fails here."""
+    the others by zero fails here."""
     torch.manual_seed(0)
     experts = Experts(C, E, 10, 0.0)
     torch.nn.init.normal_(experts.w2)
@@ -282,9 +282,9 @@ def test_batchmates_do_not_matter():
     layer = random_layer().eval().double()
     x = torch.randn(5, C, 2, 3, dtype=torch.float64)
     together, routing = layer({"a": x})
-    alone, lonely = layer({"a": x[2:3]})
-    torch.testing.assert_close(alone["a"], together["a"][2:3], rtol=1e-12, atol=1e-12)
-    assert torch.equal(lonely["a"].experts, routing["a"].experts[12:18])
+    single, single_routing = layer({"a": x[2:3]})
+    torch.testing.assert_close(single["a"], together["a"][2:3], rtol=1e-12, atol=1e-12)
+    assert torch.equal(single_routing["a"].experts, routing["a"].experts[12:18])
 
 
 def test_tasks_share_experts_but_not_routers():
@@ -306,14 +306,14 @@ def test_the_seed_decides_everything():
     assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
 
 
-@pytest.mark.parametrize("kind", model.ROUTERS)
-def test_state_dict_round_trip(kind, tmp_path):
+@pytest.mark.parametrize("router", model.ROUTERS)
+def test_state_dict_round_trip(router, tmp_path):
     """Also of what is random and never learns."""
     torch.manual_seed(0)
-    layer = random_layer(4, 4 if kind == "uniform" else 2, router=kind).eval()
+    layer = random_layer(4, 4 if router == "uniform" else 2, router=router).eval()
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
     torch.manual_seed(1)
-    other = MoELayer(C, ("a", "b"), 4, 4 if kind == "uniform" else 2, kind, dropout=0.0).eval()
+    other = MoELayer(C, ("a", "b"), 4, 4 if router == "uniform" else 2, router, dropout=0.0).eval()
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     x = torch.randn(2, C, 3, 3)
     for t in "ab":

@@ -1,4 +1,4 @@
-"""What tasks make of the measures, against brute force and by hand; losses against their formulas."""
+"""Losses, targets and decoding of the tasks, against their formulas and by hand."""
 
 import math
 
@@ -33,10 +33,10 @@ def test_masks_that_are_not_known_change_nothing():
     assert a["dice_MA"] == first["dice_MA"] == a["dice_MA_per_image"]  # known for the first photograph only
     three = [0, 1, 3]
     assert a["dice_SE"] == task.metrics(task.image_stats(task.decode(output[three]), truth[three]))["dice_SE"]
-    kind = torch.where(truth != UNKNOWN, 1.0, 0.0)  # cross-entropy by hand
+    known = (truth != UNKNOWN).float()  # cross-entropy by hand
     p = output.sigmoid()
-    entropy = -((truth == 1) * p.log() + (truth == 0) * (1 - p).log()).sum() / kind.sum()
-    p, true = p * kind, (truth == 1).float()
+    entropy = -((truth == 1) * p.log() + (truth == 0) * (1 - p).log()).sum() / known.sum()
+    p, true = p * known, (truth == 1).float()
     soft_dice = (2 * (p * true).sum((0, 2, 3)) + 1) / (p.sum((0, 2, 3)) + true.sum((0, 2, 3)) + 1)
     assert float(task.loss(output, truth)) == pytest.approx(float(entropy + 1 - soft_dice.mean()), rel=1e-5)
 
@@ -55,8 +55,8 @@ LOC = TASKS["loc"]
 def loc_target(points, original=(4288.0, 4288.0)) -> torch.Tensor:
     """Targets (n, 4, 2) of photographs whose whole width the sample shows."""
     points = torch.tensor(points)
-    rows = torch.tensor([[0.0, 0.0], original, original, [1 / tasks.DISC_DIAMETER] * 2])
-    return torch.cat([points, rows.expand(len(points), 4, 2)], 1)
+    units = torch.tensor([[0.0, 0.0], original, original, [1 / tasks.DISC_DIAMETER] * 2])
+    return torch.cat([points, units.expand(len(points), 4, 2)], 1)
 
 
 def test_soft_argmax_reads_a_peak_and_a_mean():
@@ -120,8 +120,8 @@ def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     output, nan = torch.randn(3, 2, 8, 8), math.nan
     target = loc_target([[[0.2, 0.4], [0.7, 0.5]], [[nan, nan], [0.3, 0.6]], [[nan, nan], [nan, nan]]])
     both = LOC.loss(output[:1], target[:1]) * 2  # of two points
-    alone = LOC.loss(output[1:2, [1, 1]], target[1:2, [1, 1, 2, 3, 4, 5]])
-    assert float(LOC.loss(output, target)) == pytest.approx(float((both + alone) / 3), rel=1e-5)
+    single = LOC.loss(output[1:2, [1, 1]], target[1:2, [1, 1, 2, 3, 4, 5]])
+    assert float(LOC.loss(output, target)) == pytest.approx(float((both + single) / 3), rel=1e-5)
     assert float(LOC.loss(output[2:], target[2:])) == 0
     output.requires_grad_()
     LOC.loss(output, target).backward()
@@ -130,6 +130,7 @@ def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     m = LOC.metrics(stats)
     assert m["px4288_disc"] == pytest.approx(float(stats[0, 0, 0])) and not any(v != v for v in m.values())
     row = LOC.scored_columns(stats[1])
-    assert list(row) == list(LOC.scored_columns(stats[0])) and [k for k, v in row.items() if v == ""] == [
-        "disc_px4288", "disc_diameters", "disc_x_true", "disc_y_true"]
+    assert list(row) == list(LOC.scored_columns(stats[0]))
+    empty = [column for column, value in row.items() if value == ""]
+    assert empty == ["disc_px4288", "disc_diameters", "disc_x_true", "disc_y_true"]
     assert "px4288_disc" not in LOC.metrics(LOC.image_stats(LOC.decode(output.detach())[2:], target[2:]))

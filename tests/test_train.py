@@ -56,19 +56,12 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert state["epoch"] == best["epoch"]
 
 
-def test_the_chosen_checkpoint_scores_what_training_said(tmp_path):
+def test_the_best_checkpoint_scores_what_training_said(tmp_path):
     best = train.fit(TINY, tmp_path / "run", quiet=True)
     run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
     records = evaluate.split_records(run, None, "val")
-    again = scoring.evaluate_split(
-    run.net,
-    data.eval_loader(
-        data.FundusDataset(
-            records,
-            32),
-            run.tasks,
-            TINY.batch_size),
-             run.tasks)
+    loader = data.eval_loader(data.FundusDataset(records, 32), run.tasks, TINY.batch_size)
+    again = scoring.evaluate_split(run.net, loader, run.tasks)
     assert files.jsonable(again.metrics()) == files.jsonable(best["metrics"]) and run.epoch == best["epoch"]
 
 
@@ -125,9 +118,8 @@ def test_partial_labels_train_together(tmp_path, shared_tree):
 
 
 def test_all_folds_together_validate_on_every_photograph_once(tmp_path):
-    tasks_ = [TASKS["cls"]]
-    parts = [data.load_datasets(replace(TINY, fold=f"{k}/3"), tasks_)[1] for k in (1, 2, 3)]
-    assert sorted(r.name for p in parts for r in p.records) == [f"drawn/0_{i:04d}" for i in range(30)]
+    folds = [data.load_datasets(replace(TINY, fold=f"{k}/3"), [TASKS["cls"]])[1] for k in (1, 2, 3)]
+    assert sorted(r.name for fold in folds for r in fold.records) == [f"drawn/0_{i:04d}" for i in range(30)]
 
 
 def test_a_run_says_where_labels_contradict_each_other(tmp_path, capsys):
@@ -147,7 +139,8 @@ def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
     options = replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"))
     with pytest.raises(InputError, match="1 for training, 0 for validation|0 for training, 1 for validation") as error:
         data.load_datasets(options, [TASKS["cls"]])
-    assert "(of 2 photographs, 1 show an eye of the test split); expected at least one each; no task" in str(error.value)
+    why = "(of 2 photographs, 1 show an eye of the test split); expected at least one each; no task"
+    assert why in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -165,19 +158,19 @@ def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_t
     leaks = json.loads((tmp_path / "run" / "config.json").read_text())["leaks"]
     assert leaks == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"], "cls": 2,
                      "seg": 0}
-    parts = data.load_datasets(options, [TASKS["cls"], TASKS["seg"]])[:2]
-    assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for p in parts for r in p.records}) == 2 * keep
+    datasets = data.load_datasets(options, [TASKS["cls"], TASKS["seg"]])[:2]
+    assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for d in datasets for r in d.records}) == 2 * keep
 
 
 def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     """Bright against dark; no retina anywhere."""
     rng = np.random.default_rng(0)
-    for part, number in (("train", 20), ("test", 6)):
+    for split, number in (("train", 20), ("test", 6)):
         for name, level in (("night", 40), ("dusk", 110), ("day", 200)):
-            (tmp_path / "sky" / part / name).mkdir(parents=True)
+            (tmp_path / "sky" / split / name).mkdir(parents=True)
             for i in range(number):
                 pixels = np.clip(rng.normal(level, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "sky" / part / name / f"{i}.png")
+                Image.fromarray(pixels).save(tmp_path / "sky" / split / name / f"{i}.png")
     train.main(["--data", str(tmp_path / "sky"), "--name", f"sky_{tmp_path.name}",
                 *"--tasks cls --image-size 64 --encoder-weights none --lr 3e-3 --epochs 15".split()])
     run = records.HERE / "runs" / f"sky_{tmp_path.name}"
@@ -188,17 +181,18 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     assert "kappa" not in text and [line.split()[0] for line in lines[-5:-2]] == ["day", "dusk", "night"]
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
-    row = (run / "per_photograph_test.csv").read_text().splitlines()[:2]
-    assert row[0] == "photograph,category,category_p_day,category_p_dusk,category_p_night,category_true" and ",day" in row[1]
+    header, row, *_ = (run / "per_photograph_test.csv").read_text().splitlines()
+    assert header == "photograph,category,category_p_day,category_p_dusk,category_p_night,category_true"
+    assert ",day" in row
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
     with pytest.raises(InputError, match="--tasks seg: photographs with its label .*: 0 for .*--tasks cls would work"):
-        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg",
-                   "--image-size", "64", "--encoder-weights", "none"])
+        train.main(["--data", str(tmp_path / "sky"), "--tasks", "seg", "--image-size", "64", "--encoder-weights",
+                    "none"])
 
 
-def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
+def test_a_validation_split_of_ones_own_is_no_fold(tmp_path):
     for i in range(4):
         Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(
@@ -210,14 +204,14 @@ def test_a_validation_part_of_ones_own_is_no_fold(tmp_path):
     training, validation, findings = data.load_datasets(replace(options, data=str(tmp_path / "u.csv")),
                                                         [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
-    said = splits.announcement(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
-    assert "1 photographs of the training split show an eye of the validation split: left out" in said
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
+    assert "1 photographs of the training split show an eye of the validation split: left out" in text
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation split; leave --fold out"):
         train.configure(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"])
 
 
 def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
-    """Grades here, one kind of mask there, points elsewhere; groups stay together."""
+    """Grades here, masks of one lesion there, points elsewhere; groups stay together."""
     lines = ["image,grade,mask_ex,mask_se,disc_x,disc_y,fovea_x,fovea_y,split,group"]
     for i in range(24):
         eye = synthetic.plan(3, i)
@@ -282,15 +276,15 @@ def test_a_run_of_a_single_step():
 
 
 def test_loss_weights():
-    chosen = [TASKS["cls"], TASKS["seg"]]
+    both = [TASKS["cls"], TASKS["seg"]]
     losses = {"cls": torch.tensor(2.0), "seg": torch.tensor(3.0)}
-    assert float(LossWeights(chosen, ["fixed"], 0.0)(losses)) == 5
-    assert float(LossWeights(chosen, ["cls=0.5"], 0.0)(losses)) == 4
-    learned = LossWeights(chosen, ["uncertainty"], 0.0)
+    assert float(LossWeights(both, ["fixed"], 0.0)(losses)) == 5
+    assert float(LossWeights(both, ["cls=0.5"], 0.0)(losses)) == 4
+    learned = LossWeights(both, ["uncertainty"], 0.0)
     with torch.no_grad():
         learned.log_variance["cls"].fill_(math.log(4))
     assert learned(losses).item() == pytest.approx(2 / 4 + math.log(4) + 3)
-    only = learned({"seg": losses["seg"]})  # a task without a labelled row: neither loss nor s
+    only = learned({"seg": losses["seg"]})  # a task without a labelled photograph: neither loss nor s
     only.backward()
     assert only.item() == 3 and learned.log_variance["cls"].grad is None
 

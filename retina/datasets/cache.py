@@ -20,23 +20,23 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
-PREPROCESSING = 6  # stored in every cache file: raise it when preprocess() or what it calls changes what it makes
+CACHE_VERSION = 6  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
-def files_of(record: Record) -> list[tuple[Path, int, int]]:
-    """The files that preprocess() reads, each with its size in bytes and its time of change in ns."""
+def input_files(record: Record) -> list[tuple[Path, int, int]]:
+    """The files that preprocess() reads, each with its size in bytes and its time of modification in ns."""
     paths = [record.image, *filter(None, (record.masks or {}).values())] if record.drawing is None else []
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
 def cache_path(record: Record, size: int) -> Path:
-    """File of the cache for this record: its name changes with every input that preprocess() reads."""
-    kinds = sorted(kind for kind, path in (record.masks or {}).items() if path is not None)
+    """The cache file of a record: its name changes with every input that preprocess() reads."""
+    lesions = sorted(lesion for lesion, path in (record.masks or {}).items() if path is not None)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
-        inputs = [(str(path.resolve()), *rest) for path, *rest in files_of(record)]
-    name = hashlib.sha256(repr((size, record.masks is not None, kinds, inputs)).encode()).hexdigest()
+        inputs = [(str(path.resolve()), *rest) for path, *rest in input_files(record)]
+    name = hashlib.sha256(repr((size, record.masks is not None, lesions, inputs)).encode()).hexdigest()
     return CACHE / name[:2] / f"{name[2:34]}.npz"
 
 
@@ -44,11 +44,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write a cache file; no reader ever sees half of one, and of two writers at once the second wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, lasting=False) as file:  # what a power cut spoils is made anew
-        np.savez(file, version=PREPROCESSING, **arrays)
+        np.savez(file, version=CACHE_VERSION, **arrays)
 
 
 def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
-    """Arrays of a cache file. FileNotFoundError; ValueError: it is damaged or of another version, in words."""
+    """Arrays of a cache file. FileNotFoundError; ValueError: it is damaged or was made by another version."""
     try:
         with np.load(path) as stored:
             version, *arrays = (stored[key] for key in ("version", *keys))
@@ -56,13 +56,13 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
         raise
     except Exception as error:  # whatever a damaged file provokes in zipfile, zlib and numpy
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
-    if version != PREPROCESSING:
+    if version != CACHE_VERSION:
         raise ValueError(f"{path} was made by another version")
     return arrays
 
 
-def intact(path: Path, *keys: str) -> list[np.ndarray] | None:
-    """Arrays of a cache file; None, and said, where they are to be made anew: it is damaged, or not there."""
+def read_or_none(path: Path, *keys: str) -> list[np.ndarray] | None:
+    """Arrays of a cache file; None, with a message, if it is damaged or missing: the caller makes it anew."""
     try:
         return read_arrays(path, *keys)
     except (FileNotFoundError, ValueError) as error:
@@ -71,7 +71,7 @@ def intact(path: Path, *keys: str) -> list[np.ndarray] | None:
 
 
 def fill_cache(record: Record, path: Path, size: int) -> str:
-    """Prepare one record and store it; -> what is wrong with its files, "" if nothing."""
+    """Preprocess one record and store it; -> what is wrong with its files, "" if nothing."""
     try:
         write_arrays(path, **preprocess(record, size))
         return ""
@@ -79,12 +79,12 @@ def fill_cache(record: Record, path: Path, size: int) -> str:
         return f"{record.where}: {error}" if record.where else str(error)
 
 
-def cached(record: Record, path: Path, size: int, *keys: str) -> list[np.ndarray]:
-    """Arrays of a record from its cache file; made anew, and said, if that was damaged or removed since it was made.
+def cached_arrays(record: Record, path: Path, size: int, *keys: str) -> list[np.ndarray]:
+    """Arrays of a record from its cache file, which is made anew, with a message, if it is damaged or missing.
 
-    InputError: made anew, that is, but its photograph cannot be read any more.
+    InputError: the photograph itself cannot be read any more.
     """
-    if (arrays := intact(path, *keys)) is not None:
+    if (arrays := read_or_none(path, *keys)) is not None:
         return arrays
     if problem := fill_cache(record, path, size):
         raise InputError(problem)
@@ -92,21 +92,21 @@ def cached(record: Record, path: Path, size: int, *keys: str) -> list[np.ndarray
 
 
 def build_cache(records: Sequence[Record], size: int) -> dict[str, str]:
-    """Prepare all records that the cache lacks, in parallel; -> {name: what is wrong} for those that cannot be used."""
-    todo, spoiled = [], []
+    """Preprocess all records that the cache lacks, in parallel; -> {name: what is wrong} of those that are unusable."""
+    todo, damaged = [], []
     for record, path in ((r, cache_path(r, size)) for r in records):
         try:
             read_arrays(path)
         except (FileNotFoundError, ValueError) as error:
             todo.append((record, path))
-            spoiled += [error] * isinstance(error, ValueError)
+            damaged += [error] * isinstance(error, ValueError)
     if not todo:
         return {}
-    if spoiled:
-        print(f"cache: {spoiled[0]}{f', and {len(spoiled) - 1} more' * (len(spoiled) > 1)}: made anew", file=sys.stderr)
-    for part in CACHE.glob("*/*.part"):  # of a process that was killed
-        if time.time() - part.stat().st_mtime > 24 * 3600:
-            part.unlink()
+    if damaged:
+        print(f"cache: {damaged[0]}{f', and {len(damaged) - 1} more' * (len(damaged) > 1)}: made anew", file=sys.stderr)
+    for temporary in CACHE.glob("*/*.part"):  # of a process that was killed
+        if time.time() - temporary.stat().st_mtime > 24 * 3600:
+            temporary.unlink()
     verb = "drawing" if todo[0][0].drawing is not None else "reading"
     try:
         with ProcessPoolExecutor(initializer=init_worker) as pool:
@@ -119,23 +119,23 @@ def build_cache(records: Sequence[Record], size: int) -> dict[str, str]:
     return {r.name: problem for (r, _), problem in zip(todo, problems) if problem}
 
 
-def want_cache(records: Sequence[Record], size: int) -> list[Path]:
-    """Cache files of all records. InputError: the first of them that cannot be used."""
+def ensure_cached(records: Sequence[Record], size: int) -> list[Path]:
+    """Fill the cache and return the cache file of each record. InputError: a record that cannot be used."""
     for problem in build_cache(records, size).values():
         raise InputError(problem)
     return [cache_path(r, size) for r in records]
 
 
-SAMPLE = "image", "masks", "geometry"  # the arrays of which samples are made
+SAMPLE = "image", "masks", "geometry"  # the arrays that make a sample
 
 
 def cached_sample(record: Record, path: Path, size: int) -> Sample:
-    """The sample of a record from its cache file; see `cached`."""
-    return to_sample(record, dict(zip(SAMPLE, cached(record, path, size, *SAMPLE))))
+    """The sample of a record from its cache file; see `cached_arrays`."""
+    return to_sample(record, dict(zip(SAMPLE, cached_arrays(record, path, size, *SAMPLE))))
 
 
 def fingerprint(records: Sequence[Record], paths: Sequence[Path]) -> str:
-    """SHA-256 over names, labels and contents of all samples, but not over where the files lie."""
+    """SHA-256 over names, labels and contents of all samples, but not over the paths of their files."""
     digest = hashlib.sha256()
     for r, path in zip(records, paths):
         with zipfile.ZipFile(path) as stored:  # an npz, which has a checksum of each of its arrays
@@ -146,7 +146,7 @@ def fingerprint(records: Sequence[Record], paths: Sequence[Path]) -> str:
 
 
 def check_files(files: Sequence[tuple[Path, int, int]]) -> None:
-    """InputError: one of the `files` of a record is not the one any more that was there at first; see `files_of`."""
+    """InputError: one of the `files` of a record was changed or removed since `input_files` listed them."""
     for path, *before in files:
         try:
             status = path.stat()

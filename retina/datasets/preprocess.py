@@ -46,13 +46,13 @@ class Geometry:
 
 @dataclass
 class Sample(Labelled):
-    """One photograph as the network's input and with its labels."""
+    """One photograph as the network sees it, with its labels."""
     name: str
     image: Tensor  # (3, S, S) uint8 RGB
-    labels: dict[str, Any]  # name in LABELS -> see its to_sample; what is known
+    labels: dict[str, Any]  # name in LABELS -> what its to_sample returns; unknown labels are absent
     geometry: Geometry
-    eye: str  # which eye it shows
-    aug_seed: int | None = None  # seed of what augmentation is to do with it; None: leave it as it is
+    eye: str  # the eye that it shows
+    aug_seed: int | None = None  # of its augmentation; None: it is not augmented
 
 
 # ---- photographs and masks ----
@@ -68,20 +68,20 @@ def foreground_mask(image: Image.Image) -> np.ndarray:
 def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
     """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
 
-    A row or column belongs to it when more than 2 % of its pixels are lit. It is a circle, perhaps cut off on two
-    sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
+    A row or column belongs to it when more than 2 % of its pixels are foreground. It is a circle, perhaps cut off at
+    two sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
     """
-    lit = foreground_mask(image)
-    columns, rows = (np.flatnonzero(lit.mean(axis) > 0.02) for axis in (0, 1))
+    foreground = foreground_mask(image)
+    columns, rows = (np.flatnonzero(foreground.mean(axis) > 0.02) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
         return None
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    inside = lit[top:bottom, left:right]
+    inside = foreground[top:bottom, left:right]
     corners = inside[[0, 0, -1, -1], [0, -1, 0, -1]]
     short, long = sorted(inside.shape)
-    if corners.any() or inside.mean() < 0.6 or short < 0.6 * long or long < 0.5 * min(lit.shape):
+    if corners.any() or inside.mean() < 0.6 or short < 0.6 * long or long < 0.5 * min(foreground.shape):
         return None
-    zoom_x, zoom_y = image.width / lit.shape[1], image.height / lit.shape[0]
+    zoom_x, zoom_y = image.width / foreground.shape[1], image.height / foreground.shape[0]
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
 
 
@@ -89,35 +89,35 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
 class Decoded:
     """A photograph, perhaps at a fraction of its size."""
     image: Image.Image  # RGB
-    extent: tuple[float, float]  # what it shows, in its pixels: a reduced JPEG may end in a fraction of one
+    extent: tuple[float, float]  # width and height in its own pixels: a reduced JPEG may end in a fraction of one
     size: tuple[int, int]  # width and height of the file, as a viewer shows it
 
 
-def read_image(path: Path, enough: int, held: Decoded | None = None) -> Decoded:
-    """Open a photograph. InputError: not readable, or more than 8 bits a channel.
+def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Decoded:
+    """Decode a photograph. InputError: not readable, or more than 8 bits a channel.
 
-    A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side keeps `enough` pixels: nine
-    tenths of the time saved, and nothing lost as long as the picture is reduced after that. `held` is the same file,
-    decoded before for less: it is handed back where it was not reduced.
+    A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side has `min_side` pixels: that
+    saves nine tenths of the time, and loses nothing as long as the picture is reduced afterwards. `decoded` is the same
+    file, decoded before for a smaller `min_side`: it is returned if it was not reduced.
     """
-    if held is not None and held.extent == held.size:
-        return held
+    if decoded is not None and decoded.extent == decoded.size:
+        return decoded
     with open_image(path) as image:
         if image.mode[0] in "IF":
             raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
-        size, held = image.size, orientation(image)
-        zoom = enough / min(size)
+        size, turned = image.size, orientation(image)
+        zoom = min_side / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
         extent = drafted[1][2:] if drafted else size
-        image = (ImageOps.exif_transpose(image) if held > 1 else image).convert("RGB")
-        return Decoded(image, *(v[::-1] if held in SIDEWAYS else v for v in (extent, size)))
+        image = (ImageOps.exif_transpose(image) if turned > 1 else image).convert("RGB")
+        return Decoded(image, *(v[::-1] if turned in SIDEWAYS else v for v in (extent, size)))
 
 
 def mask_channel(image: Image.Image) -> np.ndarray:
-    """The channel (height, width) of a mask's picture that tells lesion from background: the brightest that varies.
+    """The channel (height, width) of a mask file that tells lesion from background: the brightest one that varies.
 
     IDRiD's masks are palette files, black and a red that reads 76 once converted to grey; one is RGBA, opaque, with
-    its mask in the first channel. Where no colour varies, numbers of the palette or opacity may.
+    its mask in the first channel. Where no colour varies, palette indices or opacity may.
     """
     stored = np.atleast_3d(np.asarray(image) * 1)  # a picture of one bit comes as truth values
     colours = np.asarray(image.convert("RGB")) if image.mode == "P" else stored[..., :3 if stored.shape[2] > 2 else 1]
@@ -130,8 +130,8 @@ def mask_channel(image: Image.Image) -> np.ndarray:
 def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     """A lesion mask as an image of 0 and 255, of `size` (width, height), and how it was stored ("P 0 1").
 
-    Set is what exceeds half of the highest value. InputError: not readable, not the size of its photograph, not two
-    values (a smooth or compressed outline of a mask up to 255 may have more).
+    The mask is where half of the highest value is exceeded. InputError: not readable, not of its photograph's size, not
+    of two values (a smooth or compressed outline of a mask up to 255 may have more).
     """
     with open_image(path) as image:
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
@@ -145,24 +145,24 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
     by_number = mode in ("P", "L")
     if by_number:  # look at its few numbers in place of its many pixels: 16 ms instead of 300 for IDRiD's
         counts = np.array(image.histogram())
-        found = np.flatnonzero(counts)
-        counts, image = counts[found], image.crop((0, 0, len(found), 1))
-        image.putdata(found.tolist())
+        stored = np.flatnonzero(counts)
+        counts, image = counts[stored], image.crop((0, 0, len(stored), 1))
+        image.putdata(stored.tolist())
     else:
-        found = np.unique(pixels)
+        stored = np.unique(pixels)
     values = mask_channel(image)
     highest = values.max()
     between = (values > 0.1 * highest) & (values < 0.9 * highest)
     mask = values > highest / 2
     smooth = highest >= 128 and (counts * between).sum() <= (counts * mask).sum()
     if not np.isfinite(highest) or (len(np.unique(values)) > 2 and not smooth):
-        raise InputError(f"{path}: {len(found)} values from {found[0]:g} to {found[-1]:g}; expected a mask of two, "
+        raise InputError(f"{path}: {len(stored)} values from {stored[0]:g} to {stored[-1]:g}; expected a mask of two, "
                          "such as 0 and 255")
-    form = f"{mode} {' '.join(f'{v:g}' for v in found.astype(float))}" if len(found) < 4 else \
-        f"{mode} {len(found)} values"
+    form = f"{mode} {' '.join(f'{v:g}' for v in stored.astype(float))}" if len(stored) < 4 else \
+        f"{mode} {len(stored)} values"
     if by_number:
         table = np.zeros(256, bool)
-        table[found] = mask[0]
+        table[stored] = mask[0]
         mask = table[pixels]
     return Image.fromarray(mask.view(np.uint8) * 255), form
 
@@ -171,21 +171,20 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
 
 def preprocess(record: Record, size: int, image_only: bool = False,
                small: Decoded | None = None) -> dict[str, np.ndarray]:
-    """Decode one record into the arrays of its cache file; `image_only`: not to be compared, so without a vessel map.
+    """Decode one record into the arrays of its cache file.
 
-    `small` is its photograph, decoded for 512 pixels, where the caller has it.
-
-    image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and oddities:
-    a thumbnail (89, 134, 3), a vessel map (V, V), how each mask was stored. The field of view is cut out, padded to a
-    square with black, and reduced to `size` pixels with antialiasing; of a mask a pixel is set where at least half of
-    what it covers is. Pictures without a field of view are taken whole.
+    image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
+    files: thumbnail (89, 134, 3), vessels (V, V), how each mask was stored. The field of view is cut out, padded to a
+    square with black, and reduced to `size` pixels with antialiasing; a pixel of a mask is set if at least half of what
+    it covers is. A picture without a field of view is taken whole. `image_only` leaves out the vessel map; `small` is
+    the photograph, decoded for 512 pixels, where the caller has it.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
         scale = size / DRAWN_SIDE
         return {"image": image.transpose(2, 0, 1), "masks": np.packbits(masks),
                 "geometry": np.array([DRAWN_SIDE, DRAWN_SIDE, scale, scale, 0, 0], np.float64)}
-    # what tells copies, eyes and the field of view must not change with `size`, or the split would
+    # copies, eyes and the field of view must not depend on `size`, or the split would
     small = small or read_image(record.image, 512)
     picture, full = small if size <= 256 else read_image(record.image, 2 * size, small), small.size
     field = field_of_view(small.image)
@@ -207,11 +206,11 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
     masks, stored = np.zeros((0 if record.masks is None else len(LESIONS), size, size), bool), []
-    for kind, path in (record.masks or {}).items():
+    for lesion, path in (record.masks or {}).items():
         if path is not None:
-            mask, how = read_mask(path, full)
-            masks[LESIONS.index(kind)] = fit(mask, full, size, Image.BOX) >= 128
-            stored.append(f"{kind} {how}")
+            mask, form = read_mask(path, full)
+            masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
+            stored.append(f"{lesion} {form}")
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
     if field and not image_only:
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))

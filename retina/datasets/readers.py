@@ -1,6 +1,6 @@
-"""A data set's files and tables -> records; read_data knows which reader a path means.
+"""A data set's files and tables -> records. read_data picks the reader for a path.
 
-Every mistake in files or tables is an InputError: one line that says what, where, what was expected, what to do.
+Every mistake in files or tables is an InputError.
 
 IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 """
@@ -27,14 +27,14 @@ LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, beside
 # ---- files ----
 
 def files_in(folder: Path) -> list[Path]:
-    """What lies in `folder`, sorted by name, but for the litter of file managers."""
+    """The files and folders in `folder`, sorted by name, without the litter of file managers."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER)
 
 
 def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
     """{name without suffix: path} of the photographs in `folder`, sorted by name.
 
-    InputError: no such folder, no photograph in it, two of one name, or, with `only`, anything else in it.
+    InputError: no such folder, no photograph in it, two of one name, or, with `only`, any other file in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected photographs there")
@@ -111,21 +111,21 @@ SUBSETS = {"A. Segmentation": "seg", "B. Disease Grading": "cls, dme", "C. Local
 
 
 def read_idrid(root: Path) -> DataSet:
-    """IDRiD below `root`, in the official layout and names: the training split, and the test split where it is there.
+    """IDRiD below `root`, in the official layout and names: the training split, and the test split if it is there.
 
-    Any subset may be absent. The localization part has the images of the grading part: where its own are missing, its
-    points go to those. InputError: no subset at all, a label without its image, an image without its label, a label
-    that is no grade.
+    Any subset may be absent. The localization subset has the photographs of the grading subset: where its own images
+    are missing, its points go to those. InputError: no subset at all, a label without its image, an image without its
+    label, a label that is no grade.
     """
-    there = [subset for subset in SUBSETS if (root / subset).is_dir()]
+    subsets = [subset for subset in SUBSETS if (root / subset).is_dir()]
     grading, localization = root / "B. Disease Grading", root / "C. Localization"
-    if not there or there == ["C. Localization"] and not (localization / IMAGES).is_dir():
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
+    if not subsets or subsets == ["C. Localization"] and not (localization / IMAGES).is_dir():
+        names = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise InputError(f"{root}: expected IDRiD's folders {', '.join(map(repr, SUBSETS))} or folders of classes "
-                         f"below 'train', found {found}")
+                         f"below 'train', found {names}")
     records = []
     for split, (folder, _) in SPLITS.items():
-        def present(subset):  # the training split is a must, the test split may be missing
+        def present(subset):  # the training split is required, the test split may be missing
             return (root / subset).is_dir() and (split == "train" or (root / subset / IMAGES / folder).is_dir())
 
         if present("A. Segmentation"):
@@ -133,17 +133,17 @@ def read_idrid(root: Path) -> DataSet:
         graded = read_grading(grading, split) if present("B. Disease Grading") else []
         if (localization / IMAGES / folder).is_dir():
             images = list_images(localization / IMAGES / folder)
-            located = [Record(named(split, "localization", name), image, split) for name, image in images.items()]
+            located = [Record(record_name(split, "localization", name), image, split) for name, image in images.items()]
             graded += read_points(localization, split, located, localization)
         elif graded and (localization / TABLES).is_dir():
             graded = read_points(localization, split, graded, grading)
         records += graded
     return DataSet(records, notes=tuple(f"{root} has no '{subset}': nothing to learn {tasks} from"
-                                        for subset, tasks in SUBSETS.items() if subset not in there))
+                                        for subset, tasks in SUBSETS.items() if subset not in subsets))
 
 
-def named(split: str, subset: str, name: str) -> str:
-    """The name of a record; IDRiD counts the photographs of each subset and part from 1."""
+def record_name(split: str, subset: str, name: str) -> str:
+    """The name of a record; IDRiD counts the photographs of each subset and split from 1."""
     return f"{'test/' if split == 'test' else ''}{subset}/{name}"
 
 
@@ -151,41 +151,42 @@ def read_segmentation(root: Path, split: str) -> list[Record]:
     """Photographs with masks. A mask file that is not there means: no such lesion."""
     images = list_images(root / IMAGES / SPLITS[split][0])
     masks: dict[str, dict[str, Path | None]] = {name: dict.fromkeys(LESIONS) for name in images}
-    for kind, folder in MASK_FOLDERS.items():
+    for lesion, folder in MASK_FOLDERS.items():
         folder = root / "2. All Segmentation Groundtruths" / SPLITS[split][0] / folder
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; the official layout keeps the {kind} masks there")
+            raise InputError(f"{folder}: no such folder; the official layout keeps the {lesion} masks there")
         for path in files_in(folder):
-            name = path.stem.removesuffix(f"_{kind}")
+            name = path.stem.removesuffix(f"_{lesion}")
             if path.suffix.lower() not in (".tif", ".tiff", ".png"):
                 raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")
             if name not in masks:
                 raise InputError(f"{path}: a mask without its photograph {name}.jpg in {root / IMAGES}")
-            masks[name][kind] = path
-    for name, found in masks.items():
-        if not any(found.values()):  # a photograph without any lesion still has an optic disc
+            masks[name][lesion] = path
+    for name, files in masks.items():
+        if not any(files.values()):  # a photograph without any lesion still has an optic disc
             raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
-    return [Record(named(split, "segmentation", name), images[name], split, {"masks": masks[name]}) for name in images]
+    return [Record(record_name(split, "segmentation", name), images[name], split, {"masks": masks[name]})
+            for name in images]
 
 
 def read_by_name(path: Path, columns: Sequence[str], what: str, images: Mapping[str, Path], folder: Path,
                  read: Callable[[str, str, dict[str, str]], Any]) -> dict[str, Any]:
-    """{image name: what `read` makes of (where, name, row)} of the official table at `path`, but for None.
+    """{image name: read(where, name, row)} for the rows of the official table at `path`; None is left out.
 
-    The first of its `columns` names the image, one of `images`, which lie in `folder`. Column names carry stray spaces
-    and rows empty cells in the official files.
+    The first of its `columns` names the image, one of `images`, which lie in `folder`. The official files have stray
+    spaces in column names, and empty cells.
     """
-    found = {}
+    values = {}
     for where, row in read_rows(path, columns):
         name = row[columns[0]]
         if name not in images:
             raise InputError(f"{where}: a {what} for {name}, but no {name}.jpg in {folder}")
-        if name in found:
+        if name in values:
             raise InputError(f"{where}: a second row for {name}; expected one")
         value = read(where, name, row)
         if value is not None:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def read_grading(root: Path, split: str) -> list[Record]:
@@ -202,33 +203,33 @@ def read_grading(root: Path, split: str) -> list[Record]:
     for name, image in images.items():
         if name not in grades:
             raise InputError(f"{image}: a photograph without its row in {path}")
-    return [Record(named(split, "grading", name), images[name], split, grades[name]) for name in images]
+    return [Record(record_name(split, "grading", name), images[name], split, grades[name]) for name in images]
 
 
 def read_points(root: Path, split: str, located: Sequence[Record], pictures: Path) -> list[Record]:
-    """The same records, whose images lie in `pictures`, with the points of the two tables below `root`."""
+    """The records, whose images lie in `pictures`, with the points of the two tables below `root`."""
     letter, word = SPLITS[split][0][0], SPLITS[split][1]
     tables = {"disc": f"1. Optic Disc Center Location/{letter}. IDRiD_OD_Center_{word} Set_Markups.csv",
               "fovea": f"2. Fovea Center Location/IDRiD_Fovea_Center_{word} Set_Markups.csv"}
     images, columns = {r.image.stem: r.image for r in located}, ("Image No", "X- Coordinate", "Y - Coordinate")
     points: dict[str, dict] = defaultdict(dict)
-    for kind, table in tables.items():
+    for landmark, table in tables.items():
         def read(where, name, row):
-            return read_point(row[columns[1]], row[columns[2]], images[name], f"{where}: the {kind} of {name}")
+            return read_point(row[columns[1]], row[columns[2]], images[name], f"{where}: the {landmark} of {name}")
 
-        found = read_by_name(root / TABLES / table, columns, "point", images, pictures / IMAGES, read)
-        for name, point in found.items():
-            points[name][kind] = point
+        for name, point in read_by_name(root / TABLES / table, columns, "point", images, pictures / IMAGES,
+                                        read).items():
+            points[name][landmark] = point
     return [r.with_labels(landmarks=points.get(r.image.stem)) for r in located]
 
 
 def read_table(path: Path) -> DataSet:
-    """A CSV file with a row per photograph; columns image, those of LABELS, split, group; only `image` is a must.
+    """A CSV file with a row per photograph; columns image, those of LABELS, split, group; only `image` is required.
 
-    Paths are relative to the file. An empty cell is a label that is not known. A mask cell may say "none": looked for
-    and not there. `split` is train, val or test, empty for train; photographs with the same `group` (an eye, a
-    patient) never lie on both sides of a split. InputError: an unknown column, a cell that is no such label, a file
-    that is not there, two rows for one image with different labels.
+    Paths are relative to the file. An empty cell is an unknown label. A mask cell may say "none": looked for and not
+    there. `split` is train, val or test, empty for train; photographs with the same `group` (an eye, a patient) are
+    never in two splits. InputError: an unknown column, a cell that is no valid value, a file that is not there, two
+    rows for one image with different labels.
     """
     known = ["image", *(column for label in LABELS.values() for column in label.columns), "split", "group"]
     records: dict[Path, Record] = {}
@@ -255,8 +256,8 @@ def read_table(path: Path) -> DataSet:
 def read_folders(root: Path) -> DataSet:
     """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
 
-    Class names and their number are those of the folders below train. InputError: fewer than two classes, a class
-    elsewhere that train does not have, anything that is neither a class nor a photograph of one.
+    The classes are the folders below train. InputError: fewer than two classes, a class elsewhere that train does not
+    have, a file or folder that is neither a class nor a photograph of one.
     """
     def folders(folder):
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -285,16 +286,16 @@ def read_folders(root: Path) -> DataSet:
 
 
 DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
-DRAWN_SIDE = 1024  # pixels of a drawing, were it a file: the unit of its points
+DRAWN_SIDE = 1024  # nominal pixels of a drawing's side: the unit of its points
 
 
 def read_drawn() -> DataSet:
-    """The drawn photographs; every label is known, and each shows an eye of its own."""
+    """The drawn photographs: every label is known, and no two show one eye."""
     records = []
     for split, (series, number) in DRAWN.items():
         for i in range(number):
             eye = synthetic.plan(series, i)
-            points = {kind: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, kind)) for kind in LANDMARKS}
+            points = {name: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, name)) for name in LANDMARKS}
             labels = {"grade": eye.grade, "edema_risk": eye.edema_risk, "masks": dict.fromkeys(LESIONS),
                       "landmarks": points}
             records.append(Record(f"drawn/{series}_{i:04d}", None, split, labels, drawing=(series, i)))
@@ -304,11 +305,11 @@ def read_drawn() -> DataSet:
 # ---- what a path means ----
 
 def find_data(path: str | None) -> Path | None:
-    """The data set that a command means: `path`, else data/IDRiD where it exists, else None for drawn photographs."""
+    """The data set that a command means: `path`, else data/IDRiD if it exists, else None for drawn photographs."""
     if path is not None:
         return Path(path)
-    usual = records.HERE / "data" / "IDRiD"
-    return usual if usual.is_dir() else None
+    default = records.HERE / "data" / "IDRiD"
+    return default if default.is_dir() else None
 
 
 def read_data(root: Path | None) -> DataSet:

@@ -1,4 +1,4 @@
-"""What is known of each photograph before it is opened: paths and labels. To add a label, declare it in LABELS."""
+"""What is known of each photograph before its file is opened: paths and labels. A new label is declared in LABELS."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from retina.files import InputError, image_size
 HERE = Path(__file__).parents[2]  # the project's folder: data/ and runs/ lie in it
 LANDMARKS = ("disc", "fovea")  # centres of the optic disc and of the fovea
 GRADES, EDEMA_RISKS = 5, 3
-UNKNOWN = 255  # in a mask: whether this kind of lesion is there is not known
+UNKNOWN = 255  # in a mask: it is not known whether this lesion is there
 LESION_NAMES = dict(zip(LESIONS, ("microaneurysms", "haemorrhages", "hard exudates", "soft exudates", "optic disc")))
 LESION_COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))))
 
-# n photographs, L lesion classes (LESIONS), P points (POINTS), S side of the photograph in pixels
+# n photographs, L lesion classes (LESIONS), P landmarks (LANDMARKS), S side of the photograph in pixels
 
 
 # ---- what may be known of a photograph ----
 
 @dataclass(frozen=True)
 class Conflict:
-    """Files of one photograph that carry different labels of one kind."""
-    label: str  # the name of a label, a point, or a kind of mask
-    names: tuple[str, ...]
+    """Copies of one photograph that carry different values of one label."""
+    label: str  # the name of a label, a landmark or a lesion
+    names: tuple[str, ...]  # of the copies
     values: tuple
-    used: object  # what training goes by; None: nothing
+    used: object  # the value that training uses; None: none of them
 
     def as_dict(self, classes: Sequence[str]) -> dict:
-        """As plain types, categories by their names."""
+        """As JSON holds it, categories by their names."""
         label = LABELS.get(self.label)
         values = [v if v is None or label is None else label.display(v, classes) for v in (*self.values, self.used)]
         return {"label": self.label, "photographs": list(self.names), "values": values[:-1], "used": values[-1]}
@@ -51,11 +51,11 @@ class Conflict:
 class TableRow:
     """A row of a table."""
     folder: Path  # of the table
-    where: str  # for messages
-    cells: Mapping[str, str]  # column -> text, also of columns that the table does not have
+    where: str  # file and line, for error messages
+    cells: Mapping[str, str]  # column -> text; "" for known columns that the table does not have
 
     def what(self, column: str) -> str:
-        """A cell, for messages."""
+        """The name of a cell in error messages."""
         return f"{self.where}: {column} of {self.cells['image']}"
 
     def file(self, column: str) -> Path:
@@ -73,75 +73,75 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Label:
-    """Something that may be known of a photograph, and all that is done with it but learning.
+    """Something that may be known of a photograph, and everything that is done with it except learning.
 
-    Its value in a Record is of a type that can be compared and stored; a label that is not known is not there.
+    Its values in a Record can be compared and stored; an unknown label is absent.
     """
     name: str
     task: str  # that learns from it, for reports
     columns: tuple[str, ...] = ()  # of tables
-    minor: bool = False  # folds heed it only in photographs without a class
+    minor: bool = False  # folds are stratified by it only among photographs without a class
     section = ""  # of reports
 
     def parse(self, text: str, what: str) -> Any:
-        """A value from the text of its one cell; `what` names the cell. InputError: it is no such label."""
+        """A value from the text of its cell, which `what` names. InputError: it is no valid value."""
         raise NotImplementedError
 
     def read(self, row: TableRow) -> Any:
-        """A value from a row of a table; None: not known. InputError: see `parse`."""
+        """A value from a row of a table; None: unknown. InputError: see `parse`."""
         for column in self.columns:
             if row.cells[column]:
                 return self.parse(row.cells[column], row.what(column))
 
-    def settle(self, values: Sequence) -> Any:
-        """What counts where copies of a photograph contradict each other; None: nothing."""
+    def resolve_conflict(self, values: Sequence) -> Any:
+        """The value to use where copies of a photograph contradict each other; None: none of them."""
         return None
 
     def join(self, known: Mapping[str, Any], sizes: Mapping[str, Sequence[int]],
              size: Sequence[int]) -> tuple[Any, list[Conflict]]:
-        """One value from those of copies, by their names, for the copy that stays; -> value or None, conflicts.
+        """One value for a photograph from those of its copies, {name of the copy: value}; -> value or None, conflicts.
 
-        `sizes` are width and height of the copies' files, `size` of the one that stays.
+        `sizes` are width and height of the copies' files, `size` those of the copy that stays.
         """
         values = tuple(known.values())
         if values.count(values[0]) == len(values):
             return values[0], []
-        used = self.settle(values)
+        used = self.resolve_conflict(values)
         return used, [Conflict(self.name, tuple(known), values, used)]
 
     def to_sample(self, value: Any, arrays: Mapping[str, np.ndarray], place: Callable, size: int) -> Any:
-        """What a Sample of `size` pixels holds, from a record's value and what the cache has of it.
+        """The value in a Sample of `size` pixels, from the value in the record and the `arrays` in the cache.
 
-        `place` makes points (..., 2) in pixels of the sample of those in pixels of the file.
+        `place` converts points (..., 2) from pixels of the file to pixels of the sample.
         """
         return value
 
     def to_tv_tensor(self, value: Any, size: int) -> Any:
-        """What of a sample's value torchvision's transforms move with the photograph, which is `size` pixels wide."""
+        """A sample's value as torchvision's transforms move it with the photograph, which is `size` pixels wide."""
         return value
 
     def from_tv_tensor(self, value: Any, before: Any) -> Any:
-        """A sample's value after the transforms, from what it has become and what it was."""
+        """A sample's value after the transforms, from their output and the value `before`."""
         return value
 
     def fingerprint(self, value: Any) -> Any:
-        """What of a value a run hangs on, beside the contents of cache files."""
+        """What a run depends on of a value, beside the contents of cache files."""
         return value
 
     def stratum(self, value: Any) -> Any:
-        """What of a value, or of None, every fold gets its share of."""
+        """By what of a value, or of None, folds are stratified."""
         return value is not None
 
     def display(self, value: Any, classes: Sequence[str]) -> Any:
-        """A value in reports; `classes` are the names of the data set's own."""
+        """A value in reports; `classes` are the names of the data set's own classes."""
         return value
 
     def summary(self, records: Sequence[Record], classes: Sequence[str]) -> dict:
-        """What a report says of records in the `section` of such labels, as plain types; {}: nothing."""
+        """What the `section` of a report says about this label in records, as JSON holds it; {}: nothing."""
         return {}
 
     def lines(self, summary: Mapping) -> list[str]:
-        """The same in words, from what its `section` of the report holds."""
+        """Lines of text from the `section` of a report."""
         return []
 
     def known(self, records: Sequence[Record]) -> list:
@@ -151,7 +151,7 @@ class Label:
 
 @dataclass(frozen=True)
 class ClassLabel(Label):
-    """A whole number 0..number-1 for the whole photograph; without `number` one of the data set's own classes."""
+    """A class 0..number-1 of the whole photograph; without `number`, one of the data set's own classes."""
     number: int | None = None
     section = "classes"
 
@@ -161,7 +161,7 @@ class ClassLabel(Label):
             raise InputError(f"{what} is {text!r}, expected a whole number from 0 to {self.number - 1}")
         return int(text.removesuffix(".0"))
 
-    def settle(self, values):
+    def resolve_conflict(self, values):
         """The higher grade: the photograph was graded twice, and missing disease is the worse mistake."""
         return max(values) if self.number else None
 
@@ -191,7 +191,7 @@ class ClassLabel(Label):
 
 @dataclass(frozen=True)
 class NumberLabel(Label):
-    """A number for the whole photograph, from `lowest` to `highest`; where copies differ their mean counts."""
+    """A number for the whole photograph, from `lowest` to `highest`; where copies differ, their mean is used."""
     lowest: float = -math.inf
     highest: float = math.inf
     unit: str = ""
@@ -204,11 +204,11 @@ class NumberLabel(Label):
                              + f" ({self.unit})" * bool(self.unit))
         return value
 
-    def settle(self, values):
+    def resolve_conflict(self, values):
         return fmean(values)
 
     def summary(self, records, classes):
-        """The range, and by how much a guess of the mean is wrong on average."""
+        """The range, and the mean absolute error of guessing the mean."""
         values = self.known(records)
         mean = fmean(values) if values else 0.0
         return {self.name: {"lowest": min(values), "highest": max(values), "mean": round(mean, 4), "constant_error":
@@ -222,32 +222,32 @@ class NumberLabel(Label):
 
 @dataclass(frozen=True)
 class LandmarkLabel(Label):
-    """Points in pixels of the file, {kind: (x, y)}; one that is absent is not known. Two columns for each, x and y.
+    """Landmarks in pixels of the file, {landmark: (x, y)}; an absent one is unknown. Two columns for each, x and y.
 
-    In samples (P, 2) float32, x and y in pixels of the sample; nan: not known, or out of the picture.
+    In samples (P, 2) float32, x and y in pixels of the sample; nan: unknown, or outside the picture.
     """
-    kinds: tuple[str, ...] = ()
+    landmarks: tuple[str, ...] = ()
 
     def read(self, row):
-        found = {kind: read_point(row.cells[x], row.cells[y], row.file("image"), row.what(x.removesuffix("_x")))
-                 for kind, x, y in zip(self.kinds, self.columns[::2], self.columns[1::2])}
-        return {kind: point for kind, point in found.items() if point} or None
+        points = {name: read_point(row.cells[x], row.cells[y], row.file("image"), row.what(x.removesuffix("_x")))
+                  for name, x, y in zip(self.landmarks, self.columns[::2], self.columns[1::2])}
+        return {name: point for name, point in points.items() if point} or None
 
     def join(self, known, sizes, size):
-        """Points of each copy are carried over to the one that stays; different ones count by their mean."""
+        """The mean of the copies' points, in pixels of the copy that stays; 1 % of its width apart is a conflict."""
         points, conflicts = {}, []
-        for kind in dict.fromkeys(k for value in known.values() for k in value):
-            places = {name: np.multiply(value[kind], np.divide(size, sizes[name]))
-                      for name, value in known.items() if kind in value}
-            points[kind] = tuple(np.mean(list(places.values()), 0).tolist())
+        for landmark in dict.fromkeys(k for value in known.values() for k in value):
+            places = {name: np.multiply(value[landmark], np.divide(size, sizes[name]))
+                      for name, value in known.items() if landmark in value}
+            points[landmark] = tuple(np.mean(list(places.values()), 0).tolist())
             if np.ptp(list(places.values()), 0).max() > 0.01 * size[0]:
                 values = tuple(tuple(v.round(1).tolist()) for v in places.values())
-                conflicts.append(Conflict(kind, tuple(places), values, points[kind]))
+                conflicts.append(Conflict(landmark, tuple(places), values, points[landmark]))
         return points, conflicts
 
     def to_sample(self, value, arrays, place, size):
-        there = np.array([value.get(kind, (math.nan, math.nan)) for kind in self.kinds])
-        return inside(torch.from_numpy(place(there)).float(), size)
+        points = np.array([value.get(name, (math.nan, math.nan)) for name in self.landmarks])
+        return inside(torch.from_numpy(place(points)).float(), size)
 
     def to_tv_tensor(self, value, size):
         return tv_tensors.KeyPoints(value - 0.5, canvas_size=(size, size))  # as torchvision flips: about pixel centres
@@ -258,11 +258,11 @@ class LandmarkLabel(Label):
 
 @dataclass(frozen=True)
 class MaskLabel(Label):
-    """Masks, {kind: file, or None where the kind was looked for and is not there}; one that is absent is not known.
+    """Masks, {lesion: file, or None where it was looked for and is not there}; an absent one is unknown.
 
-    In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a kind. preprocess.preprocess reads the files.
+    In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a lesion. preprocess.preprocess reads the files.
     """
-    kinds: tuple[str, ...] = ()
+    lesions: tuple[str, ...] = ()
     section = "masks"
 
     def __post_init__(self):
@@ -271,48 +271,48 @@ class MaskLabel(Label):
                              "another lesion class in it, or a label that is no picture")
 
     def read(self, row):
-        return {kind: None if row.cells[column].lower() == "none" else row.file(column)
-                for kind, column in zip(self.kinds, self.columns) if row.cells[column]} or None
+        return {lesion: None if row.cells[column].lower() == "none" else row.file(column)
+                for lesion, column in zip(self.lesions, self.columns) if row.cells[column]} or None
 
     def join(self, known, sizes, size):
-        """Masks of the copies of one size, since masks are drawn on pixels; a file beats "none", the first counts."""
+        """The first mask file among copies of the size of the one that stays: masks belong to pixels. Else "none"."""
         masks, conflicts = {}, []
-        for kind in dict.fromkeys(k for value in known.values() for k in value):
-            files = {name: value[kind] for name, value in known.items()
-                     if kind in value and tuple(sizes[name]) == tuple(size)}
+        for lesion in dict.fromkeys(k for value in known.values() for k in value):
+            files = {name: value[lesion] for name, value in known.items()
+                     if lesion in value and tuple(sizes[name]) == tuple(size)}
             if files:
-                masks[kind] = next(filter(None, files.values()), None)
+                masks[lesion] = next(filter(None, files.values()), None)
             if len(set(files.values())) > 1:
                 values = tuple("none" if path is None else str(path) for path in files.values())
-                conflicts.append(Conflict(kind, tuple(files), values, str(masks[kind])))
+                conflicts.append(Conflict(lesion, tuple(files), values, str(masks[lesion])))
         return masks or None, conflicts
 
     def to_sample(self, value, arrays, place, size):
-        bits = np.unpackbits(arrays["masks"], count=len(self.kinds) * size * size)
-        masks = torch.from_numpy(bits.reshape(len(self.kinds), size, size))
-        masks[[kind not in value for kind in self.kinds]] = UNKNOWN
+        bits = np.unpackbits(arrays["masks"], count=len(self.lesions) * size * size)
+        masks = torch.from_numpy(bits.reshape(len(self.lesions), size, size))
+        masks[[lesion not in value for lesion in self.lesions]] = UNKNOWN
         return masks
 
     def to_tv_tensor(self, value, size):
         return tv_tensors.Mask(value)
 
     def from_tv_tensor(self, value, before):
-        """A mask that is not known stays so, with its border; where another has moved away, it is 0."""
+        """An unknown mask stays unknown, borders included; a known one is 0 where it has moved away."""
         return torch.where(before[:, :1, :1] == UNKNOWN, UNKNOWN, value.as_subclass(Tensor))
 
     def fingerprint(self, value):
         return sorted(value)
 
     def summary(self, records, classes):
-        """How many files there are of each kind; nothing of drawings."""
+        """How many mask files there are of each lesion; nothing for drawn photographs."""
         values = self.known([r for r in records if r.image])
-        return {kind: {"masks": sum(bool(v.get(kind)) for v in values),
-                       "none": sum(kind in v and v[kind] is None for v in values)}
-                for kind in self.kinds} if values else {}
+        return {lesion: {"masks": sum(bool(v.get(lesion)) for v in values),
+                         "none": sum(lesion in v and v[lesion] is None for v in values)}
+                for lesion in self.lesions} if values else {}
 
     def lines(self, summary):
-        counts = [f"{kind}: {n['masks']}" + f" ({n['none']} have none)" * bool(n["none"])
-                  for kind in self.kinds if (n := summary.get(kind))]
+        counts = [f"{lesion}: {n['masks']}" + f" ({n['none']} have none)" * bool(n["none"])
+                  for lesion in self.lesions if (n := summary.get(lesion))]
         return [f"    {self.name:9}" + "  ".join(counts)] if counts else []
 
 
@@ -339,7 +339,7 @@ def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | 
 
 
 def inside(points: Tensor, size: int) -> Tensor:
-    """Points (P, 2) with nan in place of those that lie outside of the picture."""
+    """Points (P, 2) with nan in place of those outside the picture."""
     return points.masked_fill(((points < 0) | (points > size)).any(1, keepdim=True), math.nan)
 
 
@@ -347,14 +347,14 @@ LABELS: dict[str, Label] = {label.name: label for label in (
     ClassLabel("grade", "cls", ("grade",), number=GRADES),  # of diabetic retinopathy
     ClassLabel("edema_risk", "dme", ("edema_risk",), minor=True, number=EDEMA_RISKS),  # risk of macular edema
     ClassLabel("category", "cls"),  # the photograph's folder, in data sets that are folders of classes
-    LandmarkLabel("landmarks", "loc", ("disc_x", "disc_y", "fovea_x", "fovea_y"), minor=True, kinds=LANDMARKS),
-    MaskLabel("masks", "seg", tuple(f"mask_{kind.lower()}" for kind in LESIONS), kinds=LESIONS))}
+    LandmarkLabel("landmarks", "loc", ("disc_x", "disc_y", "fovea_x", "fovea_y"), minor=True, landmarks=LANDMARKS),
+    MaskLabel("masks", "seg", tuple(f"mask_{lesion.lower()}" for lesion in LESIONS), lesions=LESIONS))}
 
 
 # ---- photographs ----
 
 class Labelled:
-    """What has `labels`; record.grade is record.labels.get("grade"), and so for every name in LABELS."""
+    """Base of classes with `labels`: x.grade is x.labels.get("grade"), and likewise for every name in LABELS."""
     labels: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
@@ -363,7 +363,7 @@ class Labelled:
         raise AttributeError(f"{type(self).__name__!r} has neither a field nor a label {name!r}")
 
     def with_labels(self, **labels: Any) -> Labelled:
-        """The same with other values of these labels; None: not known."""
+        """A copy with other values of these labels; None: unknown."""
         return replace(self, labels={k: v for k, v in {**self.labels, **labels}.items() if v is not None})
 
 
@@ -373,15 +373,15 @@ class Record(Labelled):
     name: str  # unique in the data set, e.g. "grading/IDRiD_001"; those of the test split begin with "test/"
     image: Path | None  # None: drawn
     split: str = "train"  # "train", "val" (where the data set says so itself) or "test"
-    labels: dict[str, Any] = field(default_factory=dict, hash=False)  # name in LABELS -> value; what is known
-    eye: str = ""  # photographs with the same eye stay on one side of every split
-    where: str = ""  # the row of a table that it comes from, for messages
+    labels: dict[str, Any] = field(default_factory=dict, hash=False)  # name in LABELS -> value; unknown ones are absent
+    eye: str = ""  # photographs with the same eye are never in two splits
+    where: str = ""  # the row of a table that it comes from, for error messages
     drawing: tuple[int, int] | None = None  # seed and index for synthetic.plan
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """All records of all parts, and what the reader has to say."""
+    """The records of all splits, and notes of the reader."""
     records: list[Record]
-    classes: tuple[str, ...] = ()  # names of the categories, where there are any
+    classes: tuple[str, ...] = ()  # names of the data set's own classes, where it has any
     notes: tuple[str, ...] = ()

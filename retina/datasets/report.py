@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from retina.datasets import leaks, splits
-from retina.datasets.cache import build_cache, cache_path, cached, cached_sample
+from retina.datasets.cache import build_cache, cache_path, cached_arrays, cached_sample
 from retina.datasets.leaks import Comparison, compare
 from retina.datasets.records import LABELS, LESION_NAMES, DataSet, LandmarkLabel, Record
 from retina.drawing import captioned, column, grid, label_legend, masks_of, photograph, row, tinted, titled
@@ -16,8 +16,8 @@ from retina.files import InputError
 
 
 EXAMINED_SIZE = 256  # pixels; the default of training, which then finds its cache
-MOST = 36  # groups on a contact sheet
-Group = tuple[str, Sequence[Record]]  # photographs to be seen together, and their caption
+MAX_GROUPS = 36  # on a contact sheet
+Group = tuple[str, Sequence[Record]]  # a caption, and photographs to be seen together
 
 
 def labelled(records: Sequence[Record]) -> dict[str, int]:
@@ -27,21 +27,21 @@ def labelled(records: Sequence[Record]) -> dict[str, int]:
 
 
 def overview(records: Sequence[Record], classes: Sequence[str]) -> dict:
-    """Photographs by subset, labels, and what there is to say of each label of some records."""
-    found = {"photographs": len(records), "subsets": dict(Counter(r.name.removeprefix("test/").rpartition("/")[0]
-                                                                  for r in records)),
-             "labels": labelled(records), "classes": {}, "masks": {}}
+    """Counts of photographs by subset, counts of labels, and a summary of each label."""
+    subsets = Counter(r.name.removeprefix("test/").rpartition("/")[0] for r in records)
+    result = {"photographs": len(records), "subsets": dict(subsets), "labels": labelled(records), "classes": {},
+              "masks": {}}
     for label in LABELS.values():
         if summary := label.summary(records, classes):
-            found.setdefault(label.section, {}).update(summary)
-    return found
+            result.setdefault(label.section, {}).update(summary)
+    return result
 
 
 def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record, str]], list[str]]:
-    """How masks are stored: counts, those stored unlike most; and the photographs without a field of view."""
+    """How masks are stored, with counts; masks stored unlike most; and photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, vessels = zip(*(cached(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "vessels")
+    stored, vessels = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "vessels")
                             for r in records))
     masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
@@ -53,64 +53,67 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
 def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict[str, tuple[str, list[Group]]]]:
     """Look at a data set as training would: counts, files, copies, eyes, leaks, conflicts, the split.
 
-    -> A report of plain types, see `page`; {name: (title, groups)} of what there is to see, see `contact_sheets`.
-    InputError: nothing in it can be read.
+    -> The report as JSON holds it, see `format_report`; {name: (title, groups)} for `contact_sheets`. InputError: none
+    of the photographs can be read.
     """
     problems = build_cache(data_set.records, EXAMINED_SIZE)
     records = [r for r in data_set.records if r.name not in problems]
     if not records:
         raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
                          f"{next(iter(problems.values()))}")
-    found = compare(records, EXAMINED_SIZE)
-    joined, conflicts = found.join(records)
+    comparison = compare(records, EXAMINED_SIZE)
+    joined, conflicts = comparison.join(records)
     split = splits.split(joined, fold)
     forms, odd, without_field = stored_forms(records)
     groups = defaultdict(list)
     for r in joined:
         groups[r.eye].append(r.name)
-    trained = {r.eye for r in joined if r.split == "train"}
-    pairs = [{"photographs": [records[i].name for i in found.pairs[k]], "score": round(float(found.scores[k]), 3)}
-             for k in np.argsort(-found.scores, kind="stable")]
-    same = int((found.scores >= leaks.SAME_EYE).sum())
+    training_eyes = {r.eye for r in joined if r.split == "train"}
+    scores = comparison.scores
+    pairs = [{"photographs": [records[i].name for i in comparison.pairs[k]], "score": round(float(scores[k]), 3)}
+             for k in np.argsort(-scores, kind="stable")]
+    number_same = int((scores >= leaks.SAME_EYE).sum())
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
-        "parts": {part: overview(members, data_set.classes) for part in ("train", "val", "test")
-                  if (members := [r for r in data_set.records if r.split == part])},
+        "parts": {name: overview(members, data_set.classes) for name in ("train", "val", "test")
+                  if (members := [r for r in data_set.records if r.split == name])},
         "unreadable": problems,
-        "sizes": dict(Counter(f"{w}x{h}" for w, h in found.sizes.tolist()).most_common()),
+        "sizes": dict(Counter(f"{w}x{h}" for w, h in comparison.sizes.tolist()).most_common()),
         "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
         "without_field_of_view": without_field,
-        "copies": [[records[i].name, records[j].name] for i, j in found.copies],
-        "same_eye": {"threshold": leaks.SAME_EYE, "pairs": pairs[:same], "closest_below": pairs[same:same + 12],
+        "copies": [[records[i].name, records[j].name] for i, j in comparison.copies],
+        "same_eye": {"threshold": leaks.SAME_EYE, "pairs": pairs[:number_same],
+                     "closest_below": pairs[number_same:number_same + 12],
                      "photographs": len(joined), "eyes": len(groups),
                      "groups": [names for names in groups.values() if len(names) > 1]},
         "conflicts": [c.as_dict(data_set.classes) for c in conflicts],
         "leaks": {"validated": [r.name for r in split.validated],
                   "training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
-                  "test_labels": labelled([r for r in split.test if r.eye in trained])},
+                  "test_labels": labelled([r for r in split.test if r.eye in training_eyes])},
         "split": {"fold": fold, "training": overview(split.training, data_set.classes),
                   "validation": overview(split.validation, data_set.classes)}}
-    return report, sights(report, records, found, odd, data_set.classes)
+    return report, contact_sheet_groups(report, records, comparison, odd, data_set.classes)
 
 
-def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: Sequence[tuple[Record, str]],
-           classes: Sequence[str]) -> dict[str, tuple[str, list[Group]]]:
-    """{name: (title, groups)} of each kind of finding, of `records` before copies are joined."""
+def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison: Comparison,
+                         odd: Sequence[tuple[Record, str]],
+                         classes: Sequence[str]) -> dict[str, tuple[str, list[Group]]]:
+    """{name: (title, groups)} for each sort of finding; `records` are those before copies are joined."""
     by_name = {r.name: r for r in records}
 
     def group(names, caption=""):
         return caption, [by_name[name] for name in names]
 
-    eyes, alike = defaultdict(list), defaultdict(list)
-    for r in splits.name_eyes(records, found.same_eye()):
+    eyes, strata = defaultdict(list), defaultdict(list)
+    for r in splits.name_eyes(records, comparison.same_eye()):
         eyes[r.eye].append(r)
     for r in records:
-        alike[splits.stratum(r)].append(r)
+        strata[splits.stratum(r)].append(r)
     return {
         "labels": ("labels as they lie on the photographs", [
             (", ".join(f"{name} {LABELS[name].display(v, classes)}" for name, v in r.labels.items()
-                       if isinstance(v, (int, float))), [r])  # the others are drawn
-            for _, similar in sorted(alike.items(), key=lambda item: str(item[0])) for r in similar[:6]]),
+                       if isinstance(v, (int, float))), [r])  # masks and points are in the picture
+            for _, members in sorted(strata.items(), key=lambda item: str(item[0])) for r in members[:6]]),
         "copies": ("files that show one photograph", list(map(group, report["copies"]))),
         **{name: (title, [group(p["photographs"], f"score {p['score']:.2f}") for p in report["same_eye"][key]])
            for name, title, key in (("same_eye", "photographs of one eye", "pairs"),
@@ -119,10 +122,10 @@ def sights(report: Mapping, records: Sequence[Record], found: Comparison, odd: S
             group(c["photographs"], f"{c['label']} {' | '.join(map(str, c['values']))}; training uses {c['used']}")
             for c in report["conflicts"]]),
         "leaks": ("an eye of the test split in the training split", [
-            ("", [next(r for r in eye if (r.split == "test") == side) for side in (True, False)])
+            ("", [next(r for r in eye if (r.split == "test") == is_test) for is_test in (True, False)])
             for eye in eyes.values() if {"test"} < {r.split for r in eye}]),
         "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in odd]),
-        "no_field": ("no round field of view found", [group([name]) for name in report["without_field_of_view"]])}
+        "no_field": ("no round field of view comparison", [group([name]) for name in report["without_field_of_view"]])}
 
 
 # ---- words ----
@@ -138,20 +141,20 @@ def by_task(labels: Mapping[str, int]) -> str:
     return ", ".join(f"{LABELS[label].task} ({label}) {n}" for label, n in labels.items()) or "none"
 
 
-def part_lines(title: str, part: Mapping) -> list[str]:
-    """Lines of text for one overview."""
-    subsets = ", ".join(f"{name} {n}" for name, n in list(part["subsets"].items())[:12])
-    lines = [f"{title}: {part['photographs']} photographs ({subsets}); labelled: {by_task(part['labels'])}"]
+def overview_lines(title: str, counts: Mapping) -> list[str]:
+    """An `overview` as lines of text."""
+    subsets = ", ".join(f"{name} {n}" for name, n in list(counts["subsets"].items())[:12])
+    lines = [f"{title}: {counts['photographs']} photographs ({subsets}); labelled: {by_task(counts['labels'])}"]
     for label in LABELS.values():
-        lines += label.lines(part.get(label.section, {}))
+        lines += label.lines(counts.get(label.section, {}))
     return lines
 
 
-def page(report: Mapping) -> str:
+def format_report(report: Mapping) -> str:
     """A report as text for the screen."""
     lines = [report["data"], *report["notes"], ""]
-    for part, counts in report["parts"].items():
-        lines += part_lines(part, counts)
+    for name, counts in report["parts"].items():
+        lines += overview_lines(name, counts)
     lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
     if report["mask_formats"]:
         lines.append(f"masks ({', '.join(f'{k} {name}' for k, name in LESION_NAMES.items())}) are stored as "
@@ -186,17 +189,17 @@ def page(report: Mapping) -> str:
                          leaks["validated"])
     how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
     lines += ["", f"the split of train.py, {how}, copies joined:"]
-    for side in ("training", "validation"):
-        lines += part_lines(f"  {side}", report["split"][side])
+    for name in ("training", "validation"):
+        lines += overview_lines(f"  {name}", report["split"][name])
     return "\n".join(lines)
 
 
 # ---- contact sheets ----
 
 def contact_sheet(title: str, groups: Sequence[Group], labels: bool) -> Image.Image:
-    """Pictures of records in groups that belong together, each group with a caption, each picture with a name.
+    """A picture of groups of photographs, each group with a caption, each photograph with its name.
 
-    With `labels`, masks and points are drawn as they lie in the samples.
+    With `labels`, masks and points are drawn on the photographs.
     """
     def tile(record):
         sample = cached_sample(record, cache_path(record, EXAMINED_SIZE), EXAMINED_SIZE)
@@ -209,12 +212,12 @@ def contact_sheet(title: str, groups: Sequence[Group], labels: bool) -> Image.Im
 
 
 def contact_sheets(sheets: Mapping[str, tuple[str, Sequence[Group]]], folder: Path) -> list[str]:
-    """One sheet for each kind of finding, in `folder`; -> their names and what they show."""
+    """Write one sheet for each sort of finding to `folder`; -> lines with their names and titles."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, (title, found) in sheets.items():
-        if found:
-            title += f" ({min(len(found), MOST)} of {len(found)})"
-            contact_sheet(title, found[:MOST], name in ("labels", "odd_masks")).save(folder / f"{name}.png")
+    for name, (title, groups) in sheets.items():
+        if groups:
+            title += f" ({min(len(groups), MAX_GROUPS)} of {len(groups)})"
+            contact_sheet(title, groups[:MAX_GROUPS], name in ("labels", "odd_masks")).save(folder / f"{name}.png")
             lines.append(f"{folder / name}.png: {title}")
     return lines

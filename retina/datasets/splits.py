@@ -1,4 +1,4 @@
-"""Records -> training, validation and test, such that no eye lies on two sides."""
+"""Records -> training, validation and test, such that no eye is in two splits."""
 
 import itertools
 import re
@@ -14,79 +14,79 @@ from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
 
 
-def connected(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
+def connected_components(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
     """For each of `number` items the lowest item that it is connected with through `pairs`."""
-    leader = list(range(number))
+    parent = list(range(number))
 
-    def find(i):
-        while leader[i] != i:
-            i = leader[i]
+    def root(i):
+        while parent[i] != i:
+            i = parent[i]
         return i
 
     for a, b in pairs:
-        a, b = sorted((find(a), find(b)))
-        leader[b] = a
-    return [find(i) for i in range(number)]
+        a, b = sorted((root(a), root(b)))
+        parent[b] = a
+    return [root(i) for i in range(number)]
 
 
 def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
                 sizes: Sequence[tuple[int, int]]) -> tuple[list[Record], list[Conflict]]:
     """Make one record of all training copies of a photograph, with the labels of all of them; -> records, conflicts.
 
-    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. What counts where
-    copies contradict each other, each label says itself: Label.join. Photographs of other parts stay as they are: they
-    are scored as they were given, and no label crosses from test into training.
+    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. Label.join decides
+    where copies contradict each other. Photographs of other splits stay as they are: they are scored as they were
+    given, and no label crosses from test into training.
     """
     groups = defaultdict(list)
-    for i, leader in enumerate(connected(pairs, len(records))):
-        groups[(leader, "train") if records[i].split == "train" else (i, "alone")].append(i)
+    for i, component in enumerate(connected_components(pairs, len(records))):
+        groups[(component, "train") if records[i].split == "train" else (i, "not joined")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
         if len(group) == 1:
             joined.append(records[group[0]])
             continue
         first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
-        own, labels = {records[i].name: sizes[i] for i in group}, {}
+        group_sizes, labels = {records[i].name: sizes[i] for i in group}, {}
         for name, label in LABELS.items():
             if known := {r.name: r.labels[name] for r in (records[i] for i in group) if name in r.labels}:
-                labels[name], contradictions = label.join(known, own, sizes[first])
+                labels[name], contradictions = label.join(known, group_sizes, sizes[first])
                 conflicts += contradictions
         joined.append(records[first].with_labels(**labels))
     return joined, conflicts
 
 
 def name_eyes(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[Record]:
-    """Give all photographs that `pairs`, or an `eye` that the data set names, connect the same `eye`."""
-    said = defaultdict(list)
+    """Give the same `eye` to all photographs that `pairs`, or an `eye` that the data set names, connect."""
+    named = defaultdict(list)
     for i, record in enumerate(records):
         if record.eye:
-            said[record.eye].append(i)
-    known = [pair for group in said.values() for pair in itertools.pairwise(group)]
-    return [replace(r, eye=records[k].name) for r, k in zip(records, connected([*pairs, *known], len(records)))]
+            named[record.eye].append(i)
+    pairs = [*pairs, *(pair for group in named.values() for pair in itertools.pairwise(group))]
+    return [replace(r, eye=records[k].name) for r, k in zip(records, connected_components(pairs, len(records)))]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Records by what they are for."""
+    """Records by what they are used for."""
     training: list[Record]
     validation: list[Record]
     test: list[Record]
-    leaks: list[Record]  # photographs to train or validate on that show an eye of the test split
-    validated: list[Record]  # training photographs that show an eye of a validation split of the data set's own
+    leaks: list[Record]  # photographs of training or validation that show an eye of the test split
+    validated: list[Record]  # training photographs that show an eye of the data set's own validation split
 
 
 def stratum(record: Record) -> tuple:
-    """Grade or class, and what else is known; minor labels decide for photographs without a grade or class."""
-    major, minor = ([label for label in LABELS.values() if label.minor == which] for which in (False, True))
+    """Grade or class, and which other labels are known; minor labels count only where there is no grade or class."""
+    major, minor = ([label for label in LABELS.values() if label.minor == is_minor] for is_minor in (False, True))
     graded = any(isinstance(label, ClassLabel) and label.name in record.labels for label in major)
     return tuple(label.stratum(record.labels.get(label.name)) for label in major + ([] if graded else minor))
 
 
-def folds(records: Sequence[Record], number: int) -> list[int]:
-    """Fold 0..number-1 of each record: eyes stay whole, and every fold gets its share of each stratum.
+def assign_folds(records: Sequence[Record], number: int) -> list[int]:
+    """Fold 0..number-1 of each record: photographs of an eye stay together, and folds share each stratum evenly.
 
-    Greedy, as in scikit-learn's StratifiedGroupKFold: eyes in random order, always the same, those with most
-    photographs first; each goes where it leaves the counts of its strata most even.
+    Greedy, as in scikit-learn's StratifiedGroupKFold: eyes come in a fixed random order, those with most photographs
+    first, and each goes to the fold where it leaves the counts of its strata most even.
     """
     strata = [stratum(r) for r in records]
     total = Counter(strata)
@@ -99,10 +99,10 @@ def folds(records: Sequence[Record], number: int) -> list[int]:
     for group in sorted((groups[g] for g in order), key=len, reverse=True):
         members = Counter(strata[i] for i in group)
 
-        def crowded(f):  # how full fold f already is, in the strata of this eye first, in all of them second
+        def fullness(f):  # of fold f: first in the strata of this eye, then in all of them
             return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
 
-        best = min(range(number), key=crowded)
+        best = min(range(number), key=fullness)
         counts[best].update(members)
         for i in group:
             fold[i] = best
@@ -118,54 +118,54 @@ def read_fold(text: str) -> tuple[int, int]:
 
 
 def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False) -> Split:
-    """Cut the training split into training and validation (fold I of N) such that no eye lies on both sides.
+    """Cut the training split into training and validation (fold I of N) such that no eye is in both.
 
     Training photographs of an eye in the test split are left out, unless `keep_leaks`. Where the data set names its own
-    validation split, that is taken, and photographs of its eyes never train. InputError: `fold` has no such form.
+    validation split, that is taken, and photographs of its eyes are not trained on. InputError: `fold` is not I/N.
     """
     index, number = read_fold(fold)
-    parts = {part: [r for r in records if r.split == part] for part in ("train", "val", "test")}
-    tested, validated = ({r.eye for r in parts[part]} for part in ("test", "val"))
-    leaks = [r for r in parts["train"] + parts["val"] if r.eye in tested]
+    named = {name: [r for r in records if r.split == name] for name in ("train", "val", "test")}
+    test_eyes, val_eyes = ({r.eye for r in named[name]} for name in ("test", "val"))
+    leaks = [r for r in named["train"] + named["val"] if r.eye in test_eyes]
     if not keep_leaks:
-        parts |= {part: [r for r in parts[part] if r.eye not in tested] for part in ("train", "val")}
-    given = bool(parts["val"])
-    aside = [r.eye in validated for r in parts["train"]] if given else [
-        f == index - 1 for f in folds(parts["train"], number)]
-    training, others = ([r for r, a in zip(parts["train"], aside) if a == side] for side in (False, True))
-    return Split(training, parts["val"] if given else others, parts["test"], leaks, others if given else [])
+        named |= {name: [r for r in named[name] if r.eye not in test_eyes] for name in ("train", "val")}
+    has_val = bool(named["val"])
+    held_out = [r.eye in val_eyes for r in named["train"]] if has_val else [
+        f == index - 1 for f in assign_folds(named["train"], number)]
+    training, others = ([r for r, out in zip(named["train"], held_out) if out == is_out] for is_out in (False, True))
+    return Split(training, named["val"] if has_val else others, named["test"], leaks, others if has_val else [])
 
 
-def check_labels(parts: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetrics], everything: Sequence[TaskMetrics],
+def check_labels(splits: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetrics], all_tasks: Sequence[TaskMetrics],
                  root: Path | None, why: str = "") -> None:
-    """InputError: one of the `parts` has no label for one of the tasks; says which of `everything` would work."""
+    """InputError: one of the `splits` has no label for one of the tasks; says which of `all_tasks` would work."""
     def labels(task):
-        return {name: sum(task.labelled(r) for r in part) for name, part in parts.items()}
+        return {name: sum(task.labelled(r) for r in records) for name, records in splits.items()}
 
     for task in tasks:
         if not all(labels(task).values()):
             counts = ", ".join(f"{n} for {name}" for name, n in labels(task).items())
-            possible = " ".join(t.name for t in everything if all(labels(t).values()))
+            possible = " ".join(t.name for t in all_tasks if all(labels(t).values()))
             hint = f"--tasks {possible} would work" if possible else "no task would work with this data"
             raise InputError(f"--tasks {task.name}: photographs with its label in {root}: {counts}{why}; expected at "
                              f"least one each; {hint}")
 
 
-def announcement(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
+def describe_split(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
                  tasks: Sequence[TaskMetrics], fold: str) -> str:
-    """What a run is about to learn from, what it left out, and what it had to decide."""
-    def described(records):
+    """What a run trains and validates on, what it left out, and which label conflicts it had to resolve."""
+    def counts(records):
         labelled = (f"{t.name} {sum(t.labelled(r) for r in records)}" for t in tasks)
         return f"{len(records)} photographs ({', '.join(labelled)})"
 
     how = "as the data set says" if any(r.split == "val" for r in validation) else f"fold {fold}"
-    kept = "kept (--keep-leaks), so test scores say little about new eyes" if findings["leaks"]["kept"] else "left out"
-    found = ((findings["leaks"]["photographs"],
-              f"photographs of the training split show an eye of the test split: {kept}"),
+    use = "kept (--keep-leaks), so test scores say little about new eyes" if findings["leaks"]["kept"] else "left out"
+    notes = ((findings["leaks"]["photographs"],
+              f"photographs of the training split show an eye of the test split: {use}"),
              (len(findings["left_out_for_validation"]),
               "photographs of the training split show an eye of the validation split: left out"),
              (len(findings["conflicts"]),
               "times copies of one photograph carry different labels; config.json lists them and what training "
               "goes by"))
-    return "\n".join([f"training on {described(training)}, validation ({how}) on {described(validation)}",
-                      *(f"{number} {words}" for number, words in found if number)])
+    return "\n".join([f"training on {counts(training)}, validation ({how}) on {counts(validation)}",
+                      *(f"{number} {note}" for number, note in notes if number)])

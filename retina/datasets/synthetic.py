@@ -1,7 +1,7 @@
 """Drawn fundus photographs with every label exact: the data on which everything runs before IDRiD is at hand.
 
-    plan(seed, index) -> Eye      what is there: side, disc, fovea, lesions. Grades follow from this alone.
-    render(eye, size) -> pixels     how a camera sees it: vessels, colour, exposure, blur, noise; and the exact masks
+    plan(seed, index) -> Eye      what is there: left or right, disc, fovea, lesions. Grades follow from this alone.
+    render(eye, size) -> pixels   how a camera sees it: vessels, colour, exposure, blur, noise; and the exact masks
 
 Grades follow the International Clinical Diabetic Retinopathy scale (Wilkinson et al. 2003, Ophthalmology 110:1677),
 edema risk IDRiD's rule (hard exudates within one disc diameter of the fovea). Lesions are larger than life and their
@@ -30,7 +30,7 @@ SEVERE_HAEMORRHAGES = 5  # "more than 20 in each quadrant" in a real eye, at the
 @dataclass
 class Blob:
     """One lesion: an ellipse with a wavy outline."""
-    kind: str
+    lesion_class: str  # one of LESIONS
     x: float
     y: float
     radius: float
@@ -66,17 +66,17 @@ class Eye:
             return 4
         haemorrhages = [0] * 4
         for lesion in self.lesions:
-            if lesion.kind == "HE":
+            if lesion.lesion_class == "HE":
                 haemorrhages[quadrant(lesion.x, lesion.y)] += 1
         if min(haemorrhages) >= SEVERE_HAEMORRHAGES or len(self.beaded) >= 2 or self.irma:
             return 3
-        kinds = {lesion.kind for lesion in self.lesions}
-        return 2 if kinds - {"MA"} else len(kinds)
+        classes = {lesion.lesion_class for lesion in self.lesions}
+        return 2 if classes - {"MA"} else len(classes)
 
     @property
     def edema_risk(self) -> int:
         """Macular-edema risk 0..2: no hard exudates; all further than a disc diameter from the fovea; one within."""
-        gaps = [math.hypot(s.x - self.fovea[0], s.y - self.fovea[1]) for s in self.lesions if s.kind == "EX"]
+        gaps = [math.hypot(s.x - self.fovea[0], s.y - self.fovea[1]) for s in self.lesions if s.lesion_class == "EX"]
         return 0 if not gaps else 2 if min(gaps) <= DISC_DIAMETER else 1
 
 
@@ -89,9 +89,9 @@ def plan(seed: int, index: int) -> Eye:
     """Decide what photograph number `index` of the series `seed` shows; the same arguments give the same eye."""
     rng = np.random.default_rng((seed, index))
     left = bool(rng.random() < 0.5)
-    side = 1 if left else -1
-    disc = (CENTRE - side * rng.uniform(0.17, 0.30), CENTRE + rng.uniform(-0.06, 0.06))
-    fovea = (disc[0] + side * rng.uniform(2.3, 2.7) * DISC_DIAMETER, disc[1] + rng.uniform(0.0, 0.06))
+    direction = 1 if left else -1
+    disc = (CENTRE - direction * rng.uniform(0.17, 0.30), CENTRE + rng.uniform(-0.06, 0.06))
+    fovea = (disc[0] + direction * rng.uniform(2.3, 2.7) * DISC_DIAMETER, disc[1] + rng.uniform(0.0, 0.06))
     half_height = float(rng.choice([FIELD_RADIUS, rng.uniform(0.38, 0.46)]))
     eye = Eye((seed, index), left, disc, fovea, half_height)
     plan_lesions(eye, rng)
@@ -104,8 +104,8 @@ def plan_lesions(eye: Eye, rng: np.random.Generator) -> None:
     if level == 0:
         return
 
-    def add(kind, x, y, radius, **shape):
-        eye.lesions.append(Blob(kind, x, y, radius, **shape))
+    def add(lesion_class, x, y, radius, **shape):
+        eye.lesions.append(Blob(lesion_class, x, y, radius, **shape))
 
     for _ in range(rng.integers(4, 13) if level == 1 else rng.integers(3, 19)):
         add("MA", *place(eye, rng), rng.uniform(0.012, 0.016))
@@ -159,14 +159,14 @@ def place(eye: Eye, rng: np.random.Generator, within: int | None = None, near: t
 def grow_vessels(eye: Eye) -> list[Stroke]:
     """Two arcades around the macula and two bundles to the nasal side, each an artery and a vein with branches."""
     rng = np.random.default_rng((*eye.key, 2))
-    side = 1 if eye.left_disc else -1
+    direction = 1 if eye.left_disc else -1
     vessels = []
 
     def grow(x, y, heading, bend, width, length, depth):
         step = 0.018
         n = max(4, int(length / step))
         headings = heading + bend * step * np.arange(n) + np.cumsum(rng.normal(0, 0.09, n))
-        xs = x + side * step * np.concatenate([[0], np.cumsum(np.cos(headings[:-1]))])
+        xs = x + direction * step * np.concatenate([[0], np.cumsum(np.cos(headings[:-1]))])
         ys = y + step * np.concatenate([[0], np.cumsum(np.sin(headings[:-1]))])
         widths = width * np.linspace(1, 0.45, n)
         vessels.append(Stroke(np.stack([xs, ys], 1), widths))
@@ -193,12 +193,12 @@ def grow_vessels(eye: Eye) -> list[Stroke]:
 def render(eye: Eye, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Photograph `eye` at S = `size` pixels: image (S, S, 3) uint8 RGB and masks (5, S, S) bool in LESIONS' order."""
     rng = np.random.default_rng((*eye.key, 1))  # the camera's own luck
-    cover = {kind: np.zeros((size, size), np.float32) for kind in LESIONS}
+    cover = {lesion_class: np.zeros((size, size), np.float32) for lesion_class in LESIONS}
     cover["OD"] = blob(np.zeros((size, size), np.float32),
                        Blob("OD", *eye.disc, DISC_DIAMETER / 2, 1.08, math.pi / 2, (0.02, 1.0)), 0.012 * size)
     for lesion in eye.lesions:
-        blob(cover[lesion.kind], lesion, size * (0.03 if lesion.kind == "SE" else 0.004) + 0.6)
-    masks = np.stack([cover[kind] >= 0.5 for kind in LESIONS])
+        blob(cover[lesion.lesion_class], lesion, size * (0.03 if lesion.lesion_class == "SE" else 0.004) + 0.6)
+    masks = np.stack([cover[lesion_class] >= 0.5 for lesion_class in LESIONS])
     image = paint(eye, size, cover, rng)
     return expose(image, eye, size, rng), masks
 

@@ -20,7 +20,7 @@ VESSEL_SIDE = 108  # pixels of a vessel map
 REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
 COARSE_VIEWS = tuple(itertools.product((-12, -6, 0, 6, 12), (0.93, 1.0, 1.07)))  # degrees, zoom
 FINE_VIEWS = tuple(itertools.product(range(-12, 13, 3), (0.92, 0.96, 1.0, 1.04, 1.08)))
-SCREEN = 0.33  # score of the reduced maps below which a pair is not looked at again
+SCREENING_SCORE = 0.33  # pairs whose reduced maps score less are not compared again in full
 
 
 # ---- vessels of one photograph ----
@@ -65,17 +65,17 @@ def vessel_map(picture: np.ndarray) -> np.ndarray:
         return np.fft.irfft2(spectrum, s=(padded, padded))[..., :side, :side].astype(np.float32)
 
     green, brightest = picture[..., 1].astype(np.float32), picture.max(2)
-    lit = (brightest > max(12, 0.12 * np.percentile(brightest, 98))).astype(np.float32)
+    foreground = (brightest > max(12, 0.12 * np.percentile(brightest, 98))).astype(np.float32)
 
-    def local_mean(layer, sigma):  # over the lit pixels around
+    def local_mean(layer, sigma):  # over the foreground pixels around
         blur = low_pass(padded, sigma)
-        return convolve(layer * lit, blur) / np.maximum(convolve(lit, blur), 1e-3)
+        return convolve(layer * foreground, blur) / np.maximum(convolve(foreground, blur), 1e-3)
 
     mean = local_mean(green, 8)
     contrast = np.sqrt(np.maximum(local_mean((green - mean) ** 2, 12), 0)) + 1
-    responses = convolve(np.clip((mean - green) / contrast, -4, 4) * lit, line_filters(padded)).min(0)
+    responses = convolve(np.clip((mean - green) / contrast, -4, 4) * foreground, line_filters(padded)).min(0)
     lines = np.maximum(responses.max(0) - np.abs(responses).mean(0), 0)
-    inside = convolve(lit, low_pass(padded, 4)) > 0.98
+    inside = convolve(foreground, low_pass(padded, 4)) > 0.98
     if not inside.any():
         return np.zeros((side // 2, side // 2), np.uint8)
     lines = np.minimum(lines, np.percentile(lines[inside], 98)) * inside
@@ -94,7 +94,7 @@ def standardise(maps: Tensor) -> Tensor:
     return centred / (centred.square().sum((1, 2), keepdim=True) / pixels).sqrt().clamp(min=1e-6)
 
 
-def seen_at(maps: Tensor, degrees: float, zoom: float) -> Tensor:
+def rotate_and_zoom(maps: Tensor, degrees: float, zoom: float) -> Tensor:
     """(n, V, V) turned and zoomed about the centre, of the same energy as before."""
     cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
     matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(maps), 2, 3)
@@ -139,8 +139,8 @@ def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (p, 2) of vessel maps (n, V, V) that may show one eye, i < j, and their scores (p,).
 
     The score is the highest correlation over shifts, turns and zooms of the second map. All pairs are compared on maps
-    reduced to a third (15 views, each a twentieth of the time of a full one), those that reach SCREEN once more in full
-    (45 views). Maps without a retina are left out.
+    reduced to a third (15 views, each a twentieth of the time of a full one), those that reach SCREENING_SCORE once
+    more in full (45 views). Maps without a retina are left out.
     """
     usable = np.flatnonzero((maps > 0).any((1, 2)))
     none = np.zeros((0, 2), int), np.zeros(0, np.float32)
@@ -151,20 +151,20 @@ def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     coarse = Correlation((F.avg_pool2d(field[None], 3)[0] > 0.5).float())
     spectra, scores = coarse.spectra(shrink(full)), torch.zeros(len(full), len(full))
     for view in tqdm(COARSE_VIEWS, desc="comparing vessels, once", leave=False, disable=None):
-        turned = coarse.spectra(shrink(seen_at(full, *view)))
+        turned = coarse.spectra(shrink(rotate_and_zoom(full, *view)))
         for i in range(len(full) - 1):
             for j in range(i + 1, len(full), 512):
-                row = scores[i, j:j + 512]
-                torch.maximum(row, coarse.best(spectra[i], turned[j:j + 512]), out=row)
-    first, second = (scores >= SCREEN).triu(1).nonzero().unbind(1)
+                best_so_far = scores[i, j:j + 512]
+                torch.maximum(best_so_far, coarse.best(spectra[i], turned[j:j + 512]), out=best_so_far)
+    first, second = (scores >= SCREENING_SCORE).triu(1).nonzero().unbind(1)
     if not len(first):
         return none
     fine, best = Correlation(field), torch.zeros(len(first))
     spectra = fine.spectra(full)
     seconds, place = second.unique(return_inverse=True)
     for view in tqdm(FINE_VIEWS, desc="looking again", leave=False, disable=None):
-        turned = fine.spectra(seen_at(full[seconds], *view))
+        turned = fine.spectra(rotate_and_zoom(full[seconds], *view))
         for k in range(0, len(first), 128):
-            part = slice(k, k + 128)
-            best[part] = best[part].maximum(fine.best(spectra[first[part]], turned[place[part]]))
+            chunk = slice(k, k + 128)
+            best[chunk] = best[chunk].maximum(fine.best(spectra[first[chunk]], turned[place[chunk]]))
     return usable[torch.stack([first, second], 1).numpy()], best.numpy()

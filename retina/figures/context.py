@@ -128,7 +128,7 @@ class FigureContext:
 
     def answers(self, name: str) -> dict[str, Tensor]:
         """What the network says of a photograph: {task: decoded answer, one row}."""
-        return full_size.answer(self.run.net, self.run.tasks, self.sample(name).image, self.device)
+        return full_size.predict_sample(self.run.net, self.run.tasks, self.sample(name).image, self.device)
 
     @property
     def masked(self) -> list[str]:

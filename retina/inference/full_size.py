@@ -1,4 +1,4 @@
-"""Answers in the pixels of the photograph's own file, and masks scored there."""
+"""Predictions in the pixels of the photograph's own file, and masks scored there."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,32 +17,33 @@ from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import MaskMetrics, TaskMetrics
 
 
-def sample_of(record: Record, size: int, small: Decoded | None = None) -> Sample:
+def unlabelled_sample(record: Record, size: int, small: Decoded | None = None) -> Sample:
     """A photograph as the network sees it, without labels; `small`: see preprocess.preprocess."""
-    plain = replace(record, labels={})
-    return preprocess.to_sample(plain, preprocess.preprocess(plain, size, image_only=True, small=small))
+    unlabelled = replace(record, labels={})
+    return preprocess.to_sample(unlabelled, preprocess.preprocess(unlabelled, size, image_only=True, small=small))
 
 
 def all_indices(net: nn.Module, tasks: Sequence[TaskMetrics], number: int, device: torch.device) -> dict[str, Tensor]:
-    """For Net.forward: these tasks answer for all of `number` photographs, the others for none."""
+    """`indices` for Net.forward: these tasks on all of `number` photographs, the others on none."""
     wanted = {t.name for t in tasks}
     return {name: torch.arange(number if name in wanted else 0, device=device) for name in net.heads}
 
 
 @torch.inference_mode()
-def answer(net: nn.Module, tasks: Sequence[TaskMetrics], image: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """What the network says of one sample (3, S, S) uint8: {task: decoded answer, one row}."""
+def predict_sample(net: nn.Module, tasks: Sequence[TaskMetrics], image: Tensor,
+                   device: torch.device) -> dict[str, Tensor]:
+    """Predictions for one sample (3, S, S) uint8: {task: decoded prediction, without the batch dimension}."""
     outputs, _ = net(image[None].to(device), all_indices(net, tasks, 1, device))
     return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
 
 
 @torch.inference_mode()
-def in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int, device: torch.device,
-             batch: int = 8) -> Tensor:
+def predict_in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int, device: torch.device,
+                     batch: int = 8) -> Tensor:
     """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles (size, size) that overlap by half.
 
-    Where tiles overlap, their probabilities are averaged with weights that fall off towards a tile's border, where the
-    network sees least of what is around.
+    Where tiles overlap, their probabilities are averaged with weights that fall towards a tile's border, where the
+    network sees least of the surroundings.
     """
     side = image.shape[-1]
     number = -(-2 * (side - size) // size) + 1
@@ -52,33 +53,33 @@ def in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int, device
     window = window[:, None] * window
     total, weight = torch.zeros(len(task.classes), side, side), torch.zeros(side, side)
     for k in range(0, len(corners), batch):
-        part = corners[k:k + batch]
-        tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in part]).to(device)
-        outputs, _ = net(tiles, all_indices(net, [task], len(part), device))
-        for (y, x), masks in zip(part, task.decode(outputs[task.name].float()).cpu()):
+        chunk = corners[k:k + batch]
+        tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in chunk]).to(device)
+        outputs, _ = net(tiles, all_indices(net, [task], len(chunk), device))
+        for (y, x), masks in zip(chunk, task.decode(outputs[task.name].float()).cpu()):
             total[:, y:y + size, x:x + size] += window * masks
             weight[y:y + size, x:x + size] += window
     return total.div_(weight)
 
 
-def masks_of(net: nn.Module, task: TaskMetrics, record: Record, size: int, tiles: float | None, device: torch.device,
-             batch: int) -> tuple[np.ndarray, Geometry]:
-    """Masks (L, Z, Z) of a photograph and where they lie in its file: predicted whole, or in tiles of a larger one."""
-    sample = sample_of(record, size if tiles is None else round(size * tiles))
-    masks = answer(net, [task], sample.image, device)[task.name] if tiles is None else \
-        in_tiles(net, task, sample.image, size, device, batch)
+def predict_masks(net: nn.Module, task: TaskMetrics, record: Record, size: int, tiles: float | None,
+                  device: torch.device, batch: int) -> tuple[np.ndarray, Geometry]:
+    """Masks (L, Z, Z) of a photograph and their geometry: predicted at once, or in tiles of a larger sample."""
+    sample = unlabelled_sample(record, size if tiles is None else round(size * tiles))
+    masks = predict_sample(net, [task], sample.image, device)[task.name] if tiles is None else \
+        predict_in_tiles(net, task, sample.image, size, device, batch)
     return masks.numpy(), sample.geometry
 
 
-def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
+def to_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
     """A map of the sample (Z, Z) float32 -> of the file (H, W), bilinear; 0 outside of the sample.
 
-    To the last bit what Pillow's Image.transform gives, in a fifth of its time: it goes along x for every pixel of the
-    file, this for every row of the sample.
+    Equal to Pillow's Image.transform to the last bit, in a fifth of the time: Pillow interpolates along x for every
+    pixel of the file, this for every row of the sample.
     """
     g, side = geometry, len(map_)
 
-    def places(number, scale, shift):  # of pixels of the file: sample's pixel before, how far behind it, inside?
+    def places(number, scale, shift):  # of the file's pixels: the sample's pixel before, the fraction, inside?
         at = (np.arange(number) + 0.5) * scale + shift
         before = np.floor(at - 0.5)
         return before.astype(int), at - 0.5 - before, (at >= 0) & (at < side)
@@ -90,29 +91,30 @@ def in_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
         left, right = (map_[min(max(row, 0), side - 1)].take(x + i, mode="clip") for i in (0, 1))
         return np.where(inside_x, left + (right - left) * dx, 0)  # (W,)
 
-    found = np.zeros((g.height, g.width), np.float32)
+    filled = np.zeros((g.height, g.width), np.float32)
     for row in np.unique(y[inside_y]):
         upper, lower, here = along_x(row), along_x(row + 1), np.flatnonzero(inside_y & (y == row))
-        found[here] = upper + (lower - upper) * dy[here, None]
-    return found
+        filled[here] = upper + (lower - upper) * dy[here, None]
+    return filled
 
 
-def stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int, tiles: float | None,
-                       device: torch.device, batch: int, accumulator: PRCurveAccumulator) -> tuple[list[str], Tensor]:
-    """Names and statistics (see MaskMetrics.image_stats) of photographs with masks, in the pixels of their files."""
+def mask_stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Record], size: int,
+                            tiles: float | None, device: torch.device, batch: int,
+                            accumulator: PRCurveAccumulator) -> tuple[list[str], Tensor]:
+    """Names of the photographs, and their MaskMetrics.image_stats in the pixels of their files."""
     stats = []
     with ThreadPoolExecutor(2) as threads:  # two at a time: decoding and sorting leave Python's lock alone
         for record in tqdm(records, desc="masks at full size", unit="photo", leave=False, disable=None):
-            maps, geometry = masks_of(net, task, record, size, tiles, device, batch)
+            maps, geometry = predict_masks(net, task, record, size, tiles, device, batch)
 
-            def of_class(kind, record=record, maps=maps, geometry=geometry):
-                if task.classes[kind] not in record.masks:
-                    return task.count(kind, maps[kind], None, accumulator)
-                path = record.masks[task.classes[kind]]
+            def of_class(lesion, record=record, maps=maps, geometry=geometry):
+                if task.classes[lesion] not in record.masks:
+                    return task.count(lesion, maps[lesion], None, accumulator)
+                path = record.masks[task.classes[lesion]]
                 shape = geometry.height, geometry.width
                 truth = np.zeros(shape, bool) if path is None else \
                     np.asarray(preprocess.read_mask(path, shape[::-1])[0]) > 0
-                return task.count(kind, in_file_pixels(maps[kind], geometry), truth, accumulator)
+                return task.count(lesion, to_file_pixels(maps[lesion], geometry), truth, accumulator)
 
             stats.append(torch.stack(list(threads.map(of_class, range(len(task.classes))))))
     return [r.name for r in records], torch.stack(stats)
@@ -120,16 +122,16 @@ def stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence[Reco
 
 def score_at_full_size(net: nn.Module, tasks: Sequence[TaskMetrics], records: Sequence[Record], size: int,
                        tiles: float | None, device: torch.device, batch: int) -> SplitScores | None:
-    """Masks in the pixels of their files; None where there are no masks of files, as with drawn photographs.
+    """Scores of masks in the pixels of their files; None where no masks are files, as with drawn photographs.
 
-    `size` is that of training; with `tiles` the photographs are predicted in parts, at so many times that size, `batch`
-    parts at a time.
+    `size` is that of training. With `tiles`, photographs are read at `tiles` times that size and predicted in tiles,
+    `batch` of them at a time.
     """
     task = next((t for t in tasks if isinstance(t, MaskMetrics)), None)
     records = [r for r in records if r.masks is not None and r.image is not None]
     if task is None or not records:
         return None
     t, accumulator = task.name, task.accumulator()
-    names, stats = stats_at_full_size(net.eval(), task, records, size, tiles, device, batch, accumulator)
+    names, stats = mask_stats_at_full_size(net.eval(), task, records, size, tiles, device, batch, accumulator)
     return SplitScores([task], {t: names}, {t: stats}, accumulators={t: accumulator},
                        eyes={r.name: r.eye or r.name for r in records})

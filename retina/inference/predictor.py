@@ -1,4 +1,4 @@
-"""Answers for photographs without labels: a table, overlays, masks. Research use only: this is no medical device.
+"""Predictions for photographs without labels: a table, overlays, masks. Research use only: this is no medical device.
 
     python evaluate.py RUN --images ... --out FOLDER
 """
@@ -24,7 +24,7 @@ from retina.datasets.records import Record
 from retina.drawing import overlay
 from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError
-from retina.inference.full_size import answer, in_file_pixels, in_tiles, sample_of
+from retina.inference.full_size import predict_in_tiles, predict_sample, to_file_pixels, unlabelled_sample
 from retina.inference.quality import refusal
 
 
@@ -33,11 +33,11 @@ AHEAD, BEHIND = 2, 2  # photographs read before the network is at them, and stil
 
 
 def find_photographs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The photographs that are named and those in the folders that are; what in these is left out.
+    """The photographs among `paths` and in folders among them; and notes of what in these is left out.
 
     InputError: no such file, a folder without a photograph.
     """
-    found, notes = [], []
+    photographs, notes = [], []
     for path in paths:
         if not path.exists():
             raise InputError(f"--images {path}: no such file or folder; expected photographs, or folders of them")
@@ -50,14 +50,14 @@ def find_photographs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             if others := [p.name for p in inside if p not in images]:
                 notes.append(f"left out, as no photographs or as folders: {len(others)} in {path} "
                              f"({', '.join(others[:3])}{', ...' * (len(others) > 3)})")
-            found += images
+            photographs += images
         else:
-            found.append(path)
-    return list(dict.fromkeys(found)), notes
+            photographs.append(path)
+    return list(dict.fromkeys(photographs)), notes
 
 
 def names_for(paths: Sequence[Path]) -> Iterator[str]:
-    """A name for each, without its suffix; a number is added where two would have the same."""
+    """A name for each path, without its suffix; a number is added where two would have the same name."""
     names = set()
     for path in paths:
         stem = path.stem.encode("utf-8", "replace").decode()[:60]
@@ -71,18 +71,18 @@ def names_for(paths: Sequence[Path]) -> Iterator[str]:
 
 @dataclass
 class Photo:
-    """A photograph on its way through a Predictor. Without a sample, its row says why it is not answered."""
+    """A photograph on its way through a Predictor. Without a sample, its row says why there is no prediction."""
     row: dict  # of predictions.csv, as far as it is known
-    lit: float = 0.0  # share of the picture that shows retina
+    retina_share: float = 0.0  # share of the picture that shows retina
     sample: Sample | None = None
     large: Sample | None = None  # to cut tiles from
     picture: Image.Image | None = None  # as large as its file, to draw on
-    found: dict[str, Tensor] | None = None  # what the network says: {task: decoded answer, one row}
+    predictions: dict[str, Tensor] | None = None  # see predict_sample
 
 
 @dataclass
 class Predictor:
-    """What turns photographs into rows of predictions.csv and pictures: write(ask(read(path, name))) for each."""
+    """Turns photographs into rows of predictions.csv and pictures: write(predict(read(path, name))) for each."""
     net: nn.Module
     tasks: Sequence[TaskMetrics]
     calibration: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
@@ -91,52 +91,53 @@ class Predictor:
     batch: int  # of tiles
     device: torch.device
     out: Path
-    retinas: bool  # False: trained on folders of classes, which may show anything
+    retinas: bool  # whether to refuse other pictures; False: trained on folders of classes, which may show anything
 
     def read(self, path: Path, name: str) -> Photo:
-        """All that is needed of a file: a JPEG is decoded once for each purpose, others once; see read_image."""
+        """Decode a file for each purpose: a JPEG once for each size, others once; see read_image."""
         row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": NOTE}
-        shown = folders(self.tasks)
+        folders = picture_folders(self.tasks)
         try:
             small = preprocess.read_image(path, 512)
             row |= dict(zip(("width", "height"), small.size))
             if self.retinas and (reason := refusal(small.image)):
                 return Photo(row | {"status": "refused", "reason": reason})
-            record, tiles = Record(name, path), self.tiles if "masks" in shown else None
+            record, tiles = Record(name, path), self.tiles if "masks" in folders else None
             return Photo(row, float(preprocess.foreground_mask(small.image).mean()),
-                         sample_of(record, self.size, small),
-                         None if tiles is None else sample_of(record, round(self.size * tiles), small),
-                         preprocess.read_image(path, 1 << 30, small).image if shown else None)
+                         unlabelled_sample(record, self.size, small),
+                         None if tiles is None else unlabelled_sample(record, round(self.size * tiles), small),
+                         preprocess.read_image(path, 1 << 30, small).image if folders else None)
         except InputError as error:
             reason = str(error).removeprefix(f"{path}: ").partition("; replace the file")[0]
             return Photo(row | {"status": "unreadable", "reason": reason})
 
-    def ask(self, photo: Photo) -> Photo:
-        """The same photograph with what the network says of it."""
+    def predict(self, photo: Photo) -> Photo:
+        """The same photograph with the network's predictions."""
         if photo.sample is None:
             return photo
-        found = answer(self.net, self.tasks, photo.sample.image, self.device)
+        predictions = predict_sample(self.net, self.tasks, photo.sample.image, self.device)
         if photo.large is not None:
-            found |= {t.name: in_tiles(self.net, t, photo.large.image, self.size, self.device, self.batch)
-                      for t in self.tasks if isinstance(t, MaskMetrics)}
-        return replace(photo, found=found)
+            predictions |= {t.name: predict_in_tiles(self.net, t, photo.large.image, self.size, self.device, self.batch)
+                            for t in self.tasks if isinstance(t, MaskMetrics)}
+        return replace(photo, predictions=predictions)
 
     def write(self, photo: Photo) -> dict:
-        """The row of a photograph, with columns of all tasks; its pictures are written, masks as PNG of 0 and 255."""
-        if photo.found is None:
+        """The row of a photograph, with columns of all tasks; writes its pictures, masks as PNG of 0 and 255."""
+        if photo.predictions is None:
             return photo.row
         row, masks, points, lines = photo.row, {}, None, []
         for task in self.tasks:
-            found = photo.found[task.name]
+            prediction = photo.predictions[task.name]
             if isinstance(task, MaskMetrics):
                 geometry = (photo.large or photo.sample).geometry
-                for kind, map_ in zip(task.classes, found.numpy()):
-                    masks[kind] = mask = in_file_pixels(map_, geometry) >= self.calibration[task.name][kind]  # (H, W)
-                    Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{kind}.png",
+                for lesion, map_ in zip(task.classes, prediction.numpy()):
+                    threshold = self.calibration[task.name][lesion]
+                    masks[lesion] = mask = to_file_pixels(map_, geometry) >= threshold  # (H, W)
+                    Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{lesion}.png",
                                                             compress_level=1)
-                    row[f"area_{kind}"] = round(np.count_nonzero(mask) / mask.size / photo.lit, 6)
+                    row[f"area_{lesion}"] = round(np.count_nonzero(mask) / mask.size / photo.retina_share, 6)
                 continue
-            columns = task.predicted_columns(found, photo.sample, self.calibration[task.name])
+            columns = task.predicted_columns(prediction, photo.sample, self.calibration[task.name])
             row |= columns
             lines += task.caption(columns)
             if isinstance(task, LandmarkMetrics):
@@ -147,14 +148,14 @@ class Predictor:
         return row
 
 
-def folders(tasks: Sequence[TaskMetrics]) -> list[str]:
-    """Of the pictures that answers to these tasks are shown in."""
+def picture_folders(tasks: Sequence[TaskMetrics]) -> list[str]:
+    """The folders below `out` for the pictures of these tasks."""
     masks = any(isinstance(t, MaskMetrics) for t in tasks)
     return ["overlays"] * (masks or any(isinstance(t, LandmarkMetrics) for t in tasks)) + ["masks"] * masks
 
 
 def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
-    """Write rows as they come, so that none is lost; -> all of them. The header is that of the first answered one."""
+    """Write rows as they come, so that none is lost; -> all of them. The first answered row gives the header."""
     done, waiting = [], []
     # names of files need not be text
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -183,7 +184,7 @@ def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
 def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) -> Iterator[Mapping]:
     """Rows in order; while the network has one photograph, threads read the next ones and write the last ones.
 
-    After an error or Ctrl-C, what is being written is written to its end and has its row.
+    After an error or Ctrl-C, photographs that are being written are finished and have their rows.
     """
     waiting, reading, writing = iter(photographs), deque(), deque()
     # one reader: open_image turns a warning into an error, and two threads would undo that for each other
@@ -193,7 +194,7 @@ def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) ->
                 reading += [reader.submit(predictor.read, *p) for p in islice(waiting, 1 + AHEAD - len(reading))]
                 if not reading:
                     break
-                writing.append(writers.submit(predictor.write, predictor.ask(reading.popleft().result())))
+                writing.append(writers.submit(predictor.write, predictor.predict(reading.popleft().result())))
                 while len(writing) > (BEHIND if reading else 0) or writing and writing[0].done():
                     row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
                     writing.popleft()
@@ -206,14 +207,14 @@ def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) ->
 
 
 def predict_all(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
-    """Answer for all photographs; -> the rows of predictions.csv. InputError: `out` is in use."""
+    """Predict all photographs; -> the rows of predictions.csv. InputError: `out` is a file or not empty."""
     out = predictor.out
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: a file; expected a folder, new or empty")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: holds {next(out.iterdir()).name} and perhaps more; expected a folder, new or "
                          "empty")
-    for folder in (".", *folders(predictor.tasks)):
+    for folder in (".", *picture_folders(predictor.tasks)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     predictor.net.eval()
     rows = overlapped(predictor, zip(paths, names_for(paths)))

@@ -1,11 +1,11 @@
-"""What a run keeps on disk, and how it goes on from there.
+"""What a run stores on disk, and how it resumes.
 
-    generators, set_generators      everything random but the batches, which follow from seed and step
-    TrainState                      all that a step changes, and how far a run has come
-    begin, read_last, read_log      a run's folder
-    RunFolder                       the same while the run trains: last.pt, best.pt, log.jsonl, result.json
+    generators, set_generators                    all random states; batches need none, they follow from seed and step
+    TrainState                                    all that a step changes, and how far a run has come
+    create_run_folder, read_last, read_log        a run's folder
+    RunFolder                                     the same during training: last.pt, best.pt, log.jsonl, result.json
 
-Whatever is read here runs no code; see load_tensors in files.py.
+Reading runs no code; see load_tensors in files.py.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def weights_hash(net: torch.nn.Module) -> str:
 
 
 def generators() -> dict:
-    """The states of Python's, numpy's and torch's generators, as plain types and tensors."""
-    kind, keys, *rest = np.random.get_state()
+    """The states of Python's, numpy's and torch's generators, as tensors, numbers and lists."""
+    algorithm, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+    return {"python": random.getstate(), "numpy": [algorithm, keys.tolist(), *rest], "torch": torch.get_rng_state(),
             "cuda": cuda}
 
 
 def set_generators(states: Mapping) -> None:
-    """Go on as if nothing had been drawn since `generators` was called."""
+    """Restore what `generators` returned."""
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"].cpu())
@@ -84,13 +84,13 @@ def make_repeatable(seed: int, deterministic: bool) -> None:
     if deterministic:  # read by cuBLAS when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    # which would by default also fill memory that is written over next: a tenth of a step
+    # by default it also fills memory that is overwritten next, which takes a tenth of a step
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = deterministic
 
 
 def machine(device: torch.device, world: World) -> dict:
-    """What the last digits of a result depend on, beside the options."""
+    """What the last digits of a result depend on, apart from the options."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": device.type, "processes": world.size, "name": name, "threads": torch.get_num_threads(),
             "torch": str(torch.__version__), "python": platform.python_version()}
@@ -100,14 +100,14 @@ def machine(device: torch.device, world: World) -> dict:
 class TrainState:
     """All that a step changes, and how far a run has come."""
     net: nn.Module
-    model: nn.Module  # what is called in training: `net`, or what several processes make of it
+    model: nn.Module  # what training calls: `net`, or a DistributedDataParallel around it
     loss_weights: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    monitor: LossMonitor  # of the epoch under way
-    step: int = 0  # done
-    epoch: int = 0  # trained and scored
+    monitor: LossMonitor  # of the current epoch
+    step: int = 0  # steps done
+    epoch: int = 0  # epochs trained and scored
     best: dict = field(default_factory=lambda: {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {},
                                                 "weights": ""})
 
@@ -116,7 +116,7 @@ class TrainState:
         return self.monitor.device
 
     def end_epoch(self, score: float, metrics: Mapping, usage: Mapping) -> bool:
-        """Count an epoch, of these validation scores; -> whether it is the best so far."""
+        """Count an epoch with these validation results; -> whether it is the best so far."""
         self.epoch += 1
         if not score > self.best["score"]:  # nan is no better
             return False
@@ -124,18 +124,18 @@ class TrainState:
                      "weights": weights_hash(self.net)}
         return True
 
-    PARTS = "loss_weights", "optimizer", "schedule", "scaler", "monitor"  # that keep a state of their own
+    STATEFUL = "loss_weights", "optimizer", "schedule", "scaler", "monitor"  # those with a state_dict, beside the net
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it but the network, as plain types and tensors."""
-        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
+        """All of it but the network, as tensors, numbers and dictionaries."""
+        return {name: getattr(self, name).state_dict() for name in self.STATEFUL} | {
             "step": self.step, "epoch": self.epoch, "best": self.best}
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Go on from what state_dict returned. KeyError: there is more or less."""
+        """Restore what state_dict returned. KeyError: other keys."""
         if stored.keys() != self.state_dict().keys():
             raise KeyError(f"kept: {', '.join(stored)}")
-        for name in self.PARTS:
+        for name in self.STATEFUL:
             getattr(self, name).load_state_dict(stored[name])
         self.step, self.epoch, self.best = stored["step"], stored["epoch"], stored["best"]
 
@@ -150,14 +150,14 @@ def save(path: Path, state: Mapping) -> None:
         file.write(memory.getbuffer())
 
 
-def taken(folder: Path) -> InputError:
-    """That there is a run in `folder` already."""
+def already_exists(folder: Path) -> InputError:
+    """The error that `folder` holds a run already."""
     return InputError(f"{folder}: exists already; choose another --name, go on with --resume {folder}, or replace it "
                       "with --overwrite")
 
 
-def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
-    """Make a run's folder, which is there with its config.json or not at all. InputError: it is there already."""
+def create_run_folder(folder: Path, config: Mapping, overwrite: bool) -> None:
+    """Make a run's folder together with its config.json. InputError: it exists already."""
     new, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{end}") for end in ("new", "old"))
     try:
         new.mkdir(parents=True)
@@ -171,14 +171,14 @@ def begin(folder: Path, config: Mapping, overwrite: bool) -> None:
         try:
             new.rename(folder)
         except OSError:
-            raise taken(folder) from None
+            raise already_exists(folder) from None
     finally:
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_last(folder: Path) -> tuple[dict, dict | None]:
-    """A run's options, and all of last.pt; None where the run was stopped before it was first written.
+    """A run's options and its last.pt; None if the run was stopped before last.pt was first written.
 
     InputError: no run; a checkpoint that is damaged, missing, or of another version.
     """
@@ -204,10 +204,10 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
                          f"({type(error).__name__}: {error}); train again") from None
 
 
-def tidy(folder: Path, epochs: int) -> list[str]:
-    """Remove what a killed process left half done, and lines of log.jsonl after `epochs`; -> those before."""
-    for part in folder.glob("*.part"):
-        part.unlink()
+def clean_up(folder: Path, epochs: int) -> list[str]:
+    """Remove files that a killed process left, and lines of log.jsonl after `epochs`; -> the lines before."""
+    for temporary in folder.glob("*.part"):
+        temporary.unlink()
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines()[:epochs] if log.exists() else []
     write_log(folder, lines)
@@ -215,7 +215,7 @@ def tidy(folder: Path, epochs: int) -> list[str]:
 
 
 def write_log(folder: Path, lines: Sequence[str]) -> None:
-    """All lines of log.jsonl: one valid JSON object each, whenever one looks."""
+    """Write all lines of log.jsonl anew, so that the file is valid at any time."""
     write_text(folder / "log.jsonl", "".join(f"{line}\n" for line in lines))
 
 
@@ -239,7 +239,7 @@ def read_log(folder: Path) -> list[dict]:
 # ---- a run while it trains ----
 
 class RunFolder:
-    """A run's folder while it trains. Of several processes the first alone writes; all must call the same methods."""
+    """A run's folder during training. Only the first of several processes writes; all must call the same methods."""
 
     def __init__(self, folder: Path, config: Mapping, state: TrainState, training: FundusDataset,
                  validation: FundusDataset, world: World, quiet: bool):
@@ -247,24 +247,24 @@ class RunFolder:
         self.stored = {"options": config, "validation": [r.name for r in validation.records],
                        "data": [training.fingerprint(), validation.fingerprint()],
                        "machine": machine(state.device, world)}
-        self.lines, self.held = [], None  # of log.jsonl; the lock, held until the process ends
+        self.lines, self.lock = [], None  # lines of log.jsonl; the folder's lock, until the process ends
         self.saved_at = time.monotonic()
 
     def open(self, saved: Mapping | None, findings: Mapping, resume: bool, overwrite: bool) -> None:
-        """Begin the run, or go on from `saved`, its last.pt. InputError: it is there already; see `restore`."""
+        """Begin the run, or resume from `saved`, its last.pt. InputError: it exists already; see `restore`."""
         if saved is not None:
             self.restore(saved)
         elif self.world.rank == 0 and not resume:
-            begin(self.folder, {
+            create_run_folder(self.folder, {
                 "begun": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
                 "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "machine": self.stored["machine"], "options": self.config, **findings}, overwrite)
-        if self.world.rank:  # noise and dropout of its own
+        if self.world.rank:  # other noise and dropout in each process
             seed = np.random.SeedSequence((self.config["seed"], self.world.rank)).generate_state(1)[0]
             torch.manual_seed(int(seed))
 
     def restore(self, saved: Mapping) -> None:
-        """Go on from last.pt. InputError: the data, the device or the number of processes is another."""
+        """Resume from last.pt. InputError: other data, another device or number of processes."""
         if saved["data"] != self.stored["data"]:
             raise InputError(f"--resume {self.folder}: {self.config['data'] or 'the drawn photographs'}: other "
                              "photographs or labels than when the run was begun; expected the same; start a new run")
@@ -274,8 +274,8 @@ class RunFolder:
                 raise InputError(f"{flag} {now[what]}: {self.folder} was begun with {begun[what]}; expected the same, "
                                  "or the result would be another")
         if begun != now and not self.quiet:
-            said = (", ".join(f"{k} {v}" for k, v in of.items()) for of in (begun, now))
-            print("warning: begun with {}, now {}: the last digits of the result may be others".format(*said))
+            machines = (", ".join(f"{k} {v}" for k, v in m.items()) for m in (begun, now))
+            print("warning: begun with {}, now {}: the last digits of the result may be others".format(*machines))
         try:
             self.state.net.load_state_dict(saved["net"])
             self.state.load_state_dict(saved["state"])
@@ -287,19 +287,19 @@ class RunFolder:
                              "expected it to stay; start a new run")
 
     def start(self, saved: Mapping | None) -> None:
-        """Right before the first step: generators as they were, the folder locked, the first checkpoint."""
+        """Right before the first step: restore generators, lock the folder, write the first checkpoint."""
         if saved is not None:
             set_generators(saved["generators"][self.world.rank])
         if self.world.rank == 0:
-            self.held = lock_folder(self.folder)
-            self.lines = tidy(self.folder, self.state.epoch)
+            self.lock = lock_folder(self.folder)
+            self.lines = clean_up(self.folder, self.state.epoch)
         if saved is None:
             self.save_last()
         elif not self.quiet and self.ended():
             print("it has come to its end already: nothing is left to train")
 
     def ended(self) -> bool:
-        """Whether all epochs are done, or too many in a row were no better."""
+        """Whether all epochs are done, or `patience` epochs in a row were no better."""
         epoch, patience = self.state.epoch, self.config["patience"]
         return epoch >= self.config["epochs"] or epoch - self.state.best["epoch"] >= patience
 
@@ -308,12 +308,12 @@ class RunFolder:
         return time.monotonic() - self.saved_at >= SAVE_SECONDS
 
     def save_last(self) -> None:
-        """Write last.pt: all that the rest of the run depends on. Nothing, if a step that was not read yet failed."""
+        """Write last.pt, all that the rest of the run depends on. RunError: the last step's loss is not finite."""
         self.state.monitor.read()
-        found = self.world.gather(generators())
+        random_states = self.world.gather(generators())
         if self.world.rank == 0:
             save(self.folder / "last.pt", {**self.stored, "net": self.state.net.state_dict(),
-                                           "state": self.state.state_dict(), "generators": found})
+                                           "state": self.state.state_dict(), "generators": random_states})
         self.saved_at = time.monotonic()
 
     def save_best(self, calibration: Mapping) -> None:
@@ -327,10 +327,10 @@ class RunFolder:
         write_log(self.folder, self.lines)
 
     def progress(self, batches: Iterator[Batch], left: int, per_epoch: int) -> Iterator[Batch]:
-        """The batches that are left of an epoch, under a progress bar and the eyes of the monitor.
+        """The remaining batches of an epoch, with a progress bar; the monitor counts the time of waiting for them.
 
-        If a file or a loader's process keeps one from coming, what was learned is saved first; not so in a group: the
-        others do not know of it.
+        If a batch cannot be loaded, the run is saved first; not so with several processes, since the others do not know
+        of it.
         """
         monitor = self.state.monitor
         with tqdm(total=per_epoch, initial=per_epoch - left, unit="step", leave=False, disable=self.quiet or None,
@@ -350,7 +350,7 @@ class RunFolder:
                 bar.set_postfix(monitor.recent(), refresh=False)
 
     def end_epoch(self, scores: SplitScores | None, tasks: Sequence[TaskMetrics], photographs: int) -> None:
-        """Count an epoch of so many photographs, keep the network if it is the best, write down what was found."""
+        """Count an epoch of so many photographs, save the network if it is the best, and write log.jsonl."""
         state, monitor = self.state, self.state.monitor
         metrics, usage = self.world.broadcast(scores and (scores.metrics(), scores.usage))
         score, losses = scoring.primary_score(metrics, tasks), monitor.means()
@@ -363,13 +363,13 @@ class RunFolder:
                 "images_per_second": round(photographs / monitor.seconds, 2)}
         if self.config["log_gradients"]:
             line["gradient_cosines"] = {pair: float(np.mean(v)) for pair, v in monitor.cosines.items()}
-        said = epoch_line(state.epoch, self.config["epochs"], losses, metrics, tasks, score, better, monitor.seconds)
+        message = epoch_line(state.epoch, self.config["epochs"], losses, metrics, tasks, score, better, monitor.seconds)
         if self.world.rank == 0:
             self.log(line)
         monitor.new_epoch()
         self.save_last()
         if not self.quiet:
-            print(said)
+            print(message)
         if self.ended() and state.epoch < self.config["epochs"] and not self.quiet:
             print(f"no better validation score for {self.config['patience']} epochs: stopped early")
 

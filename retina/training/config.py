@@ -1,9 +1,9 @@
 """From the command line of train.py to the configuration of a run.
 
-    flag                a field of a configuration that is a flag too: default, help, choices, bounds beside each other
-    parse               command line -> what was typed
-    resolve_defaults    -> a configuration; some defaults depend on the data and the device
-    read_request        -> what train.py is asked for: a new run, or one to go on with
+    flag                a field of Config that is a flag too: default, help, choices and bounds in one place
+    parse               command line -> the values that were typed
+    resolve_defaults    -> Config; some defaults depend on the data and the device
+    read_request        -> Request: a new run, or one to resume
 
 Every mistake is an InputError: one line that names the flag.
 """
@@ -35,48 +35,48 @@ OF_MACHINE = ("data", "workers", "device")  # may be others when a run is resume
 
 # ---- a field is a flag ----
 
-def flag(default: Any, group: str, text: str, *, real: Any = None, shown: str | None = None,
+def flag(default: Any, group: str, text: str, *, real: Any = None, default_text: str | None = None,
          choices: Collection[str] | Mapping[str, str] | None = None, lowest: float | None = None,
          below: float = math.inf, multiple: int | None = None) -> Any:
-    """A field that is declared once. `real`: the default on real data, where it is another than on drawings.
+    """A field of Config that is a flag. `real` is the default on real data, if it differs from that on drawn data.
 
-    `shown` tells of a default that depends on more; `lowest`, `below` and `multiple` bound numbers.
+    `default_text` describes a default that depends on more; `lowest`, `below` and `multiple` bound numbers.
     """
     if isinstance(choices, Mapping):
         text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
-    if shown is None and default is not None and not isinstance(default, bool):
+    if default_text is None and default is not None and not isinstance(default, bool):
         words = " ".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else \
             default
-        shown = f"{words} drawn, else {real:g}" if real is not None else words
+        default_text = f"{words} drawn, else {real:g}" if real is not None else words
     return field(default=default, metadata={
-        "group": group, "help": text if shown is None else f"{text} (default: {shown})", "real": real,
+        "group": group, "help": text if default_text is None else f"{text} (default: {default_text})", "real": real,
         "choices": choices, "lowest": lowest, "below": below, "multiple": multiple})
 
 
-def spelled(f: Field) -> str:
-    """The flag of a field; --no-NAME for what is on by default."""
+def flag_name(f: Field) -> str:
+    """The flag of a field; --no-NAME if it is on by default."""
     return f"--{'no-' * (f.default is True)}{f.name.replace('_', '-')}"
 
 
-def flags_of(kind: type[Config]) -> dict[str, Field]:
+def flags_of(config_class: type[Config]) -> dict[str, Field]:
     """The fields that are flags, by name."""
-    return {f.name: f for f in fields(kind) if "group" in f.metadata}
+    return {f.name: f for f in fields(config_class) if "group" in f.metadata}
 
 
-def parse(kind: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
-    """What was typed, by name; nothing that was not. InputError: a number is out of its range, a word unknown."""
+def parse(config_class: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
+    """{field: value} of the flags that were typed. InputError: a number out of its range, an unknown word."""
     parser = argparse.ArgumentParser(description="Train one network on several tasks at once.",
                                      argument_default=argparse.SUPPRESS)
-    types, known, groups = typing.get_type_hints(kind), flags_of(kind), {}
+    types, known, groups = typing.get_type_hints(config_class), flags_of(config_class), {}
     for f in known.values():
         if f.metadata["group"] not in groups:
             groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
         if isinstance(f.default, bool):
-            how = {"action": "store_false" if f.default else "store_true", "dest": f.name}
+            options = {"action": "store_false" if f.default else "store_true", "dest": f.name}
         else:
-            how = {"type": types[f.name] if types[f.name] in (int, float) else str,
-                   "nargs": "+" if isinstance(f.default, tuple) else None, "metavar": f.name.upper()}
-        groups[f.metadata["group"]].add_argument(spelled(f), help=f.metadata["help"].replace("%", "%%"), **how)
+            options = {"type": types[f.name] if types[f.name] in (int, float) else str,
+                       "nargs": "+" if isinstance(f.default, tuple) else None, "metavar": f.name.upper()}
+        groups[f.metadata["group"]].add_argument(flag_name(f), help=f.metadata["help"].replace("%", "%%"), **options)
     group = parser.add_argument_group("the run")
     group.add_argument("--name", help="folder below runs/ (default: the tasks and the next free number)")
     group.add_argument("--resume", type=Path, metavar="RUN",
@@ -90,35 +90,35 @@ def parse(kind: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def check(f: Field, value: Any) -> None:
-    """InputError: a number is out of its range, a word is none of the choices."""
+    """InputError: a number is out of its range, or a word is not among the choices."""
     known, lowest, below, multiple = (f.metadata[k] for k in ("choices", "lowest", "below", "multiple"))
     words = value if isinstance(value, tuple) else (value,)
     if known and (unknown := [word for word in words if word not in known]):
         several = isinstance(value, tuple)
-        raise InputError(f"{spelled(f)} {unknown[0]}: no such {f.name[:-1] if several else f.name}; there are "
+        raise InputError(f"{flag_name(f)} {unknown[0]}: no such {f.name[:-1] if several else f.name}; there are "
                          f"{', '.join(known)}" + "; separate them by spaces" * several)
     if lowest is not None and not lowest <= value < math.inf:
-        raise InputError(f"{spelled(f)} {value}: expected at least {lowest}")
+        raise InputError(f"{flag_name(f)} {value}: expected at least {lowest}")
     if multiple and value % multiple:
-        raise InputError(f"{spelled(f)} {value}: expected a multiple of {multiple}, the stride of the bottleneck")
+        raise InputError(f"{flag_name(f)} {value}: expected a multiple of {multiple}, the stride of the bottleneck")
     if below < math.inf and value >= below:
-        raise InputError(f"{spelled(f)} {value}: expected less than {below}")
+        raise InputError(f"{flag_name(f)} {value}: expected less than {below}")
 
 
 def as_dict(config: Config) -> dict:
-    """A configuration with lists in place of tuples, as JSON and checkpoints hold it."""
+    """A configuration with lists in place of tuples, as in JSON and checkpoints."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
-def of_result(config: Config) -> dict:
-    """The same without what the result does not hang on."""
+def result_options(config: Config) -> dict:
+    """The same without the fields that the result does not depend on."""
     return {k: v for k, v in as_dict(config).items() if k not in OF_MACHINE}
 
 
 # ---- defaults that depend on the data and the device ----
 
 def read_loss_weights(words: Sequence[str], tasks: Sequence[str]) -> dict[str, float] | None:
-    """["fixed"] -> {}, ["cls=0.5"] -> {"cls": 0.5}, ["uncertainty"] -> None: they are learned.
+    """["fixed"] -> {}, ["cls=0.5"] -> {"cls": 0.5}, ["uncertainty"] -> None, since they are learned.
 
     InputError: another form, a task that is not trained, a negative number.
     """
@@ -139,80 +139,81 @@ def read_loss_weights(words: Sequence[str], tasks: Sequence[str]) -> dict[str, f
     return weights
 
 
-def resolve_experts(kind: type[Config], given: Mapping[str, Any], tasks: Sequence[str],
+def resolve_experts(config_class: type[Config], given: Mapping[str, Any], tasks: Sequence[str],
                     model: ModuleType) -> dict[str, Any]:
-    """How many experts, how many chosen, and the weight of the balance loss, as the router needs them.
+    """num_experts, top_k and balance_weight, as the router needs them.
 
-    `model` is model.py, which knows the routers. InputError: a flag that means nothing here, numbers that do not fit.
+    `model` is model.py, which knows the routers. InputError: a flag that has no meaning here, numbers that do not fit.
     """
-    router = given.get("router", kind.router)
+    router = given.get("router", config_class.router)
     if given.get("num_experts") == 0:
-        unusual = [name for name in ("router", "expert_ratio") if given.get(name, getattr(kind, name)) !=
-                   getattr(kind, name)]
-        if alien := [name for name in ("top_k", "balance_weight") if name in given] + unusual:
-            raise InputError(f"--num-experts 0: there is no layer for --{alien[0].replace('_', '-')}; leave one of "
-                             "them out")
+        changed = [name for name in ("router", "expert_ratio")
+                   if given.get(name, getattr(config_class, name)) != getattr(config_class, name)]
+        if meaningless := [name for name in ("top_k", "balance_weight") if name in given] + changed:
+            raise InputError(f"--num-experts 0: there is no layer for --{meaningless[0].replace('_', '-')}; leave one "
+                             "of them out")
         return {"num_experts": 0, "top_k": 1, "balance_weight": 0.0}
     learns = router in model.LEARNED
     if not learns and given.get("balance_weight"):
-        raise InputError(f"--balance-weight {given['balance_weight']}: --router {router} does not learn, so there is nothing "
-                         "to balance; leave --balance-weight out")
-    experts, chosen = given.get("num_experts"), given.get("top_k")
+        raise InputError(f"--balance-weight {given['balance_weight']}: --router {router} does not learn, so there is "
+                         "nothing to balance; leave --balance-weight out")
+    experts, top_k = given.get("num_experts"), given.get("top_k")
     if router == "private":
-        chosen = chosen or (kind.top_k if experts is None else max(1, experts // len(tasks)))
-        experts = experts or chosen * len(tasks)
-    experts = experts or kind.num_experts
-    chosen = chosen or (experts if router == "uniform" else min(kind.top_k, experts))
+        top_k = top_k or (config_class.top_k if experts is None else max(1, experts // len(tasks)))
+        experts = experts or top_k * len(tasks)
+    experts = experts or config_class.num_experts
+    top_k = top_k or (experts if router == "uniform" else min(config_class.top_k, experts))
     try:
-        model.make_routers(router, 1, tasks, experts, chosen)
+        model.make_routers(router, 1, tasks, experts, top_k)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return {"num_experts": experts, "top_k": chosen,
-            "balance_weight": given.get("balance_weight", kind.balance_weight) if learns else 0.0}
+    return {"num_experts": experts, "top_k": top_k,
+            "balance_weight": given.get("balance_weight", config_class.balance_weight) if learns else 0.0}
 
 
-def resolve_defaults(kind: type[Config], given: Mapping[str, Any], model: ModuleType) -> tuple[Config, list[str]]:
-    """What was typed, and for the rest the defaults; -> configuration, notes to print and to keep.
+def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
+                     model: ModuleType) -> tuple[Config, list[str]]:
+    """The typed values, and defaults for the others; -> configuration, notes to print and to store.
 
-    InputError: the data cannot be read, or flags that do not go with them or with each other.
+    InputError: the data cannot be read, or flags do not fit them or each other.
     """
-    tasks = given.get("tasks", kind.tasks)
-    read_loss_weights(given.get("loss_weights", kind.loss_weights), tasks)
-    splits.read_fold(given.get("fold", kind.fold))
-    values = resolve_experts(kind, given, tasks, model)
+    tasks = given.get("tasks", config_class.tasks)
+    read_loss_weights(given.get("loss_weights", config_class.loss_weights), tasks)
+    splits.read_fold(given.get("fold", config_class.fold))
+    values = resolve_experts(config_class, given, tasks, model)
     root = readers.find_data(given.get("data"))
     # a wrong folder is told before anything is downloaded; drawings are never wrong
-    found = records.DataSet([]) if root is None else readers.read_data(root)
-    if "fold" in given and any(r.split == "val" for r in found.records):
+    data_set = records.DataSet([]) if root is None else readers.read_data(root)
+    if "fold" in given and any(r.split == "val" for r in data_set.records):
         raise InputError(f"--fold {given['fold']}: {root} names its own validation split; leave --fold out")
-    notes = list(found.notes)
-    if values["top_k"] == 1 < values["num_experts"] and given.get("router", kind.router) in model.LEARNED:
+    notes = list(data_set.notes)
+    if values["top_k"] == 1 < values["num_experts"] and given.get("router", config_class.router) in model.LEARNED:
         notes.append("--top-k 1: an expert's weight is its softmax over all experts, less than 1; a softmax over the "
-                     "chosen one alone would be 1 for any router, which could then learn nothing from the tasks")
+                     "top one alone would be 1 for any router, which could then learn nothing from the tasks")
     if root is None:
         notes.append("training on DRAWN photographs (retina/datasets/synthetic.py): results are no IDRiD results. For "
                      f"IDRiD, unzip it from {readers.SOURCE} and pass --data FOLDER")
     else:
-        values |= {f.name: f.metadata["real"] for f in fields(kind) if f.metadata.get("real") is not None}
+        values |= {f.name: f.metadata["real"] for f in fields(config_class) if f.metadata.get("real") is not None}
         if "encoder_weights" not in given:
             try:
-                encoder = given.get("encoder", kind.encoder)
+                encoder = given.get("encoder", config_class.encoder)
                 pretrained.read_weights("imagenet", encoder, model.ENCODERS[encoder].weights)
                 values["encoder_weights"] = "imagenet"
             except InputError as error:
                 notes.append(f"warning: starting from random weights; {error}")
-    device = precision.pick_device(given.get("device", kind.device))
+    device = precision.pick_device(given.get("device", config_class.device))
     values |= {"precision": precision.default_precision(device),
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
-    typed = {k: v for k, v in given.items() if k in flags_of(kind)}
-    config = kind(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
-                     {"data": root and str(root.resolve()), "classes": found.classes}))
+    typed = {k: v for k, v in given.items() if k in flags_of(config_class)}
+    config = config_class(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
+                     {"data": root and str(root.resolve()), "classes": data_set.classes}))
     precision.check_precision(config.precision, device)
     return config, notes
 
 
 def check_world(config: Config, world: World) -> None:
-    """InputError: so many processes cannot train this."""
+    """InputError: this configuration cannot be trained by so many processes."""
     if config.batch_size < world.size:
         raise InputError(f"--batch-size {config.batch_size}: {world.size} processes share it; expected at least "
                          "one photograph for each")
@@ -223,38 +224,38 @@ def check_world(config: Config, world: World) -> None:
 
 # ---- a run that is resumed ----
 
-def resumed(kind: type[Config], given: Mapping[str, Any], begun: Mapping[str, Any]) -> Config:
-    """The configuration that a run was begun with, and what was typed now in place of it; see check_same.
+def resume_config(config_class: type[Config], given: Mapping[str, Any], begun: Mapping[str, Any]) -> Config:
+    """The configuration that a run was begun with, with the values that were typed now; see check_same.
 
-    InputError: a flag that is for new runs; a configuration of another version.
+    InputError: a flag for new runs; a configuration of another version.
     """
     if new := [name for name in ("name", "overwrite") if name in given]:
         raise InputError(f"--{new[0]}: --resume names a run that is there already; leave one of them out")
-    if {f.name for f in fields(kind)} != begun.keys():
+    if {f.name for f in fields(config_class)} != begun.keys():
         raise InputError(f"--resume {given['resume']}: made by another version of this project; train again")
     typed = {k: v for k, v in given.items() if k != "resume"}
     if "data" in typed:
         typed["data"] = str(readers.find_data(typed["data"]).resolve())
-    return replace(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in begun.items()}), **typed)
+    return replace(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in begun.items()}), **typed)
 
 
 def check_same(folder: Path, begun: Mapping[str, Any], now: Config) -> None:
-    """InputError: a value is not the one with which the run in `folder` was begun, though the result hangs on it."""
+    """InputError: a value that the result depends on differs from the one that the run in `folder` was begun with."""
     def words(value):
         if isinstance(value, bool):
             return "yes" if value else "no"
         return " ".join(map(str, value)) if isinstance(value, list) else value
 
     named = {f.name: f for f in fields(now)}
-    for name, value in of_result(now).items():
+    for name, value in result_options(now).items():
         if value != begun[name]:
-            typed = spelled(named[name]) + ("" if isinstance(value, bool) else f" {words(value)}")
+            typed = flag_name(named[name]) + ("" if isinstance(value, bool) else f" {words(value)}")
             raise InputError(f"{typed}: {folder} was begun with {name} {words(begun[name])}; a resumed run keeps it; "
                              "leave the flag out")
 
 
 def read_same(folder: Path, config: Config) -> dict | None:
-    """What last.pt of a run with this configuration holds; None before it was first written. InputError: another."""
+    """last.pt of a run, None before it was first written. InputError: the run has another configuration."""
     begun, saved = checkpoint.read_last(folder)
     check_same(folder, begun, config)
     return saved
@@ -263,7 +264,7 @@ def read_same(folder: Path, config: Config) -> dict | None:
 # ---- what is asked for ----
 
 class Request(NamedTuple):
-    """What a command line asks for."""
+    """A run that a command line asks for."""
     config: Config
     folder: Path
     notes: list[str]
@@ -279,20 +280,20 @@ def next_folder(runs: Path, tasks: Sequence[str]) -> Path:
     return runs / f"{'_'.join(tasks)}_{number}"
 
 
-def read_request(kind: type[Config], argv: Sequence[str] | None, model: ModuleType) -> Request:
-    """Read the command line, and look at the data and at the run that it names. InputError: see the functions above."""
-    given = parse(kind, argv)
+def read_request(config_class: type[Config], argv: Sequence[str] | None, model: ModuleType) -> Request:
+    """Read the command line, and check the data and the run that it names. InputError: see the functions above."""
+    given = parse(config_class, argv)
     if "resume" in given:
         run = given["resume"]
         begun, state = checkpoint.read_last(run)
-        config = resumed(kind, given, begun)
+        config = resume_config(config_class, given, begun)
         if config.data is not None and not Path(config.data).exists():
             raise InputError(f"--resume {run}: {config.data}: its data set is not there; if it has moved, name it with "
                              "--data")
         note = f"going on with {run}" + ", from its beginning: it was stopped before its first checkpoint" * (
             state is None)
         return Request(config, run, [note], True, False)
-    config, notes = resolve_defaults(kind, given, model)
+    config, notes = resolve_defaults(config_class, given, model)
     runs, name, overwrite = records.HERE / "runs", given.get("name"), "overwrite" in given
     if name is None and overwrite:
         raise InputError("--overwrite: expected --name as well, of the run to replace")
@@ -300,7 +301,7 @@ def read_request(kind: type[Config], argv: Sequence[str] | None, model: ModuleTy
         raise InputError(f"--name {name}: expected a name, not a path; runs are kept in {runs}")
     folder = runs / name if name else next_folder(runs, config.tasks)
     if folder.exists() and not overwrite:
-        raise checkpoint.taken(folder)
+        raise checkpoint.already_exists(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise InputError(f"--overwrite: {folder} holds something else than a run; choose another --name")
     return Request(config, folder, notes, False, overwrite)

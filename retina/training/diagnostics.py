@@ -1,8 +1,8 @@
-"""What is looked at while a run trains: losses of its steps, whether they are numbers, where time goes.
+"""What is watched during training: losses, whether they are finite, and time.
 
-    LossMonitor         losses and times of the epoch under way; a loss or gradient that is not finite is an error
-    gradient_cosines    whether tasks pull the encoder the same way
-    opening, epoch_line what is about to be trained, and an epoch, in a line
+    LossMonitor                 losses and times of the current epoch; a loss or gradient that is not finite is an error
+    gradient_cosines            whether tasks pull the encoder the same way
+    describe_run, epoch_line    lines to print before training and after an epoch
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 class LossMonitor:
     """Losses and times of the steps of an epoch.
 
-    On a GPU losses are read a step later (`lag`): nothing waits for them meanwhile.
+    On a GPU losses are read one step later (`lag`), so that the step does not wait for them.
     """
-    patience = 20  # steps in a row that fp16 may leave out
-    KEPT = "losses", "cosines", "steps", "seconds", "waited", "skipped", "skipped_in_a_row"
+    patience = 20  # steps in a row that fp16 may skip
+    STATE = "losses", "cosines", "steps", "seconds", "waited", "skipped", "skipped_in_a_row"
 
     def __init__(self, net: nn.Module, scaler: torch.amp.GradScaler, device: torch.device, lr: float, per_epoch: int):
         self.net, self.scaler, self.device, self.lr = net, scaler, device, lr
-        self.look_every = max(1, per_epoch // 8)
+        self.compare_every = max(1, per_epoch // 8)
         self.lag = int(device.type == "cuda")
-        self.unread = deque()  # of each step: its number, names of its losses, what brings their values and the norm
-        self.skipped = self.skipped_in_a_row = 0  # steps of the run, left out by the scaler
-        self.looked = 0.0  # seconds of this step that were spent on looking at gradients
+        self.unread = deque()  # of each step: its number, names of its losses, a function that returns values and norm
+        self.skipped = self.skipped_in_a_row = 0  # steps of the run that the scaler skipped
+        self.comparing = 0.0  # seconds of this step spent on comparing gradients
         self.new_epoch()
 
     def new_epoch(self) -> None:
@@ -53,23 +53,23 @@ class LossMonitor:
         self.seconds, self.waited = 0.0, 0.0  # waited: for photographs
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known of the epoch under way."""
-        return {name: getattr(self, name) for name in self.KEPT}
+        """The state of the current epoch, as numbers and lists."""
+        return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Go on from what state_dict returned. KeyError: there is less; TypeError: more."""
-        if stored.keys() != set(self.KEPT):
+        """Restore what state_dict returned. TypeError: other keys."""
+        if stored.keys() != set(self.STATE):
             raise TypeError(f"kept: {', '.join(stored)}")
         vars(self).update(stored)
 
     def record(self, step: int, losses: Mapping[str, Tensor], norm: Tensor) -> dict[str, float]:
-        """Take in the losses and the gradient's norm of a step; -> the losses that were read. RunError: see `check`."""
+        """Record the losses and the gradient's norm of a step; -> the losses that were read. RunError: see `check`."""
         values = torch.stack([*(v.detach() for v in losses.values()), norm])
         self.unread.append((step, list(losses), fetch(values)))
         return self.read(self.lag)
 
     def read(self, lag: int = 0) -> dict[str, float]:
-        """The losses of the step that is `lag` steps back, if they have not been read; RunError: see `check`."""
+        """Read the losses of the step `lag` steps back, unless that was done already. RunError: see `check`."""
         if len(self.unread) <= lag:
             return {}
         step, names, values = self.unread.popleft()
@@ -83,8 +83,8 @@ class LossMonitor:
     def check(self, step: int, losses: Mapping[str, float], norm: float) -> None:
         """RunError: a loss or gradient is not finite, named with its task and the step.
 
-        In fp16 a gradient may be too large for the format; the scaler then leaves the step out and scales less. That is
-        counted, and an error only `patience` times in a row.
+        In fp16 a gradient may be too large for the format; the scaler then skips the step and scales less. Such steps
+        are counted, and are an error only `patience` times in a row.
         """
         for name, value in losses.items():
             if not math.isfinite(value):
@@ -99,8 +99,8 @@ class LossMonitor:
                                f"a row; lower --lr (now {self.lr}), or use a GPU that has bf16")
         else:
             names = [n for n, p in self.net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            own = dict.fromkeys(n.split(".")[1] for n in names if n.startswith("heads."))
-            raise RunError(f"the gradient of {' '.join(own) or 'what the tasks share'} is not finite at step {step} "
+            tasks = dict.fromkeys(n.split(".")[1] for n in names if n.startswith("heads."))
+            raise RunError(f"the gradient of {' '.join(tasks) or 'what the tasks share'} is not finite at step {step} "
                            f"(first in {names[0]}); lower --lr (now {self.lr}) or look at the labels")
 
     @contextlib.contextmanager
@@ -113,27 +113,24 @@ class LossMonitor:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Count the time inside as a step; a look at gradients is no part of it."""
-        begun, self.looked = time.perf_counter(), 0.0
+        """Count the time inside as a step, without comparisons of gradients."""
+        begun, self.comparing = time.perf_counter(), 0.0
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - begun - self.looked
+            self.seconds += time.perf_counter() - begun - self.comparing
 
-    def look(self, losses: Mapping[str, Tensor], encoder: nn.Module) -> None:
-        """At eight steps of an epoch: remember how the tasks' gradients on the encoder lie to each other.
-
-        The time that it takes does not count.
-        """
+    def compare_gradients(self, losses: Mapping[str, Tensor], encoder: nn.Module) -> None:
+        """At eight steps of an epoch, record gradient_cosines; the time that this takes does not count."""
         self.steps += 1
-        if (self.steps - 1) % self.look_every or len(losses.keys() - {"balance"}) < 2:
+        if (self.steps - 1) % self.compare_every or len(losses.keys() - {"balance"}) < 2:
             return
-        if self.device.type == "cuda":  # the forward pass is no part of the look
+        if self.device.type == "cuda":  # the forward pass is no part of the comparison
             torch.cuda.synchronize(self.device)
         begun = time.perf_counter()
         for pair, cosine in gradient_cosines(losses, encoder).items():
             self.cosines.setdefault(pair, []).append(cosine)
-        self.looked = time.perf_counter() - begun
+        self.comparing = time.perf_counter() - begun
 
     def recent(self) -> dict[str, str]:
         """Mean losses of the last steps, for a progress bar."""
@@ -145,9 +142,9 @@ class LossMonitor:
 
 
 def gradient_cosines(losses: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, float]:
-    """{"cls seg": cosine between the gradients of two tasks' losses on the encoder}: below 0 they pull apart
+    """{"cls seg": cosine between the gradients of two tasks' losses on the encoder}; below 0 the tasks conflict.
 
-    (Yu et al. 2020, arXiv 2001.06782, definition 1).
+    Yu et al. 2020, arXiv 2001.06782, definition 1.
     """
     shared = list(encoder.parameters())
     flat = {t: torch.cat([g.flatten() for g in torch.autograd.grad(
@@ -157,8 +154,8 @@ def gradient_cosines(losses: Mapping[str, Tensor], encoder: nn.Module) -> dict[s
             for one, other in itertools.combinations(flat, 2)}
 
 
-def opening(config: Config, folder: Path, world: World) -> str:
-    """What is about to be trained, in a line."""
+def describe_run(config: Config, folder: Path, world: World) -> str:
+    """A line that says what is about to be trained."""
     experts = "no expert layer" if config.num_experts == 0 else (
         f"{config.num_experts} experts, top-k {config.top_k}, router {config.router}, ratio {config.expert_ratio:g}, "
         f"at the {config.moe_at}")
@@ -168,10 +165,10 @@ def opening(config: Config, folder: Path, world: World) -> str:
 
 def epoch_line(epoch: int, epochs: int, losses: Mapping, metrics: Mapping, tasks: Sequence[TaskMetrics], score: float,
                better: bool, seconds: float) -> str:
-    """One line for one epoch."""
-    parts = [f"epoch {epoch:3}/{epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
+    """A line about an epoch."""
+    columns = [f"epoch {epoch:3}/{epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
     for task in tasks:
         values = metrics[task.name]
-        told = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
-        parts.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in told))
-    return " | ".join(parts) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"
+        names = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
+        columns.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in names))
+    return " | ".join(columns) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=2 train.py --tasks cls seg
 
-World says who takes part. What is a mean in one process is a quotient of two `all_reduce_sum`s here; so every loss is
-that of the whole batch, in every process, and its gradient too once DistributedDataParallel has averaged it: the
-backward pass of `all_reduce_sum` adds as well, and differentiates as many equal losses as there are processes.
-`parallelize` prepares a network. Imports nothing of ours but files.py.
+World holds the processes, `parallelize` prepares a network. A mean over the batch is a quotient of two
+`all_reduce_sum`s. So every process has the loss of the whole batch, and its gradient once DistributedDataParallel has
+averaged the processes': the backward pass of `all_reduce_sum` adds too, over as many equal losses as there are
+processes. Imports nothing of ours but files.py.
 """
 
 import contextlib
@@ -38,9 +38,10 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class World:
-    """The processes of a run: `rank` 0, which prints and writes, to `size` - 1. Without torchrun there is one.
+    """The processes of a run, of `rank` 0 to `size` - 1; rank 0 prints and writes. Without torchrun there is one.
 
-    `cpu_group` is for waiting until rank 0 has read a data set. As a context: RunError, if another process is lost.
+    `cpu_group` is for waiting until rank 0 has read a data set. As a context it raises RunError if another process is
+    lost.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, cpu_group: dist.ProcessGroup | None = None):
@@ -49,7 +50,7 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, error_class, error, trace) -> None:
         if self.size == 1:
             return
         if error is None:  # otherwise the others may be waiting somewhere else, and would be waited for here
@@ -71,34 +72,34 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes; can be differentiated."""
+        """The sum of x over all processes; it has a gradient."""
         return x if self.size == 1 else AllReduceSum.apply(x)
 
     def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
-        """Of each flag, whether it is set in any process."""
+        """For each flag, whether it is set in any process."""
         if self.size == 1:
             return list(flags)
         return self.all_reduce_sum(torch.tensor(flags, dtype=torch.float32, device=device)).bool().tolist()
 
-    def gather(self, thing: Any) -> list | None:
-        """What each process has, by rank; in rank 0 alone, None in the others."""
+    def gather(self, value: Any) -> list | None:
+        """The values of all processes by rank, in rank 0; None in the others."""
         if self.size == 1:
-            return [thing]
-        found = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(thing, found)
-        return found
+            return [value]
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
 
-    def broadcast(self, thing: Any) -> Any:
-        """What rank 0 has, in all processes."""
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, in all processes."""
         if self.size == 1:
-            return thing
-        box = [thing]
+            return value
+        box = [value]
         dist.broadcast_object_list(box, group=self.cpu_group)
         return box[0]
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do, who then find its work done."""
+        """Rank 0 runs the block before the others do, which then find its work done."""
         if self.size > 1 and self.rank > 0:
             dist.barrier(self.cpu_group)
         yield
@@ -110,7 +111,7 @@ SINGLE_PROCESS = World()
 
 
 def init_world() -> World:
-    """Meet the other processes that torchrun has started, if it has."""
+    """Connect to the other processes that torchrun has started, if it has."""
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return SINGLE_PROCESS
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -120,10 +121,10 @@ def init_world() -> World:
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the mean and variance of the whole batch, of which there may be nothing here.
+    """Batch norm with the mean and variance of the whole batch; a process may have no photograph.
 
-    torch's SyncBatchNorm has no CPU, and where a process has no photograph of a task it sends half precision to the
-    others, which expect float32.
+    torch's SyncBatchNorm does not run on CPUs, and a process without a photograph of a task sends half precision to
+    the others, which expect float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,11 +145,11 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
 
 def parallelize(net: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Make `net` one that several processes train: same parameters, norms over the whole batch.
+    """Prepare `net` for several processes: the same parameters, norms over the whole batch.
 
-    -> what to call instead of it in training. One backward pass of zeros has been done with it, which leaves nothing
-    behind: after its first one DistributedDataParallel groups the gradients anew, and three or more processes then add
-    them in another order: a run that is resumed would not end as the one that is not.
+    -> The module to call in its place in training. It has done one backward pass of zeros, which changes nothing. After
+    its first one DistributedDataParallel groups the gradients anew; three or more processes then add them in another
+    order, and a resumed run would end otherwise than one that was not stopped.
     """
     if world.size == 1:
         return net
@@ -156,16 +157,16 @@ def parallelize(net: nn.Module, world: World, device: torch.device) -> nn.Module
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, to_shared_batch_norm(norm))
-    called = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    parallel = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     before = copy.deepcopy(net.state_dict())
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         net.train()
-        images, row = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device), torch.zeros(
-            1, dtype=torch.int64, device=device)
-        sum(0 * x.sum() for x in called(images, dict.fromkeys(net.heads, row))[0].values()).backward()
+        images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+        indices = dict.fromkeys(net.heads, torch.zeros(1, dtype=torch.int64, device=device))
+        sum(0 * x.sum() for x in parallel(images, indices)[0].values()).backward()
     net.zero_grad(set_to_none=True)
     net.load_state_dict(before)
-    return called
+    return parallel
 
 
 def to_shared_batch_norm(norm: nn.BatchNorm2d) -> SharedBatchNorm:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and what else ends a run, in one line."""
+"""Ctrl-C, SIGTERM and failures: how a run ends, with one line of explanation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) once ends after the step, or the scoring, that is under way; twice at once.
+    """The first Ctrl-C (or SIGTERM) ends training after the current step or scoring, a second one at once.
 
-    Several processes hear it at different moments, so they end only where they agree on it. For them twice is once,
-    since torchrun repeats what the terminal sends; and SIGTERM, by which it ends those that have lost another, ends at
-    once.
+    Several processes receive it at different moments, so they end where they agree to. There a second Ctrl-C does
+    nothing, since torchrun repeats the terminal's; SIGTERM ends them at once, since torchrun sends it after a process
+    was lost.
     """
 
     def __init__(self, world: World = SINGLE_PROCESS):
@@ -34,10 +34,10 @@ class StopSignal:
         self.before = {name: signal.signal(name, self.hear) for name in names}
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, error_class, error, trace) -> None:
         for name, handler in self.before.items():
             signal.signal(name, handler)
-        if self.heard and isinstance(error, RuntimeError):  # processes that load photographs heard it, too, and ended
+        if self.heard and isinstance(error, RuntimeError):  # the loader's processes received it too, and ended
             raise KeyboardInterrupt from None
 
     def hear(self, *_) -> None:
@@ -46,9 +46,9 @@ class StopSignal:
         self.heard = True
 
     def agree(self, device: torch.device, due: bool = False) -> bool:
-        """Whether any process has heard it, the same in all; every process must ask.
+        """Whether any process has received the signal; all get the same reply, and all must call this.
 
-        Whether for any of them a checkpoint is `due` is agreed on with it.
+        They also agree whether a checkpoint is `due` in any of them.
         """
         heard, self.due = self.world.any((self.heard, due), device)
         self.agreed = self.agreed or heard
@@ -66,29 +66,29 @@ class Failure:
 
 @contextlib.contextmanager
 def explain_failures(folder: Path, config: Config, world: World) -> Iterator[Failure]:
-    """Say in one line what has gone wrong with a file, with memory or with a loader, and how to go on.
+    """Explain in one line what went wrong with a file, with memory or with a loader, and how to go on.
 
-    KeyboardInterrupt: with the command that goes on with the run, if it has begun.
+    KeyboardInterrupt carries the command that resumes the run, if it has begun.
     """
-    at = Failure()
+    failure = Failure()
     command = f"{'python' if world.size == 1 else f'torchrun --nproc_per_node={world.size}'} train.py --resume {folder}"
     try:
-        yield at
+        yield failure
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(command if at.begun else "") from None
+        raise KeyboardInterrupt(command if failure.begun else "") from None
     except InputError as error:
-        raise InputError(f"{error}; then go on with: {command}" if at.begun else str(error)) from None
+        raise InputError(f"{error}; then go on with: {command}" if failure.begun else str(error)) from None
     except (RuntimeError, MemoryError) as error:
         first = (str(error).splitlines() or [""])[0]
         if "is killed by signal" in first or "exited unexpectedly" in first:
-            raise RunError(f"a process that loads photographs was killed after step {at.step}, perhaps for want of "
-                           f"memory; try fewer --workers (now {config.workers}); go on with: {command} "
+            raise RunError(f"a process that loads photographs was killed after step {failure.step}, perhaps for want "
+                           f"of memory; try fewer --workers (now {config.workers}); go on with: {command} "
                            f"({first[:160]})") from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in first or \
                 "can't allocate memory" in first:
-            raise RunError(f"out of memory after step {at.step} with --batch-size {config.batch_size} --image-size "
-                           f"{config.image_size}; try --batch-size {max(2, config.batch_size // 2)} or a smaller "
-                           f"--image-size; {folder} keeps what was saved before ({first[:100]})") from error
+            raise RunError(f"out of memory after step {failure.step} with --batch-size {config.batch_size} "
+                           f"--image-size {config.image_size}; try --batch-size {max(2, config.batch_size // 2)} or a "
+                           f"smaller --image-size; {folder} keeps what was saved before ({first[:100]})") from error
         raise
 
 

@@ -1,14 +1,14 @@
-"""What makes the same network faster. Each measure stands alone, with what it brought to a training step at 256 pixels
+"""What makes the same network faster. Each measure can be used alone.
 
-(`fuse_conv_bn`: to a forward pass at 512), two cores of a Xeon with AMX, torch 2.15; `python tests/benchmark.py` tells
-again:
+    tune_malloc          freed memory is kept for the next step                       2.5 times as fast
+    channels_last        the channels of a pixel lie side by side in memory           1.3 times
+    default_precision    half precision, where the device has units for it            0.9 times, and with
+    DepthwiseConv        a faster backward pass in bf16                               1.5 times more
+    fuse_conv_bn         for evaluation: norms inside the convolutions before them    1.1 times
+    fetch                results of a GPU are read once they have been computed       not measured
 
-    tune_malloc        freed memory is kept for the next step                          2.5 times as fast
-    channels_last      channels beside each other in memory (channels_last)            1.3 times
-    default_precision  half precision, where the device has units for it               0.9 times, and with
-    DepthwiseConv      its own backward pass, which in bf16 is slow as it comes        1.5 times more
-    fuse_conv_bn       for evaluation: norms inside the convolutions before them       1.1 times
-    fetch              a GPU's results are read when they are there                    not measured
+Measured on a training step at 256 pixels (`fuse_conv_bn`: a forward pass at 512), two cores of a Xeon with AMX, torch
+2.15; `python tests/benchmark.py` measures it again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_precision(device: torch.device) -> str:
-    """The fastest precision of HALVES that a device has units for.
+    """The fastest precision of DTYPES that a device has units for.
 
     On a CPU that is AMX or AVX512_BF16; emulated, bf16 is ten times slower than fp32.
     """
@@ -78,12 +78,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class DepthwiseBackward(torch.autograd.Function):
     """Depthwise convolution in bf16 on a CPU: x (B, C, H, W) bf16, kernels (C, 1, k, k) float32.
 
-    Forward, bf16 is the fastest there is. Backward, oneDNN has fast bf16 code only for 3x3 kernels of stride 1 (at 256
-    pixels, all layers of B0: 295 ms for the gradient of x, 404 ms for that of the kernels). So the gradient of x at
-    stride 1 is taken as the forward convolution that it is, with the kernels turned by half a turn (11 ms), and all
-    else in float32 (150 ms), a few photographs at a time: of eight at 512 pixels, float32 maps would be 0.4 GiB.
+    Forward, bf16 is fastest. Backward, oneDNN has fast bf16 code only for 3x3 kernels of stride 1 (at 256 pixels, all
+    layers of B0: 295 ms for the gradient of x, 404 ms for that of the kernels). So the gradient of x at stride 1 is
+    computed as the forward convolution that it is, with the kernels turned by 180 degrees (11 ms), and all else in
+    float32 (150 ms), a few photographs at a time: float32 maps of eight at 512 pixels would take 0.4 GiB.
     """
-    PIECE = 1 << 22  # entries of x that are converted at a time
+    CHUNK = 1 << 22  # entries of x that are converted at a time
 
     @staticmethod
     def forward(ctx, x: Tensor, kernels: Tensor, stride: int, padding: int) -> Tensor:
@@ -106,12 +106,12 @@ class DepthwiseBackward(torch.autograd.Function):
                 return of_x, backward(gradient, x, kernels.to(x.dtype), False)[1].to(kernels.dtype), None, None
         else:
             of_x = torch.empty_like(x)
-        of_kernels, step = torch.zeros_like(kernels), max(1, DepthwiseBackward.PIECE // x[0].numel())
+        of_kernels, step = torch.zeros_like(kernels), max(1, DepthwiseBackward.CHUNK // x[0].numel())
         for i in range(0, len(x), step):
-            part = slice(i, i + step)
-            of_part, more = backward(gradient[part].float(), x[part].float(), kernels, stride > 1)
+            chunk = slice(i, i + step)
+            of_chunk, more = backward(gradient[chunk].float(), x[chunk].float(), kernels, stride > 1)
             if stride > 1:
-                of_x[part] = of_part
+                of_x[chunk] = of_chunk
             of_kernels += more
         return of_x, of_kernels, None, None
 
@@ -138,7 +138,7 @@ def channels_last(net: Net) -> Net:
 # ---- evaluation ----
 
 def fuse_conv_bn(net: Net) -> Net:
-    """A copy for evaluation, whose norms are part of the convolutions before them: the same function, one pass less."""
+    """A copy for evaluation whose norms are folded into the convolutions before them: the same function."""
     net = copy.deepcopy(net).eval()
     for module in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, (one, other) in enumerate(itertools.pairwise(list(module))):
@@ -150,20 +150,20 @@ def fuse_conv_bn(net: Net) -> Net:
 # ---- a GPU's results ----
 
 def fetch(values: Tensor) -> Callable[[], list[float]]:
-    """Start to bring numbers (n,) from a device; -> what waits for them, and for nothing that was asked for later."""
+    """Start to copy numbers (n,) from a device; -> a function that waits for them, and for nothing queued later."""
     if values.device.type != "cuda":
         return values.tolist
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 
     def read():
         done.synchronize()
-        return there.tolist()
+        return on_host.tolist()
     return read
 
 
-# ---- what was asked for ----
+# ---- device and precision from flags ----
 
 def pick_device(name: str) -> torch.device:
     """"auto" is the GPU where there is one. InputError: a GPU was asked for and there is none."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def reachable(url: str, seconds: float = 8) -> bool:
-    """Whether `url` answers in time; in a thread, because a name server that is silent heeds no timeout."""
+    """Whether `url` answers in time; asked in a thread, because no timeout ends a look-up at a silent name server."""
     answers = []
 
     def ask():
@@ -44,12 +44,12 @@ def read_weights(weights: str, variant: str, published: str | None = None) -> Ma
         if published is None:
             raise InputError(f"--encoder-weights imagenet: model.py names none for --encoder {variant}; use "
                              "--encoder-weights none, or --encoder-weights FILE with a state dict of that encoder")
-        found = torchvision.models.get_model_weights(published).DEFAULT
-        stored = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rsplit("/", 1)[-1]
+        source = torchvision.models.get_model_weights(published).DEFAULT
+        stored = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rsplit("/", 1)[-1]
         try:
-            if not stored.exists() and not reachable(found.url):
-                raise OSError(f"no answer from {found.url}")
-            return found.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            if not stored.exists() and not reachable(source.url):
+                raise OSError(f"no answer from {source.url}")
+            return source.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(f"--encoder-weights imagenet: cannot be downloaded ({error}); use --encoder-weights "
                              "none, or --encoder-weights FILE with a torchvision state dict") from error
@@ -65,10 +65,10 @@ def read_weights(weights: str, variant: str, published: str | None = None) -> Ma
         raise InputError(f"--encoder-weights {weights}: {error.strerror}; expected a file with a torchvision state "
                          "dict") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        found = f"a dictionary of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, Mapping) else \
+        content = f"a dictionary of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, Mapping) else \
             type(state).__name__
         raise InputError(f"--encoder-weights {weights}: expected a dictionary of tensors, as torchvision saves it, "
-                         f"found {found}")
+                         f"found {content}")
     if bad := [name for name, value in state.items() if not value.isfinite().all()]:
         raise InputError(
             f"--encoder-weights {weights}: {bad[0]} is not finite, and {len(bad) - 1} more; expected numbers")
@@ -76,7 +76,7 @@ def read_weights(weights: str, variant: str, published: str | None = None) -> Ma
 
 
 def start_from(net: Net, weights: str, variant: str) -> None:
-    """Load what --encoder-weights names into `net`. InputError: it cannot be had, or does not fit this variant."""
+    """Load the weights that --encoder-weights names. InputError: they cannot be had, or do not fit this variant."""
     if weights == "none":
         return
     state = read_weights(weights, variant, net.encoder_spec.weights)
@@ -87,7 +87,7 @@ def start_from(net: Net, weights: str, variant: str) -> None:
 
 
 def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the weights `have` from fitting into a module whose own are `want`: keys and shapes, in words."""
+    """Keys and shapes in which the weights `have` differ from those of a module, `want`, as text."""
     return [*(f"{k} is missing" for k in want if k not in have),
             *(f"{k} is not part of this network" for k in have if k not in want),
             *(f"{k} is {tuple(have[k].shape)}, expected {tuple(want[k].shape)}"
@@ -95,21 +95,20 @@ def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[
 
 
 def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
-    """Load a published state dict, all of it or nothing: each part of it where `net.encoder_spec` says.
+    """Load a published state dict into the encoder and all classification heads, see EncoderSpec.
 
-    What it has for heads goes to every classification head. ValueError: keys or shapes do not fit; the first few are
-    named.
+    ValueError: keys or shapes do not fit; it names the first few, and nothing is loaded.
     """
     spec = net.encoder_spec
     convs = [getattr(h, h.pretrained) for h in net.heads.values() if hasattr(h, "pretrained")]
     encoder = {k: v for k, v in state.items() if not k.startswith((*spec.to_head, *spec.left_out))}
-    parts = [(net.encoder, "", encoder)]
-    parts += [(conv, prefix, {k: v for k, v in state.items() if k.startswith(prefix)})
-              for conv in convs for prefix in spec.to_head]
-    wrong = list(dict.fromkeys(d for part, prefix, have in parts for d in differences(
-        {prefix + k: v for k, v in part.state_dict().items()}, have)))
+    targets = [(net.encoder, "", encoder)]
+    targets += [(conv, prefix, {k: v for k, v in state.items() if k.startswith(prefix)})
+                for conv in convs for prefix in spec.to_head]
+    wrong = list(dict.fromkeys(d for module, prefix, have in targets for d in differences(
+        {prefix + k: v for k, v in module.state_dict().items()}, have)))
     if wrong:  # looked for first: torch, too, would name them, but having loaded the rest
         more = f", and {len(wrong) - 3} more differences" * (len(wrong) > 3)
         raise ValueError(f"not the weights of this {type(net.encoder).__name__}: {'; '.join(wrong[:3])}{more}")
-    for part, prefix, have in parts:
-        part.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})
+    for module, prefix, have in targets:
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in have.items()})

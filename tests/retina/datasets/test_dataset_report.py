@@ -40,7 +40,7 @@ def troubled(tmp_path, shared_tree) -> Path:
 def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
     report = json.loads(examined(capsys, troubled, "--json"))
     assert {p: (v["photographs"], v["labels"]) for p, v in report["parts"].items()} == {
-        part: (21, {"grade": 15, "edema_risk": 15, "masks": 6, "landmarks": 15}) for part in ("train", "test")}
+        split: (21, {"grade": 15, "edema_risk": 15, "masks": 6, "landmarks": 15}) for split in ("train", "test")}
     grades = [synthetic.plan(8, i).grade for i in range(15)]
     common = Counter(grades).most_common(1)[0][1]
     shares = report["parts"]["train"]["classes"]["grade"]

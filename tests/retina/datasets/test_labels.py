@@ -188,8 +188,8 @@ def test_it_is_scored(run, monkeypatch, capsys):
     found = [r for r in rows_of(run / "per_photograph.csv") if r["age_true"]]
     error = np.mean([abs(float(r["age"]) - float(r["age_true"])) for r in found])
     values = json.loads((run / "metrics.json").read_text())
-    assert values["metrics"]["age"]["error"] == pytest.approx(error) and len(found) == values["metrics"]["age"][
-        "photographs"]
+    assert values["metrics"]["age"]["error"] == pytest.approx(error)
+    assert values["metrics"]["age"]["photographs"] == len(found)
     low, high = values["intervals"]["age"]["error"]
     assert low <= error <= high and "age   " in capsys.readouterr().out
     assert {float(r["age_true"]) for r in found} <= {30 + 2 * i for i in range(24)} | {71.5}
@@ -199,19 +199,18 @@ def test_it_answers_for_new_photographs(run, table, tmp_path, monkeypatch):
     run_evaluate(monkeypatch, run, "--images", *(table.parent / f"{i}.png" for i in (1, 2)), "--out", tmp_path / "out")
     loaded = evaluate.load_run(run, torch.device("cpu"))
     photographs = data.FundusDataset(read_data(table).records[1:3], 64)
-    found = scoring.evaluate_split(loaded.net, data.eval_loader(
-        photographs, loaded.tasks, 2), loaded.tasks).stats["age"]
-    assert [float(r["age"]) for r in rows_of(tmp_path / "out" / "predictions.csv")] == pytest.approx(
-        found[:, 0].tolist(), abs=0.06)
+    scores = scoring.evaluate_split(loaded.net, data.eval_loader(photographs, loaded.tasks, 2), loaded.tasks)
+    ages = [float(r["age"]) for r in rows_of(tmp_path / "out" / "predictions.csv")]
+    assert ages == pytest.approx(scores.stats["age"][:, 0].tolist(), abs=0.06)
 
 
 def test_it_is_drawn_where_it_can_be(run, monkeypatch, capsys):
     charts, whole = {}, answers.epochs_chart
-    monkeypatch.setattr(answers, "epochs_chart", lambda m, title, *rest: charts.setdefault(
-        title, whole(m, title, *rest)))
+    monkeypatch.setattr(answers, "epochs_chart",
+                        lambda m, title, *rest: charts.setdefault(title, whole(m, title, *rest)))
     visualize.main([str(run)])
-    assert [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if "not drawn" in line] == [
-        "overlays"]  # there are neither masks nor points
+    missing = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if "not drawn" in line]
+    assert missing == ["overlays"]  # there are neither masks nor points
     found = [json.loads(line)["val"]["age"]["error"] for line in (run / "log.jsonl").read_text().splitlines()]
     axis = charts["age: error"].y
     assert axis.low == 0 and axis.high >= max(30, *found) and "lower is better" in axis.words
@@ -258,9 +257,10 @@ def test_it_is_compared_with_a_constant_guess(table, here):  # noqa: F811
     folder = records.HERE / "runs" / "ages"
     found, text = json.loads((folder / "comparison.json").read_text()), (folder / "REPORT.md").read_text()
     split = splits.split(leaks.find_eyes(read_data(table).records, 64)[0])
-    ages = [np.array([r.age for r in part if r.age is not None]) for part in (split.training, split.validation)]
-    assert found["configurations"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"] == pytest.approx(
-        np.abs(ages[1] - ages[0].mean()).mean(), rel=1e-5)
+    training, validation = (np.array([r.age for r in records if r.age is not None])
+                            for records in (split.training, split.validation))
+    error = found["configurations"]["constant"]["tasks"]["age"]["metrics"]["error"]["mean"]
+    assert error == pytest.approx(np.abs(validation - training.mean()).mean(), rel=1e-5)
     assert "age: error (lower is better), " in text
     assert [d["configuration"] for d in found["differences"] if d["task"] == "age"] == ["learned"]
 

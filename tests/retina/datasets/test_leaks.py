@@ -1,4 +1,4 @@
-"""Copies, eyes, splits: what shows one eye is found, what does not is not, and no eye is on both sides."""
+"""Copies, eyes, splits: what shows one eye is found, what does not is not, and no eye is in two splits."""
 
 import itertools
 from collections import Counter
@@ -29,7 +29,7 @@ def scores(records) -> dict[tuple[int, int], float]:
 def brute_score(a: np.ndarray, b: np.ndarray, turn: float, zoom: float) -> float:
     """Definition of the score, shift by shift: mean product over the overlap, which counts as 40 % at least."""
     v = vessels.standardise(torch.from_numpy(np.stack([a, b])).float())
-    a, b = v[0].numpy(), vessels.seen_at(v[1:], turn, zoom)[0].numpy()
+    a, b = v[0].numpy(), vessels.rotate_and_zoom(v[1:], turn, zoom)[0].numpy()
     side, field = len(a), (a != 0)
     reach, best = round(vessels.REACH * side), -1.0
     for dy, dx in itertools.product(range(-reach, reach + 1, 1), repeat=2):
@@ -48,7 +48,7 @@ def test_correlation_equals_brute_force_over_shifts(tmp_path):
     maps = np.where((maps > 0).all(0), maps, 0)  # the same pixels are inside, so that field and mask agree
     v = vessels.standardise(torch.from_numpy(maps).float())
     correlation = vessels.Correlation((v[0] != 0).float())
-    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(vessels.seen_at(v[1:], -3, 1.04)))
+    fast = correlation.best(correlation.spectra(v[:1]), correlation.spectra(vessels.rotate_and_zoom(v[1:], -3, 1.04)))
     assert float(fast) == pytest.approx(brute_score(*maps, -3, 1.04), abs=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
 def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
     records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
     records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
-    assert leaks.copies(prepared(records, "thumbnail")) == [(2, 6)]
+    assert leaks.find_copies(prepared(records, "thumbnail")) == [(2, 6)]
 
 
 def test_copies_equal_brute_force():
@@ -107,13 +107,13 @@ def test_copies_equal_brute_force():
         thumbnails[i] = np.clip(thumbnails[i - 20] + rng.normal(0, (i - 20) / 4, (6, 9, 3)), 0, 255)
     close = [(i, j) for i, j in itertools.combinations(range(40), 2)
              if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= leaks.COPY_RMSE]
-    assert leaks.copies(thumbnails) == close and 5 < len(close) < 15
+    assert leaks.find_copies(thumbnails) == close and 5 < len(close) < 15
 
 
 def test_dark_pictures_are_no_copies_of_each_other():
     rng = np.random.default_rng(0)
     dark = rng.integers(0, 3, (4, 89, 134, 3)).astype(np.uint8)
-    assert leaks.copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
+    assert leaks.find_copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
 
 
 def joined(records, pairs, sizes=None):
@@ -150,8 +150,8 @@ def test_categories_that_contradict_each_other_do_not_count():
     records = [Record("a", Path("a"), labels={"category": 2}), Record("b", Path("b"), labels={"category": 1})]
     found, conflicts = joined(records, [(0, 1)])
     assert [r.category for r in found] == [None] and conflicts[0].values == (2, 1)
-    assert conflicts[0].as_dict(("x", "y", "z")) == {"label": "category", "photographs": ["a", "b"], "values": ["z", "y"],
-                                                   "used": None}
+    assert conflicts[0].as_dict(("x", "y", "z")) == {
+        "label": "category", "photographs": ["a", "b"], "values": ["z", "y"], "used": None}
 
 
 def test_no_label_crosses_from_test_into_training():
@@ -163,13 +163,13 @@ def test_no_label_crosses_from_test_into_training():
     assert not conflicts
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_what_is_scored_stays_as_it_was_given(part):
-    records = [Record("a", Path("a"), part, {"grade": 1}), Record("b", Path("b"), part, {"grade": 4})]
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_is_scored_stays_as_it_was_given(split):
+    records = [Record("a", Path("a"), split, {"grade": 1}), Record("b", Path("b"), split, {"grade": 4})]
     assert joined(records, [(0, 1)]) == (records, [])
 
 
-def test_masks_of_copies_are_put_together_kind_by_kind():
+def test_masks_of_copies_are_put_together_lesion_by_lesion():
     one, two, other = Path("one.tif"), Path("two.tif"), Path("other.tif")
     records = [Record("a", Path("a"), labels={"masks": {"MA": one, "SE": None, "HE": None}}),
                Record("b", Path("b"), labels={"masks": {"SE": two, "EX": one, "HE": None, "OD": two}}),
@@ -182,9 +182,9 @@ def test_masks_of_copies_are_put_together_kind_by_kind():
     assert found[0].masks == {"SE": two, "EX": one, "HE": None, "OD": two} and len(conflicts) == 1
 
 
-def test_connected():
-    assert splits.connected([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
-    assert splits.connected([], 2) == [0, 1]
+def test_connected_components():
+    assert splits.connected_components([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
+    assert splits.connected_components([], 2) == [0, 1]
 
 
 def test_eyes_are_connected_by_vessels_and_by_the_groups_of_the_data_set():
@@ -206,8 +206,8 @@ def test_folds_keep_eyes_whole_and_strata_even(seed):
         validated.update(r.name for r in split.validation)
         for label in ("grade", "masks"):
             whole = Counter(repr(getattr(r, label)) for r in records)
-            part = Counter(repr(getattr(r, label)) for r in split.validation)
-            assert all(abs(part[k] - n / 5) <= 2.5 for k, n in whole.items())
+            counts = Counter(repr(getattr(r, label)) for r in split.validation)
+            assert all(abs(counts[k] - n / 5) <= 2.5 for k, n in whole.items())
     assert validated == Counter(r.name for r in records)  # each photograph is validated on once
 
 
@@ -229,7 +229,7 @@ def test_training_photographs_of_a_test_eye_are_left_out_unless_kept():
     assert len(kept.training + kept.validation) == len(records) and kept.leaks == split.leaks
 
 
-def test_a_validation_part_that_the_data_set_names_is_taken_and_protected():
+def test_a_validation_split_that_the_data_set_names_is_taken_and_protected():
     records = fake_records(0)
     given = [Record(f"val{i}", Path("v"), "val", {"grade": 0}, eye=f"eye{i}") for i in range(20)]
     tested = [Record(f"test{i}", Path("t"), "test", {"grade": 0}, eye=f"eye{i}") for i in range(5)]
@@ -274,18 +274,19 @@ def eye_of(record: Record) -> str:
     return record.name.split("_")[0]
 
 
-def test_no_eye_lies_on_both_sides_of_any_split(album, monkeypatch):
+def test_no_eye_is_in_two_splits(album, monkeypatch):
     found, _ = find_eyes(album, 64)
     assert len(found) == len(album) - 3  # three copies have been joined; the copy in the test split stays
     for number in range(2, 8):
         for k in range(1, number + 1):
             split = splits.split(found, f"{k}/{number}")
-            training, validation, test, leaks = ({eye_of(r) for r in part} for part in (
-                split.training, split.validation, split.test, split.leaks))
+            training, validation, test, leaks = (
+                {eye_of(r) for r in records}
+                for records in (split.training, split.validation, split.test, split.leaks))
             assert training and validation and len(test) == 6 and leaks == {"0", "4", "5", "13"}
             assert not (training & validation or training & test or validation & test)
-    everything = splits.split(found, keep_leaks=True)
-    assert {"0", "4", "5", "13"} <= {eye_of(r) for r in everything.training + everything.validation}
+    with_leaks = splits.split(found, keep_leaks=True)
+    assert {"0", "4", "5", "13"} <= {eye_of(r) for r in with_leaks.training + with_leaks.validation}
     monkeypatch.setattr(vessels, "same_eye_scores", None)  # the second time it is read from the cache
     assert find_eyes(album, 64)[0] == found
 
@@ -309,12 +310,12 @@ def test_real_copies_and_eyes():
     pairs = set(map(tuple, found.copies.tolist()))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
-    leaders = splits.connected(found.same_eye(), len(records))
+    components = splits.connected_components(found.same_eye(), len(records))
     for a, b in CONFIRMED + FOUND_HERE + COPIES:
-        assert leaders[number[a]] == leaders[number[b]]
+        assert components[number[a]] == components[number[b]]
     for a, b in FALSE_ALARMS:
-        assert leaders[number[a]] != leaders[number[b]]
-    assert len(set(leaders)) == 467 - 42 - 5 - len(CONFIRMED + FOUND_HERE)
+        assert components[number[a]] != components[number[b]]
+    assert len(set(components)) == 467 - 42 - 5 - len(CONFIRMED + FOUND_HERE)
     same = found.scores >= leaks.SAME_EYE  # and the threshold lies in a wide gap
     assert found.scores[same].min() > 0.55 and found.scores[~same].max() < 0.38
     joined, conflicts = leaks.find_eyes(records, 256)

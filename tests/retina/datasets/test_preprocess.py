@@ -16,23 +16,23 @@ from retina.datasets.records import Record
 from retina.files import InputError
 
 
-def training_part(root: Path) -> list[Record]:
+def training_records(root: Path) -> list[Record]:
     return [r for r in read_idrid(root).records if r.split == "train"]
 
 
-def drawn(number: int) -> list[Record]:
+def drawn_records(number: int) -> list[Record]:
     return [r for r in readers.read_drawn().records if r.split == "test"][:number]
 
 
 # ---- masks ----
 
 def test_no_mask_file_means_no_lesion(shared_tree):
-    found = [r for r in training_part(shared_tree) if r.masks is not None]
+    found = [r for r in training_records(shared_tree) if r.masks is not None]
     photographs = data.FundusDataset(found, 64)
     lacking = [(i, k) for i, r in enumerate(found) for k in synthetic.LESIONS if not r.masks[k]]
     assert lacking
-    for i, kind in lacking:
-        assert not photographs[i].masks[synthetic.LESIONS.index(kind)].any()
+    for i, lesion in lacking:
+        assert not photographs[i].masks[synthetic.LESIONS.index(lesion)].any()
     for i, r in enumerate(found):
         assert photographs[i].masks[synthetic.LESIONS.index("HE")].any()
 
@@ -197,8 +197,8 @@ def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
 @pytest.mark.parametrize("name", ["idrid", "idrid-original"])
 def test_real_photographs_crop_to_the_retina_and_masks_fit(name):
     root = real_idrid(name)
-    found = [r for r in training_part(root) if r.masks is not None][:6]
-    found += [r for r in training_part(root) if r.masks is None][:6]
+    found = [r for r in training_records(root) if r.masks is not None][:6]
+    found += [r for r in training_records(root) if r.masks is None][:6]
     photographs = data.FundusDataset(found, 256)
     for i, record in enumerate(found):
         sample = photographs[i]
@@ -219,8 +219,8 @@ def test_real_photographs_crop_to_the_retina_and_masks_fit(name):
 
 def test_real_originals_and_reductions_give_the_same_sample():
     """The same photograph at 4288x2848 and at 1072x712 lands on the same pixels of the sample."""
-    originals = {r.name: r for r in training_part(real_idrid("idrid-original"))}
-    reduced = {r.name: r for r in training_part(real_idrid("idrid"))}
+    originals = {r.name: r for r in training_records(real_idrid("idrid-original"))}
+    reduced = {r.name: r for r in training_records(real_idrid("idrid"))}
     for name in list(originals)[:8]:
         a, b = (preprocess.preprocess(r, 256)["image"].astype(float) for r in (originals[name], reduced[name]))
         assert 10 * math.log10(255 ** 2 / ((a - b) ** 2).mean()) > 30  # dB

@@ -20,8 +20,8 @@ from retina.datasets.readers import read_data, read_idrid
 from retina.files import InputError
 
 
-def part_of(root: Path, part: str = "train") -> list[records.Record]:
-    return [r for r in read_idrid(root).records if r.split == part]
+def records_of(root: Path, split: str = "train") -> list[records.Record]:
+    return [r for r in read_idrid(root).records if r.split == split]
 
 
 def read_all(root: Path) -> data.FundusDataset:
@@ -41,29 +41,29 @@ def images(root: Path, subset: str = "B. Disease Grading") -> Path:
     return root / subset / "1. Original Images" / "a. Training Set"
 
 
-def first_mask(root: Path, kind: str) -> Path:
+def first_mask(root: Path, lesion: str) -> Path:
     folder = root / "A. Segmentation" / "2. All Segmentation Groundtruths" / "a. Training Set"
-    return sorted((folder / readers.MASK_FOLDERS[kind]).iterdir())[0]
+    return sorted((folder / readers.MASK_FOLDERS[lesion]).iterdir())[0]
 
 
 # ---- IDRiD ----
 
 def test_reads_the_official_layout(shared_tree):
-    for part, prefix, numbers in (("train", "", range(1, 7)), ("test", "test/", range(55, 61))):
-        found = part_of(shared_tree, part)
+    for split, prefix, numbers in (("train", "", range(1, 7)), ("test", "test/", range(55, 61))):
+        found = records_of(shared_tree, split)
         masked, graded = ([r for r in found if getattr(r, label) is not None] for label in ("masks", "grade"))
         assert [r.name for r in masked] == [f"{prefix}segmentation/IDRiD_{i:02d}" for i in numbers]
         assert [r.name for r in graded] == [f"{prefix}grading/IDRiD_{i:03d}" for i in range(1, 16)]
         assert all(r.masks is None and r.edema_risk is not None for r in graded)
-        for i, r in enumerate(graded):  # labels of the same names differ between the parts and are those of the file
-            eye = synthetic.plan(8, i + (1000 if part == "test" else 0))
+        for i, r in enumerate(graded):  # labels of the same names differ between the splits and are those of the file
+            eye = synthetic.plan(8, i + (1000 if split == "test" else 0))
             assert r.grade == eye.grade
             assert r.landmarks["disc"] == pytest.approx((24 + 96 * eye.disc[0], 96 * eye.disc[1]), abs=0.006)
             assert r.landmarks["fovea"] == pytest.approx((24 + 96 * eye.fovea[0], 96 * eye.fovea[1]), abs=0.006)
-    assert {r.image for r in part_of(shared_tree)}.isdisjoint(r.image for r in part_of(shared_tree, "test"))
+    assert {r.image for r in records_of(shared_tree)}.isdisjoint(r.image for r in records_of(shared_tree, "test"))
 
 
-def test_names_are_unique_across_parts(shared_tree):
+def test_names_are_unique_across_subsets_and_splits(shared_tree):
     names = [r.name for r in read_idrid(shared_tree).records]
     assert len(set(names)) == len(names) == 42
 
@@ -71,7 +71,7 @@ def test_names_are_unique_across_parts(shared_tree):
 @pytest.mark.parametrize("subset,label", [("A. Segmentation", "masks"), ("B. Disease Grading", "grade"),
                                           ("C. Localization", "landmarks")])
 def test_a_subset_may_be_missing(tree, subset, label):
-    if subset == "B. Disease Grading":  # then the localization part needs its own images
+    if subset == "B. Disease Grading":  # then the localization subset needs its own images
         shutil.copytree(images(tree), images(tree, "C. Localization"))
     shutil.rmtree(tree / subset)
     found = read_idrid(tree)
@@ -83,7 +83,7 @@ def test_a_subset_may_be_missing(tree, subset, label):
 
 def test_localization_uses_its_own_images_where_it_has_them(tree):
     shutil.copytree(images(tree), images(tree, "C. Localization"))
-    found = {r.name: r for r in part_of(tree)}
+    found = {r.name: r for r in records_of(tree)}
     assert found["localization/IDRiD_001"].landmarks and found["localization/IDRiD_001"].grade is None
     assert found["grading/IDRiD_001"].landmarks is None
     joined, _ = leaks.find_eyes(list(found.values()), 64)  # copies by content
@@ -216,8 +216,9 @@ def test_rows_that_say_the_same_are_one(table):
 
 def png_header(path: Path, width: int, height: int) -> None:
     """A PNG that claims a size and holds next to nothing."""
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    def chunk(chunk_type, content):
+        checksum = zlib.crc32(chunk_type + content)
+        return struct.pack(">I", len(content)) + chunk_type + content + struct.pack(">I", checksum)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) +
                      chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
 
@@ -244,7 +245,8 @@ def truncated_tiff(path: Path) -> None:
     (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
     (["image,grade", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
     (["image,grade,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
-    (["image,edema_risk", "images/a.png,3"], "line 2: edema_risk of images/a.png is '3', expected a whole number from 0 to 2"),
+    (["image,edema_risk", "images/a.png,3"],
+     "line 2: edema_risk of images/a.png is '3', expected a whole number from 0 to 2"),
     (["image,grade", "images/d.png,1"], "line 2: image 'images/d.png': no such file: "),
     (["image,grade", "images,1"], "line 2: image 'images': a folder: "),
     (["image,grade", "../outside.png,1"], "line 2: image '../outside.png': leads out of .*; expected a path below the"),
@@ -254,7 +256,8 @@ def truncated_tiff(path: Path) -> None:
     (["image,mask_ma", "images/a.png,m.png"], "line 2: mask_ma 'm.png': no such file"),
     (["image,disc_x,disc_y", "images/a.png,60.5,3"],
      r"line 2: disc of images/a.png is at \(60.5, 3\), outside a.png with its 60x40 pixels"),
-    (["image,disc_x,disc_y", "images/a.png,5,"], r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
+    (["image,disc_x,disc_y", "images/a.png,5,"],
+     r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,disc_x", "images/a.png,5"], r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,fovea_x,fovea_y", "images/a.png,5,nan"], r"fovea of images/a.png is at \('5', 'nan'\), expected two num"),
     (["image,grade,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
@@ -340,12 +343,12 @@ def test_what_the_system_refuses_is_one_line(folders, capsys):
 @pytest.fixture
 def folders(tmp_path):
     rng = np.random.default_rng(0)
-    for part, number in (("train", 5), ("test", 2)):
+    for split, number in (("train", 5), ("test", 2)):
         for name in ("rose", "daisy", "10", "9"):
-            (tmp_path / "flowers" / part / name).mkdir(parents=True)
+            (tmp_path / "flowers" / split / name).mkdir(parents=True)
             for i in range(number):
                 pixels = rng.integers(0, 255, (30, 45, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "flowers" / part / name / f"{i}.png")
+                Image.fromarray(pixels).save(tmp_path / "flowers" / split / name / f"{i}.png")
     return tmp_path / "flowers"
 
 
@@ -383,10 +386,10 @@ def test_bad_folders_are_one_line(folders, damage, message):
 # ---- the real photographs, where they are at hand ----
 
 def test_real_counts_and_labels():
-    found = part_of(real_idrid("idrid"))
+    found = records_of(real_idrid("idrid"))
     masked = [r for r in found if r.masks is not None]
     assert (len(masked), len(found)) == (54, 467)
-    files = Counter(kind for r in masked for kind, path in r.masks.items() if path)
+    files = Counter(lesion for r in masked for lesion, path in r.masks.items() if path)
     assert files == {"MA": 54, "HE": 53, "EX": 54, "SE": 26, "OD": 54}
     assert [r.name for r in masked if not r.masks["HE"]] == ["segmentation/IDRiD_43"]
     assert Counter(r.grade for r in found if r.grade is not None) == {0: 134, 1: 20, 2: 136, 3: 74, 4: 49}

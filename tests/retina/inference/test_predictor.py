@@ -44,14 +44,14 @@ class Fake(torch.nn.Module):
     """A network whose masks are a function of each pixel alone, and which has a head for all tasks."""
     heads = dict.fromkeys(("seg",))
 
-    def forward(self, images, rows):
-        chosen = images[rows["seg"]].float() / 255
-        return {"seg": torch.logit(chosen.mean(1, keepdim=True).expand(-1, 5, -1, -1), 1e-4)}, {}
+    def forward(self, images, indices):
+        pixels = images[indices["seg"]].float() / 255
+        return {"seg": torch.logit(pixels.mean(1, keepdim=True).expand(-1, 5, -1, -1), 1e-4)}, {}
 
 
 # ---- where a map lies in its file ----
 
-def test_in_file_pixels_equals_interpolation_by_hand():
+def test_to_file_pixels_equals_interpolation_by_hand():
     """A sample of a crop, scaled unlike in x and y: every pixel of the file by bilinear interpolation, 0 outside."""
     g, rng = preprocess.Geometry(23, 17, 0.5, 0.8, -1.5, 2.0), np.random.default_rng(0)
     map_ = rng.random((16, 16)).astype(np.float32)
@@ -63,19 +63,19 @@ def test_in_file_pixels_equals_interpolation_by_hand():
                 corners = [(math.floor(v - 0.5) + i, math.floor(u - 0.5) + j) for i in (0, 1) for j in (0, 1)]
                 expected[y, x] = sum(map_[min(max(a, 0), 15), min(max(b, 0), 15)] * (1 - abs(v - 0.5 - a)) *
                                      (1 - abs(u - 0.5 - b)) for a, b in corners)
-    found = full_size.in_file_pixels(map_, g)
+    found = full_size.to_file_pixels(map_, g)
     assert found.shape == (17, 23) and np.abs(found - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("geometry", [
     preprocess.Geometry(301, 203, 0.2, 0.31, -3.7, 1.2), preprocess.Geometry(23, 17, 2.5, 3.1, 0.0, -4.0),
     preprocess.Geometry(40, 64, 1.0, 1.0, 12.0, 0.0), preprocess.Geometry(30, 30, 0.1, 0.1, 60.9, 70.0)])
-def test_in_file_pixels_equals_pillow(geometry):
+def test_to_file_pixels_equals_pillow(geometry):
     """Enlarged, reduced, shifted by whole pixels, and all but outside; one bit for processors that fuse + and *."""
     g, map_ = geometry, np.random.default_rng(0).random((64, 64)).astype(np.float32)
     affine = (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y)
     expected = np.asarray(Image.fromarray(map_).transform((g.width, g.height), Image.AFFINE, affine, Image.BILINEAR))
-    found = full_size.in_file_pixels(map_, g)
+    found = full_size.to_file_pixels(map_, g)
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_array_max_ulp(found, expected, 1)
 
@@ -84,7 +84,7 @@ def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     """File -> sample -> file: all but the outline."""
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     sample = preprocess.to_sample(record, preprocess.preprocess(record, 96))
-    back = full_size.in_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
+    back = full_size.to_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
     truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
 
@@ -95,7 +95,7 @@ def test_tiles_of_a_local_network_change_nothing():
     """Where an answer depends on its pixel alone, cutting, weighing and blending must give it back."""
     image = torch.randint(256, (3, 150, 150), dtype=torch.uint8)
     whole = (image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).expand(5, -1, -1)
-    found = full_size.in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
+    found = full_size.predict_in_tiles(Fake(), TASKS["seg"], image, 64, CPU, batch=3)
     assert found.shape == whole.shape and torch.allclose(found, whole, atol=1e-5)
 
 
@@ -103,59 +103,59 @@ def test_one_tile_is_the_whole(run):
     loaded = evaluate.load_run(run, CPU)
     loaded.net.eval()
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    tile = full_size.in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
-    assert torch.allclose(tile, full_size.answer(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
+    tile = full_size.predict_in_tiles(loaded.net, TASKS["seg"], image, 32, CPU)
+    assert torch.allclose(tile, full_size.predict_sample(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
 
 
 def test_tiles_overlap_by_half_at_least():
     seen = torch.zeros(100, 100)
 
     class Counts(Fake):
-        def forward(self, images, rows):
+        def forward(self, images, indices):
             for x, y in zip(images[:, 0, 0, 0].tolist(), images[:, 1, 0, 0].tolist()):
                 seen[y:y + 32, x:x + 32] += 1
-            return super().forward(images, rows)
+            return super().forward(images, indices)
     at = torch.arange(100, dtype=torch.uint8)
     image = torch.stack([at.expand(100, 100), at[:, None].expand(100, 100), at.expand(100, 100)])
-    full_size.in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
+    full_size.predict_in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
     assert seen.min() >= 1 and seen[16:-16, 16:-16].min() >= 4
 
 
 # ---- masks at full size ----
 
 def test_full_size_stats_equal_counting_pixels_of_files(tree):
-    """Three photographs of 144x96: masks of the files against maps brought to their size, kind by kind."""
-    chosen = [r for r in readers.read_idrid(tree).records if r.masks]
-    photographs, task = data.FundusDataset(chosen, 64), TASKS["seg"]
+    """Three photographs of 144x96: masks of the files against maps brought to their size, lesion by lesion."""
+    masked = [r for r in readers.read_idrid(tree).records if r.masks]
+    photographs, task = data.FundusDataset(masked, 64), TASKS["seg"]
     accumulator = task.accumulator()
-    names, stats = full_size.stats_at_full_size(Fake(), task, chosen, 64, None, CPU, 8, accumulator)
-    assert names == [r.name for r in chosen]
+    names, stats = full_size.mask_stats_at_full_size(Fake(), task, masked, 64, None, CPU, 8, accumulator)
+    assert names == [r.name for r in masked]
     found = task.at(stats, [0.3] * 5)
-    pixels = {kind: ([], []) for kind in task.classes}
-    for i, record in enumerate(chosen):
+    pixels = {lesion: ([], []) for lesion in task.classes}
+    for i, record in enumerate(masked):
         sample = photographs[i]
-        for c, kind in enumerate(task.classes):
-            path, size = record.masks[kind], (sample.geometry.width, sample.geometry.height)
+        for c, lesion in enumerate(task.classes):
+            path, size = record.masks[lesion], (sample.geometry.width, sample.geometry.height)
             truth = np.zeros(size[::-1], bool) if path is None else np.asarray(preprocess.read_mask(path, size)[0]) > 0
             map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
-            score = full_size.in_file_pixels(map_, sample.geometry)
+            score = full_size.to_file_pixels(map_, sample.geometry)
             mask = score >= metrics.threshold_at(metrics.level_of(0.3))
             near = 3  # pixels whose score rounds to the other side
             assert found[i, c].tolist() == pytest.approx([(mask & truth).sum(), mask.sum(), truth.sum()], abs=near)
-            for pile, x in zip(pixels[kind], (score, truth)):
+            for pile, x in zip(pixels[lesion], (score, truth)):
                 pile.append(x.ravel())
-    for c, kind in enumerate(task.classes):
-        score, truth = map(np.concatenate, pixels[kind])
+    for c, lesion in enumerate(task.classes):
+        score, truth = map(np.concatenate, pixels[lesion])
         if truth.any():
             precision = [truth[score >= s].mean() for s in score[truth]]
             assert accumulator.area(c) == pytest.approx(np.mean(precision), abs=1e-5)
 
 
-def test_kinds_that_are_not_known_are_not_counted(tree):
+def test_lesions_that_are_not_known_are_not_counted(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     record = replace(record, labels={"masks": {"EX": record.masks["EX"]}})
-    _, stats = full_size.stats_at_full_size(
-    Fake(), TASKS["seg"], [record], 64, None, CPU, 8, TASKS["seg"].accumulator())
+    _, stats = full_size.mask_stats_at_full_size(Fake(), TASKS["seg"], [record], 64, None, CPU, 8,
+                                                 TASKS["seg"].accumulator())
     assert stats[0, [0, 1, 3, 4]].isnan().all() and not stats[0, 2, :-1].isnan().any()
 
 
@@ -242,20 +242,21 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
         assert (int(row["width"]), int(row["height"])) == size
         assert sum(float(row[f"grade_p{g}"]) for g in range(5)) == pytest.approx(1, abs=1e-3)
         assert float(row["referable_p"]) == pytest.approx(sum(float(row[f"grade_p{g}"]) for g in (2, 3, 4)), abs=1e-3)
-        chosen = evaluate.load_run(run, CPU).calibration
-        assert (row["referable"] == "yes") == (float(row["referable_p"]) >= chosen["cls"]["referable"])
+        calibration = evaluate.load_run(run, CPU).calibration
+        assert (row["referable"] == "yes") == (float(row["referable_p"]) >= calibration["cls"]["referable"])
         assert row["edema_risk"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
         assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
         assert "no medical device" in row["note"]
         wide, high = Image.open(out / "overlays" / f"{row['name']}.png").size
         assert wide == size[0] and high > size[1]  # words lie below
-        lit = float(preprocess.foreground_mask(Image.open(pictures / f"{row['name']}.png")).mean())
-        for kind in TASKS["seg"].classes:
-            mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{kind}.png"))
+        foreground = float(preprocess.foreground_mask(Image.open(pictures / f"{row['name']}.png")).mean())
+        for lesion in TASKS["seg"].classes:
+            mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{lesion}.png"))
             assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
-            assert float(row[f"area_{kind}"]) == pytest.approx((mask > 0).mean() / lit, abs=1e-6)
+            assert float(row[f"area_{lesion}"]) == pytest.approx((mask > 0).mean() / foreground, abs=1e-6)
     text = capsys.readouterr().out
-    assert "2 of 2 photographs answered for" in text and "left out" not in text and "calibrated on validation: cls" in text
+    assert "2 of 2 photographs answered for" in text and "left out" not in text
+    assert "calibrated on validation: cls" in text
 
 
 def test_what_is_left_out_of_a_folder_is_said(run, pictures, tmp_path, monkeypatch, capsys):
@@ -269,15 +270,8 @@ def test_answers_are_those_of_the_evaluation(run, tmp_path, monkeypatch):
     """The same file, once as a photograph of the validation split, once as a new one."""
     loaded = evaluate.load_run(run, CPU)
     split = evaluate.split_records(loaded, Path(loaded.options["data"]), "val")
-    found = scoring.evaluate_split(
-    loaded.net,
-    data.eval_loader(
-        data.FundusDataset(
-            split,
-            32),
-            loaded.tasks,
-            16),
-             loaded.tasks)
+    photographs = data.FundusDataset(split, 32)
+    found = scoring.evaluate_split(loaded.net, data.eval_loader(photographs, loaded.tasks, 16), loaded.tasks)
     assert call(monkeypatch, run, "--images", *[r.image for r in split], "--out", tmp_path / "out") == 0
     temperature = loaded.calibration["cls"]["temperature"]
     rows = {r["photograph"]: r for r in rows_of(tmp_path / "out")}
@@ -300,8 +294,8 @@ def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypat
     assert rows["a_broken"]["reason"].startswith("not a readable image") and rows["a_broken"]["grade"] == ""
     assert rows["b_black"]["reason"].startswith("no field of view") and rows["b_black"]["width"] == "90"
     assert "8 bits per channel" in rows["c_deep"]["reason"]
-    shown = capsys.readouterr()
-    assert "a_broken.jpg" in shown.err and "2 of 5 photographs answered for, 1 refused, 2 unreadable" in shown.out
+    printed = capsys.readouterr()
+    assert "a_broken.jpg" in printed.err and "2 of 5 photographs answered for, 1 refused, 2 unreadable" in printed.out
     assert not list((out / "overlays").glob("[abc]_*"))
 
 
@@ -325,10 +319,10 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
 
 # ---- while the network has one photograph, others are read and written ----
 
-def answered_plainly(predictor, path: Path, name: str) -> dict:
+def predict_sequentially(predictor, path: Path, name: str) -> dict:
     """One photograph after the other, each step on its own and from the file."""
-    p, note = predictor, NOTE
-    row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": note}
+    p = predictor
+    row = {"photograph": str(path), "name": name, "status": "answered", "reason": "", "note": NOTE}
     try:
         row |= dict(zip(("width", "height"), preprocess.read_image(path, 512).size))
         if reason := quality.refusal(preprocess.read_image(path, 512).image):
@@ -336,30 +330,31 @@ def answered_plainly(predictor, path: Path, name: str) -> dict:
     except InputError as error:
         return row | {"status": "unreadable", "reason": str(error)[len(f"{path}: "):].split("; replace the file")[0]}
     record = records.Record(name, path)
-    sample, masks, lines = full_size.sample_of(record, p.size), {}, []
-    answers = full_size.answer(p.net, p.tasks, sample.image, CPU)
-    lit = preprocess.foreground_mask(preprocess.read_image(path, 512).image)
+    sample, masks, lines = full_size.unlabelled_sample(record, p.size), {}, []
+    answers = full_size.predict_sample(p.net, p.tasks, sample.image, CPU)
+    foreground = preprocess.foreground_mask(preprocess.read_image(path, 512).image)
     for task in p.tasks:
         if task.name == "seg":
-            maps, g = full_size.masks_of(p.net, task, record, p.size, p.tiles, CPU, p.batch)
-            for kind, map_ in zip(task.classes, maps):
+            maps, g = full_size.predict_masks(p.net, task, record, p.size, p.tiles, CPU, p.batch)
+            for lesion, map_ in zip(task.classes, maps):
                 wide = Image.fromarray(map_).transform(
                     (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y),
                     Image.BILINEAR)
-                masks[kind] = np.asarray(wide) >= p.calibration["seg"][kind]
-                Image.fromarray(masks[kind]).convert("L").save(p.out / f"masks/{name}_{kind}.png", compress_level=1)
-                row[f"area_{kind}"] = round(float(masks[kind].mean()) / float(lit.mean()), 6)
+                masks[lesion] = np.asarray(wide) >= p.calibration["seg"][lesion]
+                Image.fromarray(masks[lesion]).convert("L").save(p.out / f"masks/{name}_{lesion}.png", compress_level=1)
+                row[f"area_{lesion}"] = round(float(masks[lesion].mean()) / float(foreground.mean()), 6)
         else:
             columns = task.predicted_columns(answers[task.name], sample, p.calibration[task.name])
             row, lines = row | columns, lines + task.caption(columns)
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
-    drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, note], float(lit.mean())).save(
+    drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, NOTE],
+                    float(foreground.mean())).save(
         p.out / f"overlays/{name}.png", compress_level=1)
     return row
 
 
 @pytest.fixture
-def all_kinds(tmp_path) -> Path:
+def mixed_files(tmp_path) -> Path:
     """Photographs that are reduced as they are decoded and that are not, one held sideways, one refused, one broken."""
     (folder := tmp_path / "kinds").mkdir()
     exif = Image.Exif()
@@ -373,29 +368,30 @@ def all_kinds(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("tiles", [None, 4.5])
-def test_no_byte_depends_on_what_is_done_at_once(run, all_kinds, tmp_path, tiles):
-    loaded, paths = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir())
-    sample = full_size.sample_of(records.Record("x", paths[-1]), 64)
-    maps = full_size.answer(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
-    for kind, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
-        loaded.calibration["seg"][kind] = float(map_.quantile(0.9))
+def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, tiles):
+    loaded, paths = evaluate.load_run(run, CPU), sorted(mixed_files.iterdir())
+    sample = full_size.unlabelled_sample(records.Record("x", paths[-1]), 64)
+    maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
+    for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
+        loaded.calibration["seg"][lesion] = float(map_.quantile(0.9))
     predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", True)
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
-    assert all(0 < row[f"area_{kind}"] for row in found for kind in TASKS["seg"].classes if row["status"] == "answered")
-    plain = replace(predictor, out=tmp_path / "plain")
+    answered = [row for row in found if row["status"] == "answered"]
+    assert all(row[f"area_{lesion}"] > 0 for row in answered for lesion in TASKS["seg"].classes)
+    sequential = replace(predictor, out=tmp_path / "sequential")
     for folder in ("overlays", "masks"):
-        (plain.out / folder).mkdir(parents=True)
-    write_rows(plain.out / "predictions.csv", (answered_plainly(plain, p, p.stem) for p in paths))
+        (sequential.out / folder).mkdir(parents=True)
+    write_rows(sequential.out / "predictions.csv", (predict_sequentially(sequential, p, p.stem) for p in paths))
     files, expected = ({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")}
-                       for out in (predictor.out, plain.out))
+                       for out in (predictor.out, sequential.out))
     assert len(expected) == 1 + 3 * 6 and files == expected
 
 
 @pytest.mark.parametrize("tiles,most", [(None, 2), (4.5, 3)])
-def test_a_file_is_decoded_once_at_each_scale(run, all_kinds, tmp_path, monkeypatch, tiles, most):
+def test_a_file_is_decoded_once_at_each_scale(run, mixed_files, tmp_path, monkeypatch, tiles, most):
     """A JPEG for 512 pixels, for tiles and at full size; what cannot be reduced as it is decoded, once."""
-    loaded, paths, opened, really = evaluate.load_run(run, CPU), sorted(all_kinds.iterdir()), [], files.open_image
+    loaded, paths, opened, really = evaluate.load_run(run, CPU), sorted(mixed_files.iterdir()), [], files.open_image
 
     def counted(path):
         opened.append(path.name)
@@ -407,25 +403,25 @@ def test_a_file_is_decoded_once_at_each_scale(run, all_kinds, tmp_path, monkeypa
                                "broken.jpg": 1}
 
 
-class MultiTaskBatchSampler:
-    """In a Predictor's place: tells the steps of photographs 0, 1, ... as they begin, and lets a test wait for them."""
+class FakePredictor:
+    """In a Predictor's place: records which step of photographs 0, 1, ... begins, and lets a test wait for it."""
 
-    def __init__(self, **then):
-        self.then, self.told = then, {}  # step -> what a test does in it
+    def __init__(self, **actions):
+        self.actions, self.events = actions, {}  # step -> what a test does in it; (step, number) -> event
 
     def begun(self, *step) -> threading.Event:
-        return self.told.setdefault(step, threading.Event())
+        return self.events.setdefault(step, threading.Event())
 
     def step(self, name, number):
         self.begun(name, number).set()
-        self.then.get(name, lambda number: None)(number)
+        self.actions.get(name, lambda number: None)(number)
         return number
 
     def read(self, number):
         return self.step("read", number)
 
-    def ask(self, number):
-        return self.step("ask", number)
+    def predict(self, number):
+        return self.step("predict", number)
 
     def write(self, number):
         return {"status": "answered", "number": self.step("write", number)}
@@ -437,26 +433,26 @@ def numbers(count: int) -> list[tuple[int]]:
 
 def test_the_next_is_read_and_the_last_is_written_meanwhile():
     """Each step waits for one that a loop over photographs would take only after it."""
-    def ask(number):
-        assert number == 5 or steps.begun("read", number + 1).wait(60)
+    def predict(number):
+        assert number == 5 or fake.begun("read", number + 1).wait(60)
 
     def write(number):
-        assert number == 5 or steps.begun("ask", number + 1).wait(60)
-    steps = MultiTaskBatchSampler(ask=ask, write=write)
-    assert [row["number"] for row in predictor.overlapped(steps, numbers(6))] == [*range(6)]
+        assert number == 5 or fake.begun("predict", number + 1).wait(60)
+    fake = FakePredictor(predict=predict, write=write)
+    assert [row["number"] for row in predictor.overlapped(fake, numbers(6))] == [*range(6)]
 
 
 def test_rows_come_in_order_though_a_later_photograph_is_written_first():
     """Of two writers one is busy with photograph 0 until the other is through with 1 and at 2."""
-    steps = MultiTaskBatchSampler(write=lambda number: number != 0 or steps.begun("write", 2).wait(60))
-    assert [row["number"] for row in predictor.overlapped(steps, numbers(4))] == [*range(4)]
+    fake = FakePredictor(write=lambda number: number != 0 or fake.begun("write", 2).wait(60))
+    assert [row["number"] for row in predictor.overlapped(fake, numbers(4))] == [*range(4)]
 
 
 def test_few_photographs_are_held_at_once():
     """However slow the writing, or whoever takes the rows: of 30, those begun and not yet handed on."""
     begun, most, taken = [], [], 0
-    steps = MultiTaskBatchSampler(read=begun.append, write=lambda number: most.append(len(begun) - taken))
-    for row in predictor.overlapped(steps, numbers(30)):
+    fake = FakePredictor(read=begun.append, write=lambda number: most.append(len(begun) - taken))
+    for row in predictor.overlapped(fake, numbers(30)):
         time.sleep(0.002)  # time to begin more than is allowed
         most.append(len(begun) - taken)
         taken += 1
@@ -468,19 +464,19 @@ def test_what_is_being_written_has_its_row_when_the_network_is_stopped(error):
     """At photograph 3, while 1 and 2 are being written and 4 is being read: nothing else is begun."""
     stopped, rows_taken, taken = threading.Event(), threading.Event(), []
 
-    def ask(number):
+    def predict(number):
         if number == 3:
-            assert steps.begun("write", 2).wait(60) and steps.begun("read", 4).wait(60)
+            assert fake.begun("write", 2).wait(60) and fake.begun("read", 4).wait(60)
             stopped.set()
             raise error
-    steps = MultiTaskBatchSampler(read=lambda number: number != 4 or rows_taken.wait(60), ask=ask,
+    fake = FakePredictor(read=lambda number: number != 4 or rows_taken.wait(60), predict=predict,
                                   write=lambda number: number == 0 or stopped.wait(60))
     with pytest.raises(error):
-        for row in predictor.overlapped(steps, numbers(9)):
+        for row in predictor.overlapped(fake, numbers(9)):
             taken.append(row["number"])
             if row["number"] == 2:
                 rows_taken.set()
-    assert taken == [0, 1, 2] and not {("ask", 4), ("write", 3), ("read", 5)} & set(steps.told)
+    assert taken == [0, 1, 2] and not {("predict", 4), ("write", 3), ("read", 5)} & set(fake.events)
 
 
 def test_ctrl_c_while_waiting_for_a_file_to_be_written(tmp_path, monkeypatch):
@@ -488,15 +484,15 @@ def test_ctrl_c_while_waiting_for_a_file_to_be_written(tmp_path, monkeypatch):
     interrupted, really = threading.Event(), Future.result
 
     def result(future):
-        if steps.begun("ask", 1).is_set() and not interrupted.is_set():
-            assert steps.begun("write", 1).wait(60)
+        if fake.begun("predict", 1).is_set() and not interrupted.is_set():
+            assert fake.begun("write", 1).wait(60)
             interrupted.set()
             raise KeyboardInterrupt
         return really(future)
     monkeypatch.setattr(Future, "result", result)
-    steps = MultiTaskBatchSampler(write=lambda number: interrupted.wait(60))
+    fake = FakePredictor(write=lambda number: interrupted.wait(60))
     with pytest.raises(KeyboardInterrupt):
-        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(steps, numbers(2)))
+        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(fake, numbers(2)))
     assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,1"]
 
 
@@ -505,12 +501,12 @@ def test_an_error_of_writing_is_raised_and_what_else_is_being_written_has_its_ro
     def write(number):
         if number == 1:
             raise OSError(28, "No space left on device", "1.png")
-        assert steps.begun("write", 2).wait(60)
-    steps = MultiTaskBatchSampler(write=write)
+        assert fake.begun("write", 2).wait(60)
+    fake = FakePredictor(write=write)
     with pytest.raises(OSError, match="No space left on device: '1.png'"):
-        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(steps, numbers(9)))
+        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(fake, numbers(9)))
     assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,2"]
-    assert ("ask", 3) not in steps.told
+    assert ("predict", 3) not in fake.events
 
 
 def test_two_files_of_one_name_do_not_overwrite_each_other(run, pictures, tmp_path, monkeypatch):
@@ -542,16 +538,16 @@ def test_a_photograph_is_answered_for_as_a_viewer_shows_it(run, tmp_path, monkey
     assert call(monkeypatch, run, "--images", tmp_path / "new", "--out", tmp_path / "out") == 0
     one, other = rows_of(tmp_path / "out")
     assert {k for k in one if one[k] != other[k]} == {"photograph", "name"}
-    for kind in TASKS["seg"].classes:
-        one, other = (np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}_{kind}.png"))
+    for lesion in TASKS["seg"].classes:
+        one, other = (np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}_{lesion}.png"))
                       for name in ("held", "upright"))
         assert np.array_equal(one, other) and one.shape == (150, 198)
 
 
 def test_overlays_show_the_masks():
     """Colours inside, on and outside the outline of a mask, also where it touches the border of the picture."""
-    image, masks = Image.new("RGB", (400, 300), (100, 50, 20)), {
-                             k: np.zeros((300, 400), bool) for k in records.LESION_NAMES}
+    image = Image.new("RGB", (400, 300), (100, 50, 20))
+    masks = {lesion: np.zeros((300, 400), bool) for lesion in records.LESION_NAMES}
     masks["EX"][100:140, 360:400] = True
     masks["OD"][200:240, 200:240] = True
     drawn = np.asarray(drawing.overlay(image, masks, None, ["grade 2"], 0.5))
@@ -578,12 +574,12 @@ def test_a_name_that_is_no_text_and_one_that_is_too_long(run, tmp_path, monkeypa
 
 def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    for part in ("train", "val"):
+    for split in ("train", "val"):
         for name in ("cat", "dog"):
-            (tmp_path / "set" / part / name).mkdir(parents=True)
+            (tmp_path / "set" / split / name).mkdir(parents=True)
             for i in range(4):
                 pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "set" / part / name / f"{part}{name}{i}.png")
+                Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{split}{name}{i}.png")
     options = replace(TINY, tasks=("cls",), data=str(tmp_path / "set"), classes=("cat", "dog"), epochs=1, num_experts=0)
     train.fit(options, tmp_path / "run", quiet=True)
     images = tmp_path / "set" / "val" / "cat"
@@ -604,8 +600,8 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
     (["--images", "{new}", "--out", "{new}/out", "--split", "test"], "belong to no split and no data set"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "0.5"], "--tiles 0.5: expected 1 to 16"),
     (["--images", "{new}", "--out", "{new}/out", "--tiles", "nan"], "--tiles nan: expected 1 to 16"),
-    (["--images", "{new}", "--out", "{new}/out", "--routing",
-     "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    (["--images", "{new}", "--out", "{new}/out", "--routing", "--batch-size", "0"],
+     "--batch-size 0: expected at least 1"),
 ])
 def test_mistakes_are_one_line(run, pictures, monkeypatch, flags, message):
     (pictures / "empty").mkdir()
@@ -634,12 +630,13 @@ cache.CACHE = Path({str(tmp_path)!r})
 torch.set_num_threads(2)
 class Fake(torch.nn.Module):
     heads = dict.fromkeys(("seg",))
-    def forward(self, images, rows):
+    def forward(self, images, indices):
         return {{"seg": (images[:, :1].float() / 16 - 12).expand(-1, 5, -1, -1)}}, {{}}
 found = [r for r in readers.read_idrid(Path({str(root)!r})).records if r.masks] * 6
-pool = TASKS["seg"].accumulator()
-names, statistics = full_size.stats_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8, pool)
-assert len(names) == 27 and float(statistics[..., :-1].sum()) == 27 * 5 * 4288 * 2848
+accumulator = TASKS["seg"].accumulator()
+names, stats = full_size.mask_stats_at_full_size(Fake(), TASKS["seg"], found[:27], 256, None, torch.device("cpu"), 8,
+                                                 accumulator)
+assert len(names) == 27 and float(stats[..., :-1].sum()) == 27 * 5 * 4288 * 2848
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -321,7 +321,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, whole, monkeypatch):
     evil = Code(tmp_path / "witness")
     torch.save({**torch.load(run / "best.pt", weights_only=True), "epoch": evil}, run / "best.pt")
     torch.save(evil, run / "last.pt"), torch.save(evil, tmp_path / "weights.pt")
-    np.savez(tmp_path / "cache.npz", version=np.array(cache.PREPROCESSING), image=np.array([evil], object))
+    np.savez(tmp_path / "cache.npz", version=np.array(cache.CACHE_VERSION), image=np.array([evil], object))
     for read in (lambda: evaluate.load_run(run, torch.device("cpu")),
                  lambda: train.fit(SHORT, run, quiet=True, resume=True),
                  lambda: pretrained.read_weights(str(tmp_path / "weights.pt"), "b0"),
@@ -403,16 +403,16 @@ def finished(status):
 
 found, sessions = {"at random": 0, "checkpoint": 0, "cache": 0, "half written": 0, "ends": []}, []
 while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
-    kind = ("cache", "at random", "checkpoint")[len(sessions) % 3]
-    if kind == "cache":
+    moment = ("cache", "at random", "checkpoint")[len(sessions) % 3]
+    if moment == "cache":
         shutil.rmtree(cache.CACHE, ignore_errors=True)
-    pid, begun, wait = start(), time.monotonic(), chance.uniform(0.05, {"at random": 4, "cache": 1.5}.get(kind, 0.05))
+    pid, begun, wait = start(), time.monotonic(), chance.uniform(0.05, {"at random": 4, "cache": 1.5}.get(moment, 0.05))
     sessions.append(pid)
     while True:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             break
-        if time.monotonic() - begun > wait and (kind != "checkpoint" or any(run.glob("*.pt.*.part"))):
-            time.sleep(chance.uniform(0, 0.05) if kind == "checkpoint" else 0)
+        if time.monotonic() - begun > wait and (moment != "checkpoint" or any(run.glob("*.pt.*.part"))):
+            time.sleep(chance.uniform(0, 0.05) if moment == "checkpoint" else 0)
             os.kill(pid, signal.SIGKILL)
             break
         time.sleep(0.002)
@@ -420,7 +420,7 @@ while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
     if status != -signal.SIGKILL:
         finished(status)
         continue
-    found[kind] += 1
+    found[moment] += 1
     found["half written"] += any(run.glob("*.part"))
     for name in ("last.pt", "best.pt"):
         if (run / name).exists():
@@ -699,8 +699,9 @@ def test_steps_that_fp16_leaves_out_are_counted_and_limited():
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch, error, capsys):
     def full():
         raise error
-    with pytest.raises(RunError, match="out of memory after step 5 with --batch-size 6 --image-size 32; try --batch-size 3 or a "
-                                       "smaller --image-size; .*run keeps what was saved") as caught:
+    with pytest.raises(RunError, match="out of memory after step 5 with --batch-size 6 --image-size 32; try "
+                                       "--batch-size 3 or a smaller --image-size; .*run keeps what was "
+                                       "saved") as caught:
         fit_until(monkeypatch, 5, full, SHORT, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"] == 4

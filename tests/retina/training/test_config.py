@@ -35,10 +35,10 @@ pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
     ("--top-k 0", "--top-k 0: expected at least 1"),
     ("--router private --top-k -1", "--top-k -1: expected at least 1"),
     ("--router uniform --top-k 2", "--top-k 2: --router uniform mixes all 8 experts; leave --top-k out"),
-    ("--router private --num-experts 9", "--router private: 2 tasks with --top-k 4 experts each need --num-experts 8; with 9, "
-     "1 would have no task"),
-    ("--router private --num-experts 1", "--router private: 2 tasks with --top-k 1 experts each need --num-experts 2; with 1, "
-     "1 are missing"),
+    ("--router private --num-experts 9", "--router private: 2 tasks with --top-k 4 experts each need --num-experts 8; "
+     "with 9, 1 would have no task"),
+    ("--router private --num-experts 1", "--router private: 2 tasks with --top-k 1 experts each need --num-experts 2; "
+     "with 1, 1 are missing"),
     ("--router random --balance-weight 0.1", "--balance-weight 0.1: --router random does not learn"),
     ("--num-experts 0 --top-k 2", "--num-experts 0: there is no layer for --top-k; leave one of them out"),
     ("--num-experts 0 --router shared", "--num-experts 0: there is no layer for --router; leave one of them out"),
@@ -55,14 +55,15 @@ def test_bad_flags_are_one_line(arguments, message, capsys):
     assert exit_.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments,experts,chosen,balance", [
+@pytest.mark.parametrize("arguments,experts,top_k,balance", [
     ("", 8, 2, 0.01), ("--num-experts 1", 1, 1, 0.01), ("--router shared --balance-weight 0", 8, 2, 0),
     ("--router uniform", 8, 8, 0), ("--router uniform --num-experts 3", 3, 3, 0), ("--router random", 8, 2, 0),
-    ("--router private", 4, 2, 0), ("--router private --num-experts 8", 8, 4, 0), ("--router private --top-k 1", 2, 1, 0),
-    ("--router private --tasks cls dme seg loc", 8, 2, 0), ("--num-experts 0 --moe-at decoder", 0, 1, 0)])
-def test_numbers_of_experts_follow_the_router(arguments, experts, chosen, balance):
+    ("--router private", 4, 2, 0), ("--router private --num-experts 8", 8, 4, 0),
+    ("--router private --top-k 1", 2, 1, 0), ("--router private --tasks cls dme seg loc", 8, 2, 0),
+    ("--num-experts 0 --moe-at decoder", 0, 1, 0)])
+def test_numbers_of_experts_follow_the_router(arguments, experts, top_k, balance):
     options = train.configure(arguments.split())[0]
-    assert (options.num_experts, options.top_k, options.balance_weight) == (experts, chosen, balance)
+    assert (options.num_experts, options.top_k, options.balance_weight) == (experts, top_k, balance)
 
 
 def test_one_chosen_expert_comes_with_its_reason():
@@ -74,8 +75,8 @@ def test_one_chosen_expert_comes_with_its_reason():
 
 def test_bad_data_stops_the_program_with_status_2(tree):
     next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
-    result = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tree.parent, f"--data={tree}", "--encoder-weights=none"],
-                            capture_output=True, text=True)
+    flags = [f"--data={tree}", "--encoder-weights=none"]
+    result = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tree.parent, *flags], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ") and ".jpg: not a readable image" in result.stderr
 

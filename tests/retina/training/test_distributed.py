@@ -43,14 +43,14 @@ torch.randn_like = torch.zeros_like  # the noise of the gates
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 cache.CACHE = Path(sys.argv[2])
 found = readers.read_drawn().records[:8]
-for i in range(8):  # masks here, points there, two kinds of grade: each share of two lacks a task
+for i in range(8):  # masks here, points there, some grades: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
     found[i] = found[i].with_labels(masks=masks, landmarks=found[i].landmarks if i % 2 else None,
                                     grade=None if i in (1, 2, 4) else found[i].grade)
 
 def learn(world, options):
     torch.manual_seed(0)
-    net, chosen = tasks.build_net(asdict(options))
+    net, task_list = tasks.build_net(asdict(options))
     net.double()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -60,20 +60,21 @@ def learn(world, options):
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
     photographs = data.FundusDataset(found, options.image_size)
-    empty_targets = data.make_empty_targets(photographs, chosen) if world.size > 1 else {}
-    state = train.make_state(net, chosen, options, 10, torch.device("cpu"), world)
+    empty_targets = data.make_empty_targets(photographs, task_list) if world.size > 1 else {}
+    state = train.make_state(net, task_list, options, 10, torch.device("cpu"), world)
     net.train()
-    mine = [photographs[i] for i in range(8)][world.rank::world.size]
-    batches = [data.collate(mine, chosen, empty_targets=empty_targets) for _ in range(2)]
-    losses = [train.train_step(state, batch, chosen, options, world) for batch in batches]
+    share = [photographs[i] for i in range(8)][world.rank::world.size]
+    batches = [data.collate(share, task_list, empty_targets=empty_targets) for _ in range(2)]
+    losses = [train.train_step(state, batch, task_list, options, world) for batch in batches]
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
             "others": {**dict(net.named_buffers()), **state.loss_weights.state_dict()}}
 
 def scored(world):
     torch.manual_seed(0)
-    net, chosen = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
+    net, task_list = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
     photographs = data.FundusDataset(readers.read_drawn().records[:22], 64)
-    found = scoring.evaluate_split(net, data.eval_loader(photographs, chosen, 4, world=world), chosen, world=world)
+    loader = data.eval_loader(photographs, task_list, 4, world=world)
+    found = scoring.evaluate_split(net, loader, task_list, world=world)
     return found and {"metrics": jsonable(found.metrics()), "names": found.names, "usage": found.usage,
                       "calibration": found.calibrate()}
 
@@ -129,15 +130,15 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
         for step in (0, 1):
             assert one["losses"][step] == pytest.approx(two["losses"][step], rel=1e-9)
         assert one["gradients"].keys() == two["gradients"].keys()
-        parts = defaultdict(list)
+        groups = defaultdict(list)
         for name in one["gradients"]:
-            parts[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
-        assert parts.keys() == {"encoder", "cls", "dme", "seg", "loc"} | ({"experts"} if change != {"num_experts": 0} else
-                                                                          set()) | ({"blocks"} & parts.keys())
-        for part, names in parts.items():
+            groups[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
+        experts = set() if change == {"num_experts": 0} else {"experts"}
+        assert groups.keys() == {"encoder", "cls", "dme", "seg", "loc"} | experts | ({"blocks"} & groups.keys())
+        for group, names in groups.items():
             largest = max(float(one["gradients"][n].abs().max()) for n in names)
             apart = max(float((one["gradients"][n] - two["gradients"][n]).abs().max()) for n in names)
-            assert apart < 1e-9 * largest, (change, part)
+            assert apart < 1e-9 * largest, (change, group)
         for name, value in one["others"].items():  # statistics of norms, weights of tasks
             torch.testing.assert_close(value, two["others"][name], rtol=1e-7, atol=1e-9)
 
@@ -148,16 +149,16 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
 def test_every_photograph_of_a_step_falls_to_one_process(batch, size):
     found = readers.read_drawn().records
     found = [r.with_labels(masks=r.masks if i % 4 == 0 else None) for i, r in enumerate(found)]
-    steps = data.MultiTaskBatchSampler(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
-    shares = [list(steps.range(3, 9, rank, size)) for rank in range(size)]
-    for number, parts in enumerate(zip(*shares)):
-        whole = steps.step(3 + number)
-        assert sorted(i for part in parts for i in part) == sorted(whole)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    sampler = data.MultiTaskBatchSampler(found, [TASKS["cls"], TASKS["seg"]], batch, 0, True)
+    shares = [list(sampler.range(3, 9, rank, size)) for rank in range(size)]
+    for number, step_shares in enumerate(zip(*shares)):
+        whole = sampler.step(3 + number)
+        assert sorted(i for share in step_shares for i in share) == sorted(whole)
+        assert max(map(len, step_shares)) - min(map(len, step_shares)) <= 1
 
 
 def test_pixels_ranked_in_parts_are_ranked_as_a_whole(monkeypatch):
-    """Three collectors, of which one has begun to count; all pixels in one are the oracle."""
+    """Three accumulators, of which one has begun to count; all pixels in one are the oracle."""
     rng = np.random.default_rng(0)
     pixels = [(rng.random(4000).astype(np.float32), rng.random(4000) < share) for share in (0.1, 0.5, 0.02, 0.0, 0.3)]
     whole = metrics.PRCurveAccumulator(1)
@@ -165,11 +166,12 @@ def test_pixels_ranked_in_parts_are_ranked_as_a_whole(monkeypatch):
         whole.add(0, probability, truth)
     for most, counted in ((1 << 23, False), (7000, True)):
         monkeypatch.setattr(metrics.PRCurveAccumulator, "most", most)
-        parts = [metrics.PRCurveAccumulator(1) for _ in range(3)]
+        accumulators = [metrics.PRCurveAccumulator(1) for _ in range(3)]
         for k, (probability, truth) in enumerate(pixels):
-            parts[k % 3 if k < 4 else 0].add(0, probability, truth)
-        assert (parts[0].counts[0] is not None) == counted and parts[1].counts[0] is None
-        first, *others = parts[::-1] if counted else parts  # one that counts is taken in by one that does not
+            accumulators[k % 3 if k < 4 else 0].add(0, probability, truth)
+        assert (accumulators[0].counts[0] is not None) == counted and accumulators[1].counts[0] is None
+        # one that counts is merged into one that does not
+        first, *others = accumulators[::-1] if counted else accumulators
         for other in others:
             first.merge(other)
         assert (first.counts[0] is not None) == counted
@@ -230,16 +232,15 @@ def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, r
 
 
 def test_each_process_needs_a_photograph(tmp_path):
-    with pytest.raises(InputError, match="--batch-size 2: 3 processes share it; expected at least one photograph for each"):
+    with pytest.raises(InputError, match="--batch-size 2: 3 processes share it; expected at least one photograph for "
+                                         "each"):
         train.fit(Config(batch_size=2), tmp_path / "run", world=World(0, 3))
 
 
 def test_without_torchrun_there_is_one_process():
-    assert SINGLE_PROCESS.gather(3) == [3] and SINGLE_PROCESS.broadcast(
-        4) == 4 and SINGLE_PROCESS.any([False], None) == [False]
-    x = torch.ones(2)
-    assert SINGLE_PROCESS.all_reduce_sum(x) is x and SINGLE_PROCESS.device(
-        torch.device("cuda", 1)) == torch.device("cuda", 1)
+    one, x, cuda = SINGLE_PROCESS, torch.ones(2), torch.device("cuda", 1)
+    assert one.gather(3) == [3] and one.broadcast(4) == 4 and one.any([False], None) == [False]
+    assert one.all_reduce_sum(x) is x and one.device(cuda) == cuda
     with pytest.raises(InputError, match="process 2 of a machine that has 1 GPUs; expected at most one process"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "device_count", lambda: 1)

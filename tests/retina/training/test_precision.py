@@ -70,10 +70,10 @@ def test_gradients_of_the_fast_network_are_the_plain_ones():
     """In float64, where rounding does not hide a mistake."""
     net = plain_net().double().train()
     quick = precision.channels_last(copy.deepcopy(net))
-    rows = {"cls": torch.tensor([0, 2]), "seg": torch.tensor([1]), "loc": torch.tensor([0, 1, 2])}
+    indices = {"cls": torch.tensor([0, 2]), "seg": torch.tensor([1]), "loc": torch.tensor([0, 1, 2])}
     for n in (net, quick):
         torch.manual_seed(2)  # the router's noise and dropout
-        sum(x.square().mean() for x in n(images().double(), rows)[0].values()).backward()
+        sum(x.square().mean() for x in n(images().double(), indices)[0].values()).backward()
     for (name, one), other in zip(quick.named_parameters(), net.parameters()):
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
@@ -82,10 +82,10 @@ def test_gradients_of_the_fast_network_are_the_plain_ones():
 
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("piece", [1, 1 << 30])
-def test_depthwise_convolution_in_bf16(kernel, stride, piece, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 1 << 30])
+def test_depthwise_convolution_in_bf16(kernel, stride, chunk, monkeypatch):
     """Against float64 on the same numbers: nothing is lost but what bf16 cannot hold."""
-    monkeypatch.setattr(precision.DepthwiseBackward, "PIECE", piece)
+    monkeypatch.setattr(precision.DepthwiseBackward, "CHUNK", chunk)
     torch.manual_seed(0)
     x = torch.randn(3, 8, 12, 12).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     conv = precision.DepthwiseConv(8, 8, kernel, stride, kernel // 2, groups=8, bias=False)
@@ -151,11 +151,11 @@ def entered(net: Net, names: dict[str, nn.Module]) -> dict[str, list[int]]:
 
 def test_each_part_sees_the_photographs_that_need_it():
     state, batch, _ = state_and_batch()
-    net, rows = state.net.train(), {"cls": torch.tensor([0, 1, 4]), "seg": torch.tensor([2])}
+    net, indices = state.net.train(), {"cls": torch.tensor([0, 1, 4]), "seg": torch.tensor([2])}
     heads = net.heads
     seen = entered(net, {"encoder": net.encoder, "decoder": heads["seg"].decoder.blocks[0], "cls": heads["cls"].conv})
-    net(batch.images, rows)
-    net(batch.images, {"cls": rows["cls"]})  # no photograph with masks: no decoder
+    net(batch.images, indices)
+    net(batch.images, {"cls": indices["cls"]})  # no photograph with masks: no decoder
     assert seen == {"encoder": [6, 6], "decoder": [1], "cls": [3, 3]}
 
 
@@ -164,10 +164,9 @@ def test_heads_get_the_maps_that_they_read_and_no_others(place):
     net = plain_net(place)
     maps, _ = net.routed_maps(images(), {t: torch.tensor([1]) for t in net.heads})
     read = {t: [i for i, m in enumerate(maps[t]) if m is not None] for t in maps}
-    decoder = [0, 1]
     assert read == {"cls": [1, 2, 3, 4], "dme": [1, 2, 3, 4],
                     **({"seg": [0, 1, 2, 3, 4], "loc": [2, 3, 4]} if place == "bottleneck" else
-                       {"seg": decoder, "loc": [1]})}
+                       {"seg": [0, 1], "loc": [1]})}
 
 
 # ---- nothing waits for a GPU ----
@@ -184,8 +183,8 @@ def test_a_step_hangs_on_no_value(how, monkeypatch):
     monkeypatch.setattr(model.Experts, "forward", lambda self, u, indices, weights: u * self.w1.sum())
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # fake weights cannot be converted
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        net, chosen = tasks.build_net(asdict(options))
-        state = train.make_state(net, chosen, options, 100, CPU)
+        net, task_list = tasks.build_net(asdict(options))
+        state = train.make_state(net, task_list, options, 100, CPU)
         state.monitor.lag, state.optimizer = 1, torch.optim.AdamW(net.parameters(), fused=True)  # as on a GPU
         state.schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: 1.0)
 
@@ -193,7 +192,7 @@ def test_a_step_hangs_on_no_value(how, monkeypatch):
             return {t: fake.from_tensor(x) for t, x in tensors.items()}
         batch = replace(batch, images=fake.from_tensor(batch.images), targets=faked(batch.targets),
                         indices=faked(batch.indices))
-        assert train.train_step(state, batch, chosen, options) == {} and state.step == 1
+        assert train.train_step(state, batch, task_list, options) == {} and state.step == 1
         with pytest.raises(DataDependentOutputException):  # which this test would have met
             batch.images.float().mean().item()
 

@@ -51,7 +51,8 @@ def test_unusable_weights(tmp_path, content, message):
 
 def test_weights_of_another_variant_are_one_line(tmp_path):
     torch.save(torchvision.models.efficientnet_b1(weights=None).state_dict(), tmp_path / "b1.pth")
-    with pytest.raises(InputError, match="--encoder-weights .*b1.pth, --encoder b0: not the weights of this EfficientNet") as e:
+    with pytest.raises(InputError, match="--encoder-weights .*b1.pth, --encoder b0: not the weights of this "
+                                         "EfficientNet") as e:
         train.fit(replace(TINY, encoder_weights=str(tmp_path / "b1.pth")), tmp_path / "run")
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
 
@@ -63,5 +64,6 @@ def test_real_data_without_network_starts_from_random_weights_with_a_warning(sha
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
     options, notes = train.configure(["--data", str(shared_tree)])
     assert options.encoder_weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
-    with pytest.raises(InputError, match="--encoder-weights imagenet: cannot be downloaded .*; use --encoder-weights none"):
+    with pytest.raises(InputError, match="--encoder-weights imagenet: cannot be downloaded .*; use --encoder-weights "
+                                         "none"):
         pretrained.read_weights("imagenet", "b0", "efficientnet_b0")
