@@ -270,7 +270,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="all configurations, not only the usual ones")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations; --list names them")
     parser.add_argument("--list", action="store_true", help="say which configurations there are, and end")
-    parser.add_argument("--seeds", type=int, help="of each configuration (default: 3; 2 on drawn photographs)")
+    parser.add_argument("--seeds", type=int, help="of each configuration (default: 3; 2 on drawn photographs; a claim "
+                        "takes 5)")
     parser.add_argument("--num-folds", type=int, default=1, metavar="K", help=f"validate on the first K of {FOLDS} "
                         "folds of the training split, each photograph once (default: 1)")
     parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs)")

@@ -5,7 +5,7 @@
     captioned, titled   a picture with words
     legend, scale       what colours mean
     stroke, spots       lines and dots
-    tinted, overlay     a photograph with its masks and points
+    tinted, overlay     a photograph with its masks and points; words lie below it, never on the retina
 """
 
 import bisect
@@ -69,9 +69,9 @@ def legible(letter: str) -> str:
     missing = shape("\uffff")
     if letter.isspace() or shape(letter) != missing:
         return letter
-    plain = "".join(c for c in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(c))
-    known = plain and plain != letter and all(shape(c) != missing for c in plain)
-    return plain if known else f"\\u{ord(letter):04x}"
+    bare = "".join(c for c in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(c))
+    known = bare and bare != letter and all(shape(c) != missing for c in bare)
+    return bare if known else f"\\u{ord(letter):04x}"
 
 
 def wrapped(line: str, width: float, size: int) -> Iterator[str]:
@@ -208,11 +208,11 @@ def spots(picture: Image.Image, points: Iterable[tuple[float, float]], colour: S
 
 # ---- legends ----
 
-def key(colour: Sequence[int], how: str = "square") -> Image.Image:
-    """What stands for a colour in a legend: a square, a line, a dashed line, a dot, a ring."""
-    picture = Image.new("RGB", (26 if how in ("line", "dashed") else 14, 14), PAPER)
+def key(colour: Sequence[int], how: str = "square", side: int = 14) -> Image.Image:
+    """What stands for a colour in a legend: a square of `side` pixels, a line, a dashed line, a dot, a ring."""
+    picture = Image.new("RGB", (26 if how in ("line", "dashed") else side, side), PAPER)
     if how == "square":
-        ImageDraw.Draw(picture).rectangle((0, 0, 13, 13), tuple(colour), PALE)
+        ImageDraw.Draw(picture).rectangle((0, 0, side - 1, side - 1), tuple(colour), PALE)
     elif how in ("dot", "ring"):
         spots(picture, [(7, 7)], colour, 5, how == "ring")
     else:
@@ -220,15 +220,16 @@ def key(colour: Sequence[int], how: str = "square") -> Image.Image:
     return picture
 
 
-def legend(entries: Iterable[tuple[str, Sequence[int], str]], width: float = math.inf) -> Image.Image:
-    """(words, colour, kind of key) of each entry, beside each other in lines of at most `width` pixels."""
-    lines = [[]]
+def legend(entries: Iterable[tuple[str, Sequence[int], str]], width: float = math.inf,
+           size: int = SMALL) -> Image.Image:
+    """(words, colour, form of key) of each entry, beside each other in lines of at most `width` pixels."""
+    lines, gap = [[]], round(1.4 * size)
     for words, colour, how in entries:
-        entry = row([key(colour, how), text(words, SMALL)], 5, 0.5)
-        if lines[-1] and sum(e.width + 18 for e in [*lines[-1], entry]) > width:
+        entry = row([key(colour, how, size + 1), text(words, size, width=width - 2 * size - 5)], 5, 0.5)
+        if lines[-1] and sum(e.width + gap for e in lines[-1]) + entry.width > width:
             lines.append([])
         lines[-1].append(entry)
-    return column([row(line, 18) for line in lines], 4)
+    return column([row(line, gap) for line in lines], 4)
 
 
 def scale(low: str, high: str, words: str) -> Image.Image:
@@ -244,8 +245,16 @@ LANDMARKS = "+ optic disc, x fovea"
 
 def label_legend(masks: bool = True, points: bool = True) -> Image.Image:
     """The colours of lesions and optic disc; what stands for which point."""
-    colours = legend((words, records.LESION_COLOURS[kind], "square") for kind, words in records.LESION_NAMES.items())
+    colours = legend((words, records.LESION_COLOURS[k], "square") for k, words in records.LESION_NAMES.items())
     return row([colours] * masks + [text(LANDMARKS, SMALL)] * points, 18, 0.5)
+
+
+def found_legend(masks: Mapping[str, np.ndarray], retina: float, width: float, size: int = SMALL) -> Image.Image:
+    """Of lesions and optic disc only what is there, with its area in percent of the retina, of so many pixels."""
+    shares = {lesion: np.count_nonzero(mask) / retina for lesion, mask in masks.items()}
+    entries = [(f"{records.LESION_NAMES[lesion]} " + ("< 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"),
+                records.LESION_COLOURS[lesion], "square") for lesion, share in shares.items() if share]
+    return legend(entries, width, size) if entries else text("nothing outlined", size, width=width)
 
 
 def photograph(image: Tensor, side: int, resample: Image.Resampling = Image.LANCZOS) -> Image.Image:
@@ -254,9 +263,9 @@ def photograph(image: Tensor, side: int, resample: Image.Resampling = Image.LANC
 
 
 def masks_of(sample: Sample) -> dict[str, np.ndarray]:
-    """{kind: (S, S) bool} of the kinds that are known."""
+    """{lesion: (S, S) bool} of those that are known."""
     known = zip(records.LESION_NAMES, () if sample.masks is None else sample.masks)
-    return {kind: (mask == 1).numpy() for kind, mask in known if (mask != records.UNKNOWN).all()}
+    return {lesion: (mask == 1).numpy() for lesion, mask in known if (mask != records.UNKNOWN).all()}
 
 
 def mark(picture: Image.Image, points: Sequence | None) -> None:
@@ -272,16 +281,16 @@ def mark(picture: Image.Image, points: Sequence | None) -> None:
 def tinted(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None = None) -> Image.Image:
     """A photograph with its lesions tinted and outlined, the optic disc outlined, points marked; see `mark`.
 
-    masks {kind: (H, W) bool}.
+    masks {lesion: (H, W) bool}.
     """
     pixels, s = np.array(image), max(1, round(min(image.size) / 700))  # s: width of an outline
     flat, middle = pixels.reshape(-1, 3), slice(s, -s)
-    for kind, mask in masks.items():
+    for lesion, mask in masks.items():
         inner = np.zeros_like(mask)  # less an outline on all sides
         inner[middle, middle] = mask[middle, middle] & mask[:-2 * s, middle] & mask[2 * s:, middle] & \
             mask[middle, :-2 * s] & mask[middle, 2 * s:]
-        colour = np.array(records.LESION_COLOURS[kind], np.float32)
-        if kind != "OD":
+        colour = np.array(records.LESION_COLOURS[lesion], np.float32)
+        if lesion != "OD":
             inside = np.flatnonzero(inner)  # numbers of pixels find the few of a mask faster than truth values do
             flat[inside] = (0.7 * flat[inside] + 0.3 * colour).astype(np.uint8)
         flat[np.flatnonzero(mask & ~inner)] = colour
@@ -290,16 +299,16 @@ def tinted(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence
     return picture
 
 
-def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None,
-            lines: Sequence[str]) -> Image.Image:
-    """A photograph with its lesions shown, its landmarks marked and a legend in its corner."""
-    picture = tinted(image, masks, points)
-    pen, height = ImageDraw.Draw(picture), max(9, round(min(image.size) / 45))
-    entries = [(line, "white") for line in [*lines, *[LANDMARKS] * (points is not None)]]
-    entries += [(f"{kind} {records.LESION_NAMES[kind]}", records.LESION_COLOURS[kind]) for kind in masks]
-    if 2.6 * height * len(entries) > picture.height:  # it would hide what there is to see
-        entries = entries[:1]
-    for k, (line, colour) in enumerate(entries):
-        pen.text((height // 2, round((0.5 + 1.3 * k) * height)), line, colour, font(height),
-                 stroke_width=max(1, height // 10), stroke_fill="black")
-    return picture
+def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None, lines: Sequence[str],
+            retina: float) -> Image.Image:
+    """A photograph with its lesions shown and its landmarks marked; below it, in a strip, `lines` and what was found.
+
+    `retina`: the share of the picture that shows it. The photograph keeps its place, from pixel (0, 0) on.
+    """
+    size = max(SMALL, round(min(image.size) / 45))
+    width = image.width - size
+    parts = [text("; ".join([*[LANDMARKS] * (points is not None), *lines]), size, width=width)]
+    if masks:
+        parts += [found_legend(masks, retina * image.width * image.height, width, size),
+                  text("areas in percent of the retina", size, PALE, width)]
+    return column([tinted(image, masks, points), padded(column(parts, 4), *[size // 2] * 4)], 0)

@@ -1,11 +1,13 @@
 """Pictures of runs: what they show against what is known, what is missing, nothing cut off, a page on its own."""
 
 import base64
+import datetime
 import html
 import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from conftest import TINY, busy_net, real_idrid
 from model import Routing
 from retina import drawing
 from retina.datasets import readers, records, synthetic
-from retina.evaluation import metrics
+from retina.evaluation import metrics, scoring, tables
 from retina.figures import answers, charts, context, internals, routing
 from retina.files import InputError
 from retina.training import checkpoint
@@ -78,9 +80,15 @@ def test_all_pictures_of_a_run_and_the_page(made, words, capsys):
     bare = re.sub('base64,[^"]+', "", page)
     assert bare.count("src=") == len(names) and not [x for x in ("<script", "http", "url(", "<link") if x in bare]
     assert "Not drawn" not in page and "DRAWN photographs" in page
-    options = json.loads((run / "config.json").read_text())["options"]
-    assert all(f"<span>{k}</span>" in page for k in options) and "<span>dice MA per image</span>" in page
+    config = json.loads((run / "config.json").read_text())
+    options, begun = config["options"], datetime.datetime.fromisoformat(config["begun"])
+    assert datetime.timedelta() <= datetime.datetime.now(begun.tzinfo) - begun < datetime.timedelta(hours=1)
+    assert all(f" {word}" in html.unescape(page) for word in (config["begun"], torch.__version__, *sys.argv[1:]))
+    assert f"<code>python {Path(sys.argv[0]).name}" in page
+    assert all(f"<span>{k}</span>" in page for k in options) and "<th>Dice, mean over images<td>" in page
     stored = evaluate.load_run(run, torch.device("cpu"))
+    values, limits = scoring.summary([context_of(run).here[0]], [stored.calibration])
+    assert f"<td>{tables.number_cell(values['seg']['dice_MA'], limits['seg'].get('dice_MA'))}<td>" in page
     log = checkpoint.read_log(run)
     assert log[context.best_epoch_of(log)]["epoch"] == stored.epoch
     assert f"run, epoch {stored.epoch}, 6 DRAWN validation" in " ".join(words)
@@ -125,7 +133,7 @@ def test_folders_of_classes(tmp_path, words):
                    "gradcam", "routing", "feature_maps", "curves"])
     text = " ".join(words)
     assert "other classes (12)" in text and "class class 0 (4)" in text and "no label" not in text
-    assert "by class" in text and "by class of another" in text and "grade" not in text
+    assert "by class" in text and "label-shuffled control" in text and "grade" not in text
 
 
 def test_the_test_part_has_its_own_names_and_is_noted(made, tmp_path, capsys):
@@ -199,11 +207,13 @@ def test_photographs_are_ranked_by_the_dice_of_their_lesions(made):
     m = context_of(made())
     m.run.calibration["seg"] = dict(zip(TASKS["seg"].classes, (0.02, 0.03, 0.01, 0.02, 0.5)))
     values, _, _ = answers.judged(m)
-    assert len(values) >= 3
+    ill = {name for name in m.numbers if (m.sample(name).masks[:4] == 1).any()}
+    assert values.keys() == ill and 3 <= len(ill) < len(m.numbers)  # what is found on a healthy one does not count
     for name, value in values.items():
-        found = m.answers(name)["seg"][:4] >= torch.tensor((0.02, 0.03, 0.01, 0.02)).view(4, 1, 1)
+        predicted = m.answers(name)["seg"][:4] >= torch.tensor((0.02, 0.03, 0.01, 0.02)).view(4, 1, 1)
         true = m.sample(name).masks[:4] == 1
-        assert value == pytest.approx(2 * float((found & true).sum()) / float(found.sum() + true.sum()), abs=0.01)
+        both, either = float((predicted & true).sum()), float(predicted.sum() + true.sum())
+        assert value == pytest.approx(2 * both / either, abs=0.01)
 
 
 def test_the_most_frequent_confusions_are_named(made, words):
@@ -220,10 +230,10 @@ def test_the_most_frequent_confusions_are_named(made, words):
     m.numbers = {name: k % len(m.photographs) for k, name in enumerate(names)}
     answers.confusion(m)
     text = " ".join(words)
-    for expected in ("true 0, taken for 2: 3 of 4", "p2, p 0.65", "true 1, taken for 0: 2 of 2", "p5, p 0.7",
-                     "true 4, taken for 1: 1 of 2", "75%", "kappa"):
+    for expected in ("true 0, predicted 2: 3 of 4", "p2, p 0.65", "true 1, predicted 0: 2 of 2", "p5, p 0.7",
+                     "true 4, predicted 1: 1 of 2", "75%", "quadratic weighted kappa"):
         assert expected in text
-    assert text.index("true 0, taken") < text.index("true 1, taken") < text.index("true 4, taken")
+    assert text.index("true 0, pred") < text.index("true 1, pred") < text.index("true 4, pred")
 
 
 def test_grad_cam_adds_up_to_the_logit():
@@ -336,6 +346,20 @@ def test_entropy_is_in_bits(made, monkeypatch):
     assert lines[0].values == [2.0, 1.0, 0.0, None] and lines[1].values == [None] * 4
 
 
+def test_rare_classes_lie_on_top(monkeypatch):
+    """One place: what is seen there is the rarest class, wherever the legend has it; never what has no label."""
+    task = TASKS["cls"]
+    labels = [None, 4, *5 * [0], *3 * [2]]
+    groups = internals.groups_by_label(task, labels)
+    order = []
+    monkeypatch.setattr(charts.Chart, "dots", lambda chart, x, *rest: order.append(len(x)))
+    internals.map_of("", torch.zeros(10, 2), groups)
+    assert order == [1, 5, 3, 1] and [len(which) for *_, which in groups if which] == [1, 5, 3, 1]
+    order.clear()
+    internals.map_of("", torch.zeros(10, 2), internals.groups_by_label(task, [4, 0, 0, 0, 2, 2, 4, 4, 4, 4]))
+    assert order == [5, 3, 2]  # of grades 4, 0, 2
+
+
 def test_neighbours_kept():
     y = torch.rand(40, 2, generator=torch.Generator().manual_seed(0))
     assert internals.neighbours_kept(torch.cat([y, 0 * y], 1), y) == 1
@@ -436,8 +460,8 @@ def test_masks_that_are_not_known_are_neither_drawn_nor_counted(tmp_path, words)
     m = context_of(tmp_path / "run")
     assert [set(drawing.masks_of(m.sample(name))) for name in m.numbers] == [{"OD"}, {"OD", "MA"}, {"OD", "MA"}]
     m.run.calibration["seg"] = dict.fromkeys(TASKS["seg"].classes, 1 - 1e-6) | {"MA": 1e-6}  # finds them everywhere
-    seen = {name: np.asarray(answers.panels_of(m, name)[2]) for name in m.numbers}
-    blue = [(picture == records.LESION_COLOURS["MA"]).all(2).sum() for picture in seen.values()]
+    seen = [np.asarray(answers.panels_of(m, name)[2])[:context.PANEL] for name in m.numbers]
+    blue = [(picture == records.LESION_COLOURS["MA"]).all(2).sum() for picture in seen]
     assert blue[0] == 0 and min(blue[1:]) > 500
     assert "masks of MA, HE, EX, SE not known" in answers.in_words(m, next(iter(m.numbers)))
     visualize.main([str(tmp_path / "run")])

@@ -16,11 +16,11 @@ from retina.drawing import BODY, GRID, INK, PALE, PAPER, SMALL, boxed, brightnes
 
 
 def round_steps(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from low to high, at most so many: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers around low and high, at most so many steps: multiples of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= most)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    ends = ((m * power, math.floor(low / (m * power) + 1e-9), math.ceil(high / (m * power) - 1e-9))
+            for m in (1, 2, 5, 10, 20))
+    return next([k * step for k in range(first, last + 1)] for step, first, last in ends if last - first <= most)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class Axis:
 
 
 def axis_of(words: str, values: Iterable[float], low: float | None = None, high: float | None = None) -> Axis:
-    """An axis that has room for all values that are numbers, from `low` to `high` where these are given."""
+    """An axis for all values that are numbers, or from `low` to `high`, with round numbers at its ends: none is cut."""
     known = [v for v in values if v is not None and math.isfinite(v)] or [0.0, 1.0]
     low, high = min(known) if low is None else low, max(known) if high is None else high
-    return Axis(words, low, high if high > low else low + 1.0)
+    steps = round_steps(low, high if high > low else low + 1.0)
+    return Axis(words, steps[0], steps[-1])
 
 
 class Chart:

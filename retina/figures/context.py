@@ -1,6 +1,6 @@
 """What figures are made of: a run, its scores, its photographs; and lines over epochs.
 
-A figure for which something is missing raises Missing, which says what.
+A figure for which something is missing raises FigureUnavailable, which says what.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class FigureContext:
         """Scores, and the bottleneck of the encoder averaged over its positions, (n, C)."""
         pooled, net = [], self.run.net
         with net.encoder.register_forward_hook(lambda _, __, maps: pooled.append(maps[-1].mean((2, 3)).cpu())):
-            found = scoring.evaluate_split(net, self.batches(photographs, self.run.tasks), self.run.tasks,
-                                           f"scoring {len(photographs)} photographs")
-        return found, torch.cat(pooled)
+            scores = scoring.evaluate_split(net, self.batches(photographs, self.run.tasks), self.run.tasks,
+                                            f"scoring {len(photographs)} photographs")
+        return scores, torch.cat(pooled)
 
     @functools.cached_property
     def here(self) -> tuple[SplitScores, Tensor]:
@@ -81,37 +81,37 @@ class FigureContext:
         """Of training photographs, as they are, without augmentation."""
         return self.passed(self.training)
 
-    def having(self, kinds: type | tuple[type, ...], lack: str = "") -> list[TaskMetrics]:
-        """Those of the run's tasks that are of these kinds and have a label in the split.
+    def having(self, types: type | tuple[type, ...], lack: str = "") -> list[TaskMetrics]:
+        """Those of the run's tasks that are of these types and have a label in the split.
 
-        Missing: there are none; only where `lack` says what follows for a run that was trained for no such task.
+        FigureUnavailable: there are none; only where `lack` says what follows for a run without such a task.
         """
-        tasks = [t for t in self.run.tasks if isinstance(t, kinds)]
-        found = [t for t in tasks if t.name in self.here[0].stats]
-        if found or not lack:
-            return found
+        tasks = [t for t in self.run.tasks if isinstance(t, types)]
+        labelled = [t for t in tasks if t.name in self.here[0].stats]
+        if labelled or not lack:
+            return labelled
         raise FigureUnavailable(f"none of the {len(self.photographs)} {self.words} photographs has a label for "
                                 f"{' or '.join(t.name for t in tasks)}" if tasks else
                                 f"the run was trained for {' '.join(t.name for t in self.run.tasks)}, which {lack}")
 
-    def first(self, kind: type) -> TaskMetrics | None:
+    def first(self, type_: type) -> TaskMetrics | None:
         """The first of these, or None."""
-        return next(iter(self.having(kind)), None)
+        return next(iter(self.having(type_)), None)
 
     def stats(self, task: TaskMetrics) -> dict[str, Tensor]:
         """{photograph: statistics} of those with a label."""
-        found = self.here[0]
-        return dict(zip(found.names.get(task.name, ()), found.stats.get(task.name, ())))
+        scores = self.here[0]
+        return dict(zip(scores.names.get(task.name, ()), scores.stats.get(task.name, ())))
 
     def probabilities(self, task: ClassMetrics, p: Tensor) -> Tensor:
-        """(n, C) at the temperature that was chosen."""
+        """(n, C), temperature-scaled."""
         return metrics.at_temperature(p, self.run.calibration[task.name]["temperature"])
 
     @property
     def caution(self) -> str:
         """Why scores may look better than they are, or ""."""
         if self.split == "val":
-            return " The checkpoint, temperatures and thresholds were chosen on these photographs: optimistic."
+            return " Checkpoint, temperatures and thresholds were fitted on these photographs: optimistic."
         return " Trained with --keep-leaks: it may have seen eyes of the test split." * self.run.options["keep_leaks"]
 
     @functools.cached_property
@@ -174,9 +174,9 @@ class Line:
 
 def epochs_chart(ctx: FigureContext, title: str, words: str, lines: Sequence[Line], low: float | None = None,
                  high: float | None = None) -> Chart:
-    """Lines over epochs, with a dot at the chosen one."""
+    """Lines over epochs, with a dot at that of best.pt."""
     last = max(2, *(len(log) for log in ctx.logs.values()))
-    steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if v == round(v))
+    steps = tuple((v, f"{v:g}") for v in charts.round_steps(1, last) if 1 <= v == round(v) <= last)
     chart = Chart(title, Axis("epoch", 1, last, steps),
                   axis_of(words, (v for line in lines for v in line.values), low, high))
     for line in lines:

@@ -1,8 +1,8 @@
-"""Figures about how a run comes to its answers: Material -> picture.
+"""Figures about how a run comes to its answers: FigureContext -> picture.
 
-    tsne_map        which photographs look alike to the network
-    gradcam         where in a photograph an answer comes from
-    filters         one photograph on its way through the network
+    tsne_map        t-SNE of the encoder's features
+    gradcam         Grad-CAM of a grade
+    feature_maps    feature maps of one photograph
 
 Grad-CAM: Selvaraju et al. 2017, arXiv 1610.02391
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from model import Net
 
 
-# ---- which photographs look alike ----
+# ---- t-SNE ----
 
 def neighbours_kept(x: Tensor, y: Tensor, most: int = 10) -> float:
     """Of the nearest neighbours of each point (n, C), the share that are among its nearest in the map (n, 2)."""
@@ -48,12 +48,14 @@ def neighbours_kept(x: Tensor, y: Tensor, most: int = 10) -> float:
 
 def map_of(title: str, y: Tensor, groups: Iterable[tuple[str, Sequence[int], str, Sequence[int]]]) -> Image.Image:
     """Points (n, 2), both axes in one unit; groups: what some have in common, colour, "dot" or "ring", which they are.
+
+    What has no colour of its own is drawn first, then large groups, so that rare ones lie on top.
     """
     low, high = y.amin(0), y.amax(0)
     at = (2 * y - low - high) / (high - low).max().clamp(min=1e-12)  # -1 to 1
     groups, edges = [g for g in groups if g[-1]], ((-1.0, ""), (1.0, ""))
     chart = Chart(title, Axis("", -1.03, 1.03, edges), Axis("", -1.03, 1.03, edges), 440, 440)
-    for _, colour, how, which in groups:
+    for _, colour, how, which in sorted(groups, key=lambda group: (group[1] != OTHERS, -len(group[-1]))):
         chart.dots(*at[which].T.tolist(), colour, 4.5 if how == "ring" else 4.0, how == "ring")
     return chart.picture([(f"{words} ({len(which)})", colour, how) for words, colour, how, which in groups])
 
@@ -71,7 +73,7 @@ def groups_by_label(task: ClassMetrics, labels: Sequence[int | None]) -> list[tu
 
 
 def tsne_map(ctx: FigureContext) -> Image.Image:
-    """Which photographs look alike to the network: t-SNE of pooled features, training and split in one map."""
+    """t-SNE of the encoder's features: which photographs look alike to the network, training and split in one map."""
     x = torch.cat([ctx.learned[1], ctx.here[1][:context.MOST]])
     border, n = len(ctx.training), len(x)
     if n < 5:
@@ -84,17 +86,17 @@ def tsne_map(ctx: FigureContext) -> Image.Image:
         maps.append(map_of(f"by {task.title}", y, groups_by_label(task, labels)))
     maps.append(map_of("by split", y, [("training", COLOURS[4], "dot", range(border)),
                                        (ctx.words, COLOURS[5], "ring", range(border, n))]))
-    return titled("Which photographs look alike to the network", row(maps, 24),
-                  f"{ctx.name}, epoch {ctx.run.epoch}: t-SNE (perplexity {perplexity:.3g}, seed {ctx.seed}) of "
-                  f"the encoder's bottleneck averaged over positions, {x.shape[1]} numbers for each of {n} "
-                  f"photographs. Of its 10 nearest neighbours there, a photograph keeps {neighbours_kept(x, y):.0%} in "
-                  "the map. Sizes of clusters and distances between them mean nothing.")
+    return titled("t-SNE of the encoder's features", row(maps, 24),
+                  f"{ctx.name}, epoch {ctx.run.epoch}; perplexity {perplexity:.3g}, seed {ctx.seed}. Features: the "
+                  f"bottleneck averaged over positions, {x.shape[1]} numbers for each of {n} photographs. Of its 10 "
+                  f"nearest neighbours there, a photograph keeps {neighbours_kept(x, y):.0%} in the map. Sizes of "
+                  "clusters and distances between them mean nothing. Rare groups are drawn on top.")
 
 
-# ---- where an answer comes from ----
+# ---- Grad-CAM ----
 
 def grad_cam(net: Net, task: TaskMetrics, image: Tensor, classes: Sequence[int]) -> list[list[Tensor]]:
-    """One sample (3, S, S) uint8 -> for each class a map (h_i, w_i) of each resolution that a PooledHead averages.
+    """One sample (3, S, S) uint8 -> for each class a map (h_i, w_i) of each resolution that the head averages.
 
     The network is in evaluation mode. alpha_k = mean over positions of d logit / d A_k, map = sum_k alpha_k A_k (eqs. 1
     and 2, before the ReLU). Since the head is linear behind the averages, the sums of a class's maps and its bias are
@@ -126,7 +128,7 @@ def share_on(heat_: Tensor, where: Tensor, within: Tensor) -> float:
 
 
 def lesions_of(sample: Sample) -> Tensor | None:
-    """Where any lesion lies, (S, S) bool; None: not all kinds are known."""
+    """Where any lesion lies, (S, S) bool; None: not all classes are known."""
     return (sample.masks[:-1] == 1).any(0) if set(LESIONS[:-1]) <= masks_of(sample).keys() else None
 
 
@@ -155,46 +157,44 @@ def heat_panels(ctx: FigureContext, task: ClassMetrics, name: str, which: str, p
                 side: int = 280) -> Image.Image:
     """A photograph with its lesions; under the heat of the predicted class; under that of the true one, if another."""
     sample, large, predicted = ctx.sample(name), ctx.sample(name, side), int(p.argmax())
-    even, known = on_lesions(sample, torch.ones(())), lesions_of(sample) is not None
-    said = f"lesions cover {even:.1%} of the retina" if even is not None else \
+    cover, known = on_lesions(sample, torch.ones(())), lesions_of(sample) is not None
+    words = f"lesions cover {cover:.1%} of the retina" if cover is not None else \
         "no lesions" if known else "lesions not all known"
-    panels = [captioned(tinted(photograph(large.image, side), masks_of(large)), f"{which}: {name}\n{said}")]
+    panels = [captioned(tinted(photograph(large.image, side), masks_of(large)), f"{which}: {name}\n{words}")]
     roles = {predicted: "predicted and true"} if predicted == true else {predicted: "predicted", true: "true"}
     for (c, role), heat_ in zip(roles.items(), heats(ctx, task, sample.image, list(roles))):
-        on = "" if even is None else f"\n{on_lesions(sample, heat_):.1%} of it on lesions"
+        on = "" if cover is None else f"\n{on_lesions(sample, heat_):.1%} of it on lesions"
         panels.append(captioned(warm(large.image, heat_, side),
                                 f"{role}: {task.title} {task.word(c)}, p {p[c]:.2f}{on}"))
     return row(panels)
 
 
 def gradcam(ctx: FigureContext) -> Image.Image:
-    """Where in a photograph an answer comes from: Grad-CAM of the predicted and of the true class, beside lesions."""
+    """Grad-CAM: which pixels speak for the predicted and for the true class, beside the lesions."""
     task, *_ = ctx.having(ClassMetrics, "tells no classes apart")
     stats = ctx.stats(task)
     p = dict(zip(stats, ctx.probabilities(task, torch.stack(list(stats.values()))[:, :-1])))
     true = {name: int(of[-1]) for name, of in stats.items()}
-    masked = [name for name in ctx.masked if name in stats]
-    ranked = masked or list(stats)
-    chosen = best_median_worst({name: float(p[name][true[name]]) for name in ranked})
-    panels = [heat_panels(ctx, task, name, which, p[name], true[name]) for name, which in chosen.items()]
-    said, shares = "", []  # of each photograph with lesions: of its heat, and of its retina, what lies on them
-    for name, sample in zip(masked, map(ctx.sample, masked)):
-        if (even := on_lesions(sample, torch.ones(()))) is not None:
+    shares = {}  # of each photograph with lesions: of its heat, and of its retina, what lies on them
+    for name in (name for name in ctx.masked if name in stats):
+        sample = ctx.sample(name)
+        if (cover := on_lesions(sample, torch.ones(()))) is not None:
             heat_, = heats(ctx, task, sample.image, [int(p[name].argmax())])
-            shares.append((on_lesions(sample, heat_), even))
-    if shares:
-        on, even = np.mean(shares, 0)
-        said = (f" Mean over {len(shares)} photographs with lesions: {on:.1%} of what the map of the predicted class "
-                f"has on the retina lies on lesions, which cover {even:.1%} of it.")
-    keys = [scale("nothing", "most", "added to the answer"), *([label_legend(points=False)] * bool(masked))]
-    return titled(f"Where the {task.title} comes from", column([*keys, *panels], 12),
-                  f"{ctx.name}, epoch {ctx.run.epoch}. Best, median and worst of {len(ranked)} {ctx.words} photographs"
-                  f"{' with masks' * bool(masked)}, by the probability p of the true class at the chosen temperature. "
-                  "Grad-CAM of the maps that the head averages, at strides 4 to 32, added up, below zero cut "
-                  f"off.{said}")
+            shares[name] = on_lesions(sample, heat_), cover
+    ranked = best_median_worst({name: float(p[name][true[name]]) for name in shares or stats})
+    panels = [heat_panels(ctx, task, name, which, p[name], true[name]) for name, which in ranked.items()]
+    on, cover = np.mean([*shares.values()] or [(0, 0)], 0)
+    mean = (f" Mean over these: {on:.1%} of what the map of the predicted class has on the retina lies on lesions, "
+            f"which cover {cover:.1%} of it.") * bool(shares)
+    keys = [scale("nothing", "most", "added to the logit"), *([label_legend(points=False)] * bool(ctx.masked))]
+    return titled(f"Grad-CAM of the {task.title}", column([*keys, *panels], 12),
+                  f"{ctx.name}, epoch {ctx.run.epoch}. Best, median and worst of {len(shares or stats)} {ctx.words} "
+                  f"photographs{' with lesions' * bool(shares)}, by the temperature-scaled probability p of the true "
+                  "class. Grad-CAM of the maps that the head averages, at strides 4 to 32, added up, below zero cut "
+                  f"off.{mean}")
 
 
-# ---- one photograph on its way through the network ----
+# ---- feature maps ----
 
 def principal_colours(x: Tensor) -> tuple[np.ndarray, float]:
     """A map (C, h, w) -> its first three principal components as red, green, blue (h, w, 3) uint8, and their share
@@ -207,9 +207,9 @@ def principal_colours(x: Tensor) -> tuple[np.ndarray, float]:
     values, vectors = torch.linalg.eigh(flat.T @ flat)  # ascending
     vectors = vectors.flip(1)[:, :3]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # or signs are a toss
-    found = flat @ vectors  # (h * w, at most 3)
-    low, high = found.quantile(0.01, 0), found.quantile(0.99, 0)
-    colours = F.pad(((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), (0, max(0, 3 - c)))
+    components = flat @ vectors  # (h * w, at most 3)
+    low, high = components.quantile(0.01, 0), components.quantile(0.99, 0)
+    colours = F.pad(((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), (0, max(0, 3 - c)))
     values = values.clamp(min=0).flip(0)
     return (255 * colours).round().to(torch.uint8).view(h, w, 3).numpy(), float(values[:3].sum() / values.sum())
 
@@ -233,19 +233,19 @@ def answer_panels(ctx: FigureContext, task: TaskMetrics, output: Tensor) -> tupl
     """A head's raw output, one row, as masks, as heatmaps of points, or as a table; and what that is."""
     if isinstance(task, ClassMetrics):
         p = ctx.probabilities(task, task.decode(output).cpu())[0]
-        shown = sorted(p.topk(min(MOST_SHOWN, len(p))).indices.tolist())
-        cells = [[f"{p[k]:.2f}" for k in shown], [f"{output[0, k]:+.1f}" for k in shown]]
+        top = sorted(p.topk(min(MOST_SHOWN, len(p))).indices.tolist())
+        cells = [[f"{p[k]:.2f}" for k in top], [f"{output[0, k]:+.1f}" for k in top]]
         rest = f"; the {MOST_SHOWN} most probable of {len(p)}" * (len(p) > MOST_SHOWN)
-        return f"{task.title.capitalize()} ({task.name}), probability at the chosen temperature{rest}", [heatmap(
-            np.stack([p[shown].numpy(), np.full(len(shown), np.nan)]), ["probability", "logit"],
-            [str(task.word(k)) for k in shown], cells, (52, 24))]
+        return f"{task.title.capitalize()} ({task.name}), probability, temperature-scaled{rest}", [heatmap(
+            np.stack([p[top].numpy(), np.full(len(top), np.nan)]), ["probability", "logit"],
+            [str(task.word(k)) for k in top], cells, (52, 24))]
     if isinstance(task, MaskMetrics):
         return (f"Masks ({task.name}): logit of each pixel", [
             panel(shades((x.cpu().numpy() + 8) / 16), f"{name}\n{float(x.min()):.1f} to {float(x.max()):.1f}")
             for name, x in zip(records.LESION_NAMES.values(), output[0])])
     if isinstance(task, LandmarkMetrics):
         maps = output[0].flatten(1).softmax(1).view_as(output[0])
-        return (f"Points ({task.name}): probability of each position, whose mean is the point", [
+        return (f"Landmarks ({task.name}): probability of each position, whose mean is the landmark", [
             panel(shades((x / x.max()).cpu().numpy()), f"{name}\nat most {float(x.max()):.2g}")
             for name, x in zip(task.classes, maps)])
     return "", []
@@ -253,12 +253,12 @@ def answer_panels(ctx: FigureContext, task: TaskMetrics, output: Tensor) -> tupl
 
 @torch.inference_mode()
 def feature_maps(ctx: FigureContext) -> Image.Image:
-    """One photograph on its way through the network: encoder, experts, decoder, what each head says."""
+    """Feature maps: one photograph on its way through encoder, experts, decoder and heads."""
     net, sample, maps = ctx.run.net, ctx.sample(ctx.example), []
     lesions = next((t for t in ctx.run.tasks if isinstance(t, MaskMetrics)), None)
     decoders = [*filter(None, [net.decoder, net.heads[lesions.name].decoder if lesions else None])]
     blocks = [block for decoder in decoders for block in decoder.blocks]
-    hooks = [part.register_forward_hook(lambda _, __, found: maps.append(found)) for part in (net.encoder, *blocks)]
+    hooks = [part.register_forward_hook(lambda _, __, output: maps.append(output)) for part in (net.encoder, *blocks)]
     routed, _ = net.routed_maps(sample.image[None].to(ctx.device))
     outputs = {t: net.heads[t](x) for t, x in routed.items()}
     for hook in hooks:
@@ -268,10 +268,10 @@ def feature_maps(ctx: FigureContext) -> Image.Image:
     def named(maps):
         return map_panels({f"stride {ctx.photographs.size // x.shape[2]}": x for x in maps})
 
-    plain = photograph(sample.image, ctx.photographs.size)
-    first = [panel(np.asarray(plain), ctx.example)]
+    image = photograph(sample.image, ctx.photographs.size)
+    first = [panel(np.asarray(image), ctx.example)]
     if sample.masks is not None:
-        first.append(panel(np.asarray(tinted(plain, masks_of(sample))), "its lesions and disc"))
+        first.append(panel(np.asarray(tinted(image, masks_of(sample))), "its lesions and disc"))
     parts = [("The photograph", first), ("Encoder: five maps, each half as large as the one before", named(down))]
     if net.experts is not None:
         parts.append(("Behind the experts: the map that each task gets instead of the shared one",
@@ -280,8 +280,8 @@ def feature_maps(ctx: FigureContext) -> Image.Image:
         parts.append(("Decoder: twice as large at each step, joined by the encoder's map of that size", named(up)))
     parts += [answer_panels(ctx, task, outputs[task.name].float()) for task in ctx.run.tasks]
     keys = row([scale("0", "1", "probabilities of classes"), scale("-8", "8", "logits of masks"),
-                scale("0", "most", "positions")], 28)
-    return titled("One photograph on its way through the network", column(
+                scale("0", "most", "positions of landmarks")], 28)
+    return titled("Feature maps of one photograph", column(
         [keys, *(column([text(words), row(pictures)], 6) for words, pictures in parts if pictures)], 16),
         f"{of_run(ctx)}. Maps of many channels are shown by their first three principal components, as red, green and "
         "blue; below each, the share of the variance that these have.")

@@ -1,4 +1,4 @@
-"""Which tokens go to which expert: Material -> picture."""
+"""Which tokens are routed to which expert: FigureContext -> picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LabelShuffled(Dataset):
-    """Photographs, each with the masks of the next one."""
+    """The label-shuffled control: photographs, each with the masks of the next one."""
 
     def __init__(self, photographs: Dataset):
         self.photographs = photographs
@@ -67,7 +67,7 @@ def token_grid(image: Tensor, r: Routing, colours: Sequence[Sequence[int]], side
 
 def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuffled: Tensor,
                  experts: Sequence[int]) -> Image.Image:
-    """Shares of tokens (R, E), and below them the same for shuffled images; the first MOST_SHOWN rows."""
+    """Shares of tokens (R, E), and below them those of the control; the first MOST_SHOWN rows."""
     rest = f"; {MOST_SHOWN} of {len(rows)}" * (len(rows) > MOST_SHOWN)
     return column(heatmap(x[:MOST_SHOWN, experts].numpy(), rows[:MOST_SHOWN], [str(e) for e in experts], None,
                           (22, 18), title + rest, "expert") for x, title in zip((real, shuffled), titles))
@@ -87,7 +87,7 @@ def by_label(ctx: FigureContext, shares: Tensor, experts: Sequence[int]) -> list
     turn = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
     (real, names), (mixed, _) = (routing_.averaged(shares[:, of], [labels[i] for i in known])
                                  for of in (known, [known[i] for i in turn]))
-    return [two_heatmaps((f"by {word}", f"by {word} of another"), names, a, b, experts)
+    return [two_heatmaps((f"by {word}", "label-shuffled control"), names, a, b, experts)
             for a, b in zip(real, mixed)]
 
 
@@ -96,20 +96,20 @@ def by_lesion(ctx: FigureContext, experts: Sequence[int]) -> list[Image.Image]:
     masked = Subset(ctx.photographs, [ctx.numbers[name] for name in ctx.masked])
     if len(masked) < 2:
         return []
-    found = []
+    heatmaps = []
     for real, mixed in zip(*(uses_of(ctx, x).values() for x in (masked, LabelShuffled(masked)))):
         there = [i for i, n in enumerate(real.tokens) if n]
         a, b = ((use.below[:, 0] / use.tokens[:, None])[there] for use in (real, mixed))
-        found.append(two_heatmaps(("by what lies below a token", "by masks of another"),
-                                  [routing_.TOKEN_CLASSES[i] for i in there], a, b, experts))
-    return found
+        heatmaps.append(two_heatmaps(("by lesion below the token", "label-shuffled control"),
+                                     [routing_.TOKEN_CLASSES[i] for i in there], a, b, experts))
+    return heatmaps
 
 
 def by_task(ctx: FigureContext, shares: Tensor, experts: Sequence[int]) -> Image.Image:
     """Experts by task, beside the same with the tasks of each photograph in another order."""
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(shares.shape[:2], generator=generator).argsort(0)[..., None].expand_as(shares)
-    return two_heatmaps(("by task", "by task, shuffled"), [t.name for t in ctx.run.tasks], shares.mean(1),
+    return two_heatmaps(("by task", "task-shuffled control"), [t.name for t in ctx.run.tasks], shares.mean(1),
                         shares.gather(0, order).mean(1), experts)
 
 
@@ -122,36 +122,36 @@ def entropy_chart(ctx: FigureContext, experts: int) -> Image.Image:
     log, most = next(iter(ctx.logs.values())), math.log2(experts)
     lines = [Line(t.name, [bits(line["expert_usage"].get(t.name)) for line in log], colour)
              for t, colour in zip(ctx.run.tasks, COLOURS)]
-    chart = epochs_chart(ctx, "entropy of the use of experts over training", f"bits; {most:.3g} if all are used alike",
+    chart = epochs_chart(ctx, "entropy of expert usage, validation", f"bits; {most:.3g} if all are used alike",
                          lines, 0.0, max(most, 0.1))
     return chart.picture([(line.words, line.colour, "line") for line in lines])
 
 
 def routing(ctx: FigureContext) -> Image.Image:
-    """Which tokens go to which expert: over a photograph, by task, class and lesion, beside shuffled images."""
+    """Expert routing: over a photograph, and by task, label and lesion, above label-shuffled controls."""
     if ctx.run.net.experts is None:
         raise FigureUnavailable("the run was trained with --num-experts 0, so that there is nothing to route")
     here = uses_of(ctx, ctx.photographs)
     shares = torch.stack([use.shares[:, 0] for use in here.values()])  # (T, n, E)
     used = shares.mean((0, 1)).argsort(descending=True).tolist()
-    shown = sorted(used[:MOST_SHOWN])  # as columns of heatmaps
+    experts = sorted(used[:MOST_SHOWN])  # as columns of heatmaps
     own = coloured(used)
     colours = [own.get(e, OTHERS) for e in range(len(used))]
     with torch.inference_mode():
         image = ctx.sample(ctx.example).image
         routed = ctx.run.net.routed_maps(image[None].to(ctx.device))[1]
     parts = [*map(text, routed), *(token_grid(image, r, colours) for r in routed.values()),
-             *by_label(ctx, shares, shown), *by_lesion(ctx, shown)]
-    last = row([by_task(ctx, shares, shown), entropy_chart(ctx, len(used))], 36)
+             *by_label(ctx, shares, experts), *by_lesion(ctx, experts)]
+    last = row([by_task(ctx, shares, experts), entropy_chart(ctx, len(used))], 36)
     r = next(iter(routed.values()))
     second = ", the second as a square inside" * has_room(r)
-    rest = f" (the {len(shown)} most used)" * (len(shown) < len(used))
+    rest = f" (the {len(experts)} most used)" * (len(experts) < len(used))
     keys = [(f"expert {e}", colour, "square") for e, colour in own.items()]
     keys += [("others", OTHERS, "square")] * (len(own) < len(used))
     legends = [legend(keys, 900), scale("0 %", "100 %", "of the tokens go to an expert, in heatmaps")]
-    return titled("Which tokens go to which expert",
+    return titled("Expert routing by task, label and lesion",
                   column([column(legends, 6), grid(parts, len(routed), (24, 10)), last], 18),
                   f"{of_run(ctx)}. Photograph: {ctx.example}, one token a square, its first expert in colour{second}. "
-                  f"Heatmaps: each token goes to {r.experts.shape[1]} of {len(used)} experts{rest}; below each what "
+                  f"Heatmaps: each token goes to {r.experts.shape[1]} of {len(used)} experts{rest}. Controls: what "
                   f"remains by chance, where a photograph has the {label_word(ctx)} or the masks of another. Whether "
                   "answers owe anything to routes, `evaluate.py --routing` says.")

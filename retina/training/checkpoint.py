@@ -10,6 +10,7 @@ Reading runs no code; see load_tensors in files.py.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
 import json
@@ -18,7 +19,9 @@ import os
 import platform
 import random
 import secrets
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -252,7 +255,10 @@ class RunFolder:
         if saved is not None:
             self.restore(saved)
         elif self.world.rank == 0 and not resume:
-            create_run_folder(self.folder, {"options": self.config, **findings}, overwrite)
+            create_run_folder(self.folder, {
+                "begun": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+                "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "machine": self.stored["machine"], "options": self.config, **findings}, overwrite)
         if self.world.rank:  # other noise and dropout in each process
             seed = np.random.SeedSequence((self.config["seed"], self.world.rank)).generate_state(1)[0]
             torch.manual_seed(int(seed))

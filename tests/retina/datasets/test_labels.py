@@ -214,7 +214,7 @@ def test_it_is_drawn_where_it_can_be(run, monkeypatch, capsys):
     found = [json.loads(line)["val"]["age"]["error"] for line in (run / "log.jsonl").read_text().splitlines()]
     axis = charts["age: error"].y
     assert axis.low == 0 and axis.high >= max(30, *found) and "lower is better" in axis.words
-    assert charts["age: loss"].y.high > 0 and charts["cls: kappa"].y.high == 1
+    assert charts["age: loss"].y.high > 0 and charts["cls: quadratic weighted kappa"].y.high == 1
 
 
 # ---- guarded ----

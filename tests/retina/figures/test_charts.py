@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from retina import drawing
+from retina.datasets import records
 from retina.figures import charts
 from retina.figures.charts import Axis, Chart
 
@@ -90,6 +91,41 @@ def test_a_legend_breaks_its_lines():
     assert narrow.width <= 200 < wide.width and narrow.height > wide.height and ink(narrow) == ink(wide)
 
 
+# ---- overlays ----
+
+@pytest.fixture
+def masks() -> dict[str, np.ndarray]:
+    """Of a picture of 400 x 300 pixels: 240 pixels of haemorrhages, 6 of microaneurysms, no exudates."""
+    masks = {lesion: np.zeros((300, 400), bool) for lesion in records.LESION_NAMES}
+    masks["HE"][100:110, 50:74], masks["MA"][5, 20:26] = True, True
+    return masks
+
+
+def test_a_legend_lists_what_was_found_with_its_area(masks, monkeypatch):
+    listed = []
+    monkeypatch.setattr(drawing, "legend", lambda entries, *rest: listed.extend(entries) or Image.new("RGB", (1, 1)))
+    drawing.found_legend(masks, 59_999, 300)
+    assert listed == [("microaneurysms 0.01 %", records.LESION_COLOURS["MA"], "square"),
+                      ("haemorrhages 0.40 %", records.LESION_COLOURS["HE"], "square")]
+    listed.clear()
+    drawing.found_legend(masks, 120_000, 300)
+    assert [words for words, *_ in listed] == ["microaneurysms < 0.01 %", "haemorrhages 0.20 %"]
+    listed.clear()
+    assert ink(drawing.found_legend({"EX": masks["EX"]}, 120_000, 300)) > 100 and not listed  # nothing outlined
+
+
+@pytest.mark.parametrize("side", [(400, 300), (90, 60), (2000, 1500)])
+def test_words_do_not_lie_on_the_photograph(side, masks):
+    """Above the strip there are the same pixels whatever is said, those of lesions and marks apart from it."""
+    image = Image.effect_noise(side, 60).convert("RGB")
+    masks = {k: np.asarray(Image.fromarray(m).resize(side, Image.NEAREST)) for k, m in masks.items()}
+    picture = drawing.overlay(image, masks, [(30, 30), (60, 40)], 4 * ["retinopathy grade 2 (p 0.71)"], 0.5)
+    above = np.asarray(picture)[:side[1]]
+    assert picture.width == side[0] and np.array_equal(above, drawing.tinted(image, masks, [(30, 30), (60, 40)]))
+    strip = picture.crop((0, side[1], *picture.size))
+    assert strip.height > 40 and ink(strip) > 500
+
+
 # ---- charts ----
 
 def test_dashes_touch_six_of_ten_pixels():
@@ -104,7 +140,9 @@ def test_round_steps(low, high):
     steps = charts.round_steps(low, high)
     gap = steps[1] - steps[0]
     assert 3 <= len(steps) <= 7 and f"{gap:.0e}"[0] in "125"
-    assert low - 1e-9 * gap <= steps[0] < low + gap and high - gap < steps[-1] <= high + 1e-6 * gap
+    axis = charts.axis_of("", [low, high])
+    assert (axis.low, axis.high) == (steps[0], steps[-1]) and [v for v, _ in axis.marks()] == pytest.approx(steps)
+    assert low - gap < steps[0] <= low + 1e-9 * gap and high - 1e-6 * gap <= steps[-1] < high + gap
     assert np.allclose(np.diff(steps), gap)
 
 

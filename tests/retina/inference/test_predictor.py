@@ -247,7 +247,8 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
         assert row["edema_risk"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
         assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
         assert "no medical device" in row["note"]
-        assert Image.open(out / "overlays" / f"{row['name']}.png").size == size
+        wide, high = Image.open(out / "overlays" / f"{row['name']}.png").size
+        assert wide == size[0] and high > size[1]  # words lie below
         foreground = float(preprocess.foreground_mask(Image.open(pictures / f"{row['name']}.png")).mean())
         for lesion in TASKS["seg"].classes:
             mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{lesion}.png"))
@@ -346,7 +347,8 @@ def predict_sequentially(predictor, path: Path, name: str) -> dict:
             columns = task.predicted_columns(answers[task.name], sample, p.calibration[task.name])
             row, lines = row | columns, lines + task.caption(columns)
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
-    drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, NOTE]).save(
+    image = preprocess.read_image(path, 1 << 30).image
+    drawing.overlay(image, masks, points, [*lines, NOTE], float(foreground.mean())).save(
         p.out / f"overlays/{name}.png", compress_level=1)
     return row
 
@@ -548,12 +550,13 @@ def test_overlays_show_the_masks():
     masks = {lesion: np.zeros((300, 400), bool) for lesion in records.LESION_NAMES}
     masks["EX"][100:140, 360:400] = True
     masks["OD"][200:240, 200:240] = True
-    drawn = np.asarray(drawing.overlay(image, masks, None, []))
+    drawn = np.asarray(drawing.overlay(image, masks, None, ["grade 2"], 0.5))
+    assert drawn.shape[0] > 300 and (drawn[300:] == 255).all(2).mean() > 0.5  # words lie in a white strip below
     tint = (0.7 * np.array((100, 50, 20)) + 0.3 * np.array(records.LESION_COLOURS["EX"])).astype(int)
     assert tuple(drawn[120, 380]) == tuple(tint) and tuple(drawn[100, 380]) == records.LESION_COLOURS["EX"]
     assert tuple(drawn[120, 399]) == records.LESION_COLOURS["EX"] and tuple(drawn[98, 380]) == (100, 50, 20)
     assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == records.LESION_COLOURS["OD"]
-    marked = np.asarray(drawing.overlay(image, {}, [(300, 50), (50, 250)], []))
+    marked = np.asarray(drawing.overlay(image, {}, [(300, 50), (50, 250)], [], 0.5))
     assert tuple(marked[50, 300]) == (255, 255, 255) == tuple(marked[250, 50])
 
 
