@@ -143,7 +143,7 @@ class Predictor:
             if isinstance(task, LandmarkMetrics):
                 points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in task.classes]
         if photo.picture is not None:
-            overlay(photo.picture, masks, points, [*lines, NOTE], photo.lit).save(
+            overlay(photo.picture, masks, points, [*lines, NOTE], photo.retina_share).save(
                 self.out / "overlays" / f"{row['name']}.png", compress_level=1)
         return row
 

@@ -347,8 +347,8 @@ def predict_sequentially(predictor, path: Path, name: str) -> dict:
             columns = task.predicted_columns(answers[task.name], sample, p.calibration[task.name])
             row, lines = row | columns, lines + task.caption(columns)
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
-    drawing.overlay(preprocess.read_image(path, 1 << 30).image, masks, points, [*lines, NOTE],
-                    float(foreground.mean())).save(
+    image = preprocess.read_image(path, 1 << 30).image
+    drawing.overlay(image, masks, points, [*lines, NOTE], float(foreground.mean())).save(
         p.out / f"overlays/{name}.png", compress_level=1)
     return row
 
