@@ -231,7 +231,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
-        print(f"masks in the pixels of the original files{how}:")
+        print(f"masks in the pixels of the files{how}:")
         content["full_size"] = measured(full) | {"tiles": args.tiles}
     print("\n".join(calibration_line(run) for run in runs))
     if args.split == "val":

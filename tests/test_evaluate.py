@@ -195,7 +195,7 @@ def test_every_number_has_its_interval(runs, monkeypatch, capsys):
                     assert low <= high and (low - 0.05 <= values[k] <= high + 0.05 or "px" in k)
     assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
     assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).calibration
-    assert "masks in the pixels of the original files" in text and "optimistic" in text
+    assert "masks in the pixels of the files" in text and "optimistic" in text
     assert "referable: sensitivity" in text and "the same of the true optic disc alone" in text
     assert not any(name in text for name in ("referable_", "five_masks", "aupr", "px4288", "within_radius", "_at_temp"))
 
@@ -235,7 +235,7 @@ def test_two_runs_are_compared(runs, monkeypatch, capsys):
     assert all(c.endswith("of these networks on these photographs; no claim about ways of training: 1 seed a side, 5 "
                           "are needed") for c in stored["claims"])
     assert stored["claims"][0].startswith("cls quadratic weighted kappa, second minus first: ") and "higher" not in text
-    assert stored["masks_in_pixels_of"] == "the original files"
+    assert stored["masks_in_pixels_of"] == "the files"
     for metrics in stored["compared"].values():
         for d in metrics.values():
             if d["first"] is not None and d["second"] is not None:

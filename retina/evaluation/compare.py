@@ -90,7 +90,7 @@ def show_comparison(runs: Sequence[Sequence], scores: Sequence[Sequence[SplitSco
     at = "training"
     if all(f for arm in full for f in arm):
         compared |= compare(*full)
-        at = "the original files"
+        at = "the files"
     elif len({run.options["image_size"] for arm in runs for run in arm}) > 1 and "seg" in compared:
         del compared["seg"]
         at = "different sizes: not compared"

@@ -1,6 +1,6 @@
 """What do answers owe to routes? A trained network with other ones: knocked out, shuffled, swapped.
 
-Routes are those of model.Routing, the layer is a model.ExpertLayer.
+Routes are those of model.Routing, the layer is a model.MoELayer.
 """
 
 import contextlib

@@ -69,7 +69,7 @@ class SplitScores:
 @torch.inference_mode()
 def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics], progress: str = "",
                    world: World = SINGLE_PROCESS) -> SplitScores | None:
-    """Run `net` over all photographs, in evaluation mode and float32; a task sees those that carry its label.
+    """Run `net` over all photographs, in evaluation mode; a task sees those that carry its label.
 
     Each process of `world` is given every so many-th of the batches; the first gets the scores of all, the others None.
     """

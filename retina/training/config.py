@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from train import Config
 
 
-OF_MACHINE = ("data", "workers", "device")  # may be others when a run is resumed: the result does not hang on them
+OF_MACHINE = ("data", "workers", "device")  # where a run works, not what it is; may be typed anew with --resume
 
 
 # ---- a field is a flag ----
