@@ -11,6 +11,7 @@ import argparse
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -44,13 +45,12 @@ from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, run_cli  # noqa: E402
 from retina.inference import full_size  # noqa: E402
 from retina.training import precision  # noqa: E402
-from retina.training.precision import autocast  # noqa: E402
 from tasks import TASKS, make_tasks  # noqa: E402
 
 
 CPU, SEG = torch.device("cpu"), TASKS["seg"]
 LIBRARY = "segmentation_models_pytorch"
-FOUND: dict[str, list] = {}  # what was measured, for --json
+TABLES: dict[str, list] = {}  # title -> lines, for --json
 
 
 def machine() -> str:
@@ -76,18 +76,21 @@ def medians(jobs: Mapping[str, Callable[[], None]], repetitions: int) -> dict[st
 
 def show(title: str, rows: Sequence[Mapping]) -> None:
     """Print a table of these rows, and keep them for --json."""
-    FOUND[title] = list(rows)
-    cells = [[*rows[0]], *([f"{v:{'.0f' if v > 100 else '.3g'}}" if isinstance(v, float) else str(v)
-                            for v in r.values()] for r in rows)]
-    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    TABLES[title] = list(rows)
+
+    def cell(v):
+        return f"{v:{'.0f' if v > 100 else '.3g'}}" if isinstance(v, float) else str(v)
+
+    cells = [[*rows[0]], *(list(map(cell, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     print(f"\n{title}")
-    for row in cells:
-        print("   " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))))
+    for first, *others in cells:
+        print("  ".join([f"   {first.ljust(widths[0])}", *(c.rjust(w) for c, w in zip(others, widths[1:]))]))
 
 
 # ---- ways of running the network, each in its own process ----
 
-PLAIN, MEMORY, LAYOUT, HALF, DEPTHWISE, FOLDED = "plain", "memory", "channels_last", "bf16", "depthwise", "folded"
+PLAIN, MEMORY, LAYOUT, BF16, DEPTHWISE, FUSED = "plain", "memory", "channels_last", "bf16", "depthwise", "fused"
 
 
 def library(size: int, graded: int, masked: int) -> tuple[Callable, Callable]:
@@ -114,61 +117,60 @@ def library(size: int, graded: int, masked: int) -> tuple[Callable, Callable]:
     return step, forward
 
 
-def build(measures: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
-    """A network with these measures, and its tasks."""
+def build(speedups: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
+    """A network made faster in these ways, and its tasks."""
     tasks = make_tasks(names)
     net = Net(NetConfig(num_experts=experts), tasks)
-    if MEMORY in measures:
+    if MEMORY in speedups:
         precision.tune_malloc()
-    if LAYOUT in measures:
+    if LAYOUT in speedups:
         net = precision.channels_last(net)
-    if DEPTHWISE not in measures:
+    if DEPTHWISE not in speedups:
         precision.DepthwiseConv.forward = nn.Conv2d.forward
-    return precision.fuse_conv_bn(net) if FOLDED in measures else net, tasks
+    return precision.fuse_conv_bn(net) if FUSED in speedups else net, tasks
 
 
-def train_step(net: Net, tasks: list, optimizer: torch.optim.Optimizer, precision: str, batch: data.Batch) -> None:
-    """One training step."""
+def train_step(net: Net, tasks: list, optimizer: torch.optim.Optimizer, dtype: str, batch: data.Batch) -> None:
+    """One training step; `dtype` is one of precision.DTYPES."""
     net.train()
     optimizer.zero_grad()
-    with autocast(CPU, precision):
+    with precision.autocast(CPU, dtype):
         outputs, routing = net(batch.images, batch.indices)
     losses = [t.loss(outputs[t.name].float(), batch.targets[t.name]) for t in tasks if t.name in outputs]
     (sum(losses) + (0.01 * load_balancing_loss(routing) if routing else 0)).backward()
     optimizer.step()
 
 
-def ours(size: int, graded: int, masked: int, measures: Sequence[str], names: Sequence[str] = ("cls", "seg"),
+def ours(size: int, graded: int, masked: int, speedups: Sequence[str], names: Sequence[str] = ("cls", "seg"),
          experts: int = 8) -> tuple[Callable, Callable]:
     """Our network -> step, forward of one photograph. The first `graded` photographs have all labels but masks."""
-    net, tasks = build(measures, names, experts)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4) if FOLDED not in measures else None
+    net, tasks = build(speedups, names, experts)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4) if FUSED not in speedups else None
     number = graded + masked
     images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
     first, last = torch.arange(number)[:graded or number], torch.arange(number)[graded:]
     indices = {t: last if t == "seg" else first for t in names}
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
-               "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8),
-               "loc": torch.rand(number, 6, 2)}
+               "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8), "loc": torch.rand(number, 6, 2)}
     batch = data.Batch(images, {t: targets[t][indices[t]] for t in names}, indices, [""] * number, [""] * number)
-    precision = "bf16" if HALF in measures else "fp32"
+    dtype = "bf16" if BF16 in speedups else "fp32"
 
     def step():
-        train_step(net, tasks, optimizer, precision, batch)
+        train_step(net, tasks, optimizer, dtype, batch)
 
     def forward():
-        with torch.inference_mode(), autocast(CPU, precision):
+        with torch.inference_mode(), precision.autocast(CPU, dtype):
             net.eval()(images[:1])
     return step, forward
 
 
-def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
+def as_published(photographs: Sequence[records.Record], size: int) -> data.Batch:
     """A batch as most code makes it: each file decoded whole, resized, and augmented on its own."""
     samples = []
-    for r in paths:
+    for r in photographs:
         with Image.open(r.image) as file:
             picture = file.convert("RGB").resize((size, size), Image.LANCZOS)
-        parts = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(picture))}
+        sample = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(picture))}
         if r.masks is not None:
             masks = torch.zeros(5, size, size, dtype=torch.uint8)
             for lesion, path in r.masks.items():
@@ -176,30 +178,28 @@ def as_published(paths: Sequence[records.Record], size: int) -> data.Batch:
                     with Image.open(path) as file:
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
-            parts["masks"] = tv_tensors.Mask(masks)
-        parts = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(parts).items()}
-        labels = {"grade": r.grade or 0} | ({"masks": parts["masks"]} if "masks" in parts else {})
-        samples.append(preprocess.Sample(r.name, parts["image"], labels, None, r.eye))
+            sample["masks"] = tv_tensors.Mask(masks)
+        labels = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(sample).items()} | {"grade": r.grade or 0}
+        samples.append(preprocess.Sample(r.name, labels.pop("image"), labels, None, r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
 
 
-def trained(folder: str, size: int, measures: Sequence[str], batch: int = 8) -> tuple[Callable, Callable]:
+def trained(folder: str, size: int, speedups: Sequence[str], batch: int = 8) -> tuple[Callable, Callable]:
     """Steps over real files -> step with loading, loading alone; each photograph comes once, masks where there are."""
-    found = [r for r in readers.read_data(Path(folder)).records if r.split == "train"]
-    order = np.random.default_rng(0).permutation(len(found))
-    net, tasks = build(measures)
-    optimizer, precision = torch.optim.AdamW(net.parameters(), 1e-4), "bf16" if HALF in measures else "fp32"
-    photographs = None if PLAIN in measures else data.FundusDataset(found, size)
-    turn = iter(range(10 ** 9))
+    photographs = [r for r in readers.read_data(Path(folder)).records if r.split == "train"]
+    order = itertools.cycle(np.random.default_rng(0).permutation(len(photographs)).tolist())
+    net, tasks = build(speedups)
+    optimizer, dtype = torch.optim.AdamW(net.parameters(), 1e-4), "bf16" if BF16 in speedups else "fp32"
+    dataset = None if PLAIN in speedups else data.FundusDataset(photographs, size)
 
     def load():
-        indices = [int(order[(batch * i + k) % len(order)]) for i in [next(turn)] for k in range(batch)]
-        if PLAIN in measures:
-            return as_published([found[i] for i in indices], size)
-        return data.collate([photographs[i, i] for i in indices], tasks)
+        indices = list(itertools.islice(order, batch))
+        if PLAIN in speedups:
+            return as_published([photographs[i] for i in indices], size)
+        return data.collate([dataset[i, i] for i in indices], tasks)
 
     def step():
-        train_step(net, tasks, optimizer, precision, load())
+        train_step(net, tasks, optimizer, dtype, load())
     return step, load
 
 
@@ -213,12 +213,12 @@ def reading(number: int) -> tuple[Callable]:
             os.link(place / f"{i % 20}.jpg", place / f"{i}.jpg")
     cache.CACHE = place / "cache"
     atexit.register(shutil.rmtree, place)
-    photographs = data.FundusDataset([records.Record(str(i), place / f"{i}.jpg") for i in range(number)], 128)
-    turn = iter(range(10 ** 9))
+    dataset = data.FundusDataset([records.Record(str(i), place / f"{i}.jpg") for i in range(number)], 128)
+    turn = itertools.count()
 
     def read():
         for _ in range(200):
-            photographs[next(turn) * 7 % number]
+            dataset[next(turn) * 7 % number]
     return read,
 
 
@@ -257,12 +257,12 @@ def race(ways: Mapping[str, Mapping], repetitions: int) -> dict[str, tuple[float
     return {name: (statistics.median(times[name]), peaks[name]) for name in ways}
 
 
-def table(title: str, found: Mapping[str, tuple[float, float]], photographs: int) -> None:
+def table(title: str, measured: Mapping[str, tuple[float, float]], photographs: int) -> None:
     """Milliseconds a photograph, times as fast as the plain run and the library, memory."""
-    columns = {"x plain": found.get("plain"), "x library": found.get("library")}
+    columns = {"x plain": measured.get("plain"), "x library": measured.get("library")}
     show(title, [{"": name, "ms a photograph": 1e3 * seconds / photographs,
                   **{c: base[0] / seconds for c, base in columns.items() if base}, "peak GiB": peak}
-                 for name, (seconds, peak) in found.items()])
+                 for name, (seconds, peak) in measured.items()])
 
 
 FOUR = ["cls", "dme", "seg", "loc"]
@@ -270,52 +270,55 @@ FOUR = ["cls", "dme", "seg", "loc"]
 
 def shared(title: str, how: Mapping, repetitions: int) -> None:
     """One network for four tasks against four networks, 256 px."""
-    found = race({" ".join(n): {"kind": "ours", "names": n, "size": 256, **how} for n in [FOUR, *([t] for t in FOUR)]},
-                 repetitions)
-    alone = sum(found[t][0] for t in FOUR)
-    show(f"one network for four tasks, 256 px, {title}",
-         [{"": name, "ms": 1e3 * seconds, "x four networks": seconds / alone} for name, (seconds, _) in found.items()])
+    ways = {" ".join(names): {"kind": "ours", "names": names, "size": 256, **how}
+            for names in [FOUR, *([t] for t in FOUR)]}
+    times = {name: seconds for name, (seconds, _) in race(ways, repetitions).items()}
+    four_networks = sum(times[t] for t in FOUR)
+    show(f"one network for four tasks, 256 px, {title}", [
+        {"": name, "ms": 1e3 * seconds, "x four networks": seconds / four_networks} for name, seconds in times.items()])
 
 
 # what train.py does on this machine
-BEST = (MEMORY, LAYOUT, DEPTHWISE, *((HALF,) if precision.default_precision(CPU) == "bf16" else ()))
+BEST = (MEMORY, LAYOUT, DEPTHWISE, *((BF16,) if precision.default_precision(CPU) == "bf16" else ()))
 
 
 def step() -> None:
     """Training: forward, backward, optimizer."""
     for size, graded, masked, repetitions in ((256, 8, 8, 5), (512, 4, 4, 3)):
         ways = {"library": {"kind": "library"}} if importlib.util.find_spec(LIBRARY) else {}
-        ways |= {"plain": {"measures": [PLAIN]}, "+ freed memory kept": {"measures": [MEMORY]},
-                 "+ channels_last": {"measures": [MEMORY, LAYOUT]},
-                 "+ bf16": {"measures": [MEMORY, LAYOUT, HALF]},
-                 "+ own depthwise backward": {"measures": [MEMORY, LAYOUT, HALF, DEPTHWISE]}}
+        ways |= {"plain": {"speedups": [PLAIN]},
+                 "+ freed memory kept": {"speedups": [MEMORY]},
+                 "+ channels_last": {"speedups": [MEMORY, LAYOUT]},
+                 "+ bf16": {"speedups": [MEMORY, LAYOUT, BF16]},
+                 "+ own depthwise backward": {"speedups": [MEMORY, LAYOUT, BF16, DEPTHWISE]}}
         if size > 256:  # all at once would be 30 GiB
             ways = {name: ways[name] for name in ("library", "plain", "+ own depthwise backward") if name in ways}
         ways = {name: {"kind": "ours", "size": size, "graded": graded, "masked": masked} | spec
                 for name, spec in ways.items()}
         table(f"training step, {size} px, {graded} graded and {masked} masked photographs", race(ways, repetitions),
               graded + masked)
-    shared("step of 8 photographs with all labels", {"graded": 0, "masked": 8, "measures": BEST}, 5)
+    shared("step of 8 photographs with all labels", {"graded": 0, "masked": 8, "speedups": BEST}, 5)
 
 
 def inference() -> None:
     """One photograph through the network."""
     for size in (256, 512):
         ways = {"library": {"kind": "library"}} if importlib.util.find_spec(LIBRARY) else {}
-        ways |= {"plain": {"measures": [PLAIN]}, "+ freed memory kept": {"measures": [MEMORY]},
-                 "+ channels_last": {"measures": [MEMORY, LAYOUT]},
-                 "+ norms folded (as evaluate.py)": {"measures": [MEMORY, LAYOUT, FOLDED]},
-                 "+ bf16 (with --precision bf16)": {"measures": [MEMORY, LAYOUT, FOLDED, HALF]}}
+        ways |= {"plain": {"speedups": [PLAIN]},
+                 "+ freed memory kept": {"speedups": [MEMORY]},
+                 "+ channels_last": {"speedups": [MEMORY, LAYOUT]},
+                 "+ norms folded (as evaluate.py)": {"speedups": [MEMORY, LAYOUT, FUSED]},
+                 "+ bf16 (with --precision bf16)": {"speedups": [MEMORY, LAYOUT, FUSED, BF16]}}
         ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "job": 1} | spec
                 for name, spec in ways.items()}
         table(f"forward pass of one photograph, {size} px", race(ways, 20), 1)
     shared("forward pass of one photograph",
-           {"graded": 0, "masked": 1, "job": 1, "measures": [MEMORY, LAYOUT, FOLDED]}, 20)
+           {"graded": 0, "masked": 1, "job": 1, "speedups": [MEMORY, LAYOUT, FUSED]}, 20)
 
 
 def scaling() -> None:
     """Time and memory of a training step, as train.py runs it, against one thing at a time."""
-    base = {"kind": "ours", "size": 256, "graded": 4, "masked": 4, "measures": BEST}
+    base = {"kind": "ours", "size": 256, "graded": 4, "masked": 4, "speedups": BEST}
     for title, ways in {
             "resolution, 2 and 2 photographs": {size: {"size": size, "graded": 2, "masked": 2}
                                                 for size in (256, 512, 768, 1024)},
@@ -323,29 +326,29 @@ def scaling() -> None:
             "experts": {e: {"experts": e} for e in (0, 2, 8, 32, 64)},
             "tasks, 8 photographs with all labels": {k: {"names": FOUR[:k], "graded": 0, "masked": 8}
                                                      for k in (1, 2, 3, 4)}}.items():
-        found = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
-        first = next(iter(found.values()))[0]
-        show(f"training step against {title}",
-             [{"": name, "ms": 1e3 * seconds, "x first": seconds / first, "peak GiB": peak}
-              for name, (seconds, peak) in found.items()])
-    found = race({str(n): {"kind": "reading", "number": n} for n in (100, 1000, 10000)}, 9)
-    show("reading a sample of 128 px from the cache against photographs in the data set",
-         [{"": name, "ms": 1e3 * seconds / 200, "peak GiB": peak} for name, (seconds, peak) in found.items()])
+        measured = race({str(k): {**base, **spec} for k, spec in ways.items()}, 3)
+        first = next(iter(measured.values()))[0]
+        show(f"training step against {title}", [
+            {"": name, "ms": 1e3 * seconds, "x first": seconds / first, "peak GiB": peak}
+            for name, (seconds, peak) in measured.items()])
+    measured = race({str(n): {"kind": "reading", "number": n} for n in (100, 1000, 10000)}, 9)
+    show("reading a sample of 128 px from the cache against photographs in the data set", [
+        {"": name, "ms": 1e3 * seconds / 200, "peak GiB": peak} for name, (seconds, peak) in measured.items()])
 
 
 def loading(folder: Path, size: int) -> None:
     """An epoch over the photographs of a folder, from nothing and once they are cached."""
-    found = [r for r in readers.read_data(folder).records if r.split == "train"]
+    photographs = [r for r in readers.read_data(folder).records if r.split == "train"]
     with tempfile.TemporaryDirectory() as empty, mock.patch.object(cache, "CACHE", Path(empty)):
         begun = time.perf_counter()
-        cache.build_cache(found, size)
+        cache.build_cache(photographs, size)
         build = time.perf_counter() - begun
-    ways = {"plain": {"measures": [PLAIN]}, "ours": {"measures": BEST}}
+    ways = {"plain": {"speedups": [PLAIN]}, "ours": {"speedups": BEST}}
     ways = {f"{name}{', loading alone' * job}": {"kind": "trained", "folder": str(folder), "size": size, "job": job}
             | spec for name, spec in ways.items() for job in (0, 1)}
-    times = {name: seconds * len(found) / 8 for name, (seconds, _) in race(ways, 12).items()}
+    times = {name: seconds * len(photographs) / 8 for name, (seconds, _) in race(ways, 12).items()}
     plain, quick = times["plain"], times["ours"]
-    show(f"an epoch over the {len(found)} photographs of {folder.name} at {size} px, in steps of 8 (seconds)", [
+    show(f"an epoch over the {len(photographs)} photographs of {folder.name} at {size} px, in steps of 8 (seconds)", [
         {"": "every epoch decoded, plain network", "s": plain, "loading": times["plain, loading alone"],
          "x plain": 1.0},
         {"": "first epoch, cache built", "s": build + quick, "loading": build + times["ours, loading alone"],
@@ -353,16 +356,16 @@ def loading(folder: Path, size: int) -> None:
         {"": "later epochs", "s": quick, "loading": times["ours, loading alone"], "x plain": plain / quick}])
 
 
-def data_(folder: Path | None) -> None:
+def epoch(folder: Path | None) -> None:
     """Loading and augmenting: of a folder of real photographs, or of drawn ones as large as IDRiD's."""
     if folder is not None:
         return loading(folder, 256)
     with tempfile.TemporaryDirectory() as place:
-        lines = ["image,grade,split," + ",".join(f"mask_{k.lower()}" for k in synthetic.LESIONS)]
+        lines = [f"image,grade,split,{','.join(f'mask_{lesion.lower()}' for lesion in synthetic.LESIONS)}"]
         for r in originals(Path(place), 24):
             masked = int(r.name) % 8 == 0  # as many as IDRiD has
-            lines.append(f"{r.name}.jpg,1,train," + ",".join(
-                f"{r.name}_{k}.tif" if masked else "" for k in synthetic.LESIONS))
+            masks = ",".join(f"{r.name}_{lesion}.tif" if masked else "" for lesion in synthetic.LESIONS)
+            lines.append(f"{r.name}.jpg,1,train,{masks}")
         (Path(place) / "drawn_4288x2848.csv").write_text("\n".join(lines) + "\n")
         loading(Path(place) / "drawn_4288x2848.csv", 256)
 
@@ -402,9 +405,9 @@ class AllExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = self.layer.norm(x.permute(0, 2, 3, 1)).flatten(0, 2)
         r = self.layer.routers["a"](u, (len(x), *x.shape[2:]))
-        each = [F.silu(u @ w1) @ w2 for w1, w2 in zip(self.layer.experts.w1.unbind(0),
-                                                      self.layer.experts.w2.unbind(0))]  # E x (N, C)
-        y = sum(w.unsqueeze(1) * y for w, y in zip((r.to_dense(r.gates) * (C / 2) ** -0.5).unbind(1), each))
+        w1, w2 = self.layer.experts.w1.unbind(0), self.layer.experts.w2.unbind(0)
+        each = [F.silu(u @ a) @ b for a, b in zip(w1, w2)]  # E x (N, C)
+        y = sum(g.unsqueeze(1) * y for g, y in zip((r.to_dense(r.gates) * (C / 2) ** -0.5).unbind(1), each))
         return x + y.view(len(x), *x.shape[2:], C).permute(0, 3, 1, 2)
 
 
@@ -413,8 +416,8 @@ def experts() -> None:
     torch.manual_seed(0)
     x = torch.randn(PHOTOGRAPHS, C, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
 
-    def layer(e, k=2, width=0.5):
-        made = MoELayer(C, ["a"], e, k, ratio=width, dropout=0.0)
+    def layer(num_experts, top_k=2, ratio=0.5):
+        made = MoELayer(C, ["a"], num_experts, top_k, ratio=ratio, dropout=0.0)
         for p in made.parameters():
             nn.init.normal_(p, std=0.05)  # not its neutral start: tokens differ in their experts
         return made.train()
@@ -426,21 +429,19 @@ def experts() -> None:
             y = module({"a": inputs})[0]["a"] if sparse else module(inputs)
             y.square().sum().backward()
         return run
-    numbers = (4, 8, 16, 32, 64)
-    layers = {e: layer(e) for e in numbers}
-    times = medians({"dense": job(Dense(), False), "E = 1": job(layer(1, 1, 1.0)),
-                     **{e: job(made) for e, made in layers.items()},
+    one, layers = layer(1, 1, 1.0), {e: layer(e) for e in (4, 8, 16, 32, 64)}
+    times = medians({"dense": job(Dense(), False), "E = 1": job(one), **{e: job(made) for e, made in layers.items()},
                      **{f"all {e}": job(AllExperts(made), False) for e, made in layers.items()}}, 30)
     dense = times["dense"]
-    FOUND["expert layer"] = [{"": name, "ms": 1e3 * seconds} for name, seconds in times.items()]
+    TABLES["expert layer"] = [{"": name, "ms": 1e3 * seconds} for name, seconds in times.items()]
     print(f"{PHOTOGRAPHS * SIDE * SIDE} tokens of {C} channels, 2 experts each, forward and backward\n")
     print(f"{'':34}{'ms':>8}{'x dense':>9}{'parameters':>12}{'all experts: ms':>17}")
     print(f"{'dense, equal multiply-adds':34}{1e3 * dense:8.1f}{1:9.2f}{2 * C * C:12,}")
-    for e, made in {"E = 1": layer(1, 1, 1.0), **layers}.items():
+    for e, made in {"E = 1": one, **layers}.items():
         name = f"E = {e}, K = 2" if e in layers else "E = 1, K = 1, width 1"
-        whole = f"{1e3 * times[f'all {e}']:17.1f}" if e in layers else ""
+        every = f"{1e3 * times[f'all {e}']:17.1f}" if e in layers else ""
         print(f"{name:34}{1e3 * times[e]:8.1f}{times[e] / dense:9.2f}"
-              f"{sum(p.numel() for p in made.experts.parameters()):12,}{whole}")
+              f"{sum(p.numel() for p in made.experts.parameters()):12,}{every}")
     print(f"\nE = 64 costs {times[64] / times[4]:.2f} times E = 4, E = 8 {times[8] / dense:.2f} times the dense layer, "
           f"{times[8] / times['E = 1']:.2f} times the same layer with one expert")
 
@@ -449,16 +450,16 @@ def experts() -> None:
     for place in ("bottleneck", "decoder"):
         for size in (256, 512):
             image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-            without, with_ = (Net(NetConfig(num_experts=e, moe_at=place), tasks).eval() for e in (0, 8))
-            work = [multiply_adds(net, image) for net in (without, with_)]
-            size_ = [sum(p.numel() for p in net.parameters()) for net in (without, with_)]
-            print(f"{place}, {size} px: without, with experts{'':8}{work[0] / 1e6:9,.0f} M {work[1] / 1e6:7,.0f} M "
-                  f"(+{100 * (work[1] / work[0] - 1):.2f} %)   {size_[0] / 1e6:.2f} M {size_[1] / 1e6:.2f} M")
+            nets = [Net(NetConfig(num_experts=e, moe_at=place), tasks).eval() for e in (0, 8)]
+            before, after = (multiply_adds(net, image) for net in nets)
+            parameters = " ".join(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for net in nets)
+            print(f"{place}, {size} px: without, with experts{'':8}{before / 1e6:9,.0f} M {after / 1e6:7,.0f} M "
+                  f"(+{100 * (after / before - 1):.2f} %)   {parameters}")
 
 
 def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -> list[records.Record]:
     """Drawn photographs enlarged to the size of IDRiD's, with five masks each, as files."""
-    found = []
+    photographs = []
     for i in range(number):
         picture, masks = synthetic.render(synthetic.plan(3, i), 712)
         border = ((0, 0), (180, 180))
@@ -467,16 +468,17 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
         for lesion, mask in zip(synthetic.LESIONS, masks):
             paths[lesion] = folder / f"{i}_{lesion}.tif"
             save_palette_mask(paths[lesion], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
-        found.append(records.Record(str(i), folder / f"{i}.jpg", labels={"masks": paths}))
-    return found
+        photographs.append(records.Record(str(i), folder / f"{i}.jpg", labels={"masks": paths}))
+    return photographs
 
 
 def evaluation() -> None:
     """What scoring adds to the forward passes, at the size of training and in the pixels of original files."""
-    device, tasks = CPU, make_tasks(["cls", "seg"])
+    tasks = make_tasks(["cls", "seg"])
     net = Net(NetConfig(), tasks).to(memory_format=torch.channels_last).eval()
     photographs = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "train"][:240], 128)
-    batches = list(data.eval_loader(photographs, tasks, 8))
+    loader = data.eval_loader(photographs, tasks, 8)
+    batches = list(loader)
 
     @torch.inference_mode()
     def forward():
@@ -484,11 +486,11 @@ def evaluation() -> None:
             net(batch.images, batch.indices)
 
     def scored():
-        scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8), tasks).metrics()
+        scoring.evaluate_split(net, loader, tasks).metrics()
 
-    found = scoring.evaluate_split(net, data.eval_loader(photographs, tasks, 8), tasks)
-    times = medians({"forward": forward, "scored": scored, "intervals": lambda: scoring.summary([found], [{}])}, 5)
-    FOUND["evaluation"] = [{"": name, "s": seconds} for name, seconds in times.items()]
+    scores = scoring.evaluate_split(net, loader, tasks)
+    times = medians({"forward": forward, "scored": scored, "intervals": lambda: scoring.summary([scores], [{}])}, 5)
+    TABLES["evaluation"] = [{"": name, "s": seconds} for name, seconds in times.items()]
     print(f"{len(photographs)} drawn photographs at 128 pixels, {' '.join(t.name for t in tasks)}: forward passes "
           f"{times['forward']:.2f} s, scoring with decoding and metrics {times['scored']:.2f} s "
           f"({times['scored'] / times['forward']:.2f} times), intervals {times['intervals']:.2f} s more")
@@ -496,11 +498,11 @@ def evaluation() -> None:
         large = originals(Path(folder), 4)
 
         def full():
-            full_size.mask_stats_at_full_size(net, SEG, large, 256, None, device, 8, SEG.accumulator())
+            full_size.mask_stats_at_full_size(net, SEG, large, 256, None, CPU, 8, SEG.accumulator())
 
         def network():
             for _ in large:
-                full_size.predict_sample(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), device)
+                full_size.predict_sample(net, [SEG], torch.zeros(3, 256, 256, dtype=torch.uint8), CPU)
 
         times = medians({"full": full, "network": network}, 3)
         print(f"masks of {len(large)} photographs of 4288x2848, network at 256 pixels: {times['full'] / 4:.2f} s a "
@@ -519,13 +521,13 @@ def main() -> None:
     if args.work is not None:
         return work(args.work)
     print(machine())
-    jobs = {"step": step, "data": partial(data_, args.data), "inference": inference, "scaling": scaling,
+    jobs = {"step": step, "data": partial(epoch, args.data), "inference": inference, "scaling": scaling,
             "experts": experts, "evaluation": evaluation}
     for name, job in jobs.items():
         if args.what in (name, "all"):
             job()
     if args.json is not None:
-        args.json.write_text(json.dumps({"machine": machine(), **FOUND}, indent=1))
+        args.json.write_text(json.dumps({"machine": machine(), **TABLES}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the comparison find what is known to be there, and nothing where nothing is? Three experiments on drawings.
 
-    python tests/known_truths.py [few shuffled equal] [--epochs 12] [--seeds 3]
+    python tests/known_truths.py [few shuffled equal] [--epochs 12] [--seeds 5]
 
     few         24 photographs with a grade and 400 with masks, which tell what grades follow from: a network that
                 shares its encoder with the masks must grade better than the same whose masks have no weight
@@ -64,8 +64,8 @@ def write_table(folder: Path, shuffled: bool) -> Path:
     return path
 
 
-def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
-    """Train these configurations; -> tasks, and what was measured of each."""
+def measure(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
+    """Train these configurations; -> tasks, and the Measurements of each."""
     options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE),
                                   "--encoder-weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
     every = {c.name: c for c in baselines.configurations_for(options.tasks)}
@@ -82,10 +82,10 @@ def compared(table: Path, folder: Path, names: list[str], seeds: int, epochs: in
     return tasks, baselines.finished(asked, configurations, tasks)
 
 
-def print_report(tasks: list, found: dict) -> None:
+def print_report(tasks: list, measured: dict) -> None:
     """Print scores, and what may be claimed about grades."""
-    asked = {name: configuration.words for name, configuration in found.items()}
-    print(report.screen(analysis.summarize(found, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
+    asked = {name: m.words for name, m in measured.items()}
+    print(report.screen(analysis.summarize(measured, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
 
 
 def main() -> None:
@@ -98,22 +98,22 @@ def main() -> None:
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
-    for name, words, place, configurations, seeds in (
-            ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", ["cls_single", "hard"],
-             args.seeds),
-            ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", ["cls_single", "hard"], 1),
+    both = ["cls_single", "hard"]
+    for experiment, words, place, configurations, seeds in (
+            ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", both, args.seeds),
+            ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", both, 1),
             ("equal", "two names for one way of training; nothing must be claimed", "few", ["hard"], 2 * args.seeds)):
-        if name not in args.which:
+        if experiment not in args.which:
             continue
-        print(f"{name}: {words}")
+        print(f"{experiment}: {words}")
         table = write_table(home / place, place == "shuffled")
-        tasks, found = compared(table, home / "runs" / place, configurations, seeds, args.epochs)
-        if name == "equal":
-            found = {name: replace(found["hard"], words=words, seeds=list(range(args.seeds)),
-                                   **{k: getattr(found["hard"], k)[half] for k in ("scores", "gaps", "shifts")})
-                     for name, words, half in (("cls_single", "first seeds", slice(0, args.seeds)),
-                                               ("hard", "other seeds", slice(args.seeds, None)))}
-        print_report(tasks, found)
+        tasks, measured = measure(table, home / "runs" / place, configurations, seeds, args.epochs)
+        if experiment == "equal":
+            hard, halves = measured["hard"], (slice(0, args.seeds), slice(args.seeds, None))
+            measured = {name: replace(hard, words=f"{which} seeds", seeds=list(range(args.seeds)),
+                                      **{k: getattr(hard, k)[half] for k in ("scores", "gaps", "shifts")})
+                        for name, which, half in zip(both, ("first", "other"), halves)}
+        print_report(tasks, measured)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The comparison: configurations that differ in one thing, the same photographs for all, claims that can and cannot be made."""
+"""The comparison: configurations that differ in one thing, the same photographs for all, and what may be claimed."""
 
 import csv
 import io
@@ -16,7 +16,6 @@ from PIL import Image
 import baselines
 import data
 import evaluate
-import tasks
 import train
 from conftest import TINY, official_tree
 from retina.comparison import jobs, measurements
@@ -34,11 +33,16 @@ SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
 # ---- configurations ----
 
-def test_every_row_is_a_network_and_differs_from_the_others():
+def names_of(configurations):
+    return [c.name for c in configurations]
+
+
+def test_every_configuration_is_a_network_and_differs_from_the_others():
     configurations = baselines.configurations_for(("cls", "seg"))
-    options = {configuration.name: replace(Config(), **configuration.changes) for configuration in configurations if configuration.name != "constant"}
-    assert len(set(map(repr, options.values()))) == len(options) and len({configuration.name for configuration in configurations}) == len(configurations)
-    nets = {name: tasks.build_net(asdict(o))[0] for name, o in options.items()}
+    options = {c.name: replace(Config(), **c.changes) for c in configurations if c.name != "constant"}
+    assert len(set(map(repr, options.values()))) == len(options)
+    assert len(set(names_of(configurations))) == len(configurations)
+    nets = {name: build_net(asdict(o))[0] for name, o in options.items()}
 
     def layer(name):  # parameters and multiply-adds per token of the experts that a token meets
         w1 = nets[name].experts.experts.w1
@@ -46,22 +50,15 @@ def test_every_row_is_a_network_and_differs_from_the_others():
     assert layer("dense")[1] == layer("learned")[1] and layer("dense_large")[0] == layer("learned")[0]
     assert layer("uniform")[0] == layer("learned")[0] == layer("random")[0]
     assert nets["hard"].experts is None and nets["cls_single"].experts is None
-    assert [
-    configuration.name for configuration in configurations if configuration.usual] == [
-        "constant",
-        "cls_single",
-        "seg_single",
-        "hard",
-        "dense",
-         "learned"]
-    assert {configuration.name for configuration in baselines.configurations_for(("cls", "dme", "loc"))} >= {
-                                                             "dme_single", "loc_single", "private"}
+    assert names_of(c for c in configurations if c.usual) == [
+        "constant", "cls_single", "seg_single", "hard", "dense", "learned"]
+    assert {"dme_single", "loc_single", "private"} <= set(names_of(baselines.configurations_for(("cls", "dme", "loc"))))
     assert baselines.configurations_for(("cls",), weights="imagenet")[-1].changes == {"encoder_weights": "none"}
-    assert "hard" not in {configuration.name for configuration in baselines.configurations_for(("cls",))}  # it would be cls_single again
-    assert "leaky" not in {configuration.name for configuration in baselines.configurations_for(("cls", "seg"), drawn=True)}
+    assert "hard" not in names_of(baselines.configurations_for(("cls",)))  # it would be cls_single again
+    assert "leaky" not in names_of(baselines.configurations_for(("cls", "seg"), drawn=True))
 
 
-def test_without_leak_protection_copies_lie_on_both_sides(tmp_path):
+def test_without_leak_protection_copies_lie_in_both_splits(tmp_path):
     """Copies of one drawing under two names: joined by default; taken for different eyes by the control."""
     root = official_tree(tmp_path / "IDRiD", test=False)
     images = root / "B. Disease Grading" / "1. Original Images" / "a. Training Set"
@@ -82,36 +79,34 @@ def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_wa
     root = official_tree(tmp_path / "IDRiD", test=False)
     seen = {}
     for name in ("hard", "cls_single", "seg_single"):
-        configuration = next(r for r in baselines.configurations_for(("cls", "seg")) if r.name == name)
+        configuration = next(c for c in baselines.configurations_for(("cls", "seg")) if c.name == name)
         options = replace(SMALL, data=str(root), batch_size=7, **configuration.changes)
         tasks = [TASKS[t] for t in options.tasks]
         training, _, _ = data.load_datasets(options, tasks)
-        steps = data.MultiTaskBatchSampler(
-    training.records, [
-        TASKS[t] for t in options.sampling_tasks or options.tasks], 7, 3, True, tasks)
+        sampled = [TASKS[t] for t in options.sampling_tasks or options.tasks]
+        sampler = data.MultiTaskBatchSampler(training.records, sampled, 7, 3, True, tasks)
         seen[name] = [[(training.records[i], aug_seed) for i, aug_seed in step]
-                        for step in steps.range(0, 3 * steps.per_epoch)]
-        assert {len(step) for step in seen[name]} == {steps.photographs}
+                      for step in sampler.range(0, 3 * sampler.per_epoch)]
+        assert {len(step) for step in seen[name]} == {sampler.photographs_per_step}
     for name, task in (("cls_single", CLS), ("seg_single", SEG)):
         assert seen[name] == [[(r, aug_seed) for r, aug_seed in step if task.labelled(r)] for step in seen["hard"]]
         assert len(seen[name][0]) < 7
 
 
-def test_gradients_are_compared_as_two_backward_passes_would(tmp_path, monkeypatch):
+def test_gradients_are_compared_as_two_backward_passes_would():
     torch.manual_seed(0)
     net, tasks = build_net(asdict(SMALL))
     state = train.make_state(net, tasks, SMALL, 10, CPU)
     photographs, _, _ = data.load_datasets(SMALL, tasks)
     batch = data.collate([photographs[i] for i in range(6)], tasks)
     losses = train.task_losses(state, batch, tasks, SMALL)
-    found = gradient_cosines(losses, net.encoder)
-    flat = {}
+    cosines, flat = gradient_cosines(losses, net.encoder), {}
     for t in ("cls", "seg"):
         net.zero_grad()
         losses[t].backward(retain_graph=True)
         flat[t] = torch.cat([p.grad.flatten() for p in net.encoder.parameters()]).double()
     expected = float(flat["cls"] @ flat["seg"] / flat["cls"].norm() / flat["seg"].norm())
-    assert found == {"cls seg": pytest.approx(expected, abs=1e-4)} and 1e-3 < abs(expected) < 1
+    assert cosines == {"cls seg": pytest.approx(expected, abs=1e-4)} and 1e-3 < abs(expected) < 1
 
 
 def test_looking_at_gradients_changes_nothing(tmp_path):
@@ -162,33 +157,33 @@ def written(name: str) -> tuple[dict, str]:
 def test_a_comparison_from_the_command_line(here, capsys):
     flags = "--name whole --only constant cls_single learned --seeds 2 --epochs 1".split()
     baselines.main(flags)
-    folder, (found, text) = records.HERE / "runs" / "whole", written("whole")
+    folder, (summary, text) = records.HERE / "runs" / "whole", written("whole")
     assert here == [f"{name}, seed {s}, fold 1/5" for s in (0, 1) for name in ("cls_single", "learned")]
-    assert list(found["configurations"]) == ["constant", "cls_single", "learned"] and not found["failed"]
-    learned = found["configurations"]["learned"]
+    assert list(summary["configurations"]) == ["constant", "cls_single", "learned"] and not summary["failed"]
+    learned = summary["configurations"]["learned"]
     stored = [json.loads((folder / "learned" / f"seed{s}_fold1of5" / "result.json").read_text()) for s in (0, 1)]
     assert learned["tasks"]["cls"]["metrics"]["kappa"]["values"] == pytest.approx(
         [s["metrics"]["cls"]["kappa"] for s in stored])
-    assert learned["costs"]["parameters"] > found["configurations"]["cls_single"]["costs"]["parameters"]
+    assert learned["costs"]["parameters"] > summary["configurations"]["cls_single"]["costs"]["parameters"]
     assert learned["costs"]["seconds"] == pytest.approx(6 * learned["costs"]["training_seconds"] * 4)  # 4 steps of 6
     assert learned["costs"]["latency"] > 0 and learned["costs"]["peak_bytes"] > 1e8
     assert list(learned["tasks"]["seg"]["shifts"]) == ["darker", "blurred"] and learned["cosines"][0]["cls seg"] <= 1
-    assert [(d["configuration"], d["against"], d["task"])
-             for d in found["differences"]] == [("learned", "cls_single", "cls")]
+    (d,) = summary["differences"]
+    assert (d["configuration"], d["against"], d["task"]) == ("learned", "cls_single", "cls")
     table = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
     line = next(r for r in table if (r["configuration"], r["task"], r["metric"]) == ("learned", "cls", "kappa"))
     assert float(line["mean"]) == pytest.approx(learned["tasks"]["cls"]["metrics"]["kappa"]["mean"])
-    assert str(records.HERE) not in text + json.dumps(found) and found["threads"] == [torch.get_num_threads()]
+    assert str(records.HERE) not in text + json.dumps(summary) and summary["threads"] == [torch.get_num_threads()]
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / link).exists()
     assert "**These are drawings: nothing here is a result on IDRiD.**" in " ".join(text.split())
     assert "What multi-task learning is" in text and "{" not in text
     assert all(len(line) <= 120 or line[0] == "|" for line in text.splitlines())
-    table_ = text[text.index("## Scores"):text.index("## Differences")]
-    for configuration in found["configurations"].values():  # each score stands in the configuration's line
-        line = next(x for x in table_.split("\n") if x.startswith(f"| {configuration['words']} |"))
-        for of in configuration["tasks"].values():
-            assert f"{of['metrics'][of['primary']]['mean']:.3f}" in line
+    scores = text[text.index("## Scores"):text.index("## Differences")].splitlines()
+    for c in summary["configurations"].values():  # each score stands in the configuration's line
+        line = next(x for x in scores if x.startswith(f"| {c['words']} |"))
+        for task in c["tasks"].values():
+            assert f"{task['metrics'][task['primary']]['mean']:.3f}" in line
     before = list(here)
     baselines.main(flags)
     assert here == before and "4 of 4 runs are finished already" in capsys.readouterr().out
@@ -202,44 +197,46 @@ def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, cap
     failing(monkeypatch, lambda o: o.num_experts == 1)
     with pytest.raises(SystemExit) as ended:
         baselines.main(["--name", "failed", "--only", "hard", "dense", "--seeds", "1", "--epochs", "1"])
-    found, text = written("failed")
+    summary, text = written("failed")
     said = "dense, seed 0, fold 1/5: out of memory after step 3"
-    assert ended.value.code == 1 and list(found["configurations"]) == ["hard"] and said in capsys.readouterr().out
+    assert ended.value.code == 1 and list(summary["configurations"]) == ["hard"] and said in capsys.readouterr().out
     assert said in text and "| dense adapter of equal cost | no seed came to its end | no seed came" in text
     with pytest.raises(RunError, match="none of the 1 runs came to its end; first: dense, seed 0, fold 1/5: out of"):
         baselines.main(["--name", "all_failed", "--only", "constant", "dense", "--seeds", "1", "--epochs", "1"])
 
 
 def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
-    """Three tasks, two folds; one fold of one seed fails: the other seed stands for the configuration, on both folds."""
+    """Three tasks, two folds; one fold of one seed fails: the other seed stands for the configuration, on both."""
     failing(monkeypatch, lambda o: (o.tasks, o.seed, o.fold) == (("loc",), 1, "2/5"))
     with pytest.raises(SystemExit):
         baselines.main("--name folds --tasks cls dme loc --only loc_single hard --num-folds 2 --epochs 1".split())
-    found, text = written("folds")
-    assert [found["configurations"][name]["seeds"] for name in ("loc_single", "hard")] == [[0], [0, 1]]
+    summary, text = written("folds")
+    single, hard = (summary["configurations"][name] for name in ("loc_single", "hard"))
+    assert (single["seeds"], hard["seeds"]) == ([0], [0, 1])
     # 30 drawings, 24 of them in the other folds
-    assert [found["configurations"]["hard"]["tasks"][t]["photographs"] for t in ("cls", "dme", "loc")] == [12, 12, 12]
-    assert [(d["configuration"], d["task"], d["seeds"]) for d in found["differences"]] == [("hard", "loc", 1)]
-    assert "failed: loc_single, seed 1, fold 2/5: out of memory" in text and "| single-task loc, 1 of 2 seeds | " in text
-    assert set(found["configurations"]["hard"]["cosines"][0]) == {"cls dme", "cls loc", "dme loc"}
+    assert [hard["tasks"][t]["photographs"] for t in ("cls", "dme", "loc")] == [12, 12, 12]
+    assert [(d["configuration"], d["task"], d["seeds"]) for d in summary["differences"]] == [("hard", "loc", 1)]
+    assert "failed: loc_single, seed 1, fold 2/5: out of memory" in text
+    assert "| single-task loc, 1 of 2 seeds | " in text
+    assert set(hard["cosines"][0]) == {"cls dme", "cls loc", "dme loc"}
 
 
-def test_one_task_of_a_table_with_its_own_validation_part(here, tmp_path):
+def test_one_task_of_a_table_with_its_own_validation_split(here, tmp_path):
     for i in range(24):
         Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(
         f"{i}.png,{synthetic.plan(3, i).grade},{'val' if i > 16 else ''}\n" for i in range(24)))
-    baselines.main(["--name", "table", "--data", str(tmp_path / "t.csv"), *"--tasks cls --only constant cls_single "
-                    "dense leaky --seeds 1 --epochs 1 --image-size 64 --encoder-weights none".split()])
-    found, text = written("table")
-    assert [(d["configuration"], d["against"]) for d in found["differences"]] == [("dense", "cls_single")]
+    flags = "--tasks cls --only constant cls_single dense leaky --seeds 1 --epochs 1 --image-size 64"
+    baselines.main(["--name", "table", "--data", str(tmp_path / "t.csv"), *flags.split(), "--encoder-weights", "none"])
+    summary, text = written("table")
+    assert [(d["configuration"], d["against"]) for d in summary["differences"]] == [("dense", "cls_single")]
     for said in ("t.csv (the first photograph has 64x64 pixels)", "Validation: the part that the data set names itself",
                  "The configuration without leak protection is split", "There is but one task here."):
         assert said in " ".join(text.split())
     assert "another split" not in text and "CC BY" not in text
-    with pytest.raises(InputError, match="--num-folds 2: .*t.csv names its own validation split; leave --num-folds out"):
-        baselines.main(["--data", str(tmp_path / "t.csv"), "--tasks", "cls",
-                       "--num-folds", "2", "--encoder-weights", "none"])
+    with pytest.raises(InputError, match="--num-folds 2: .*t.csv names its own validation split; leave --num-folds "
+                                         "out"):
+        baselines.main(["--data", str(tmp_path / "t.csv"), *"--tasks cls --num-folds 2 --encoder-weights none".split()])
 
 
 def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
@@ -274,8 +271,10 @@ def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
 @pytest.mark.parametrize("flags,message", [
     (["--only", "best"], "--only best: no such configuration; there are constant, cls_single"),
     (["--only", "constant"], "--only constant: nothing to train"),
-    (["--num-folds", "6"], "--num-folds 6: expected at most 5"), (["--num-folds", "0"], "--num-folds 0: expected at least 1"),
-    (["--seeds", "0"], "--seeds 0: expected at least 1"), (["--name", "a/b"], "--name a/b: expected a name"),
+    (["--num-folds", "6"], "--num-folds 6: expected at most 5"),
+    (["--num-folds", "0"], "--num-folds 0: expected at least 1"),
+    (["--seeds", "0"], "--seeds 0: expected at least 1"),
+    (["--name", "a/b"], "--name a/b: expected a name"),
     (["--tasks", "cls", "reading"], "--tasks reading: no such task"),
     (["--data", "/nowhere"], "/nowhere: no such file")])
 def test_mistakes_are_one_line(flags, message):

@@ -40,16 +40,16 @@ def run(tmp_path):
 def test_metrics_do_not_depend_on_the_batch(run):
     loaded = evaluate.load_run(run, torch.device("cpu"))
     photographs = data.FundusDataset([r for r in readers.read_drawn().records if r.split == "test"], 32)
-    results = [scoring.evaluate_split(loaded.net, data.eval_loader(photographs, loaded.tasks, b), loaded.tasks).metrics()
-               for b in (3, 10)]
-    for task in results[0]:
-        assert results[0][task].keys() == results[1][task].keys()
-        for key, value in results[0][task].items():
+    loaders = [data.eval_loader(photographs, loaded.tasks, batch) for batch in (3, 10)]
+    first, second = (scoring.evaluate_split(loaded.net, loader, loaded.tasks).metrics() for loader in loaders)
+    for task in first:
+        assert first[task].keys() == second[task].keys()
+        for key, value in first[task].items():
             if key == "confusion":
-                assert value == results[1][task][key]
+                assert value == second[task][key]
             elif key != "loss":  # the soft Dice in it pools a batch
                 # convolutions of 3 and of 10 photographs round differently on some processors, which swaps near ties
-                assert value == pytest.approx(results[1][task][key], abs=1e-5)
+                assert value == pytest.approx(second[task][key], abs=1e-5)
 
 
 @pytest.mark.parametrize("split,suffix,number", [("val", "", 6), ("test", "_test", 10)])
@@ -94,16 +94,8 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
     test = [r for r in readers.read_drawn().records if r.split == "test"]
-    found = scoring.evaluate_split(
-    stored.net,
-    data.eval_loader(
-        data.FundusDataset(
-            test,
-            32),
-            stored.tasks,
-            16),
-             stored.tasks)
-    confusion = found.metrics()["cls"]["confusion"]
+    loader = data.eval_loader(data.FundusDataset(test, 32), stored.tasks, 16)
+    confusion = scoring.evaluate_split(stored.net, loader, stored.tasks).metrics()["cls"]["confusion"]
     assert [sum(row) for row in confusion] == [sum(r.grade == g for r in test) for g in range(5)]
 
 
@@ -119,8 +111,8 @@ def change(run, how):
     (lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000]), "best.pt: damaged"),
     (lambda run: torch.save({"net": {}, "code": Path}, run / "best.pt"), "best.pt: damaged, or no file of tensors"),
     (lambda run: torch.save({"net": {}}, run / "best.pt"), "not a checkpoint of this project"),
-    (lambda run: change(run, lambda state: state["options"].update(encoder="b1")), "of another network than its options"
-                                                                                   " describe"),
+    (lambda run: change(run, lambda state: state["options"].update(encoder="b1")),
+     "of another network than its options describe"),
 ])
 def test_what_is_no_run_is_one_line(run, spoil, message):
     spoil(run)
@@ -193,13 +185,14 @@ def test_every_number_has_its_interval(runs, monkeypatch, capsys):
     run_main(monkeypatch, runs / "e4_s0")
     text = capsys.readouterr().out
     stored = strict(runs / "e4_s0" / "metrics.json")
-    for part in (stored, stored["full_size"]):
-        for task, values in part["metrics"].items():
+    for scored in (stored, stored["full_size"]):
+        for task, values in scored["metrics"].items():
             numbers = {k for k, v in values.items() if isinstance(v, float)} - {"loss"}
-            assert numbers <= set(part["intervals"][task])
+            assert numbers <= set(scored["intervals"][task])
             for k in numbers:
-                if (around := part["intervals"][task][k]) is not None:
-                    assert around[0] <= around[1] and (around[0] - 0.05 <= values[k] <= around[1] + 0.05 or "px" in k)
+                if (interval := scored["intervals"][task][k]) is not None:
+                    low, high = interval
+                    assert low <= high and (low - 0.05 <= values[k] <= high + 0.05 or "px" in k)
     assert set(stored["metrics"]) == {*ALL, "joint"} and set(stored["full_size"]["metrics"]) == {"seg"}
     assert stored["calibration"] == evaluate.load_run(runs / "e4_s0", torch.device("cpu")).calibration
     assert "masks in the pixels of the files" in text and "optimistic" in text
@@ -216,14 +209,14 @@ def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypa
     assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
 
 
-def test_the_chosen_checkpoint_carries_what_validation_chose(runs):
+def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs):
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     split = evaluate.split_records(run, Path(run.options["data"]), "val")
-    found = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(split, 32), run.tasks, 6), run.tasks)
-    assert found.calibrate() == run.calibration and set(run.calibration["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
+    scores = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(split, 32), run.tasks, 6), run.tasks)
+    assert scores.calibrate() == run.calibration and set(run.calibration["seg"]) == {"MA", "HE", "EX", "SE", "OD"}
 
 
-def test_opening_the_test_part_is_written_down(runs, monkeypatch, capsys):
+def test_opening_the_test_split_is_written_down(runs, monkeypatch, capsys):
     for times in ("1 time", "2 times"):
         run_main(monkeypatch, runs / "e4_s0", "--split", "test")
         assert f"test split is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
@@ -239,39 +232,30 @@ def test_two_runs_are_compared(runs, monkeypatch, capsys):
     text, stored = capsys.readouterr().out, strict(runs / "e4_s0" / "against_e0_s0.json")
     assert "McNemar's exact p" in text and "corrected for the number of these, 5 (Bonferroni, Holm)" in text
     assert len(stored["claims"]) == 5 and all(c in text for c in stored["claims"])
-    assert all(c.endswith("of these networks on these photographs; no claim about ways of training: 1 seed a side, 5 are "
-                          "needed") for c in stored["claims"])
+    assert all(c.endswith("of these networks on these photographs; no claim about ways of training: 1 seed a side, 5 "
+                          "are needed") for c in stored["claims"])
     assert stored["claims"][0].startswith("cls quadratic weighted kappa, second minus first: ") and "higher" not in text
     assert stored["masks_in_pixels_of"] == "the files"
-    for rows in stored["compared"].values():
-        for row in rows.values():
-            if row["first"] is not None and row["second"] is not None:
-                assert row["difference"] == pytest.approx(row["second"] - row["first"]) and 0 <= row["p"] <= 1
-    stats = []
+    for metrics in stored["compared"].values():
+        for d in metrics.values():
+            if d["first"] is not None and d["second"] is not None:
+                assert d["difference"] == pytest.approx(d["second"] - d["first"]) and 0 <= d["p"] <= 1
+    kappas = []
     for name in ("e4_s0", "e0_s0"):
         run = evaluate.load_run(runs / name, torch.device("cpu"))
         split = evaluate.split_records(run, Path(run.options["data"]), "val")
-        stats.append(
-    scoring.evaluate_split(
-        run.net,
-        data.eval_loader(
-            data.FundusDataset(
-                split,
-                32),
-                run.tasks,
-                16),
-                 run.tasks))
-    first, second = (s.metrics()["cls"]["kappa"] for s in stats)
-    row = stored["compared"]["cls"]["kappa"]
-    assert (row["first"], row["second"]) == pytest.approx((first, second), abs=1e-6)
+        loader = data.eval_loader(data.FundusDataset(split, 32), run.tasks, 16)
+        kappas.append(scoring.evaluate_split(run.net, loader, run.tasks).metrics()["cls"]["kappa"])
+    d = stored["compared"]["cls"]["kappa"]
+    assert (d["first"], d["second"]) == pytest.approx(kappas, abs=1e-6)
 
 
 def test_a_run_against_itself_differs_in_nothing(runs, monkeypatch, tmp_path):
     shutil.copytree(runs / "e4_s0", tmp_path / "same")
     run_main(monkeypatch, runs / "e4_s0", tmp_path / "same")
-    for rows in strict(runs / "e4_s0" / "against_same.json")["compared"].values():
-        for row in rows.values():
-            assert row["difference"] in (0, None) and row["p"] in (1, None)
+    for metrics in strict(runs / "e4_s0" / "against_same.json")["compared"].values():
+        for d in metrics.values():
+            assert d["difference"] in (0, None) and d["p"] in (1, None)
 
 
 def test_runs_of_several_seeds_count_as_one(runs, monkeypatch, capsys):
@@ -284,14 +268,13 @@ def test_runs_of_several_seeds_count_as_one(runs, monkeypatch, capsys):
         single.append(strict(folder / "metrics.json"))
     for t, k in (("cls", "accuracy"), ("loc", "px4288_disc"), ("seg", "dice")):
         values = [s["metrics"][t][k] for s in single]
-        assert stored["metrics"][t][k] == pytest.approx(sum(values) / 3)
         mean = sum(values) / 3
+        assert stored["metrics"][t][k] == pytest.approx(mean)
         assert stored["metrics"][t]["sd"][k] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / 2))
-    text = capsys.readouterr().out
-    assert len(stored["runs"]) == 3 and ("intervals over eyes, for these networks; no claim about ways of training: 3 "
-                                         "seeds a side, 5 are needed") in text
-    assert ("quadratic weighted kappa, seed by seed: " + ", ".join(
-        f"{s['metrics']['cls']['kappa']:.3f}" for s in single)) in text
+    text, kappas = capsys.readouterr().out, ", ".join(f"{s['metrics']['cls']['kappa']:.3f}" for s in single)
+    assert len(stored["runs"]) == 3 and f"quadratic weighted kappa, seed by seed: {kappas}" in text
+    assert ("intervals over eyes, for these networks; no claim about ways of training: 3 seeds a side, 5 are "
+            "needed") in text
 
 
 def test_two_sets_of_seeds_are_compared(runs, monkeypatch, capsys):
@@ -327,7 +310,8 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
 
 
 def test_runs_are_of_one_kind_wherever_their_data_lay_if_the_photographs_were_the_same():
-    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed}, learned_from=seen, folder="")
+    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed}, learned_from=seen,
+                            folder="")
             for seed, path, seen in ((1, "/a", "x"), (0, "/b", "x"), (0, "/a", "y"), (1, "/a", "y"))]
     assert compare.arms_of(runs) == [[1, 0], [2, 3]]
 
@@ -358,34 +342,37 @@ def test_routes_of_all_tasks_can_be_changed(runs, monkeypatch, capsys):
 
 
 def test_referable_by_hand():
-    """Grades 2, 3, 4 are referable; probabilities at the temperature that was chosen."""
+    """Grades 2, 3, 4 are referable; probabilities at the calibrated temperature."""
     p = torch.tensor([[0.9, 0, 0.1, 0, 0], [0.2, 0.5, 0.3, 0, 0], [0.6, 0, 0, 0, 0.4], [0.1, 0, 0, 0.9, 0],
                       [0.3, 0.2, 0.5, 0, 0]])
     task, truth = TASKS["cls"], torch.tensor([0, 1, 2, 3, 4])
     stats = torch.cat([p, truth[:, None]], 1)
-    found = task.metrics(stats, {"temperature": 1.0, "referable": 0.45})
-    assert (found["referable_sensitivity"], found["referable_specificity"]) == pytest.approx((2 / 3, 1))
-    assert found["referable_auc"] == 1  # 0.4, 0.9, 0.5 against 0.1, 0.3
-    found = task.metrics(stats, {"temperature": 1.0, "referable": 0.2})
-    assert (found["referable_sensitivity"], found["referable_specificity"]) == pytest.approx((1, 0.5))
-    warm = task.metrics(stats, {"temperature": 1e6, "referable": 0.45})  # all alike: three of the fifth of each grade
+    m = task.metrics(stats, {"temperature": 1.0, "referable": 0.45})
+    assert (m["referable_sensitivity"], m["referable_specificity"]) == pytest.approx((2 / 3, 1))
+    assert m["referable_auc"] == 1  # 0.4, 0.9, 0.5 against 0.1, 0.3
+    m = task.metrics(stats, {"temperature": 1.0, "referable": 0.2})
+    assert (m["referable_sensitivity"], m["referable_specificity"]) == pytest.approx((1, 0.5))
+    warm = task.metrics(stats, {"temperature": 1e6, "referable": 0.45})  # a fifth for each grade, so 0.6 for all
     assert (warm["referable_sensitivity"], warm["referable_specificity"]) == (1, 0)
 
 
-def test_the_test_part_is_judged_by_what_validation_chose(runs, monkeypatch):
+def test_the_test_split_is_judged_by_what_was_calibrated_on_validation(runs, monkeypatch):
     run_main(monkeypatch, runs / "e4_s0", "--split", "test")
     stored = strict(runs / "e4_s0" / "metrics_test.json")["metrics"]["cls"]
     loaded = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
-    chosen, split = loaded.calibration["cls"], evaluate.split_records(loaded, Path(loaded.options["data"]), "test")
+    calibration = loaded.calibration["cls"]
+    split = evaluate.split_records(loaded, Path(loaded.options["data"]), "test")
     batches = data.eval_loader(data.FundusDataset(split, 32), loaded.tasks, 16)
     stats = scoring.evaluate_split(loaded.net, batches, loaded.tasks).stats["cls"]
-    found, ill = [], [row[5] >= 2 for row in stats.tolist()]
-    for row in stats.tolist():
-        p = [v ** (1 / chosen["temperature"]) for v in row[:5]]
-        found.append(sum(p[2:]) / sum(p) >= chosen["referable"])
-    hit = sum(f and i for f, i in zip(found, ill)) / sum(ill)
-    spared = sum(not f and not i for f, i in zip(found, ill)) / (len(ill) - sum(ill))
-    assert (stored["referable_sensitivity"], stored["referable_specificity"]) == pytest.approx((hit, spared))
+    referred, ill = [], []
+    for *p, grade in stats.tolist():
+        p = [v ** (1 / calibration["temperature"]) for v in p]
+        referred.append(sum(p[2:]) / sum(p) >= calibration["referable"])
+        ill.append(grade >= 2)
+    sensitivity = sum(r and i for r, i in zip(referred, ill)) / sum(ill)
+    specificity = sum(not r and not i for r, i in zip(referred, ill)) / (len(ill) - sum(ill))
+    assert (stored["referable_sensitivity"], stored["referable_specificity"]) == pytest.approx(
+        (sensitivity, specificity))
 
 
 def two_arms():
@@ -393,27 +380,27 @@ def two_arms():
     torch.manual_seed(0)
     names, truth = [f"p{i}" for i in range(80)], torch.arange(80) % 5
     eyes = {name: f"eye {i // 2}" for i, name in enumerate(names)}
-    stats = [torch.cat([(torch.randn(80, 5) + 2 * torch.nn.functional.one_hot(truth, 5)).softmax(1), truth[:, None]],
-                       1).double() for _ in range(2)]
-    first = scoring.SplitScores([TASKS["cls"]], {"cls": names}, {"cls": stats[0]}, {}, {}, {}, eyes)
+    logits = [torch.randn(80, 5) + 2 * torch.nn.functional.one_hot(truth, 5) for _ in range(2)]
+    stats = [torch.cat([x.softmax(1), truth[:, None]], 1).double() for x in logits]
+    first = scoring.SplitScores([TASKS["cls"]], {"cls": names}, {"cls": stats[0]}, eyes=eyes)
     order = torch.randperm(80)
-    second = scoring.SplitScores([TASKS["cls"]], {"cls": [names[i] for i in order]}, {"cls": stats[1][order]}, {}, {}, {},
-                                 eyes)
+    second = scoring.SplitScores([TASKS["cls"]], {"cls": [names[i] for i in order]}, {"cls": stats[1][order]},
+                                 eyes=eyes)
     return first, second, stats, truth
 
 
 def test_a_comparison_equals_loops_over_eyes():
     first, second, stats, truth = two_arms()
     scoring.align([first, second])
-    row = compare.compare([first], [second])["cls"]["accuracy"]
-    right = [t[:, :5].argmax(1) == truth for t in stats]
-    assert row["difference"] == pytest.approx(float(right[1].double().mean() - right[0].double().mean()))
-    assert row["mcnemar"]["only_first_right"] == sum(bool(a and not b) for a, b in zip(*right))
+    d = compare.compare([first], [second])["cls"]["accuracy"]
+    right = [s[:, :5].argmax(1) == truth for s in stats]
+    assert d["difference"] == pytest.approx(float(right[1].double().mean() - right[0].double().mean()))
+    assert d["mcnemar"]["only_first_right"] == sum(bool(a and not b) for a, b in zip(*right))
     gap = (right[1].double() - right[0].double()).view(40, 2).mean(1)  # of each eye
     drawn = torch.stack([gap[torch.randint(40, (40,))].mean() for _ in range(4000)])
-    assert row["interval"] == pytest.approx(drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist(), abs=0.03)
+    assert d["interval"] == pytest.approx(drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist(), abs=0.03)
     flipped = torch.stack([(gap * (torch.rand(40) < 0.5).double().mul(2).sub(1)).mean() for _ in range(4000)]).abs()
-    assert row["p"] == pytest.approx(float((flipped >= gap.mean().abs() - 1e-9).double().mean()), abs=0.03)
+    assert d["p"] == pytest.approx(float((flipped >= gap.mean().abs() - 1e-9).double().mean()), abs=0.03)
 
 
 def test_intervals_of_the_calibration_error_hold_its_value():
@@ -422,8 +409,8 @@ def test_intervals_of_the_calibration_error_hold_its_value():
     p = (2 * torch.randn(100, 3)).softmax(1).double()
     truth = torch.multinomial(p, 1)  # calibrated: the error is chance alone
     names = [str(i) for i in range(100)]
-    one = scoring.SplitScores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth], 1)}, {}, {}, {},
-                              dict(zip(names, names)))
+    one = scoring.SplitScores([TASKS["dme"]], {"dme": names}, {"dme": torch.cat([p, truth], 1)},
+                              eyes=dict(zip(names, names)))
     values, limits = scoring.summary([one], [{}])
     low, high = limits["dme"]["calibration_error"]
     assert 0 <= low <= values["dme"]["calibration_error"] <= high and low < 0.03

@@ -17,20 +17,6 @@ pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
 
-# ---- scores of a row ----
-
-def stats(right: torch.Tensor) -> torch.Tensor:
-    """Tallies of `cls` whose accuracy is that of `right`; truth 0."""
-    return torch.cat([torch.where(right[:, None], torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]),
-                                  torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1])), torch.zeros(len(right), 1)], 1).double()
-
-
-def right(share: float, n: int, seed: int) -> torch.Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
-
-
-# ---- all of it ----
-
 def test_a_process_of_its_own_tells_why_it_failed(tmp_path):
     job = Job("hard", replace(SMALL, data=str(tmp_path / "nowhere")), tmp_path / "run", [])
     assert jobs.start(job, baselines.__file__, 1).wait() == 2 and "nowhere: no such file or folder" in job.failure(2)
@@ -55,10 +41,10 @@ def test_a_process_of_its_own_ends_when_told_to_and_with_the_main_process(tmp_pa
 def test_two_runs_at_once_come_to_what_they_come_to_single(tmp_path, monkeypatch):
     """In processes of their own, with half of the threads each; what one leaves does not hang on the other."""
     base = replace(SMALL, data=str(official_tree(tmp_path / "IDRiD", test=False)))
-    rows = [row for row in baselines.configurations_for(base.tasks) if row.name in ("hard", "cls_single")]
+    configurations = [c for c in baselines.configurations_for(base.tasks) if c.name in ("hard", "cls_single")]
     left = {}
     for name, number in (("both", 2), ("one", 1)):
-        asked = baselines.jobs_for(rows, base, 1, ["1/5"], tmp_path / name)
+        asked = baselines.jobs_for(configurations, base, 1, ["1/5"], tmp_path / name)
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
         assert jobs.run_all(asked, baselines.__file__, number) == {}
         left[name] = [job.measured() for job in asked]

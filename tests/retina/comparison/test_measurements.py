@@ -21,6 +21,6 @@ def test_shifts_change_pictures_and_nothing_else():
         assert one.image.shape == before.image.shape and not torch.equal(one.image, before.image)
         assert (one.image.float() - before.image.float()).abs().mean() < 60
         assert torch.equal(one.masks, before.masks) and torch.equal(one.landmarks, before.landmarks)
-    dark, cold = (measurements.Shifted(photographs, s)[1].image.float().mean((1, 2)) / before.image.float().mean(
-        (1, 2)) for s in ("darker", "colder light"))
+    dark, cold = (measurements.Shifted(photographs, shift)[1].image.float().mean((1, 2))
+                  / before.image.float().mean((1, 2)) for shift in ("darker", "colder light"))
     assert dark.max() < 0.65 and cold[0] < 0.9 < 1.1 < cold[2]

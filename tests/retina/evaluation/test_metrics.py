@@ -152,12 +152,12 @@ def test_temperature_is_the_likeliest():
     logits, truth = torch.randn(200, 5).double() * 3, torch.randint(5, (200,))
     truth[:120] = logits[:120].argmax(1)
     p = logits.softmax(1)
-    found = metrics.best_temperature(p, truth)
+    best = metrics.best_temperature(p, truth)
 
     def loss(t):
         return float(torch.nn.functional.cross_entropy(logits / t, truth))
-    assert loss(found) < min(loss(found * 1.01), loss(found / 1.01)) and found > 1.2
-    assert torch.allclose(metrics.at_temperature(p, found), (logits / found).softmax(1))
+    assert loss(best) < min(loss(best * 1.01), loss(best / 1.01)) and best > 1.2
+    assert torch.allclose(metrics.at_temperature(p, best), (logits / best).softmax(1))
 
 
 def test_threshold_equals_a_search_of_all():
@@ -166,10 +166,9 @@ def test_threshold_equals_a_search_of_all():
     score[ill] += 0.3
 
     def gain(threshold):
-        found = score >= threshold
-        return found[ill].double().mean() + (~found)[~ill].double().mean()
-    found = metrics.best_threshold(score, ill)
-    assert gain(found) == max(gain(t) for t in torch.linspace(0, 1.4, 2001))
+        positive = score >= threshold
+        return positive[ill].double().mean() + (~positive)[~ill].double().mean()
+    assert gain(metrics.best_threshold(score, ill)) == max(gain(t) for t in torch.linspace(0, 1.4, 2001))
     assert metrics.best_threshold(score, torch.zeros(60, dtype=torch.bool)) == 0.5
 
 
@@ -180,9 +179,9 @@ def exact_area(score, truth):
     order = np.argsort(-score, kind="stable")
     score, truth = score[order], truth[order]
     last = np.append(score[1:] != score[:-1], True)
-    found = np.cumsum(truth)[last]
-    precision = found / (np.flatnonzero(last) + 1)
-    return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
+    hits = np.cumsum(truth)[last]
+    precision = hits / (np.flatnonzero(last) + 1)
+    return float((np.diff(hits, prepend=0) * precision).sum() / hits[-1])
 
 
 @pytest.mark.parametrize("seed,spread,shift", [(0, 3.0, -4.0), (1, 1.0, 0.0), (2, 0.05, -2.0), (3, 2.0, -7.0)])
@@ -225,8 +224,8 @@ def test_levels_ascend_and_one_begins_at_a_half():
         return [int(np.flatnonzero(metrics.counted(np.array([x], np.float32), width))[0]) for x in p]
 
     p = np.sort(np.concatenate([np.random.default_rng(0).random(40), 10.0 ** np.arange(-12, 0), [0, 1]]))
-    found = level(*p, width=1)
-    assert found == sorted(found) and found[0] == 0 and found[-1] == metrics.LEVELS * metrics.FINE - 1
+    fine = level(*p, width=1)
+    assert fine == sorted(fine) and fine[0] == 0 and fine[-1] == metrics.LEVELS * metrics.FINE - 1
     half = metrics.level_of(0.5)
     assert level(0.5, 0.4999, 0.49999997) == [half, half - 1, half - 1]
     for k in (1, 100, 512, 700, 900):
@@ -240,8 +239,8 @@ def test_masks_at_a_level_equal_counting():
     ranking = metrics.PRCurveAccumulator(1)
     counts = torch.stack([torch.from_numpy(ranking.add(0, s, t)[1]) for s, t in zip(score, truth)])[:, None].double()
     for level in (300, 512, 540):
-        found = score >= metrics.threshold_at(level)
-        expected = [[(f & t).sum(), f.sum(), t.sum()] for f, t in zip(found, truth)]
+        predicted = score >= metrics.threshold_at(level)
+        expected = [[(p & t).sum(), p.sum(), t.sum()] for p, t in zip(predicted, truth)]
         assert metrics.masks_at(counts, level)[:, 0].tolist() == expected
 
 
@@ -252,16 +251,16 @@ def test_scikit_learn_agrees():
     p = np.where((np.arange(5) == truth[:, None]) & (rng.random((300, 1)) < 0.5), p + 1, p)
     p /= p.sum(1, keepdims=True)
     t, q, w = torch.from_numpy(truth), torch.from_numpy(p), ones(300)
-    found = q.argmax(1)
+    predicted = q.argmax(1)
     assert float(metrics.one_vs_rest_area(q, t, w)) == pytest.approx(
         sklearn.roc_auc_score(truth, p, multi_class="ovr", average="macro"))
-    assert float(metrics.quadratic_kappa(t, found, 5, w)) == pytest.approx(
-        sklearn.cohen_kappa_score(truth, found, weights="quadratic"))
-    assert float(metrics.balanced_accuracy(t, found, 5, w)) == pytest.approx(
-        sklearn.balanced_accuracy_score(truth, found))
-    assert float(metrics.macro_f1(t, found, 5, w)) == pytest.approx(
-        sklearn.f1_score(truth, found, average="macro"))
-    score, lesion = rng.random(200000).astype(np.float32), rng.random(200000)
-    lesion = lesion < score ** 3 * 0.3
+    assert float(metrics.quadratic_kappa(t, predicted, 5, w)) == pytest.approx(
+        sklearn.cohen_kappa_score(truth, predicted, weights="quadratic"))
+    assert float(metrics.balanced_accuracy(t, predicted, 5, w)) == pytest.approx(
+        sklearn.balanced_accuracy_score(truth, predicted))
+    assert float(metrics.macro_f1(t, predicted, 5, w)) == pytest.approx(
+        sklearn.f1_score(truth, predicted, average="macro"))
+    score = rng.random(200000).astype(np.float32)
+    lesion = rng.random(200000) < score ** 3 * 0.3
     assert metrics.PRCurveAccumulator(1).add(0, score, lesion)[0] == pytest.approx(
         sklearn.average_precision_score(lesion, score), abs=1e-6)

@@ -28,36 +28,33 @@ GRID = (1, 1, 1)
 
 # ---- where tokens go ----
 
-def test_kinds_below_a_token_by_loops():
+def test_classes_below_a_token_by_loops():
     torch.manual_seed(0)
     masks = (torch.rand(3, 5, 8, 12) < 0.01).to(torch.uint8)
     masks[2, 1] = UNKNOWN
     images = torch.randint(0, 256, (3, 3, 8, 12), dtype=torch.uint8)
     images[:, :, :4, :4] = 3
-    found = routing.token_classes(images, masks, (2, 3))
-    assert found.shape == (3, 7, 6) and routing.TOKEN_CLASSES == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
+    classes = routing.token_classes(images, masks, (2, 3))
+    assert classes.shape == (3, 7, 6) and routing.TOKEN_CLASSES == ("MA", "HE", "EX", "SE", "OD", "none", "outside")
     for n in range(3):
         for y in range(2):
             for x in range(3):
                 block = masks[n, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4]
                 there, outside = [bool((m == 1).any()) for m in block], x == y == 0
                 none = n < 2 and not any(there) and not outside
-                assert found[n, :, 3 * y + x].tolist() == [*there, none, outside]
-    assert found[:2, 5].any() and found[:, :5].any()
+                assert classes[n, :, 3 * y + x].tolist() == [*there, none, outside]
+    assert classes[:2, 5].any() and classes[:, :5].any()
 
 
 def test_collect_counts_every_choice_of_every_photograph():
     """Against loops over tokens; whatever the batch; tasks route photographs without their label too."""
     net, tasks, photographs = busy_net()
     photographs.records = [r.with_labels(masks=None) if i % 3 == 0 else r for i, r in enumerate(photographs.records)]
-    uses = []
-    for batch in (3, 10):
-        batches = data.eval_loader(photographs, [TASKS["seg"]], batch)
-        uses.append(routing.collect(net, batches))
+    first, second = (routing.collect(net, data.eval_loader(photographs, [TASKS["seg"]], batch)) for batch in (3, 10))
     for task in ("cls", "seg"):
         for name in ("shares", "entropy", "below", "tokens"):
             # convolutions of 3 and of 10 photographs round differently, by 2e-5 of a weight on processors with AMX
-            torch.testing.assert_close(getattr(uses[0][task], name), getattr(uses[1][task], name), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(getattr(first[task], name), getattr(second[task], name), rtol=1e-4, atol=1e-4)
     shares, below, tokens = torch.zeros(10, 2, 4), torch.zeros(7, 2, 4), torch.zeros(7)
     for i in range(10):
         sample = photographs[i]
@@ -66,14 +63,14 @@ def test_collect_counts_every_choice_of_every_photograph():
         for position in range(4):  # 64 pixels at stride 32; none of these lies outside
             y, x = divmod(position, 2)
             under = None if sample.masks is None else sample.masks[:, 32 * y:32 * y + 32, 32 * x:32 * x + 32].flatten(1)
-            kinds = [] if under is None else [k for k in range(5) if under[k].any()] or [5]
-            tokens[kinds] += 1
+            classes = [] if under is None else [k for k in range(5) if under[k].any()] or [5]
+            tokens[classes] += 1
             for expert, weight in zip(r.experts[position].tolist(), r.gates[position].tolist()):
                 shares[i, :, expert] += torch.tensor([1, weight]) / 4
-                below[kinds, :, expert] += torch.tensor([1, weight])
-    use = uses[1]["cls"]
-    for found, counted in ((use.shares, shares), (use.below, below), (use.tokens, tokens)):
-        torch.testing.assert_close(found.float(), counted, rtol=1e-4, atol=1e-4)
+                below[classes, :, expert] += torch.tensor([1, weight])
+    usage = second["cls"]
+    for collected, counted in ((usage.shares, shares), (usage.below, below), (usage.tokens, tokens)):
+        torch.testing.assert_close(collected.float(), counted, rtol=1e-4, atol=1e-4)
 
 
 def test_entropy_by_hand():
@@ -81,7 +78,7 @@ def test_entropy_by_hand():
     assert routing.entropy(p).tolist() == pytest.approx([2, 0, 1]) and "-" not in f"{routing.entropy(p[1]):.2f}"
 
 
-def test_idle_experts_are_named():
+def test_unused_experts_are_named():
     tokens = [[1, 0.009, 0.0, 0.991], [1, 0.009, 0.991, 0.0]]  # less than a hundredth of both tasks' go to expert 1
     assert routing.unused_experts(tokens) == [1]
     assert routing.warning([1]) == "warning: expert 1 receives less than 1 % of the tokens"
@@ -102,27 +99,26 @@ def test_mutual_information_by_hand_and_from_the_joint_table():
     shares, labels = torch.rand(30, 6, dtype=torch.float64), torch.randint(0, 4, (30,))
     shares /= shares.sum(1, keepdim=True)
     joint = torch.zeros(4, 6, dtype=torch.float64)
-    for row, label in zip(shares, labels):
-        joint[label] += row / 30
+    for of_one, label in zip(shares, labels):
+        joint[label] += of_one / 30
     expected = sum(joint[g, e] * math.log2(joint[g, e] / (joint[g].sum() * joint[:, e].sum()))
                    for g in range(4) for e in range(6))
     assert routing.mutual_information(shares, one_hot(labels, 4)).item() == pytest.approx(float(expected))
 
 
 def test_chance_takes_the_bias_out():
-    """103 photographs, 8 experts, 5 grades, nothing to find: the plain estimate says 0.2 bit, permutations as well."""
-    bits, chance, p = [], [], []
+    """103 photographs, 8 experts, 5 grades, nothing to find: the raw estimate says 0.2 bit, permutations as well."""
+    measured = []
     for seed in range(40):
         torch.manual_seed(seed)
-        found = routing.information(one_hot(torch.randint(0, 8, (103,)), 8)[None], torch.randint(0, 5, (103,)).tolist(),
-                                    resamples=100)
-        bits.append(found.bits), chance.append(found.by_chance), p.append(found.p)
-    mean = [sum(x) / 40 for x in (bits, chance, p)]
-    assert 0.17 < mean[0] < 0.24 and abs(mean[0] - mean[1]) < 0.02 and 0.3 < mean[2] < 0.7
-    assert sum(x < 0.05 for x in p) <= 6
+        experts, grades = torch.randint(0, 8, (103,)), torch.randint(0, 5, (103,)).tolist()
+        measured.append(routing.information(one_hot(experts, 8)[None], grades, resamples=100))
+    bits, by_chance, p = (sum(getattr(m, name) for m in measured) / 40 for name in ("bits", "by_chance", "p"))
+    assert 0.17 < bits < 0.24 and abs(bits - by_chance) < 0.02 and 0.3 < p < 0.7
+    assert sum(m.p < 0.05 for m in measured) <= 6
     labels = [i % 5 for i in range(103)]
-    found = routing.information(one_hot(labels, 8)[None], labels, resamples=100)
-    assert found.bits == pytest.approx(math.log2(5), abs=0.01) and found.p == pytest.approx(1 / 101)
+    known = routing.information(one_hot(labels, 8)[None], labels, resamples=100)
+    assert known.bits == pytest.approx(math.log2(5), abs=0.01) and known.p == pytest.approx(1 / 101)
 
 
 def test_permutation_stays_within_blocks():
@@ -130,16 +126,16 @@ def test_permutation_stays_within_blocks():
     torch.manual_seed(0)
     photographs = torch.rand(20, 4, dtype=torch.float64).softmax(1).repeat_interleave(2, 0)
     labels, blocks = [0, 1] * 20, [i // 2 for i in range(40)]
-    found = routing.information(photographs[None], labels, blocks, resamples=50)
-    assert found.bits == pytest.approx(0, abs=1e-12) and found.by_chance == pytest.approx(0, abs=1e-12) and found.p == 1
+    within = routing.information(photographs[None], labels, blocks, resamples=50)
+    assert (within.bits, within.by_chance) == pytest.approx((0, 0), abs=1e-12) and within.p == 1
     free = routing.information(photographs[None], labels, resamples=50)
     assert free.by_chance > 1e-4
 
 
 # ---- description ----
 
-def some_use(photographs: int, experts: int) -> routing.ExpertUsage:
-    """Of two chosen experts."""
+def some_usage(photographs: int, experts: int) -> routing.ExpertUsage:
+    """Of two experts for each token."""
     shares = torch.rand(photographs, 2, experts, dtype=torch.float64)
     shares /= shares.sum(2, keepdim=True) / torch.tensor([2.0, 1.0])[:, None]
     return routing.ExpertUsage(shares, torch.full((photographs,), 1.5, dtype=torch.float64),
@@ -150,20 +146,21 @@ def some_use(photographs: int, experts: int) -> routing.ExpertUsage:
 def test_description_and_table():
     torch.manual_seed(0)
     labels = [None if i == 7 else f"grade {i % 3}" for i in range(30)]
-    use = some_use(30, 4)
-    found = routing.describe({"cls": use, "seg": use}, labels, [f"eye {i}" for i in range(30)])
-    assert json.loads(json.dumps(found)) == found
-    cls = found["tasks"]["cls"]
-    assert cls["tokens"] == pytest.approx(use.shares[:, 0].mean(0).tolist()) and cls["entropy_of_router"] == 1.5
+    usage = some_usage(30, 4)
+    described = routing.describe({"cls": usage, "seg": usage}, labels, [f"eye {i}" for i in range(30)])
+    assert json.loads(json.dumps(described)) == described
+    cls = described["tasks"]["cls"]
+    assert cls["tokens"] == pytest.approx(usage.shares[:, 0].mean(0).tolist()) and cls["entropy_of_router"] == 1.5
     assert sum(cls["tokens"]) == pytest.approx(2) and 1.9 < cls["entropy_of_use"] <= 2
     assert cls["labels"]["grade 1"]["photographs"] == 9
-    of_grade_1 = use.shares[[i for i in range(30) if labels[i] == "grade 1"]].mean(0)
+    of_grade_1 = usage.shares[[i for i in range(30) if labels[i] == "grade 1"]].mean(0)
     assert cls["labels"]["grade 1"]["weight"] == pytest.approx(of_grade_1[1].tolist())
     assert cls["below"]["MA"] == {"tokens_below": 2, "tokens": [0.5] * 4, "weight": [0.5] * 4}
     assert "HE" not in cls["below"]
-    assert found["information"]["task"]["bits"] == pytest.approx(0, abs=1e-9)  # both tasks alike
-    assert found["information"]["grade"]["units"] == 29 and found["information"]["task"]["units"] == 60
-    short, long = routing.table(found, False), routing.table(found, True)
+    information = described["information"]
+    assert information["task"]["bits"] == pytest.approx(0, abs=1e-9)  # both tasks alike
+    assert information["grade"]["units"] == 29 and information["task"]["units"] == 60
+    short, long = routing.table(described, False), routing.table(described, True)
     assert "mutual information of expert and grade, given the task: 0." in short
     assert "grade 1 (9)" not in short and "warning" not in short
     assert "grade 1 (9)" in long and "EX below (4)" in long
@@ -173,16 +170,15 @@ def test_description_and_table():
 def test_photographs_of_one_eye_are_one_witness():
     """Information from two equal photographs of each eye is that from one, with the same chance value."""
     torch.manual_seed(0)
-    once = some_use(12, 4)
-    twice = routing.ExpertUsage(once.shares.repeat(2, 1, 1), once.entropy.repeat(2), once.below, once.tokens)
-    labels, eyes = [f"grade {i % 3}" for i in range(12)], [f"eye {i:02}" for i in range(12)]
-    other = some_use(12, 4)
-    doubled = routing.ExpertUsage(other.shares.repeat(2, 1, 1), other.entropy.repeat(2), other.below, other.tokens)
-    one = routing.describe({"a": once, "b": other}, labels, eyes)["information"]
-    two = routing.describe({"a": twice, "b": doubled}, labels * 2, eyes * 2)["information"]
+    once = {"a": some_usage(12, 4), "b": some_usage(12, 4)}
+    twice = {t: routing.ExpertUsage(u.shares.repeat(2, 1, 1), u.entropy.repeat(2), u.below, u.tokens)
+             for t, u in once.items()}
+    labels, eyes = [f"grade {i % 3}" for i in range(12)], [f"eye {i:02}" for i in range(24)]
+    one = routing.describe(once, labels, eyes[:12])["information"]
+    two = routing.describe(twice, labels * 2, eyes[:12] * 2)["information"]
     for label in ("task", "grade"):
         assert one[label] == pytest.approx(two[label])
-    three = routing.describe({"a": twice, "b": doubled}, labels * 2, [f"eye {i:02}" for i in range(24)])["information"]
+    three = routing.describe(twice, labels * 2, eyes)["information"]
     assert three["grade"]["bits"] == pytest.approx(one["grade"]["bits"])
     assert three["grade"]["by_chance"] < 0.8 * one["grade"]["by_chance"]
 
@@ -190,20 +186,20 @@ def test_photographs_of_one_eye_are_one_witness():
 def test_a_table_of_many_experts_shows_the_most_used():
     shares = torch.zeros(5, 2, 20, dtype=torch.float64)
     shares[:, :, 4:8] = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None]
-    use = routing.ExpertUsage(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
-    text = routing.table(routing.describe({"cls": use}, [None] * 5, ["e"] * 5), True)
+    usage = routing.ExpertUsage(shares, torch.zeros(5), torch.zeros(7, 2, 20), torch.zeros(7))
+    text = routing.table(routing.describe({"cls": usage}, [None] * 5, ["e"] * 5), True)
     assert "the 12 most used of 20 experts" in text and all(f"   {e}   " in text for e in range(4, 8))
     assert "mutual information" not in text and "warning: experts 0, 1, 2, 3, 8, 9" in text
 
 
 # ---- other routes ----
 
-@pytest.mark.parametrize("chosen", [1, 2, 3])
-def test_knocking_out_is_routing_without_the_expert(chosen):
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_ablating_an_expert_is_routing_without_it(top_k):
     """The oracle is a router that never had it."""
     torch.manual_seed(0)
-    router = random_layer(5, chosen).routers["a"].eval()
-    smaller = random_layer(4, chosen).routers["a"].eval()
+    router = random_layer(5, top_k).routers["a"].eval()
+    smaller = random_layer(4, top_k).routers["a"].eval()
     others = [0, 1, 3, 4]
     with torch.no_grad():
         smaller.gate.copy_(router.gate[:, others])
@@ -213,7 +209,7 @@ def test_knocking_out_is_routing_without_the_expert(chosen):
     torch.testing.assert_close(changed.gates, expected.gates)
 
 
-def test_knocking_out_where_nobody_else_is_left():
+def test_ablating_where_no_other_expert_is_left():
     """K = E: the place stays and weighs nothing. A private expert alone: nothing is added."""
     torch.manual_seed(0)
     r = interventions.ablate_expert(random_layer(3, 3).routers["a"].eval()(torch.randn(9, 24), GRID), 1)
@@ -252,13 +248,13 @@ def test_the_layer_has_its_own_routers_back_afterwards():
 
 
 def test_changes_are_those_of_networks_changed_by_hand():
-    """Every row for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
+    """Every change for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
     net, tasks, photographs = busy_net(tasks=("cls", "seg", "loc"))
     layer, own = net.experts, dict(net.experts.routers.items())
-    found = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
+    changes = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
     assert net.experts.routers["cls"] is own["cls"]
-    assert list(found) == ["without the experts", *(f"without expert {e}" for e in range(4)),
-                           "routes of another photograph", *(f"by the router of {t}" for t in ("cls", "seg", "loc"))]
+    assert list(changes) == ["without the experts", *(f"without expert {e}" for e in range(4)),
+                             "routes of another photograph", *(f"by the router of {t}" for t in ("cls", "seg", "loc"))]
 
     def losses(routers=own, experts=layer, of=photographs):
         layer.routers, net.experts = torch.nn.ModuleDict(routers), experts
@@ -267,7 +263,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
         finally:
             layer.routers, net.experts = torch.nn.ModuleDict(own), layer
     before, expected = losses(), {"without the experts": losses(experts=None)}
-    for e in range(4):  # test_knocking_out_is_routing_without_the_expert tells what this does
+    for e in range(4):  # test_ablating_an_expert_is_routing_without_it tells what this does
         routers = {t: copy.deepcopy(router) for t, router in own.items()}
         for router in routers.values():
             router.register_forward_hook(lambda module, inputs, r, e=e: interventions.ablate_expert(r, e))
@@ -277,42 +273,42 @@ def test_changes_are_those_of_networks_changed_by_hand():
         for t, value in losses({t: own[o] for t, o in others.items()}).items():
             expected.setdefault(f"by the router of {others[t]}", {})[t] = value
     for title, values in expected.items():
-        assert set(found[title]) == set(values)
+        assert set(changes[title]) == set(values)
         for t, value in values.items():
-            assert found[title][t]["loss"] == pytest.approx(value - before[t], abs=1e-5)
-    assert len({round(found[f"without expert {e}"]["seg"]["loss"], 6) for e in range(4)}) == 4
-    assert any(row["loss"] != 0 for row in found["routes of another photograph"].values())
+            assert changes[title][t]["loss"] == pytest.approx(value - before[t], abs=1e-5)
+    assert len({round(changes[f"without expert {e}"]["seg"]["loss"], 6) for e in range(4)}) == 4
+    assert any(v["loss"] != 0 for v in changes["routes of another photograph"].values())
     with torch.no_grad():
         layer.experts.w2.zero_()
-    for row in interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks).values():
-        assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in row.values())
+    for change in interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks).values():
+        assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in change.values())
 
 
 def test_shuffled_routes_meet_the_right_task_and_photograph():
     """One photograph's routes for all: then every shuffle changes nothing; with others', it does."""
     net, tasks, photographs = busy_net()
-    changed = interventions.score_interventions(net, data.eval_loader(
-        photographs, tasks, 3), tasks)["routes of another photograph"]
-    assert any(abs(row["loss"]) > 1e-6 for row in changed.values())
+
+    def shuffled():
+        loader = data.eval_loader(photographs, tasks, 3)
+        return interventions.score_interventions(net, loader, tasks)["routes of another photograph"].values()
+    assert any(abs(v["loss"]) > 1e-6 for v in shuffled())
     photographs.paths = [photographs.paths[0]] * len(photographs)
-    same = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 3), tasks)[
-                                             "routes of another photograph"]
-    assert all(abs(row["loss"]) < 1e-6 for row in same.values())
+    assert all(abs(v["loss"]) < 1e-6 for v in shuffled())
 
 
 def test_a_split_without_a_tasks_labels_still_has_its_router():
     net, tasks, photographs = busy_net()
     photographs.records = [r.with_labels(masks=None) for r in photographs.records]
-    found = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
-    assert all(set(row) == {"cls"} for row in found.values()) and "by the router of seg" in found
-    assert "by the router of cls" not in found
+    changes = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
+    assert all(set(change) == {"cls"} for change in changes.values()) and "by the router of seg" in changes
+    assert "by the router of cls" not in changes
     photographs.records, photographs.paths = photographs.records[:1], photographs.paths[:1]
-    found = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
-    assert "routes of another photograph" not in found
+    changes = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
+    assert "routes of another photograph" not in changes
 
 
 def test_standard_error_of_a_change_by_hand():
-    """Accuracy over n photographs of which m become wrong: a mean of n draws that are -1 with probability m / n."""
+    """Accuracy over n photographs of which m become wrong: a mean of n values that are -1 with probability m / n."""
     task = TASKS["dme"]
     truth = torch.arange(400) % 3
     before = torch.cat([torch.nn.functional.one_hot(truth, 3).float(), truth[:, None]], 1)
@@ -350,11 +346,11 @@ def test_a_run_without_experts_has_no_routing(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, tmp_path / "run", "--routing")
 
 
-def test_training_ends_with_a_warning_about_idle_experts(monkeypatch, capsys):
-    """An equal share is idle where the limit lies above it; no need to wait for a collapse."""
+def test_training_ends_with_a_warning_about_unused_experts(monkeypatch, capsys):
+    """An equal share counts as unused where the limit lies above it; no need to wait for a collapse."""
     flags = "--image-size 64 --epochs 1 --num-experts 8 --router private --top-k 4".split()
     train.main([*flags, "--name", "busy"])
     assert "receive less" not in capsys.readouterr().out
     monkeypatch.setattr(routing, "UNUSED", 0.6)
-    train.main([*flags, "--name", "idle"])
+    train.main([*flags, "--name", "unused"])
     assert "warning: experts 0, 1, 2, 3, 4, 5, 6, 7 receive less than 60 % of the tokens" in capsys.readouterr().out

@@ -33,8 +33,8 @@ def test_intervals_over_eyes_cover_and_those_over_photographs_do_not():
     for k in range(len(covered)):
         values = torch.from_numpy(np.repeat(rng.normal(0, 1, 40), 5))
         for j, names in enumerate((np.repeat(np.arange(40), 5), np.arange(200))):
-            low, high = statistics.percentile_interval(statistics.bootstrap(
-                [mean_of(values)], list(map(str, names)))["mean"][1:])
+            resampled = statistics.bootstrap([mean_of(values)], list(map(str, names)))["mean"][1:]
+            low, high = statistics.percentile_interval(resampled)
             covered[k, j] = low < 0 < high
     by_eye, by_photograph = covered.mean(0)
     assert 0.87 <= by_eye <= 1 and by_photograph < 0.75
@@ -59,10 +59,10 @@ def test_bootstrap_starts_with_the_measure_itself_and_spreads_over_runs():
     assert float((other - apart)[1:].std()) == pytest.approx(math.sqrt(4 / 5), rel=0.1)
 
 
-def test_undefined_draws():
-    drawn = torch.cat([torch.full((400,), math.nan), torch.arange(600.0)])
-    assert statistics.percentile_interval(drawn) == pytest.approx([0.025 * 599, 0.975 * 599])
-    assert statistics.percentile_interval(torch.cat([drawn, torch.full((300,), math.nan)])) is None
+def test_undefined_resamples():
+    values = torch.cat([torch.full((400,), math.nan), torch.arange(600.0)])
+    assert statistics.percentile_interval(values) == pytest.approx([0.025 * 599, 0.975 * 599])
+    assert statistics.percentile_interval(torch.cat([values, torch.full((300,), math.nan)])) is None
     # all right, or one eye alone: no width is no certainty
     assert statistics.percentile_interval(torch.ones(1000)) is None
 
@@ -88,39 +88,37 @@ def test_p_values_equal_brute_force_over_all_swaps():
     rng = np.random.default_rng(3)
     first, second = torch.from_numpy(rng.random(8)), torch.from_numpy(rng.random(8) + 0.2)
     eyes = ["a", "a", "b", "c", "d", "d", "e", "f"]
-    found = statistics.p_values([both(first, second)], eyes)
-    hits = {"mean": 0, "spread": 0}
-    names = sorted(set(eyes))
+    p = statistics.p_values([both(first, second)], eyes)
+    hits, names = {"mean": 0, "spread": 0}, sorted(set(eyes))
     measure = {"mean": lambda x: x.mean(), "spread": lambda x: x.std(correction=0)}
     for flips in itertools.product((False, True), repeat=len(names)):
         swap = torch.tensor([flips[names.index(e)] for e in eyes])
         one, other = torch.where(swap, second, first), torch.where(swap, first, second)
         for name, of in measure.items():
             hits[name] += bool(abs(of(other) - of(one)) >= abs(of(second) - of(first)) - 1e-12)
-    assert found == {name: n / 64 for name, n in hits.items()}
+    assert p == {name: n / 64 for name, n in hits.items()}
 
 
 def test_for_a_mean_it_is_the_sign_flip_test():
     difference = torch.tensor([0.3, 0.1, 0.4, -0.1, 0.5])
-    found = statistics.p_values([both(torch.zeros(5), difference)], list("abcde"))["mean"]
+    p = statistics.p_values([both(torch.zeros(5), difference)], list("abcde"))["mean"]
     signs = torch.tensor(list(itertools.product((-1, 1), repeat=5)))
     flipped = (signs * difference).mean(1).abs()
-    assert found == float((flipped >= difference.mean().abs() - 1e-9).double().mean())
+    assert p == float((flipped >= difference.mean().abs() - 1e-9).double().mean())
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
-    """Of 200 comparisons of exchangeable arms about 5 % fall below 0.05; draws, since 2^30 swaps are too many."""
+    """Of 200 comparisons of exchangeable arms about 5 % fall below 0.05; 2^30 swaps are too many to try all."""
     rng, eyes = np.random.default_rng(0), list(map(str, range(30)))
-    found = [statistics.p_values([both(*torch.from_numpy(rng.normal(size=(2, 30))))], eyes)["mean"]
-             for _ in range(200)]
-    assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.1 and 0.4 < np.mean(found) < 0.6
+    p = np.array([statistics.p_values([both(*torch.from_numpy(rng.normal(size=(2, 30))))], eyes)["mean"]
+                  for _ in range(200)])
+    assert 0.01 <= np.mean(p < 0.05) <= 0.1 and 0.4 < np.mean(p) < 0.6
 
 
-def test_a_clear_difference_has_the_smallest_p_that_draws_can_show():
-    x = torch.rand(30)
-    found = statistics.p_values([both(x, x + 1)], list(map(str, range(30))))["mean"]
-    assert found == 1 / (1 + statistics.RESAMPLES)
-    assert statistics.p_values([both(x, x)], list(map(str, range(30))))["mean"] == 1
+def test_a_clear_difference_has_the_smallest_p_that_permutations_can_show():
+    x, eyes = torch.rand(30), list(map(str, range(30)))
+    assert statistics.p_values([both(x, x + 1)], eyes)["mean"] == 1 / (1 + statistics.RESAMPLES)
+    assert statistics.p_values([both(x, x)], eyes)["mean"] == 1
     assert math.isnan(statistics.p_values([lambda w: {"m": w.sum(1) * math.nan}], ["a", "b"])["m"])
 
 
@@ -159,10 +157,12 @@ def difference_of(value: float, error: float, p: float, seeds: int = 5, metric: 
     (0.01, 0.05, 0.8, "no difference can be claimed from n = 103"),
     (0.10, 0.04, 0.2, "no difference can be claimed from n = 103"),
     (0.10, 0.06, 0.04, "no difference can be claimed from n = 103"),  # 0.1 - 1.96 * 0.06 < 0
-    (0.10, 0.04, 0.01, "+0.100 (95 % over eyes and seeds +0.022 to +0.178, p = 0.010): higher, from n = 103 and 5 seeds"),
+    (0.10, 0.04, 0.01,
+     "+0.100 (95 % over eyes and seeds +0.022 to +0.178, p = 0.010): higher, from n = 103 and 5 seeds"),
     (-0.10, 0.04, 0.01, "-0.100 (95 % over eyes and seeds -0.178 to -0.022, p = 0.010): lower, from n = 103"),
-    (0.10, math.nan, 0.01, "(no interval within the range of the measure, p = 0.010), seed by seed 0.350, 0.350, 0.350, "
-                           "0.350, 0.350 against 0.250, 0.250, 0.250, 0.250, 0.250: no difference can be claimed"),
+    (0.10, math.nan, 0.01,
+     "(no interval within the range of the measure, p = 0.010), seed by seed 0.350, 0.350, 0.350, 0.350, 0.350 against "
+     "0.250, 0.250, 0.250, 0.250, 0.250: no difference can be claimed"),
     (0.10, 0.0, 0.01, "no interval within"),  # no width is no certainty
     (math.nan, math.nan, math.nan, "not defined on these photographs")])
 def test_what_may_be_claimed(value, error, p, words):
@@ -179,9 +179,9 @@ def test_nothing_is_claimed_of_ways_of_training_from_few_seeds(seeds):
     a, b = (", ".join([number] * seeds) for number in ("0.250", "0.350"))
     assert not d["claimed"] and d["wants"] == "seeds" and tables.needs(d) == "5 seeds a side"
     assert tables.claim(d, "first", "second") == (
-        f"cls accuracy, second minus first: +0.100 (95 % over eyes +0.022 to +0.178, p = 0.010), seed by seed {b} against "
-        f"{a}, of these networks on these photographs; no claim about ways of training: {seeds} seed{'s' * (seeds > 1)} "
-        "a side, 5 are needed")
+        f"cls accuracy, second minus first: +0.100 (95 % over eyes +0.022 to +0.178, p = 0.010), seed by seed {b} "
+        f"against {a}, of these networks on these photographs; no claim about ways of training: "
+        f"{seeds} seed{'s' * (seeds > 1)} a side, 5 are needed")
 
 
 @pytest.mark.parametrize("metric,value,claimed", [
@@ -224,9 +224,8 @@ def test_measures_of_tasks_can_be_compared():
     truth = torch.tensor([0, 1, 2, 2])
     first, second = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
     both_truth, answers = truth.repeat(2), torch.cat([first, second])
-    found = statistics.p_values([lambda w: {"kappa": metrics.quadratic_kappa(both_truth, answers, 3, w)}],
-                                ["a", "a", "b", "b"])
+    p = statistics.p_values([lambda w: {"kappa": metrics.quadratic_kappa(both_truth, answers, 3, w)}], list("aabb"))
     kappa = partial(metrics.quadratic_kappa, truth, classes=3, weights=torch.ones(1, 4).double())
     swapped = [kappa(torch.cat([x[:2], y[2:]])) for x, y in ((first, second), (second, first))]
     hits = 2 + 2 * int(abs(swapped[0] - swapped[1]) >= abs(kappa(first) - kappa(second)))
-    assert found["kappa"] == hits / 4
+    assert p["kappa"] == hits / 4

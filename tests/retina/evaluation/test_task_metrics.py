@@ -30,7 +30,7 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
     task, p = TASKS["seg"], torch.rand(3, 5, 8, 8)
     truth = torch.rand(3, 5, 8, 8) > 0.7
     truth[0, 3] = False
-    p[0, 3] = 0.1  # nothing there and nothing found
+    p[0, 3] = 0.1  # nothing there and nothing predicted
     m = task.metrics(torch.cat([task.image_stats(p[i:i + 1], truth[i:i + 1].byte()) for i in range(3)]))
     predicted = p > 0.5
 
@@ -38,11 +38,11 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
         both, either = (a & b).sum().item(), a.sum().item() + b.sum().item()
         return (2 * both / either, both / (either - both)) if either else (1.0, 1.0)
 
-    for c, kind in enumerate(task.classes):
-        assert (m[f"dice_{kind}"], m[f"iou_{kind}"]) == pytest.approx(brute(predicted[:, c], truth[:, c]))
+    for c, lesion in enumerate(task.classes):
+        assert (m[f"dice_{lesion}"], m[f"iou_{lesion}"]) == pytest.approx(brute(predicted[:, c], truth[:, c]))
         images = [brute(predicted[i, c], truth[i, c]) for i in range(3)]
-        assert m[f"dice_{kind}_per_image"] == pytest.approx(sum(d for d, _ in images) / 3)
-        assert m[f"iou_{kind}_per_image"] == pytest.approx(sum(j for _, j in images) / 3)
+        assert m[f"dice_{lesion}_per_image"] == pytest.approx(sum(d for d, _ in images) / 3)
+        assert m[f"iou_{lesion}_per_image"] == pytest.approx(sum(j for _, j in images) / 3)
     for name in ("dice", "iou", "aupr", "dice_per_image", "iou_per_image"):  # never the disc
         what, _, per = name.partition("_")
         one_each = [m["_".join(filter(None, (what, k, per)))] for k in ("MA", "HE", "EX", "SE")]
@@ -51,8 +51,8 @@ def test_lesion_metrics_equal_brute_force_over_pixels():
     assert m["five_masks_dice"] == pytest.approx(sum(five) / 3)
     disc = torch.zeros_like(truth)
     disc[:, 4] = truth[:, 4]
-    alone = [brute(disc[i], truth[i])[0] for i in range(3)]
-    assert m["five_masks_dice_of_true_disc"] == pytest.approx(sum(alone) / 3)
+    of_disc = [brute(disc[i], truth[i])[0] for i in range(3)]
+    assert m["five_masks_dice_of_true_disc"] == pytest.approx(sum(of_disc) / 3)
 
 
 def test_areas_of_lesions_equal_a_sort_of_all_pixels():
@@ -63,10 +63,10 @@ def test_areas_of_lesions_equal_a_sort_of_all_pixels():
     accumulator = task.accumulator()
     stats = torch.cat([task.image_stats(p[i:i + 2], truth[i:i + 2].byte(), accumulator) for i in (0, 2)])
     m = task.metrics(stats, accumulator=accumulator)
-    for c, kind in enumerate(task.classes):
-        assert m[f"aupr_{kind}"] == pytest.approx(brute_area(p[:, c], truth[:, c]), abs=1e-6)
+    for c, lesion in enumerate(task.classes):
+        assert m[f"aupr_{lesion}"] == pytest.approx(brute_area(p[:, c], truth[:, c]), abs=1e-6)
         images = [brute_area(p[i, c], truth[i, c]) for i in range(4) if truth[i, c].any()]
-        assert m[f"aupr_{kind}_per_image"] == pytest.approx(sum(images) / len(images), abs=1e-6)
+        assert m[f"aupr_{lesion}_per_image"] == pytest.approx(sum(images) / len(images), abs=1e-6)
     coarse = task.metrics(stats)  # what resamples are made of
     assert coarse["aupr"] == pytest.approx(m["aupr"], abs=0.01) and coarse["dice"] == m["dice"]
 
@@ -78,7 +78,7 @@ def brute_area(score, truth):
     return float(sum(precision) / len(precision))
 
 
-def test_measures_of_resamples_are_those_of_the_photographs_that_were_drawn():
+def test_measures_of_resamples_are_those_of_the_photographs_in_them():
     """Weights that count photographs twice, or not at all, give what listing them twice, or not at all, gives."""
     torch.manual_seed(2)
     n, S = 9, 8
@@ -92,17 +92,17 @@ def test_measures_of_resamples_are_those_of_the_photographs_that_were_drawn():
              "dme": TASKS["dme"].image_stats(torch.rand(n, 3).softmax(1), torch.arange(n) % 3),
              "seg": TASKS["seg"].image_stats(torch.rand(n, 5, S, S), masks),
              "loc": LOC.image_stats(torch.rand(n, 2, 2), points), "joint": torch.rand(n).round()}
-    draws = torch.randint(n, (6, n))
-    draws[0] = torch.tensor([4, 5, 6, 7, 8, 4, 5, 6, 7])  # no soft exudate
-    weights = torch.stack([torch.bincount(d, minlength=n) for d in draws]).double()
-    for name, stats in stats.items():
+    resamples = torch.randint(n, (6, n))
+    resamples[0] = torch.tensor([4, 5, 6, 7, 8, 4, 5, 6, 7])  # no soft exudate
+    weights = torch.stack([torch.bincount(r, minlength=n) for r in resamples]).double()
+    for name, of_task in stats.items():
         task = TASKS.get(name, task_metrics.Joint())
-        chosen = task.calibrate(stats)
-        found = task.compute(stats, weights, chosen)
-        for k, drawn in enumerate(draws):
-            listed = task.compute(stats[drawn], torch.ones(1, n, dtype=torch.float64), chosen)
+        calibration = task.calibrate(of_task)
+        weighted = task.compute(of_task, weights, calibration)
+        for k, resample in enumerate(resamples):
+            listed = task.compute(of_task[resample], torch.ones(1, n, dtype=torch.float64), calibration)
             for measure, value in listed.items():
-                assert float(found[measure][k]) == pytest.approx(float(value[0]), abs=1e-9, nan_ok=True), measure
+                assert float(weighted[measure][k]) == pytest.approx(float(value[0]), abs=1e-9, nan_ok=True), measure
 
 
 def test_thresholds_of_masks_are_those_of_the_highest_pooled_dice():
@@ -111,26 +111,26 @@ def test_thresholds_of_masks_are_those_of_the_highest_pooled_dice():
     truth = (torch.rand(2, 5, 16, 16) < p.square()).byte()
     truth[:, 3] = 0
     stats = task.image_stats(p, truth)
-    chosen = task.calibrate(stats)
-    assert chosen["SE"] == 0.5
-    for c, kind in enumerate(("MA", "HE", "EX")):
+    calibration = task.calibrate(stats)
+    assert calibration["SE"] == 0.5
+    for c, lesion in enumerate(("MA", "HE", "EX")):
         def pooled(threshold, c=c):
-            found = p[:, c] >= threshold
-            return float(dice(torch.stack([(found & (truth[:, c] == 1)).sum(), found.sum(), truth[:, c].sum()])))
-        best = max(map(pooled, p[:, c].flatten().tolist()))
-        assert best - 0.005 < pooled(chosen[kind]) <= best
-        assert task.metrics(stats, chosen)[f"dice_calibrated_{kind}"] == pytest.approx(pooled(chosen[kind]))
+            mask = p[:, c] >= threshold
+            return float(dice(torch.stack([(mask & (truth[:, c] == 1)).sum(), mask.sum(), truth[:, c].sum()])))
+        best, threshold = max(map(pooled, p[:, c].flatten().tolist())), calibration[lesion]
+        assert best - 0.005 < pooled(threshold) <= best
+        assert task.metrics(stats, calibration)[f"dice_calibrated_{lesion}"] == pytest.approx(pooled(threshold))
 
 
-def test_a_kind_that_occurs_nowhere_does_not_lift_the_mean():
-    truth, found = torch.zeros(2, 5, 8, 8, dtype=torch.uint8), torch.zeros(2, 5, 8, 8)
-    truth[:, 1] = 1  # haemorrhages only, and nothing is found
-    m = TASKS["seg"].metrics(TASKS["seg"].image_stats(found, truth))
+def test_a_class_that_occurs_nowhere_does_not_lift_the_mean():
+    truth, p = torch.zeros(2, 5, 8, 8, dtype=torch.uint8), torch.zeros(2, 5, 8, 8)
+    truth[:, 1] = 1  # haemorrhages only, and nothing is predicted
+    m = TASKS["seg"].metrics(TASKS["seg"].image_stats(p, truth))
     assert (m["lesions"], m["dice"], m["dice_per_image"], m["dice_HE"], m["dice_MA_per_image"]) == (1, 0, 0, 0, 1)
     assert math.isnan(m["dice_MA"]) and math.isnan(m["iou_MA"]) and math.isnan(m["aupr_MA"])  # pooled: not defined
 
 
-def test_a_kind_that_is_never_known_has_no_value_and_no_column():
+def test_a_class_that_is_never_known_has_no_value_and_no_column():
     truth = torch.zeros(2, 5, 8, 8, dtype=torch.uint8)
     truth[:, 2] = UNKNOWN
     truth[:, 0] = 1
@@ -138,20 +138,20 @@ def test_a_kind_that_is_never_known_has_no_value_and_no_column():
     m = TASKS["seg"].metrics(stats)
     assert m["dice_MA"] == 1 and "dice_EX" not in m and "aupr_EX" not in m and m["dice"] == 1
     assert "five_masks_dice" not in m  # five are not known of any photograph
-    row = TASKS["seg"].scored_columns(stats[0])
-    assert row["dice_EX"] == row["pixels_EX_true"] == "" and row["pixels_MA_true"] == 64 and row["dice_MA"] == 1
+    columns = TASKS["seg"].scored_columns(stats[0])
+    assert columns["dice_EX"] == columns["pixels_EX_true"] == ""
+    assert columns["pixels_MA_true"] == 64 and columns["dice_MA"] == 1
 
 
 # ---- points ----
-
 
 def test_distances_by_hand():
     """3 and 4 hundredths of the side apart, of which 4000 (wide) and 3000 (high) pixels are the original's."""
     target = loc_target([[[0.5, 0.5], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.2]]], (4000.0, 3000.0))
     answer = torch.tensor([[[0.53, 0.54], [0.2, 0.2]], [[0.5, 0.5], [0.2, 0.29]]])
     m = LOC.metrics(LOC.image_stats(answer, target))
-    assert m["px4288_disc"] == pytest.approx(math.hypot(120, 120) / 2) and m["diameters_disc"] == pytest.approx(
-        0.05 / tasks.DISC_DIAMETER / 2)
+    assert m["px4288_disc"] == pytest.approx(math.hypot(120, 120) / 2)
+    assert m["diameters_disc"] == pytest.approx(0.05 / tasks.DISC_DIAMETER / 2)
     assert m["within_radius_disc"] == 1 and m["within_radius_fovea"] == 0.5  # 0.09 is more than half of 0.154
     assert m["within_radius"] == 0.75
 
