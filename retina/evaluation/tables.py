@@ -53,7 +53,8 @@ NAMES = {  # of measures that are not what they are called, "_" read as a space
     "kappa": "quadratic weighted kappa", "macro_f1": "macro F1", "auc": "macro one-vs-rest AUROC",
     "calibration_error": "expected calibration error (ECE)", "referable_auc": "referable: AUROC",
     "referable_sensitivity": "referable: sensitivity", "referable_specificity": "referable: specificity",
-    "dice": "Dice", "iou": "IoU", "aupr": "average precision", "five_masks_dice": "Dice over all five masks of an image",
+    "dice": "Dice", "iou": "IoU", "aupr": "average precision",
+    "five_masks_dice": "Dice over all five masks of an image",
     "five_masks_dice_of_true_disc": "the same of the true optic disc alone",
     "within_radius": "detection rate at one disc radius", "px4288": "mean distance at 4288 px",
     "median_px4288": "median distance at 4288 px", "diameters": "mean distance in disc diameters"}
