@@ -160,7 +160,7 @@ def finish(job: Job) -> None:
 def finish_single(words: str) -> None:
     """In a process of its own, the job that jobs.start has put into words."""
     job = json.loads(words)
-    jobs.settle_in(job["threads"])
+    jobs.init_job(job["threads"])
     options = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
     with interrupt.stopped_by_sigterm(SINGLE_PROCESS):
         finish(Job(job["configuration"], options, Path(job["folder"]), job["photographs"]))
@@ -246,7 +246,7 @@ def report_pictures(summary: Mapping, folder: Path, base: Config) -> dict[str, s
 
 
 def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The default model with the flags that were typed, as train.py would settle them; -> options, notes.
+    """The default model with the flags that were typed, as train.py would resolve them; -> options, notes.
 
     Without data: few epochs of small drawings, so that two seeds of the usual configurations are done in a quarter of
     an hour.

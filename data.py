@@ -42,7 +42,7 @@ from tasks import TASKS, Task, make_tasks
 
 # ---- augmentation ----
 
-# Each photograph with its masks and landmarks. Colours are float32: bytes would be rounded after each of three steps.
+# Each photograph with its masks and landmarks. Colours are float32: bytes would be cut off after each of three steps.
 AUGMENTATION = v2.Compose([
     v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
     # torchvision 0.29 flips key points about pixel centres and turns them about pixel edges; see docs/data-and-leaks.md
@@ -51,16 +51,21 @@ AUGMENTATION = v2.Compose([
     v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
     v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
     v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], p=0.2),
-    v2.ToDtype({tv_tensors.Image: torch.uint8, "others": None}, scale=True)])
+    v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image)])  # ToDtype would cut off
 
 
 def augment(sample: Sample) -> Sample:
     """The sample and its labels, transformed as its `aug_seed` says: the same in every process and at any time."""
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
-    with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
-        torch.default_generator.manual_seed(sample.aug_seed)
-        image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the mean that contrast takes depends on their number, and a loader's worker has one
+    try:
+        with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
+            torch.default_generator.manual_seed(sample.aug_seed)
+            image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
+    finally:
+        torch.set_num_threads(threads)
     return replace(sample, image=image.as_subclass(Tensor), labels={
         name: LABELS[name].from_tv_tensor(value, sample.labels[name]) for name, value in moved.items()})
 
@@ -199,8 +204,7 @@ def make_empty_targets(dataset: FundusDataset, tasks: Sequence) -> dict[str, Ten
 def eval_loader(dataset: Dataset, tasks: Sequence[Task], batch: int, world: World = SINGLE_PROCESS) -> DataLoader:
     """Batches of all photographs, once and without augmentation; of several processes each has its share of batches."""
     batches = list(BatchSampler(SequentialSampler(dataset), batch, drop_last=False))[world.rank::world.size]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks),
-                      pin_memory=torch.cuda.is_available())
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks))
 
 
 def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device: torch.device,

@@ -54,7 +54,7 @@ class Run:
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
-    """Load a run's chosen checkpoint. InputError: no run folder, none in it, a damaged one, not one of ours."""
+    """Load a run's best checkpoint. InputError: no run folder, none in it, a damaged one, not one of ours."""
     path = folder / checkpoint
     if folder.is_file():
         raise InputError(f"{folder}: a file; expected the run's folder, {folder.parent}")
@@ -226,7 +226,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         if args.split == "test" and run.options["keep_leaks"]:
             print("trained with --keep-leaks: it may have seen eyes of the test split")
     if len(runs) > 1:
-        over = " and runs" if len(runs) >= statistics.FEWEST_RUNS else f", for these networks; {few_seeds(len(runs))}"
+        over = " and seeds" if len(runs) >= statistics.FEWEST_SEEDS else f", for these networks; {few_seeds(len(runs))}"
         print(f"means over {len(runs)} runs, intervals over eyes{over}")
     content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
@@ -241,7 +241,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     return content
 
 
-def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, device: torch.device, write) -> None:
+def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
     uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch))
@@ -317,7 +317,7 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
         written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
         if runs[0].net.experts is not None:
-            show_routes(runs[0], photographs[0], args, device, write)
+            show_routes(runs[0], photographs[0], args, write)
     elif len(arms) == 1:
         write("seeds", content | {"runs": [str(r.folder) for r in runs]})
     else:

@@ -287,7 +287,7 @@ def test_two_sets_of_seeds_are_compared(runs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["e4_s0", "e4_s1", "e0_s0"], "2 runs against 1; expected as many of both kinds"),
+    (["e4_s0", "e4_s1", "e0_s0"], "2 runs against 1; expected as many in both arms"),
     (["e4_s0", "e4_s0"], "e4_s0: named twice"),
     (["e4_s0", "e0_s0", "--routing"], "e0_s0 was trained with --num-experts 0 and has no routing"),
     (["e4_s0", "e4_s1", "--routing"], "--routing: expected one run, got 2"),
@@ -305,7 +305,7 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
     state = torch.load(other / "best.pt", weights_only=True)
     state["options"]["lr"] = 0.5
     torch.save(state, other / "best.pt")
-    with pytest.raises(InputError, match="3 runs of 3 kinds, which differ in lr, num_experts, top_k"):
+    with pytest.raises(InputError, match="3 runs of 3 arms, which differ in lr, num_experts, top_k"):
         run_main(monkeypatch, runs / "e4_s0", runs / "e0_s0", other)
 
 

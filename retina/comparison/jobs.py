@@ -2,7 +2,7 @@
 
     Job         one configuration with one seed on one fold, in a folder of its own; what is finished is not repeated
     run_all     until all are done; one that fails does not stop the rest
-    settle_in   what the process of a job does first
+    init_job   what the process of a job does first
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def start(job: Job, script: str, threads: int) -> subprocess.Popen:
                                 start_new_session=True)
 
 
-def settle_in(threads: int) -> None:
+def init_job(threads: int) -> None:
     """In the process of a job: use so many threads, and end when the main process does, however it does."""
     def follow():
         os.read(0, 1)  # nobody writes into this pipe: its end is that of the main process

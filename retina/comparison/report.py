@@ -18,7 +18,7 @@ from PIL import Image
 
 from retina import drawing
 from retina.comparison.analysis import SINGLE
-from retina.evaluation.statistics import FEWEST_RUNS
+from retina.evaluation.statistics import FEWEST_SEEDS
 from retina.evaluation.tables import aligned, around, as_csv, as_markdown, claim, difference_cell, few_seeds, needs, \
     number_cell, spelled_out, verdict
 from retina.figures import charts
@@ -37,9 +37,9 @@ def primary_metric(scores: Mapping) -> Mapping:
 
 
 def mean_cell(scores: Mapping, interval: bool = True) -> str:
-    """Mean of the primary metric, interval, and single seeds: from FEWEST_RUNS on, their standard deviation instead."""
+    """Mean of the primary metric, interval, and single seeds: from FEWEST_SEEDS on, their standard deviation instead."""
     v = primary_metric(scores)
-    few = len(v["values"]) < FEWEST_RUNS
+    few = len(v["values"]) < FEWEST_SEEDS
     return number_cell(v["mean"]) + f" ± {number_cell(v['sd'])}" * (not few) + around(v["interval"]) * interval + (
         f", seeds {', '.join(map(number_cell, v['values']))}" * (1 < len(v["values"]) and few))
 
@@ -63,7 +63,13 @@ def most_seeds(summary: Mapping) -> int:
 
 def over(summary: Mapping) -> str:
     """What intervals are over; see statistics.bootstrap."""
-    return "eyes and seeds" if most_seeds(summary) >= FEWEST_RUNS else "eyes, for these networks"
+    fewest = min(len(c["seeds"]) for c in summary["configurations"].values() if "costs" in c)
+    return "eyes and seeds" if fewest >= FEWEST_SEEDS else "eyes, for these networks"
+
+
+def has_intervals(summary: Mapping) -> bool:
+    """Whether any mean over seeds has one."""
+    return any(primary_metric(x)["interval"] for t in summary["tasks"] for x in scores_of(summary, t).values())
 
 
 def single_task_costs(summary: Mapping) -> Mapping:
@@ -160,7 +166,7 @@ def in_short(summary: Mapping) -> list[str]:
     claimed = [sentence(summary, d) for d in summary["differences"] if d["claimed"]]
     if summary["differences"]:
         seeds = max(d["seeds"] for d in summary["differences"])
-        reason = f"; {few_seeds(seeds)}" * (seeds < FEWEST_RUNS)
+        reason = f"; {few_seeds(seeds)}" * (seeds < FEWEST_SEEDS)
         out.append(f"{len(claimed) or 'None'} of the {len(summary['differences'])} differences between configurations "
                    f"can be claimed{': ' * bool(claimed)}{'; '.join(claimed)}{reason}.")
     return out
@@ -256,8 +262,7 @@ def chart(summary: Mapping) -> Image.Image:
             plot.dots(v["values"], [y] * len(v["values"]), drawing.PALE, 2.5)
             plot.dots([v["mean"]], [y], drawing.COLOURS[0], 4.5)
         pictures.append(plot.picture())
-    drawn = any(primary_metric(x)["interval"] for t in summary["tasks"] for x in scores_of(summary, t).values())
-    keys = drawing.legend([(f"95 % over {over(summary)}", drawing.COLOURS[4], "line")] * drawn + [
+    keys = drawing.legend([(f"95 % over {over(summary)}", drawing.COLOURS[4], "line")] * has_intervals(summary) + [
                           ("mean over seeds", drawing.COLOURS[0], "dot"), ("a seed", drawing.PALE, "dot")])
     return drawing.titled("The comparison", drawing.column([keys, drawing.row(pictures, 24)], 12), summary["what"])
 
@@ -309,8 +314,8 @@ def circumstances(summary: Mapping) -> dict[str, str]:
         "unchanged": " (but for the configurations without augmentation and without leak protection)" * (
             "no_augmentation" in configurations or "leaky" in configurations),
         "first": in_pictures[0], "curves": ", ".join(in_pictures), "credit": CREDIT * (summary["data"] == "IDRiD"),
-        "over": over(summary), "fewest": FEWEST_RUNS, "seeds": few_seeds(seeds).capitalize()
-        if seeds < FEWEST_RUNS else f"{seeds} seeds a side, one data set"}
+        "over": over(summary), "interval": f" (95 % over {over(summary)})" * has_intervals(summary), "fewest": FEWEST_SEEDS, "seeds": few_seeds(seeds).capitalize()
+        if seeds < FEWEST_SEEDS else f"{seeds} seeds a side, one data set"}
 
 
 def text(summary: Mapping, pictures: Mapping[str, str]) -> str:

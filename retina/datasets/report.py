@@ -75,7 +75,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
     number_same = int((scores >= leaks.SAME_EYE).sum())
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
-        "parts": {name: overview(members, data_set.classes) for name in ("train", "val", "test")
+        "splits": {name: overview(members, data_set.classes) for name in ("train", "val", "test")
                   if (members := [r for r in data_set.records if r.split == name])},
         "unreadable": problems,
         "sizes": dict(Counter(f"{w}x{h}" for w, h in comparison.sizes.tolist()).most_common()),
@@ -153,7 +153,7 @@ def overview_lines(title: str, counts: Mapping) -> list[str]:
 def format_report(report: Mapping) -> str:
     """A report as text for the screen."""
     lines = [report["data"], *report["notes"], ""]
-    for name, counts in report["parts"].items():
+    for name, counts in report["splits"].items():
         lines += overview_lines(name, counts)
     lines += ["", "sizes: " + ", ".join(f"{size} ({n})" for size, n in list(report["sizes"].items())[:8])]
     if report["mask_formats"]:
@@ -177,7 +177,7 @@ def format_report(report: Mapping) -> str:
         f"{c['label']} {' or '.join(map(str, c['values']))} of {' = '.join(c['photographs'])}; training uses "
         f"{c['used']}" for c in report["conflicts"]])
     leaks = report["leaks"]
-    if "test" in report["parts"]:
+    if "test" in report["splits"]:
         lines += ["", f"leaks: training photographs of an eye in the test split: {len(leaks['training'])}; by task: "
                   f"{by_task(leaks['training_labels'])}",
                   f"    test photographs of an eye in the training split, by task: {by_task(leaks['test_labels'])}"]
@@ -187,7 +187,7 @@ def format_report(report: Mapping) -> str:
     if leaks["validated"]:
         lines += listing("training photographs of an eye in the validation split (train.py leaves them out)",
                          leaks["validated"])
-    how = "validation as the data set says" if "val" in report["parts"] else f"fold {report['split']['fold']}"
+    how = "validation as the data set says" if "val" in report["splits"] else f"fold {report['split']['fold']}"
     lines += ["", f"the split of train.py, {how}, copies joined:"]
     for name in ("training", "validation"):
         lines += overview_lines(f"  {name}", report["split"][name])

@@ -76,10 +76,10 @@ def arms_of(runs: Sequence) -> list[list[int]]:
                              "different seeds; leave one out")
     if len(arms) > 2:
         differ = [k for k, v in kinds[0].items() if any(kind.get(k) != v for kind in kinds)]
-        raise InputError(f"{len(runs)} runs of {len(arms)} kinds, which differ in {', '.join(differ)}; expected two "
-                         "runs, or runs of at most two kinds that differ in nothing but their seed")
+        raise InputError(f"{len(runs)} runs of {len(arms)} arms, which differ in {', '.join(differ)}; expected two "
+                         "runs, or runs of at most two arms that differ in nothing but their seed")
     if len({len(arm) for arm in arms}) > 1:
-        raise InputError(f"{len(arms[0])} runs against {len(arms[1])}; expected as many of both kinds")
+        raise InputError(f"{len(arms[0])} runs against {len(arms[1])}; expected as many in both arms")
     return arms
 
 

@@ -1,4 +1,4 @@
-"""What do answers owe to routes? A trained network with other ones: knocked out, shuffled, swapped.
+"""What do answers owe to routes? A trained network with other ones: ablated, shuffled, swapped.
 
 Routes are those of model.Routing, the layer is a model.MoELayer.
 """

@@ -3,7 +3,7 @@
 Photographs of one eye are not independent, so eyes are resampled and permuted, never photographs. A measure is a
 function of weights (D, n) that answers for D splits at once; see metrics.py.
 
-The rule: a difference between two ways of training is claimed from FEWEST_RUNS seeds an arm or more, where its
+The rule: a difference between two ways of training is claimed from FEWEST_SEEDS seeds an arm or more, where its
 interval, corrected for the number of differences (Bonferroni), leaves out zero and p, adjusted by Holm's method, is
 below 0.05. With fewer seeds runs are not resampled: intervals are over eyes, of these networks alone.
 
@@ -29,7 +29,7 @@ LEVEL = 0.05
 # Of an arm. Simulated with 103 photographs on which most seeds fail alike, and no difference but that of seeds (6 % of
 # accuracy, standard deviation): 21 % of comparisons look like a difference with two runs an arm, 11 % with three, 7 %
 # with five.
-FEWEST_RUNS = 5
+FEWEST_SEEDS = 5
 Measures = Callable[[Tensor], dict[str, Tensor]]  # weights (D, n) -> {measure: (D,)}
 
 
@@ -62,17 +62,17 @@ def in_chunks(measure: Measures, weights: Tensor, size: int = 512) -> dict[str, 
 def bootstrap(measures: Sequence[Measures], eyes: Sequence[str], arm: int = 0) -> dict[str, Tensor]:
     """{measure: (1 + D,)}, the mean over runs of the measure itself and of its resamples; one function for each run.
 
-    Runs are resampled too where there are FEWEST_RUNS or more. Two arms see the same resamples of eyes and, with
+    Runs are resampled too where there are FEWEST_SEEDS or more. Two arms see the same resamples of eyes and, with
     different numbers for `arm`, resamples of runs of their own.
     """
     weights = torch.cat([torch.ones(1, len(eyes), dtype=torch.float64), bootstrap_weights(eyes)])
     runs = [in_chunks(measure, weights) for measure in measures]
     stacked = {name: torch.stack([run[name] for run in runs]) for name in runs[0]}  # (R, 1 + D)
-    if len(runs) < FEWEST_RUNS:
+    if len(runs) < FEWEST_SEEDS:
         return {name: values.mean(0) for name, values in stacked.items()}
     # as many runs as there are, with replacement, anew for each resample
-    chosen = torch.randint(len(runs), (len(runs), len(weights) - 1), generator=torch.Generator().manual_seed(arm))
-    return {name: torch.cat([v[:, :1].mean(0), v[:, 1:].gather(0, chosen).mean(0)]) for name, v in stacked.items()}
+    drawn_runs = torch.randint(len(runs), (len(runs), len(weights) - 1), generator=torch.Generator().manual_seed(arm))
+    return {name: torch.cat([v[:, :1].mean(0), v[:, 1:].gather(0, drawn_runs).mean(0)]) for name, v in stacked.items()}
 
 
 def permutations(eyes: Sequence[str], resamples: int = RESAMPLES) -> tuple[Tensor, bool]:
@@ -151,7 +151,7 @@ def error_for_new_seeds(error: float, arms: Sequence[Sequence[float]], eyes: int
 
     in it, and its degrees of freedom (1e5: it is 0); nan where it is not defined. `arms`: the value of each seed of
     both. Resamples of k seeds vary (k - 1) / k times as much as k new ones would (Davison & Hinkley 1997, section 2.2):
-    that is taken out, and what new seeds would add comes in its place. Fewer than FEWEST_RUNS are not resampled: the
+    that is taken out, and what new seeds would add comes in its place. Fewer than FEWEST_SEEDS are not resampled: the
     error is that of eyes. Variances v of d degrees each, of the seeds of either arm and of eyes, together have
     (Satterthwaite 1946, Biometrics Bulletin 2:110, eq. 17)
 
@@ -159,7 +159,7 @@ def error_for_new_seeds(error: float, arms: Sequence[Sequence[float]], eyes: int
     """
     if not math.isfinite(error):
         return math.nan, math.nan, math.nan
-    seeds = [] if len(arms[0]) < FEWEST_RUNS else [  # (variance, degrees of freedom)
+    seeds = [] if len(arms[0]) < FEWEST_SEEDS else [  # (variance, degrees of freedom)
         (float(np.var(values, ddof=1)) / len(values), len(values) - 1) for values in arms]
     of_seeds = sum(v for v, _ in seeds)
     resampled = sum(v * d / (d + 1) for v, d in seeds)
@@ -180,7 +180,7 @@ def adjust(differences: Sequence[Mapping]) -> list[dict]:
         needed = n SE_eyes^2 / ((difference / (t + 0.84))^2 - SE_seeds^2)
 
     None where it is not defined, and where it is no more than there are: then p forbids the claim, not the interval.
-    `wants`: "seeds" where there are fewer than FEWEST_RUNS an arm, "eyes" where a permutation test of so few cannot
+    `wants`: "seeds" where there are fewer than FEWEST_SEEDS an arm, "eyes" where a permutation test of so few cannot
     come to a p that is small enough, "more seeds" where no number of photographs would do.
     """
     power, m, adjusted = NormalDist().inv_cdf(0.8), len(differences), []
@@ -192,7 +192,7 @@ def adjust(differences: Sequence[Mapping]) -> list[dict]:
         needed = math.ceil(d["photographs"] * (error ** 2 - of_seeds ** 2) / room) if room > 0 else 0
         interval = [gap - t * error, gap + t * error]
         usable = known and abs(gap) + t * error <= high - low
-        few = d["seeds"] < FEWEST_RUNS
+        few = d["seeds"] < FEWEST_SEEDS
         adjusted.append(d | {
             "p_adjusted": p, "corrected_interval": interval if usable else None,
             "claimed": usable and not few and p < LEVEL and not interval[0] <= 0 <= interval[1],

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from retina.evaluation.statistics import FEWEST_RUNS
+from retina.evaluation.statistics import FEWEST_SEEDS
 from retina.evaluation.task_metrics import Joint, TaskMetrics
 
 
@@ -67,6 +67,9 @@ def spelled_out(measure: str) -> str:
     for ending, words in ENDINGS.items():
         if measure.endswith(ending):
             return spelled_out(measure.removesuffix(ending)) + words
+    stem, _, last = measure.rpartition("_")
+    if measure not in NAMES and stem in NAMES:  # of a class
+        return f"{NAMES[stem]}, {last}"
     return NAMES.get(measure, measure.replace("_", " "))
 
 
@@ -100,14 +103,14 @@ def verdict(d: Mapping) -> str:
 
 def needs(d: Mapping) -> str:
     """What it would take to claim a difference as large as the one seen, or ""."""
-    return {"seeds": f"{FEWEST_RUNS} seeds a side", "eyes": f"more eyes than {d['eyes']}",
+    return {"seeds": f"{FEWEST_SEEDS} seeds a side", "eyes": f"more eyes than {d['eyes']}",
             "more seeds": "more seeds"}.get(d["wants"]) or \
         f"{d['needed']} photographs (here {d['photographs']})" * bool(d["needed"])
 
 
 def few_seeds(seeds: int) -> str:
-    """Why nothing is claimed from fewer than FEWEST_RUNS seeds a side."""
-    return f"no claim about ways of training: {seeds} seed{'s' * (seeds > 1)} a side, {FEWEST_RUNS} are needed"
+    """Why nothing is claimed from fewer than FEWEST_SEEDS seeds a side."""
+    return f"no claim about ways of training: {seeds} seed{'s' * (seeds > 1)} a side, {FEWEST_SEEDS} are needed"
 
 
 def claim(d: Mapping, first: str, second: str) -> str:
@@ -115,7 +118,7 @@ def claim(d: Mapping, first: str, second: str) -> str:
     said = f"{d['task']} {spelled_out(d['metric'])}, {second} minus {first}: "
     if difference_cell(d) == "-":
         return said + "not defined on these photographs"
-    few, interval = d["seeds"] < FEWEST_RUNS, d["corrected_interval"]
+    few, interval = d["seeds"] < FEWEST_SEEDS, d["corrected_interval"]
     said += f"{d['difference']:+.3f} (" + (
         "no interval within the range of the measure" if interval is None else
         f"95 % over eyes{' and seeds' * (not few)} {interval[0]:+.3f} to {interval[1]:+.3f}")
@@ -157,7 +160,7 @@ def table_of_differences(compared: Mapping[str, Mapping]) -> str:
     """What compare() found, as lines of text."""
     rows, mcnemar_lines = [], []
     for task, measures in compared.items():
-        rows.append([task, "first", "second", "difference (95 %)", "p"])
+        rows.append([task, "first", "second", "difference (95 %, uncorrected)", "p, uncorrected"])
         rows += [[f"   {spelled_out(name)}", number_cell(d["first"]), number_cell(d["second"]),
                   "-" if math.isnan(d["difference"]) else f"{d['difference']:+.3f}{around(d['interval'], '+.3f')}",
                   f"{d['p']:.3f}"] for name, d in measures.items()]

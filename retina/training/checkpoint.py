@@ -257,7 +257,7 @@ class RunFolder:
         elif self.world.rank == 0 and not resume:
             create_run_folder(self.folder, {
                 "begun": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
-                "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "command": shlex.join([*self.world.launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "machine": self.stored["machine"], "options": self.config, **findings}, overwrite)
         if self.world.rank:  # other noise and dropout in each process
             seed = np.random.SeedSequence((self.config["seed"], self.world.rank)).generate_state(1)[0]

@@ -47,6 +47,10 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, cpu_group: dist.ProcessGroup | None = None):
         self.rank, self.size, self.local_rank, self.cpu_group = rank, size, local_rank, cpu_group
 
+    def launcher(self) -> list[str]:
+        """What stands before the program's name in the command that starts these processes."""
+        return ["python"] if self.size == 1 else ["torchrun", f"--nproc_per_node={self.size}"]
+
     def __enter__(self) -> "World":
         return self
 

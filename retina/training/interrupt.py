@@ -71,7 +71,7 @@ def explain_failures(folder: Path, config: Config, world: World) -> Iterator[Fai
     KeyboardInterrupt carries the command that resumes the run, if it has begun.
     """
     failure = Failure()
-    command = f"{'python' if world.size == 1 else f'torchrun --nproc_per_node={world.size}'} train.py --resume {folder}"
+    command = f"{' '.join(world.launcher())} train.py --resume {folder}"
     try:
         yield failure
     except KeyboardInterrupt:

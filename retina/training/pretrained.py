@@ -35,14 +35,14 @@ def reachable(url: str, seconds: float = 8) -> bool:
     return bool(answers)
 
 
-def read_weights(weights: str, variant: str, published: str | None = None) -> Mapping[str, Tensor]:
+def read_weights(weights: str, encoder: str, published: str | None = None) -> Mapping[str, Tensor]:
     """Pretrained weights, a torchvision state dict: those of torchvision's model `published` ("imagenet"), or a file's.
 
     InputError: there are none, they cannot be had (within 10 seconds), or the file holds no state dict.
     """
     if weights == "imagenet":
         if published is None:
-            raise InputError(f"--encoder-weights imagenet: model.py names none for --encoder {variant}; use "
+            raise InputError(f"--encoder-weights imagenet: model.py names none for --encoder {encoder}; use "
                              "--encoder-weights none, or --encoder-weights FILE with a state dict of that encoder")
         source = torchvision.models.get_model_weights(published).DEFAULT
         stored = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rsplit("/", 1)[-1]
@@ -75,15 +75,15 @@ def read_weights(weights: str, variant: str, published: str | None = None) -> Ma
     return state
 
 
-def start_from(net: Net, weights: str, variant: str) -> None:
-    """Load the weights that --encoder-weights names. InputError: they cannot be had, or do not fit this variant."""
+def start_from(net: Net, weights: str, encoder: str) -> None:
+    """Load the weights that --encoder-weights names. InputError: they cannot be had, or do not fit this encoder."""
     if weights == "none":
         return
-    state = read_weights(weights, variant, net.encoder_spec.weights)
+    state = read_weights(weights, encoder, net.encoder_spec.weights)
     try:
         load_pretrained(net, state)
     except ValueError as error:
-        raise InputError(f"--encoder-weights {weights}, --encoder {variant}: {error}") from None
+        raise InputError(f"--encoder-weights {weights}, --encoder {encoder}: {error}") from None
 
 
 def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[str]:

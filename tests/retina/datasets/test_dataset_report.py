@@ -39,11 +39,11 @@ def troubled(tmp_path, shared_tree) -> Path:
 
 def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
     report = json.loads(examined(capsys, troubled, "--json"))
-    assert {p: (v["photographs"], v["labels"]) for p, v in report["parts"].items()} == {
+    assert {p: (v["photographs"], v["labels"]) for p, v in report["splits"].items()} == {
         split: (21, {"grade": 15, "edema_risk": 15, "masks": 6, "landmarks": 15}) for split in ("train", "test")}
     grades = [synthetic.plan(8, i).grade for i in range(15)]
     common = Counter(grades).most_common(1)[0][1]
-    shares = report["parts"]["train"]["classes"]["grade"]
+    shares = report["splits"]["train"]["classes"]["grade"]
     assert shares["counts"] == {str(g): grades.count(g) for g in sorted(set(grades))}
     assert shares["constant_accuracy"] == round(common / 15, 4)
     assert report["odd_masks"] == ["segmentation/IDRiD_03 OD RGBA 0 255"] and report["sizes"] == {"144x96": 42}
@@ -104,7 +104,7 @@ def test_bad_pictures_folder_is_one_line(tree):
 
 def test_real_examination(capsys, tmp_path):
     report = json.loads(examined(capsys, real_idrid("idrid"), "--json", "--pictures", tmp_path))
-    assert report["parts"]["train"]["classes"]["grade"]["counts"] == {"0": 134, "1": 20, "2": 136, "3": 74, "4": 49}
+    assert report["splits"]["train"]["classes"]["grade"]["counts"] == {"0": 134, "1": 20, "2": 136, "3": 74, "4": 49}
     assert (len(report["copies"]), len(report["same_eye"]["pairs"]), len(report["conflicts"])) == (47, 11, 3)
     assert report["sizes"] == {"1072x712": 467} and not report["unreadable"] and not report["without_field_of_view"]
     assert {p.stem for p in tmp_path.iterdir()} == {"labels", "copies", "same_eye", "just_below", "conflicts"}

@@ -159,7 +159,7 @@ def test_a_cell_that_is_no_age_is_one_line_naming_file_and_row(tmp_path, cell):
 
 def test_the_examination_counts_ages(table, tmp_path, capsys):
     data.main([str(table), "--json"])
-    found = json.loads(capsys.readouterr().out)["parts"]["train"]
+    found = json.loads(capsys.readouterr().out)["splits"]["train"]
     ages = np.array([30 + 2 * i for i in range(21) if i % 3] + [71.5])
     assert found["labels"] == {"grade": 21, "age": 15}
     assert found["numbers"] == {"age": {"lowest": 32, "highest": 71.5, "mean": round(ages.mean(), 4),
