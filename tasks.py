@@ -1,9 +1,9 @@
 """What a task is, and the tasks. One class holds a task's label, head, loss, decoding and metrics.
 
 Read Task first, then Grading, Lesions and Landmarks as three examples. To add a task, write one more class and list it
-in TASKS; `train.py --tasks` then knows its name. Its metrics come from a base class in
-retina/evaluation/task_metrics.py: classes, masks or points. Its label is one of LABELS in retina/datasets/records.py;
-a new label is declared there.
+in TASKS; `train.py --tasks` then knows its name. Its metrics may come from a base class for classes, masks or landmarks
+(retina/evaluation/task_metrics.py). Its label is one of LABELS in retina/datasets/records.py; a new one is declared
+there.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
@@ -53,7 +53,7 @@ class Task(TaskMetrics):
         raise NotImplementedError
 
     def decode(self, output: Tensor) -> Tensor:
-        """Raw output -> prediction in human units (n, ...): probabilities, masks, points."""
+        """Raw output -> prediction in human units (n, ...): probabilities, masks, landmarks."""
         raise NotImplementedError
 
 
@@ -125,7 +125,7 @@ class Lesions(MaskMetrics, Task):
         return output.sigmoid()
 
 
-# ---- points ----
+# ---- landmarks ----
 
 DISC_DIAMETER = 0.154  # of the side of a sample: 54 discs of IDRiD's training split measure 0.154 +- 0.014
 ORIGINAL_WIDTH = 4288  # of IDRiD's photographs in pixels, the unit of its literature
@@ -163,7 +163,7 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
 class Landmarks(LandmarkMetrics, Task):
     """Centres of the optic disc and of the fovea."""
     name, label, primary = "loc", "landmarks", "within_radius"
-    classes = ("disc", "fovea")  # the order of a sample's points
+    classes = ("disc", "fovea")  # the order of a sample's landmarks
 
     def head(self, spec):
         return LandmarkHead(spec, len(self.classes))

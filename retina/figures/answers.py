@@ -30,8 +30,8 @@ from retina.inference import predictor
 
 def judged(ctx: FigureContext) -> tuple[dict[str, float], str, str]:
     """{photograph: score, higher is better}, how one score is written, and by what they are ranked."""
-    first, *_ = ctx.having((MaskMetrics, LandmarkMetrics), "answers neither with lesions (seg) nor with points (loc) "
-                           "that could be laid over a photograph")
+    first, *_ = ctx.having((MaskMetrics, LandmarkMetrics), "answers neither with lesions (seg) nor with landmarks "
+                           "(loc) that could be laid over a photograph")
     if task := ctx.first(MaskMetrics):
         stats, thresholds = ctx.stats(task), [ctx.run.calibration[task.name][lesion] for lesion in task.classes]
         counts = task.at(torch.stack(list(stats.values())), thresholds)  # (n, L, 3)
@@ -45,7 +45,7 @@ def judged(ctx: FigureContext) -> tuple[dict[str, float], str, str]:
                                               "classes together, without the disc, among photographs with a lesion")
     gaps = {name: stats[:, 0] for name, stats in ctx.stats(first).items()}
     values = {name: -float(gap.nan_to_num(0.0).max()) for name, gap in gaps.items() if not gap.isnan().all()}
-    return values, "{:.0f} px", "distance of the worse of the two points, where one is known"
+    return values, "{:.0f} px", "distance of the worse of the two landmarks, where one is known"
 
 
 def in_words(ctx: FigureContext, name: str) -> str:
@@ -87,7 +87,7 @@ def overlays(ctx: FigureContext) -> Image.Image:
     """Predictions and ground truth on the photographs with the best, median and worst score."""
     values, written, rule = judged(ctx)
     if not values:
-        raise FigureUnavailable(f"none of the {len(ctx.photographs)} {ctx.words} photographs has lesions or points")
+        raise FigureUnavailable(f"none of the {len(ctx.photographs)} {ctx.words} photographs has lesions or landmarks")
     parts = [text(LANDMARKS, SMALL)] * bool(ctx.having(LandmarkMetrics))
     heads = [text(words, colour=PALE) for words in ("photograph", "ground truth", "prediction")]
     for name, which in best_median_worst(values).items():
