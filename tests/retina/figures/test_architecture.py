@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import model
 from conftest import TINY
 from retina import drawing
 from retina.figures import architecture
@@ -22,10 +23,14 @@ NETS = [{}, {"moe_at": "decoder"}, {"num_experts": 0}, {"moe_at": "decoder", "nu
         {"router": "random"}]
 
 
-@pytest.fixture(params=NETS, ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()) or "default")
+@pytest.fixture(params=NETS, scope="module",
+                ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()) or "default")
 def net(request):
+    """With one block in each stage of the encoder: shapes do not depend on its depth."""
     torch.manual_seed(0)
-    return build_net(asdict(replace(TINY, **{"tasks": ALL, **request.param})))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
+        return build_net(asdict(replace(TINY, **{"tasks": ALL, **request.param})))[0]
 
 
 def climbed(decoder, maps):
