@@ -63,7 +63,7 @@ def most_seeds(summary: Mapping) -> int:
 
 def over(summary: Mapping) -> str:
     """What intervals are over; see statistics.bootstrap."""
-    fewest = min(len(c["seeds"]) for c in summary["configurations"].values() if "costs" in c)
+    fewest = min((len(c["seeds"]) for c in summary["configurations"].values() if "costs" in c), default=0)
     return "eyes and seeds" if fewest >= FEWEST_SEEDS else "eyes, for these networks"
 
 
