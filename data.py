@@ -54,15 +54,15 @@ AUGMENTATION = v2.Compose([
     v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image)])  # ToDtype would cut off
 
 
-def augment(sample: Sample) -> Sample:
-    """The sample and its labels, transformed as its `aug_seed` says: the same in every process and at any time."""
+def augment(sample: Sample, seed: int) -> Sample:
+    """The sample and its labels, transformed as the seed says: the same in every process and at any time."""
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the mean that contrast takes depends on their number, and a loader's worker has one
     try:
         with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
-            torch.default_generator.manual_seed(sample.aug_seed)
+            torch.default_generator.manual_seed(seed)
             image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
     finally:
         torch.set_num_threads(threads)
@@ -90,8 +90,8 @@ class FundusDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int | None]) -> Sample:
         i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
-        sample = replace(cache.cached_sample(self.records[i], self.paths[i], self.size), aug_seed=aug_seed)
-        return sample if aug_seed is None else augment(sample)
+        sample = cache.cached_sample(self.records[i], self.paths[i], self.size)
+        return sample if aug_seed is None else augment(sample, aug_seed)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""

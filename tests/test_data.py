@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +34,6 @@ def drawn_records(number: int) -> list[Record]:
 
 # ---- augmentation ----
 
-def augmented(sample: preprocess.Sample, aug_seed: int) -> preprocess.Sample:
-    return data.augment(replace(sample, aug_seed=aug_seed))
-
-
 def marked(points: Tensor, size: int = 128) -> preprocess.Sample:
     """A black photograph with a soft white spot at each point, a mask of each spot, and the points."""
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
@@ -62,7 +57,7 @@ def test_photograph_masks_and_landmarks_move_alike():
         points = torch.from_numpy(np.random.default_rng(seed).uniform(6, 122, (1, 2))).float()
         sample = marked(points)
         sample.labels["landmarks"] = torch.cat([points, torch.full((1, 2), math.nan)])
-        new = augmented(sample, seed)
+        new = data.augment(sample, seed)
         assert new.landmarks[1].isnan().all()  # what was not known stays so
         x, y = new.landmarks[0].tolist()
         if math.isnan(x):
@@ -97,9 +92,9 @@ def test_flips_turn_about_the_same_middle_as_rotations():
 def test_colours_are_rounded_and_not_cut_off(grey, monkeypatch):
     """The mean over many seeds is that of the same transforms without the last step, which makes bytes of colours."""
     sample = preprocess.Sample("x", torch.full((3, 64, 64), grey, dtype=torch.uint8), {}, None, "x")
-    rounded = torch.stack([augmented(sample, seed).image[:, 28:36, 28:36].double() for seed in range(400)])
+    rounded = torch.stack([data.augment(sample, seed).image[:, 28:36, 28:36].double() for seed in range(400)])
     monkeypatch.setattr(data, "AUGMENTATION", v2.Compose(data.AUGMENTATION.transforms[:-1]))
-    exact = torch.stack([255 * augmented(sample, seed).image[:, 28:36, 28:36].double() for seed in range(400)])
+    exact = torch.stack([255 * data.augment(sample, seed).image[:, 28:36, 28:36].double() for seed in range(400)])
     assert abs(float((rounded - exact).mean())) < 0.05 and (rounded - exact).abs().max() < 0.501
     assert exact.mean((1, 2, 3)).std() > 0.03 * grey  # brightness changes
 
@@ -112,7 +107,7 @@ def test_augmentation_does_not_depend_on_the_number_of_threads():
     try:
         for number in (1, 2, 4):
             torch.set_num_threads(number)
-            images.append([augmented(sample, seed).image for sample, seed in samples])
+            images.append([data.augment(sample, seed).image for sample, seed in samples])
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
@@ -127,7 +122,7 @@ def test_augmentation_moves_image_and_masks_together():
     sample.image = torch.where(sample.masks[disc] == 1, 255, 0).to(torch.uint8).expand(3, -1, -1).clone()
     moved = set()
     for aug_seed in range(20):
-        new = augmented(sample, aug_seed)
+        new = data.augment(sample, aug_seed)
         white = new.image.float().mean(0) > 0.4 * new.image.max()
         overlap = (white & (new.masks[disc] == 1)).sum() / (white | (new.masks[disc] == 1)).sum()
         assert overlap > 0.8
@@ -139,7 +134,7 @@ def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
     Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
     masks = {"EX": tmp_path / "m.png", "HE": None}
-    sample = augmented(data.FundusDataset([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
+    sample = data.augment(data.FundusDataset([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
     values = {lesion: set(m.unique().tolist()) for lesion, m in zip(synthetic.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}
 

@@ -52,7 +52,6 @@ class Sample(Labelled):
     labels: dict[str, Any]  # name in LABELS -> what its to_sample returns; unknown labels are absent
     geometry: Geometry
     eye: str  # the eye that it shows
-    aug_seed: int | None = None  # of its augmentation; None: it is not augmented
 
 
 # ---- photographs and masks ----
