@@ -163,7 +163,7 @@ def curves(ctx: FigureContext) -> Image.Image:
         if len(ctx.logs) > 1 else []
     best = ", ".join(f"{name} epoch {log[best_epoch_of(log)]['epoch']}" for name, log in ctx.logs.items())
     return titled("Training curves", column([*runs, grid(charts, 2, (28, 18))], 18),
-                  f"Dots: best.pt ({best}), the epoch with the best score on validation. Ring: the same checkpoint on "
+                  f"Dots: best.pt ({best}), the epoch chosen on validation. Ring: the same checkpoint on "
                   "photographs that it learned from.")
 
 
