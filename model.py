@@ -1,6 +1,6 @@
 """One network for several answers about one retina photograph. Read it from top to bottom:
 
-    MBConv -> EfficientNet -> ENCODERS        Tan & Le 2019, arXiv 1905.11946
+    MBConv -> EfficientNet -> ENCODERS        Tan & Le 2019, arXiv 1905.11946; Lite variants: TensorFlow's TPU models
     NoisyTopKRouter -> Experts -> MoELayer    noisy top-k gates (Shazeer et al. 2017, arXiv 1701.06538), one for each
                                               task (Ma et al. 2018, KDD, "multi-gate mixture of experts")
     load_balancing_loss                       tasks together use all experts (Shazeer et al. 2017)
@@ -29,15 +29,23 @@ from torch import Tensor, nn
 # ---- encoders: a photograph -> five maps ----
 
 class ConvNormAct(nn.Sequential):
-    """Convolution, batch norm, SiLU; (B, inputs, H, W) -> (B, outputs, H/stride, W/stride).
+    """Convolution, batch norm, activation; (B, inputs, H, W) -> (B, outputs, H/stride, W/stride), H and W even.
 
-    The index of each layer ("0" convolution, "1" norm) is its name in torchvision's checkpoints.
+    The index of each layer ("0" convolution, "1" norm) is its name in torchvision's checkpoints. With `same`, a stride
+    of 2 pads as TensorFlow does: one pixel more on the right and below than on the left and above.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1,
-                 act: bool = True, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
-        layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), norm(outputs)]
-        super().__init__(*layers, *([nn.SiLU()] if act else []))  # in place, it would first copy what it overwrites
+                 act: Callable[[], nn.Module] | None = nn.SiLU, norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+                 same: bool = False):
+        self_padded = same and stride == 2
+        layers = [nn.Conv2d(inputs, outputs, kernel, stride, 0 if self_padded else kernel // 2, groups=groups,
+                            bias=False), norm(outputs)]
+        super().__init__(*layers, *([act()] if act else []))  # in place, it would first copy what it overwrites
+        self.padding = (kernel // 2 - 1, kernel // 2) * 2 if self_padded else None  # left, right, above, below
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.padding is None else F.pad(x, self.padding))
 
 
 class SqueezeExcite(nn.Module):
@@ -58,13 +66,14 @@ class MBConv(nn.Module):
     `drop` is the chance that a photograph skips the block in training (stochastic depth, arXiv 1603.09382, eq. 2).
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int, drop: float, norm):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int, drop: float,
+                 layer: Callable[..., nn.Module] = ConvNormAct, gated: bool = True):
         super().__init__()
         wide = round_channels(inputs * expand)
-        widen = [] if wide == inputs else [ConvNormAct(inputs, wide, 1, norm=norm)]
-        self.block = nn.Sequential(*widen, ConvNormAct(wide, wide, kernel, stride, groups=wide, norm=norm),
-                                   SqueezeExcite(wide, max(1, inputs // 4)),
-                                   ConvNormAct(wide, outputs, 1, act=False, norm=norm))
+        widen = [] if wide == inputs else [layer(inputs, wide, 1)]
+        gate = [SqueezeExcite(wide, max(1, inputs // 4))] if gated else []
+        self.block = nn.Sequential(*widen, layer(wide, wide, kernel, stride, groups=wide), *gate,
+                                   layer(wide, outputs, 1, act=None))
         self.residual, self.drop = stride == 1 and inputs == outputs, drop
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,9 +86,20 @@ class MBConv(nn.Module):
 # kernel, stride, expand ratio, output channels, blocks: table 1 of the EfficientNet paper (B0)
 STAGES = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
           (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]
-# width and depth multipliers of the compound scaling rule (section 3.3), dropout before the last linear layer
-VARIANTS = {"b0": (1.0, 1.0, 0.2), "b1": (1.0, 1.1, 0.2), "b2": (1.1, 1.2, 0.3), "b3": (1.2, 1.4, 0.3),
-            "b4": (1.4, 1.8, 0.4), "b5": (1.6, 2.2, 0.4), "b6": (1.8, 2.6, 0.5), "b7": (2.0, 3.1, 0.5)}
+
+
+class Variant(NamedTuple):
+    """How an EfficientNet differs from B0."""
+    width: float = 1.0  # multipliers of the compound scaling rule (section 3.3)
+    depth: float = 1.0
+    dropout: float = 0.2  # before the last linear layer
+    tensorflow: bool = False  # trained with the constants of the original TensorFlow code
+    lite: bool = False  # without gates, with ReLU6, and with TensorFlow's padding
+
+
+VARIANTS = {"b0": Variant(), "b1": Variant(1.0, 1.1), "b2": Variant(1.1, 1.2, 0.3), "b3": Variant(1.2, 1.4, 0.3),
+            "b4": Variant(1.4, 1.8, 0.4), "b5": Variant(1.6, 2.2, 0.4, True), "b6": Variant(1.8, 2.6, 0.5, True),
+            "b7": Variant(2.0, 3.1, 0.5, True), "lite0": Variant(tensorflow=True, lite=True)}
 
 
 def round_channels(channels: float) -> int:
@@ -97,22 +117,23 @@ class EfficientNet(nn.Module):
 
     def __init__(self, variant: str = "b0", drop: float = 0.2):
         super().__init__()
-        width, depth, dropout = VARIANTS[variant]
-        # B5 to B7 were trained with the constants of the original TensorFlow code
-        norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01) if variant >= "b5" else nn.BatchNorm2d
+        width, depth, dropout, tensorflow, lite = VARIANTS[variant]
+        style = {"norm": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01) if tensorflow else nn.BatchNorm2d,
+                 "act": nn.ReLU6 if lite else nn.SiLU}
+        layer = partial(ConvNormAct, **style, same=lite)
         total = sum(math.ceil(depth * n) for *_, n in STAGES)
         drops = iter([drop * i / total for i in range(total)])  # stochastic depth grows with the block's number
         inputs = round_channels(32 * width)
-        stages = [ConvNormAct(3, inputs, 3, stride=2, norm=norm)]
+        stages = [layer(3, inputs, 3, stride=2)]
         for kernel, stride, expand, outputs, n in STAGES:
             outputs = round_channels(outputs * width)
             stages.append(nn.Sequential(*[
-                MBConv(outputs if i else inputs, outputs, kernel, 1 if i else stride, expand, next(drops), norm)
+                MBConv(outputs if i else inputs, outputs, kernel, 1 if i else stride, expand, next(drops), layer, not lite)
                 for i in range(math.ceil(depth * n))]))
             inputs = outputs
         self.features = nn.Sequential(*stages)
         self.channels = tuple(round_channels(STAGES[i][3] * width) for i in (0, 1, 2, 4, 6))
-        self.classifier_head = {"last_channels": 4 * inputs, "norm": norm, "dropout": dropout}
+        self.classifier_head = {"last_channels": 4 * inputs, **style, "dropout": dropout}
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -136,13 +157,18 @@ def initialise(module: nn.Module) -> None:
 class EncoderSpec(NamedTuple):
     """An encoder, (B, 3, H, W) -> five maps at strides 2 to 32 of `channels`, and the published weights that fit it."""
     build: Callable[[float], nn.Module]  # takes the chance of stochastic depth
-    weights: str | None = None  # torchvision's name of the model that they are of; None: there are none
+    weights: str | None = None  # the name of the model that they are of, see read_weights; None: there are none
     to_head: tuple[str, ...] = ()  # prefixes of keys that belong to the first convolution of a ClassifierHead
     left_out: tuple[str, ...] = ()  # prefixes of keys that belong nowhere; all other keys are the encoder's
+    # of the photographs that the weights were trained on, 0 to 1: those of torchvision's models
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
+# what --encoder knows; another encoder is a class and a line
 ENCODERS = {name: EncoderSpec(partial(EfficientNet, name), f"efficientnet_{name}", ("features.8.",), ("classifier.",))
-            for name in VARIANTS}  # what --encoder knows; another encoder is a class and a line
+            for name in VARIANTS}
+ENCODERS["lite0"] = ENCODERS["lite0"]._replace(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
 
 
 # ---- experts: each token of each task is sent to K of E small networks ----
@@ -370,9 +396,10 @@ class FeatureSpec(NamedTuple):
     """What a head is told about the five maps that it will get, (n_t, channels[i], H / 2^(i+1), W / 2^(i+1))."""
     channels: tuple[int, ...]
     routed: int  # index of the map that comes from the task's experts: 4, the bottleneck, or 1, at stride 4
-    # channels, norm and dropout of a ClassifierHead; the encoder's `classifier_head` may name others
+    # channels, norm, activation and dropout of a ClassifierHead; the encoder's `classifier_head` may name others
     last_channels: int = 1280
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    act: Callable[[], nn.Module] = nn.SiLU
     dropout: float = 0.2
 
 
@@ -388,7 +415,7 @@ class ClassifierHead(nn.Module):
         super().__init__()
         self.reads = slice(1, 5)
         between = spec.channels[1:-1]
-        self.conv = ConvNormAct(spec.channels[-1], spec.last_channels, 1, norm=spec.norm)
+        self.conv = ConvNormAct(spec.channels[-1], spec.last_channels, 1, act=spec.act, norm=spec.norm)
         self.laterals = nn.ModuleList(ConvNormAct(c, c, 1) for c in between)
         self.dropout = nn.Dropout(spec.dropout)
         self.linear = nn.Linear(spec.last_channels + sum(between), outputs)
@@ -487,9 +514,9 @@ class Net(nn.Module):
         self.experts = None if config.num_experts == 0 else MoELayer(
             channels[self.routed], list(self.heads), config.num_experts, config.top_k, config.router,
             config.expert_ratio, config.expert_dropout)
-        # the statistics with which torchvision's ImageNet weights were trained, on the 0..255 scale
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255, persistent=False)
+        for name in ("mean", "std"):  # on the 0..255 scale
+            statistics = torch.tensor(getattr(self.encoder_spec, name)).view(3, 1, 1) * 255
+            self.register_buffer(name, statistics, persistent=False)
 
     def forward(self, images: Tensor, indices: Mapping[str, Tensor] | None = None):
         maps, routing = self.routed_maps(images, indices)

