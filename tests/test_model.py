@@ -75,7 +75,8 @@ def test_lite0_equals_the_package(training):
     """With its published weights, at sizes that are and are not a power of two."""
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -r requirements-test.txt")
     torch.manual_seed(0)
-    oracle = package.EfficientNet.from_name("efficientnet-lite0", override_params={"drop_connect_rate": 0.0})
+    oracle = package.EfficientNet.from_name("efficientnet-lite0")
+    oracle._global_params = oracle._global_params._replace(drop_connect_rate=0.0)
     net = Net(NetConfig(encoder="lite0", num_experts=0, stochastic_depth=0.0), [TASKS["cls"]])
     pretrained.start_from(net, "imagenet", "lite0")
     weights = pretrained.find_package("efficientnet_lite0")
