@@ -32,6 +32,7 @@ from torchvision.transforms import v2
 from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
+from retina.datasets.quality import lowest_seen
 from retina.datasets.records import LABELS, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
@@ -96,6 +97,11 @@ class FundusDataset(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
         return cache.fingerprint(self.records, self.paths)
+
+    def quality(self) -> list[np.ndarray]:
+        """The MEASURES (6,) of each photograph that is a file; see retina/datasets/quality.py."""
+        return [cache.cached_arrays(r, path, self.size, "quality")[0] for r, path in zip(self.records, self.paths)
+                if r.drawing is None]
 
 
 # ---- batches ----
@@ -226,7 +232,7 @@ def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device:
 # ---- training and validation ----
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
-    """Training and validation photographs, and findings: leaks, and labels that contradict each other.
+    """Training and validation photographs, and findings: leaks, labels that contradict each other, what training sees.
 
     `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task.
     """
@@ -240,13 +246,19 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test split)")
     sampled = [*tasks, *make_tasks(config.sampling_tasks, config.classes)]
-    training, validation, leaks = ([r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
-        (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
+    training, validation, test, leaks = (
+        [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
+            (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
                 "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts]}
-    return FundusDataset(training, config.image_size), FundusDataset(validation, config.image_size), findings
+    test.sort(key=lambda r: r.name)  # as evaluate.py takes them: their order in a table does not make others of them
+    train_set, val_set, test_set = (FundusDataset(r, config.image_size) for r in (training, validation, test))
+    measured = train_set.quality()
+    findings |= {"test": test_set.fingerprint(), "seen": lowest_seen(measured),
+                 "without_field_of_view": sum(not field for field, *_ in measured)}
+    return train_set, val_set, findings
 
 
 # ---- command line ----

@@ -219,7 +219,7 @@ def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs):
 def test_opening_the_test_split_is_written_down(runs, monkeypatch, capsys):
     for times in ("1 time", "2 times"):
         run_main(monkeypatch, runs / "e4_s0", "--split", "test")
-        assert f"test split is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
+        assert f"{runs / 'IDRiD'} is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
     lines = [json.loads(line) for line in (runs / "e4_s0" / "test_opened.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["checkpoint"] == "best.pt" and len(lines[0]["sha256"]) == 64
     assert lines[0]["when"] <= lines[1]["when"] and lines[0]["epoch"] == 1
@@ -310,8 +310,8 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
 
 
 def test_runs_are_of_one_kind_wherever_their_data_lay_if_the_photographs_were_the_same():
-    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed}, learned_from=seen,
-                            folder="")
+    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed},
+                            fingerprints={"train": seen}, folder="")
             for seed, path, seen in ((1, "/a", "x"), (0, "/b", "x"), (0, "/a", "y"), (1, "/a", "y"))]
     assert compare.arms_of(runs) == [[1, 0], [2, 3]]
 

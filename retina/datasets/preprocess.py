@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from retina.datasets import synthetic
+from retina.datasets.quality import QUALITY_SIDE, measure_quality
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
@@ -82,6 +83,14 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
         return None
     zoom_x, zoom_y = image.width / foreground.shape[1], image.height / foreground.shape[0]
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
+
+
+def quality(image: Image.Image, field: tuple[float, float, float, float] | None) -> np.ndarray:
+    """The MEASURES (6,) of a photograph with this field of view; of all of it, where it has none."""
+    left, top, right, bottom = field or (0, 0, *image.size)
+    picture = image.convert("RGB").resize((QUALITY_SIDE, QUALITY_SIDE), Image.BOX, (left, top, right, bottom))
+    return np.array([field is not None, min(right - left, bottom - top),
+                     *measure_quality(np.asarray(picture), foreground_mask(picture))])
 
 
 @dataclass
@@ -173,10 +182,10 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (89, 134, 3), vessels (V, V), how each mask was stored. The field of view is cut out, padded to a
-    square with black, and reduced to `size` pixels with antialiasing; a pixel of a mask is set if at least half of what
-    it covers is. A picture without a field of view is taken whole. `image_only` leaves out the vessel map; `small` is
-    the photograph, decoded for 512 pixels, where the caller has it.
+    files: thumbnail (89, 134, 3), vessels (V, V), quality (6,), how each mask was stored. The field of view is cut out,
+    padded to a square with black, and reduced to `size` pixels with antialiasing; a pixel of a mask is set if at least
+    half of what it covers is. A picture without a field of view is taken whole. `image_only` leaves out vessel map and
+    quality; `small` is the photograph, decoded for 512 pixels, where the caller has it.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -216,7 +225,7 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
             "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
-            "stored": np.array(stored, str)}
+            "stored": np.array(stored, str), **({} if image_only else {"quality": quality(small.image, field)})}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:

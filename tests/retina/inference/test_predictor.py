@@ -299,9 +299,9 @@ def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypat
     assert not list((out / "overlays").glob("[abc]_*"))
 
 
-def test_only_refused_ones_still_leave_a_table(run, tmp_path, monkeypatch):
+def test_only_refused_ones_still_leave_a_table_and_are_a_failure(run, tmp_path, monkeypatch):
     Image.new("RGB", (90, 60)).save(tmp_path / "black.png")
-    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 0
+    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 1
     assert [r["status"] for r in rows_of(tmp_path / "out")] == ["refused"]
 
 
@@ -374,7 +374,7 @@ def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, til
     maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
         loaded.calibration["seg"][lesion] = float(map_.quantile(0.9))
-    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", True)
+    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", {})
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
     answered = [row for row in found if row["status"] == "answered"]
@@ -398,7 +398,7 @@ def test_a_file_is_decoded_once_at_each_scale(run, mixed_files, tmp_path, monkey
         return really(path)
     monkeypatch.setattr(preprocess, "open_image", counted)
     predictor.predict_all(predictor.Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU,
-                                              tmp_path / "out", True), paths)
+                                              tmp_path / "out", {}), paths)
     assert Counter(opened) == {"large0.jpg": most, "large1.jpg": most, "small.png": 1, "black.png": 1,
                                "broken.jpg": 1}
 
