@@ -341,16 +341,24 @@ def number(text: str) -> float:
 
 
 def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | None:
-    """A point from its two cells; None where both are empty. InputError: no number, only one, outside its image."""
+    """A point from its two cells; None where both are empty.
+
+    InputError: no number, only one, outside its image, in the image's corner, where no landmark is but shares of the
+    sides are, and zeros for "not there".
+    """
     if not x and not y:
         return None
     point = number(x), number(y)
+    absent = "leave both cells empty where it is not there"
     if not all(map(math.isfinite, point)):
-        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
+        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file; {absent}")
+    if max(map(abs, point)) <= 1:
+        raise InputError(f"{what} is at ({x}, {y}), in the corner; expected pixels of the image file; multiply shares "
+                         f"of its sides by its width and height, {absent}")
     size = image_size(image)
     if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
         raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {size[0]}x{size[1]} pixels; expected "
-                         "pixels of the image file")
+                         f"pixels of this file; scale points of a larger or uncropped original, {absent}")
     return point
 
 

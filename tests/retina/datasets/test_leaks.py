@@ -197,6 +197,24 @@ def test_copies_of_another_size_keep_their_masks_on_a_record_of_their_own():
         ("grade", ("a", "c", "d"), (1, 2, 2), 2), ("SE", ("a", "b"), ("none", "two.tif"), "two.tif")]
 
 
+def test_a_black_mask_file_is_a_mask_that_says_none(tmp_path):
+    """A copy whose masks are black contradicts the one with a lesion; alone it counts as "none"."""
+    records = [photograph(tmp_path / f"{name}.png", i) for name, i in (("a", 0), ("b", 0), ("c", 1))]
+    for name, value in (("black", 0), ("set", 255)):
+        mask = np.zeros((300, 300), np.uint8)
+        mask[140:160, 140:160] = value
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    black, lesion = tmp_path / "black.png", tmp_path / "set.png"
+    masks = [{"MA": black, "OD": lesion}, {"MA": lesion, "OD": lesion}, {"MA": black, "SE": black}]
+    records = [r.with_labels(masks=m) for r, m in zip(records, masks)]
+    found, (conflict,) = find_eyes(records, 64)
+    assert [(r.name, r.masks) for r in found] == [("b", masks[1]), ("c", {"MA": None, "SE": None})]
+    assert (conflict.label, conflict.names, conflict.values, conflict.used) == (
+        "MA", ("a", "b"), ("none", str(lesion)), str(lesion))
+    assert [r.masks for r in find_eyes(records, 64, ignore=True)[0]] == [
+        {"MA": None, "OD": lesion}, masks[1], {"MA": None, "SE": None}]
+
+
 def test_connected_components():
     assert splits.connected_components([(1, 4), (4, 5), (0, 3)], 6) == [0, 1, 2, 0, 1, 1]
     assert splits.connected_components([], 2) == [0, 1]
