@@ -1,17 +1,24 @@
 """Records -> training, validation and test, such that no eye is in two splits."""
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from retina.datasets.records import LABELS, ClassLabel, Conflict, Record
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
+
+
+if TYPE_CHECKING:
+    from train import Config
 
 
 def connected_components(pairs: Sequence[tuple[int, int]], number: int) -> list[int]:
@@ -166,13 +173,16 @@ def check_labels(splits: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMet
 
 
 def describe_split(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
-                 tasks: Sequence[TaskMetrics], fold: str) -> str:
-    """What a run trains and validates on, what it left out, and which label conflicts it had to resolve."""
+                   tasks: Sequence[TaskMetrics], telling: Sequence[TaskMetrics], config: Config) -> str:
+    """What a run trains and validates on, what it left out, and which label conflicts it had to resolve.
+
+    `telling` are the tasks by which it can choose checkpoints.
+    """
     def counts(records):
         labelled = (f"{t.name} {sum(t.labelled(r) for r in records)}" for t in tasks)
         return f"{len(records)} photographs ({', '.join(labelled)})"
 
-    how = "as the data set says" if any(r.split == "val" for r in validation) else f"fold {fold}"
+    how = "as the data set says" if any(r.split == "val" for r in validation) else f"fold {config.fold}"
     use = "kept (--keep-leaks), so test scores say little about new eyes" if findings["leaks"]["kept"] else "left out"
     notes = ((findings["leaks"]["photographs"],
               f"photographs of the training split show an eye of the test split: {use}"),
@@ -182,4 +192,22 @@ def describe_split(training: Sequence[Record], validation: Sequence[Record], fin
               "times copies of one photograph carry different labels; config.json lists them and what training "
               "goes by"))
     return "\n".join([f"training on {counts(training)}, validation ({how}) on {counts(validation)}",
-                      *(f"{number} {note}" for number, note in notes if number)])
+                      *(f"{number} {note}" for number, note in notes if number),
+                      *describe_classes(findings["counts"], tasks, telling, config.image_size)])
+
+
+def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Sequence[TaskMetrics],
+                     telling: Sequence[TaskMetrics], size: int) -> list[str]:
+    """Lines on how many photographs have each class, {split: {task: {class: number}}}, and what follows."""
+    learned, validated = counts["training"], counts["validation"]
+    lines = [f"   {t:4} " + ("  ".join(f"{name}: {n} + {validated[t].get(name, 0)}" for name, n in classes.items())
+                             if len(classes) <= 12 else f"{len(classes)} classes, {min(classes.values())} to "
+                             f"{max(classes.values())} photographs of each in training")
+             for t, classes in learned.items() if classes]
+    if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
+        lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
+    if silent := [t.name for t in tasks if t not in telling]:
+        by = f"by {' '.join(t.name for t in telling)} alone" if telling else "by the loss on validation"
+        lines.append(f"warning: the validation split cannot tell checkpoints apart for {' '.join(silent)}, whose "
+                     f"photographs there have too few classes; they are chosen {by}")
+    return [f"photographs with each class at {size} px, training + validation:", *lines] if lines else []
