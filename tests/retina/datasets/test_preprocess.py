@@ -174,7 +174,7 @@ def test_a_point_outside_of_the_field_of_view_is_one_line(tmp_path, point, fits)
     with pytest.raises(InputError) as caught:
         data.FundusDataset([record], 64)
     found = re.fullmatch(rf"t line 2: the fovea of {tmp_path}/a.png is at \({point[0]}, {point[1]}\), "
-                         r"outside of its lit field, which lies in x (\d+) to (\d+), y (\d+) to (\d+); expected pixels.*",
+                         r"outside of its lit field, which lies in x (\d+) to (\d+), y (\d+) to (\d+); expected.*",
                          str(caught.value))
     assert np.abs(np.array(found.groups(), int) - (180, 480, 40, 340)).max() < 5
 
