@@ -258,6 +258,22 @@ def test_equal_scores_go_to_the_lower_loss():
     assert (state.best["epoch"], state.best["loss"], state.epoch) == (5, 9, 6)
 
 
+def test_masks_too_small_for_the_network_are_counted_as_they_reach_it(tmp_path):
+    """Of four masks of microaneurysms, 2 pixels wide in 512, one is 64 wide: at 32 px only that one is left."""
+    for i in range(4):
+        Image.fromarray(synthetic.render(synthetic.plan(3, i), 512)[0]).save(tmp_path / f"{i}.png")
+        mask = np.zeros((512, 512), np.uint8)
+        mask[250:(314 if i == 0 else 252), 250:(314 if i == 0 else 252)] = 255
+        Image.fromarray(mask).save(tmp_path / f"{i}_ma.png")
+    (tmp_path / "t.csv").write_text("image,mask_ma,split\n" + "".join(
+        f"{i}.png,{i}_ma.png,{'val' if i > 2 else ''}\n" for i in range(4)))
+    options = replace(TINY, tasks=("seg",), data=str(tmp_path / "t.csv"))
+    training, validation, findings = data.load_datasets(options, [TASKS["seg"]])
+    assert findings["counts"] == {"training": {"seg": {"MA": 1}}, "validation": {"seg": {"MA": 0}}}
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], [], options)
+    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA 2 show none at 32 px; a larger --image-size" in text
+
+
 def test_nothing_left_of_the_labels_is_said_before_training(monkeypatch):
     """Points that all lie outside of the picture would have trained on nothing, with a loss of 0."""
     few = [replace(r, labels={"landmarks": {"disc": (5000.0, 5.0), "fovea": (5.0, 5000.0)}})

@@ -193,17 +193,21 @@ def describe_split(training: Sequence[Record], validation: Sequence[Record], fin
               "goes by"))
     return "\n".join([f"training on {counts(training)}, validation ({how}) on {counts(validation)}",
                       *(f"{number} {note}" for number, note in notes if number),
-                      *describe_classes(findings["counts"], tasks, telling, config.image_size)])
+                      *describe_classes(findings["counts"], training, tasks, telling, config.image_size)])
 
 
-def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Sequence[TaskMetrics],
-                     telling: Sequence[TaskMetrics], size: int) -> list[str]:
+def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], training: Sequence[Record],
+                     tasks: Sequence[TaskMetrics], telling: Sequence[TaskMetrics], size: int) -> list[str]:
     """Lines on how many photographs have each class, {split: {task: {class: number}}}, and what follows."""
     learned, validated = counts["training"], counts["validation"]
     lines = [f"   {t:4} " + ("  ".join(f"{name}: {n} + {validated[t].get(name, 0)}" for name, n in classes.items())
                              if len(classes) <= 12 else f"{len(classes)} classes, {min(classes.values())} to "
                              f"{max(classes.values())} photographs of each in training")
              for t, classes in learned.items() if classes]
+    for task in tasks:  # masks too small for the network's photographs
+        files = Counter(c for r in training if task.labelled(r) for c in LABELS[task.label].classes(r.labels[task.label]))
+        lines += [f"warning: of {files[name]} photographs with {task.name} {name} {files[name] - n} show none at {size} "
+                  "px; a larger --image-size keeps more" for name, n in learned[task.name].items() if files[name] > n]
     if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     if silent := [t.name for t in tasks if t not in telling]:
