@@ -290,8 +290,9 @@ def test_one_other_label_or_photograph_makes_other_data_of_the_split_that_has_it
     assert told_apart(run, root, "val") == "" and told_apart(run, root, "test").startswith("_IDRiD_")
     name = next(name for name in run.validation if name.startswith("grading/"))
     table = next((root := other_tree(runs, tmp_path / "b", which="-")).rglob("*Grading_Training*.csv"))
-    table.write_text("\n".join(f"{line[:10]}{(int(line[10]) + 1) % 5}{line[11:]}" if line.startswith(name[-9:]) else line
-                               for line in table.read_text().splitlines()))
+    table.write_text("\n".join(
+        f"{line[:10]}{(int(line[10]) + 1) % 5}{line[11:]}" if line.startswith(name[-9:]) else line
+        for line in table.read_text().splitlines()))
     assert told_apart(run, root, "val").startswith("_IDRiD_") and told_apart(run, root, "test") == ""
 
 

@@ -203,11 +203,12 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (89, 134, 3), vessels (V, V), quality (6,), how each mask was stored, set_pixels (L,) of its file,
-    or -1. The field of view is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; a
-    pixel of a mask is set if at least half of what it covers is. A picture without a field of view is taken whole.
-    `image_only` leaves out vessel map and quality; `small` is the photograph, decoded for 512 pixels, where the caller
-    has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of its field of view.
+    files: thumbnail (89, 134, 3), vessels (V, V), quality (6,), how each mask was stored, set_pixels (L,) of its
+    file, or -1. The field of view is cut out, padded to a square with black, and reduced to `size` pixels with
+    antialiasing; a pixel of a mask is set if at least half of what it covers is. A picture without a field of view
+    is taken whole. `image_only` leaves out vessel map and quality; `small` is the photograph, decoded for 512
+    pixels, where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark
+    outside of its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)

@@ -91,7 +91,7 @@ class Predictor:
     batch: int  # of tiles
     device: torch.device
     out: Path
-    seen: Mapping[str, float] | None  # see quality.refusal; None: refuse nothing, since folders of classes show anything
+    seen: Mapping[str, float] | None  # see quality.refusal; None: of folders of classes, which may show anything
     check: bool = True  # False: answer for pictures that would be refused, too, and say why they would be
 
     def read(self, path: Path, name: str) -> Photo:
