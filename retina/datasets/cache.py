@@ -20,7 +20,7 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
-CACHE_VERSION = 6  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
+CACHE_VERSION = 7  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
 def input_files(record: Record) -> list[tuple[Path, int, int]]:

@@ -15,11 +15,13 @@ from retina.datasets import synthetic
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
-from retina.datasets.vessels import VESSEL_SIDE, vessel_map
+from retina.datasets.vessels import SMALLEST_FIELD, VESSEL_SIDE, vessel_map
 from retina.files import SIDEWAYS, InputError, open_image, orientation
 
 
-# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
+# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map, T side of a thumbnail
+
+THUMBNAIL_SIDE = 108  # pixels; both sides alike, so that a photograph that was turned has a thumbnail that was turned
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,11 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (89, 134, 3), vessels (V, V), how each mask was stored. The field of view is cut out, padded to a
-    square with black, and reduced to `size` pixels with antialiasing; a pixel of a mask is set if at least half of what
-    it covers is. A picture without a field of view is taken whole. `image_only` leaves out the vessel map; `small` is
-    the photograph, decoded for 512 pixels, where the caller has it.
+    files: thumbnail (T, T, 3) of the whole picture, field, vessels (V, V), how each mask was stored. The field of view
+    is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; a pixel of a mask is set
+    if at least half of what it covers is. `field` is its longer side in pixels of the file, 0 for a picture without
+    one, which is taken whole; the vessel map is empty if it is less than SMALLEST_FIELD. `image_only` leaves out the
+    vessel map; `small` is the photograph, decoded for 512 pixels, where the caller has it.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -211,12 +214,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
             masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
             stored.append(f"{lesion} {form}")
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    if field and not image_only:
+    field_side = max(box[2] - box[0], box[3] - box[1]) if field else 0
+    if field_side >= SMALLEST_FIELD and not image_only:
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
-            "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
-            "stored": np.array(stored, str)}
+            "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
+            "field": np.array(field_side), "stored": np.array(stored, str)}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:
