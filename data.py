@@ -30,12 +30,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from retina.datasets import cache, readers, splits
-from retina.datasets.leaks import find_eyes
+from retina.datasets.leaks import compare, find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.records import LABELS, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
 from retina.files import InputError, init_worker, run_cli
+from retina.training.config import side_notes
 from retina.training.distributed import SINGLE_PROCESS, World
 from tasks import TASKS, Task, make_tasks
 
@@ -43,8 +44,9 @@ from tasks import TASKS, Task, make_tasks
 # ---- augmentation ----
 
 # Each photograph with its masks and landmarks. Colours are float32: bytes would be cut off after each of three steps.
+FLIPS = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()  # both together are half a turn: labels bear both or neither
 AUGMENTATION = v2.Compose([
-    v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+    *FLIPS,
     # torchvision 0.29 flips key points about pixel centres and turns them about pixel edges; see docs/data-and-leaks.md
     v2.Lambda(lambda points: tv_tensors.wrap(points + 0.5, like=points), tv_tensors.KeyPoints),
     v2.RandomAffine(30, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
@@ -54,8 +56,12 @@ AUGMENTATION = v2.Compose([
     v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image)])  # ToDtype would cut off
 
 
-def augment(sample: Sample, seed: int) -> Sample:
-    """The sample and its labels, transformed as the seed says: the same in every process and at any time."""
+def augment(sample: Sample, seed: int, flips: bool = True) -> Sample:
+    """The sample and its labels, transformed as the seed says: the same in every process and at any time.
+
+    Without `flips` left stays left and up stays up.
+    """
+    transform = AUGMENTATION if flips else v2.Compose(AUGMENTATION.transforms[len(FLIPS):])
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
     threads = torch.get_num_threads()
@@ -63,7 +69,7 @@ def augment(sample: Sample, seed: int) -> Sample:
     try:
         with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
             torch.default_generator.manual_seed(seed)
-            image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
+            image, moved = transform(tv_tensors.Image(sample.image), known)
     finally:
         torch.set_num_threads(threads)
     return replace(sample, image=image.as_subclass(Tensor), labels={
@@ -75,12 +81,12 @@ def augment(sample: Sample, seed: int) -> Sample:
 class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels, from the cache.
 
-    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says. InputError: a file has
-    been removed or replaced since.
+    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says, see `augment`.
+    InputError: a file has been removed or replaced since.
     """
 
-    def __init__(self, records: Sequence[Record], size: int):
-        self.records, self.size = list(records), size
+    def __init__(self, records: Sequence[Record], size: int, flips: bool = True):
+        self.records, self.size, self.flips = list(records), size, flips
         self.paths = cache.ensure_cached(self.records, size)
         self.files = [cache.input_files(r) for r in self.records]
 
@@ -91,7 +97,7 @@ class FundusDataset(Dataset):
         i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
         sample = cache.cached_sample(self.records[i], self.paths[i], self.size)
-        return sample if aug_seed is None else augment(sample, aug_seed)
+        return sample if aug_seed is None else augment(sample, aug_seed, self.flips)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
@@ -226,7 +232,7 @@ def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device:
 # ---- training and validation ----
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
-    """Training and validation photographs, and findings: leaks, and labels that contradict each other.
+    """Training and validation photographs, and findings: leaks, labels that contradict each other, and notes.
 
     `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task.
     """
@@ -245,8 +251,12 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts]}
-    return FundusDataset(training, config.image_size), FundusDataset(validation, config.image_size), findings
+                "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
+                "notes": [] if config.ignore_eyes else compare(records, config.image_size).notes.tolist()}
+    if config.augment and config.flips:
+        findings["notes"] += side_notes(tasks)
+    return (FundusDataset(training, config.image_size, config.flips), FundusDataset(validation, config.image_size),
+            findings)
 
 
 # ---- command line ----

@@ -73,6 +73,17 @@ def test_one_chosen_expert_comes_with_its_reason():
         assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
 
 
+@pytest.mark.parametrize("names,sides", [
+    (["left-eye", "right-eye"], [0, 1]), (["LEFT_EYE", "other"], [0]), (["leftEye", "RightEye"], [0, 1]),
+    (["lefteye", "righteyes"], [0, 1]), (["OD", "OS"], [0, 1]), (["od-1", "os-1", "blurred"], [0, 1]),
+    (["Oculus dexter", "oculus sinister"], [0, 1]), (["2 links", "1 rechts"], [0, 1]), (["L", "R"], [0, 1]),
+    (["superior", "inferior temporal", "macula"], [0, 1]), (["upper2", "lower2"], [0, 1]), (["nasal", "none"], [0]),
+    (["drusen", "copyright", "bright", "leftover", "upright", "supper"], []), (["OD", "macula"], []),
+    (["normal", "L"], []), (["0", "1"], [])])
+def test_names_of_classes_that_sound_like_sides(names, sides):
+    assert config_.names_of_sides(names) == [names[i] for i in sides]
+
+
 def test_bad_data_stops_the_program_with_status_2(tree):
     next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
     flags = [f"--data={tree}", "--encoder-weights=none"]
