@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from retina.datasets import synthetic
+from retina.datasets.quality import QUALITY_SIDE, measure_quality
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
@@ -84,6 +85,14 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
         return None
     zoom_x, zoom_y = image.width / foreground.shape[1], image.height / foreground.shape[0]
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
+
+
+def quality(image: Image.Image, field: tuple[float, float, float, float] | None) -> np.ndarray:
+    """The MEASURES (6,) of a photograph with this field of view; of all of it, where it has none."""
+    left, top, right, bottom = field or (0, 0, *image.size)
+    picture = image.convert("RGB").resize((QUALITY_SIDE, QUALITY_SIDE), Image.BOX, (left, top, right, bottom))
+    return np.array([field is not None, min(right - left, bottom - top),
+                     *measure_quality(np.asarray(picture), foreground_mask(picture))])
 
 
 @dataclass
@@ -196,13 +205,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (T, T, 3) of the whole picture, field, vessels (V, V), how each mask was stored, set_pixels (L,) of
-    its file or -1. The field of view is cut out, padded to a square with black, and reduced to `size` pixels with
-    antialiasing; a pixel of a mask is set if at least half of what it covers is. `field` is its longer side in pixels
-    of the file, 0 for a picture without one, which is taken whole; the vessel map is empty if it is less than
-    SMALLEST_FIELD. `image_only` leaves out the vessel map; `small` is the photograph, decoded for 512 pixels, where the
-    caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of its field
-    of view.
+    files: thumbnail (T, T, 3) of the whole picture, field, vessels (V, V), quality (6,), how each mask was stored,
+    set_pixels (L,) of its file or -1. The field of view is cut out, padded to a square with black, and reduced to
+    `size` pixels with antialiasing; a pixel of a mask is set if at least half of what it covers is. `field` is its
+    longer side in pixels of the file, 0 for a picture without one, which is taken whole; the vessel map is empty if it
+    is less than SMALLEST_FIELD. `image_only` leaves out vessel map and quality; `small` is the photograph, decoded for
+    512 pixels, where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark
+    outside of its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -247,7 +256,8 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
             "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
-            "field": np.array(field_side), "stored": np.array(stored, str), "set_pixels": set_pixels}
+            "field": np.array(field_side), "stored": np.array(stored, str), "set_pixels": set_pixels,
+            **({} if image_only else {"quality": quality(small.image, field)})}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:

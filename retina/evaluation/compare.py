@@ -66,7 +66,7 @@ def arms_of(runs: Sequence) -> list[list[int]]:
     if len(runs) == 2:
         return [[0], [1]]
     kinds = [{k: v for k, v in run.options.items() if k not in ("seed", *OF_MACHINE)} |
-             {"training photographs": run.learned_from} for run in runs]
+             {"training photographs": run.fingerprints["train"]} for run in runs]
     arms = [[i for i, kind in enumerate(kinds) if kind == first] for k, first in enumerate(kinds)
             if first not in kinds[:k]]
     arms = [sorted(arm, key=lambda i: runs[i].options["seed"]) for arm in arms]

@@ -91,7 +91,8 @@ class Predictor:
     batch: int  # of tiles
     device: torch.device
     out: Path
-    retinas: bool  # whether to refuse other pictures; False: trained on folders of classes, which may show anything
+    seen: Mapping[str, float] | None  # see quality.refusal; None: refuse nothing, as folders of classes may show anything
+    check: bool = True  # False: answer for pictures that would be refused, too, and say why they would be
 
     def read(self, path: Path, name: str) -> Photo:
         """Decode a file for each purpose: a JPEG once for each size, others once; see read_image."""
@@ -100,10 +101,12 @@ class Predictor:
         try:
             small = preprocess.read_image(path, 512)
             row |= dict(zip(("width", "height"), small.size))
-            if self.retinas and (reason := refusal(small.image)):
-                return Photo(row | {"status": "refused", "reason": reason})
+            if self.seen is not None and (reason := refusal(small.image, self.seen)):
+                if self.check:
+                    return Photo(row | {"status": "refused", "reason": reason})
+                row["reason"] = f"would be refused: {reason}"
             record, tiles = Record(name, path), self.tiles if "masks" in folders else None
-            return Photo(row, float(preprocess.foreground_mask(small.image).mean()),
+            return Photo(row, float(preprocess.foreground_mask(small.image).mean()) or 1.0,  # 1: nothing is lit
                          unlabelled_sample(record, self.size, small),
                          None if tiles is None else unlabelled_sample(record, round(self.size * tiles), small),
                          preprocess.read_image(path, 1 << 30, small).image if folders else None)
@@ -146,7 +149,8 @@ class Predictor:
             if isinstance(task, LandmarkMetrics):
                 points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in task.classes]
         if photo.picture is not None:
-            overlay(photo.picture, masks, points, [*lines, NOTE], photo.retina_share).save(
+            lines += [*filter(None, [row["reason"]]), NOTE]
+            overlay(photo.picture, masks, points, lines, photo.retina_share).save(
                 self.out / "overlays" / f"{row['name']}.png", compress_level=1)
         return row
 

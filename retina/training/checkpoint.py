@@ -261,6 +261,7 @@ class RunFolder:
 
     def open(self, saved: Mapping | None, findings: Mapping, resume: bool, overwrite: bool) -> None:
         """Begin the run, or resume from `saved`, its last.pt. InputError: it exists already; see `restore`."""
+        self.stored |= {k: findings[k] for k in ("test", "seen")}  # see data.load_datasets
         if saved is not None:
             self.restore(saved)
         elif self.world.rank == 0 and not resume:

@@ -1,6 +1,7 @@
 """Answers in the pixels of the file: geometry, tiles, what is refused, what is written, and faults."""
 
 import csv
+import json
 import math
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import data
 import evaluate
@@ -23,6 +24,7 @@ import train
 from conftest import TINY, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records, synthetic
+from retina.datasets.quality import lowest_seen
 from retina.evaluation import metrics, scoring
 from retina.files import InputError
 from retina.inference import full_size, predictor, quality
@@ -183,11 +185,61 @@ def test_what_shows_no_retina_is_refused(reason, spoil):
         assert quality.refusal(spoil(picture(i))).startswith(reason)
 
 
+def measured(pictures) -> list[np.ndarray]:
+    return [preprocess.quality(p, preprocess.field_of_view(p)) for p in pictures]
+
+
+@pytest.fixture(scope="module")
+def ordinary() -> list[np.ndarray]:
+    return measured(picture(i) for i in range(39))
+
+
+def cropped(p: Image.Image, share: float = 0.6) -> Image.Image:
+    """The largest square inside the field: no corner is dark."""
+    half = share * p.height / 2
+    return p.crop((p.width / 2 - half, p.height / 2 - half, p.width / 2 + half, p.height / 2 + half))
+
+
+ODD = {"grey": lambda p: p.convert("L").convert("RGB"),
+       "green alone": lambda p: Image.merge("RGB", [p.getchannel("G") if c == "G" else Image.new("L", p.size)
+                                                    for c in "RGB"]),
+       "green in all": lambda p: Image.merge("RGB", [p.getchannel("G")] * 3), "equalised": ImageOps.equalize,
+       "cropped": lambda p: cropped(p).resize((90, 90)), "cropped and grey": lambda p: cropped(p).convert("L"),
+       "white surround": lambda p: Image.composite(p, Image.new("RGB", p.size, "white"), p.convert("L").point(
+           lambda v: 255 * (v > 12))),
+       "dark": lambda p: ImageEnhance.Brightness(p).enhance(0.13), "tiny": lambda p: p.resize((p.width // 6, 50)),
+       "blurred": lambda p: p.filter(ImageFilter.GaussianBlur(0.03 * p.height)),
+       "black": lambda p: Image.new("RGB", p.size)}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_training_saw_is_answered_and_the_rest_refused(kind):
+    """Others of the same kind are answered for; what these do not lack is still asked for."""
+    make = ODD[kind]
+    seen = lowest_seen(measured(make(picture(i)) for i in range(12)))
+    new = [make(picture(i)) for i in range(20, 26)]
+    assert all(quality.refusal(p) for p in new) and not any(quality.refusal(p, seen) for p in new)
+    plain = Image.new("RGB", (300, 300), (150, 80, 40))
+    assert (quality.refusal(plain, seen) == "") == (kind == "black")
+    if kind in ("grey", "dark", "tiny", "blurred"):
+        assert quality.refusal(cropped(picture(30)), seen).startswith("no field of view")
+
+
+@pytest.mark.parametrize("reason,spoil", SPOILED)
+def test_a_run_of_ordinary_photographs_refuses_as_ever(reason, spoil, ordinary):
+    """Also where one in forty was spoiled: what is odd in training is not remembered."""
+    seen = lowest_seen([*ordinary, *measured([spoil(picture(39))])])
+    assert quality.refusal(spoil(picture(3)), seen) == quality.refusal(spoil(picture(3))) != ""
+    assert quality.refusal(picture(50), seen) == ""
+
+
 def test_real_photographs_are_not_refused_unless_spoiled():
     """All 467, and of every 20th the same blurred and darkened."""
     root = real_idrid("idrid")
     found = [preprocess.read_image(r.image, 512).image for r in readers.read_idrid(root).records]
     assert len(found) == 467 and [reason for image in found if (reason := quality.refusal(image))] == []
+    least = {name: least for name, (least, _) in quality.LEAST.items()}
+    assert all(quality.MARGIN * value > least[name] for name, value in lowest_seen(measured(found)).items() if name != "field")
     for image in found[::20]:
         for _, spoil in SPOILED[:4]:  # a dark photograph made darker may not even show its field
             assert quality.refusal(spoil(image))
@@ -317,10 +369,47 @@ def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypat
     assert not list((out / "overlays").glob("[abc]_*"))
 
 
-def test_only_refused_ones_still_leave_a_table(run, tmp_path, monkeypatch):
+def test_only_refused_ones_still_leave_a_table_and_are_a_failure(run, tmp_path, monkeypatch):
     Image.new("RGB", (90, 60)).save(tmp_path / "black.png")
-    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 0
+    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 1
     assert [r["status"] for r in rows_of(tmp_path / "out")] == ["refused"]
+
+
+def test_without_the_check_all_are_answered_and_the_reason_is_kept(run, pictures, tmp_path, monkeypatch, capsys):
+    """Also for a picture in which nothing is lit, of which an area would be a share of nothing."""
+    Image.new("RGB", (90, 60)).save(pictures / "black.png")
+    assert call(monkeypatch, run, "--images", pictures, "--out", tmp_path / "out", "--no-quality-check") == 0
+    black, *rest = rows_of(tmp_path / "out")
+    assert black["status"] == "answered" and black["reason"].startswith("would be refused: no field of view found")
+    assert black["grade"] in "01234" and 0 <= float(black["area_OD"]) <= 1
+    assert [(r["status"], r["reason"]) for r in rest] == [("answered", "")] * 2
+    printed = capsys.readouterr()
+    assert "3 of 3 photographs answered for, 0 refused" in printed.out and "black.png: would be refused" in printed.err
+    with pytest.raises(InputError, match="--no-quality-check: only new photographs are checked"):
+        call(monkeypatch, run, "--no-quality-check")
+
+
+def test_a_run_answers_for_what_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    """Grey crops without a dark corner: said in training, stored as numbers, and no reason to refuse afterwards."""
+    rows = ["image,grade"]
+    for i in range(14):
+        cropped(picture(i)).convert("L").save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{i % 5}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "labels.csv"), epochs=1, num_experts=0, fold="1/2"),
+              tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert f"{stored['without_field_of_view']} training photographs have no field of view" in capsys.readouterr().out
+    assert 5 <= stored["without_field_of_view"] <= 9 and stored["seen"]["redness"] == pytest.approx(1)
+    assert evaluate.load_run(tmp_path / "run", CPU).seen == stored["seen"]
+    for i in range(20, 22):
+        cropped(picture(i)).convert("L").save(tmp_path / f"new{i}.png")
+    picture(22).save(tmp_path / "new22.png")  # and for ordinary photographs
+    Image.new("RGB", (90, 90), (60, 60, 60)).save(tmp_path / "new23.png")
+    new = sorted(tmp_path.glob("new*"))
+    assert call(monkeypatch, tmp_path / "run", "--images", *new, "--out", tmp_path / "out") == 0
+    assert [r["status"] for r in rows_of(tmp_path / "out")] == ["answered"] * 3 + ["refused"]
+    assert rows_of(tmp_path / "out")[3]["reason"].startswith("nothing to be seen")
 
 
 def test_rows_are_on_disk_before_the_end(tmp_path):
@@ -392,7 +481,7 @@ def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, til
     maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
         loaded.calibration["seg"][lesion] = float(map_.quantile(0.9))
-    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", True)
+    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", {})
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
     answered = [row for row in found if row["status"] == "answered"]
@@ -416,7 +505,7 @@ def test_a_file_is_decoded_once_at_each_scale(run, mixed_files, tmp_path, monkey
         return really(path)
     monkeypatch.setattr(preprocess, "open_image", counted)
     predictor.predict_all(predictor.Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU,
-                                              tmp_path / "out", True), paths)
+                                              tmp_path / "out", {}), paths)
     assert Counter(opened) == {"large0.jpg": most, "large1.jpg": most, "small.png": 1, "black.png": 1,
                                "broken.jpg": 1}
 
