@@ -49,7 +49,7 @@ class Run:
     options: dict
     epoch: int
     validation: list[str]  # names of the photographs that it was chosen on
-    calibration: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
+    calibration: dict[str, dict]  # on them: temperatures and thresholds, by task
     learned_from: str | None  # fingerprint of the training photographs, see data.py
 
 
@@ -88,7 +88,7 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     would move the cut. The training split ("train") is cut again, and has none of them. InputError: one of the names
     is not below `root`, or none has a label for the run's tasks, or the data set has other classes than the run.
     """
-    found = read_data(root)
+    found = read_data(root, run.options["classes"])
     if list(found.classes) != run.options["classes"]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
@@ -233,7 +233,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
         content["full_size"] = measured(full) | {"tiles": args.tiles}
-    print("\n".join(calibration_line(run) for run in runs))
+    print("\n".join(calibration_line(run.calibration) for run in runs))
     if args.split == "val":
         print("the checkpoint, temperatures and thresholds (temperature-scaled, calibrated, referable) were chosen on "
               "these photographs: optimistic")
@@ -261,7 +261,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
                           retinas=not run.options["classes"])
-    print("\n".join([*notes, calibration_line(run)]))
+    print("\n".join([*notes, calibration_line(run.calibration)]))
     try:
         rows = predict_all(predictor, paths)
     except KeyboardInterrupt:
@@ -302,7 +302,7 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
 
     def write(name, content):
         head = {"split": args.split, "data": args.data or runs[0].options["data"] or "drawn", "epoch": runs[0].epoch}
-        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1))
+        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1), encoding="utf-8")
         written.append(f"{name}{suffix}.json")
 
     photographs, scores, full = zip(*(score_run(run, args, device) for run in runs))
@@ -313,7 +313,7 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
     for arm in zip(*members):
         content = report(*arm, args)
     if len(runs) == 1:
-        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0])
+        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0], runs[0].calibration)
         written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
         if runs[0].net.experts is not None:
