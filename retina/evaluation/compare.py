@@ -108,7 +108,7 @@ def calibration_line(calibration: Mapping[str, Mapping]) -> str:
     """A run's temperatures and thresholds in words, and which of them were not fitted."""
     fitted = (f"{task} " + " ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "few")
               for task, values in calibration.items() if values)
-    few = [f"{task} {k} ({n} photographs, fitted from {least} on)" for task, values in calibration.items()
-           for k, (n, least) in values.get("few", {}).items()]
+    few = [f"{task} " + " ".join(f"{k} {n} of {least}" for k, (n, least) in values["few"].items())
+           for task, values in calibration.items() if "few" in values]
     return "\n".join([f"temperatures and thresholds, calibrated on validation: {'; '.join(fitted)}",
-                      *[f"kept as they are, since few photographs show them: {', '.join(few)}"] * bool(few)])
+                      *[f"not fitted, for want of photographs, of which it takes: {'; '.join(few)}"] * bool(few)])
