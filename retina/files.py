@@ -50,6 +50,10 @@ class RunError(OneLine, RuntimeError):
     """What ends a run that was set up well: a number that is not finite, lack of memory, a killed process."""
 
 
+class NotFiniteError(RunError):
+    """A network's output is not finite, so nothing is answered."""
+
+
 def home() -> Path:
     """The folder of data/ and runs/: what the environment variable RETINA_HOME names, else the project's own."""
     return Path(os.path.abspath(os.path.expanduser(os.environ.get("RETINA_HOME") or Path(__file__).parents[1])))
