@@ -249,8 +249,9 @@ def count_classes(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, dict[str
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
     """Training and validation photographs, and findings: leaks, classes, contradicting labels, notes, and what later
+    photographs are held against: the fingerprint of the test split, the lowest quality that training sees.
 
-    photographs are held against: the fingerprint of the test split, the lowest quality that training sees. `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task, or
+    `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task, or
     nothing is left of its labels in training.
     """
     root = None if config.data is None else Path(config.data)

@@ -17,7 +17,7 @@ from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
 from retina.datasets.vessels import SMALLEST_FIELD, VESSEL_SIDE, vessel_map
-from retina.files import SIDEWAYS, InputError, open_image, orientation
+from retina.files import SIDEWAYS, InputError, channel_bits, open_image, orientation, page_count
 
 
 # S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map, T side of a thumbnail
@@ -104,7 +104,7 @@ class Decoded:
 
 
 def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Decoded:
-    """Decode a photograph. InputError: not readable, or more than 8 bits a channel.
+    """Decode a photograph. InputError: not readable, more than 8 bits a channel, or more than one page.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side has `min_side` pixels: that
     saves nine tenths of the time, and loses nothing as long as the picture is reduced afterwards. `decoded` is the same
@@ -113,8 +113,10 @@ def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Dec
     if decoded is not None and decoded.extent == decoded.size:
         return decoded
     with open_image(path) as image:
-        if image.mode[0] in "IF":
-            raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
+        if (bits := channel_bits(image)) > 8:
+            raise InputError(f"{path}: {bits} bits a channel; expected 8: convert it, scaled to its brightest value")
+        if (pages := page_count(image)) > 1:
+            raise InputError(f"{path}: {pages} pages; expected one: save the one to use as a file of its own")
         size, turned = image.size, orientation(image)
         zoom = min_side / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
