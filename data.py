@@ -282,10 +282,10 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
             raise InputError(f"--tasks {t}: at {config.image_size} px no training photograph shows any of "
                              f"{' '.join(counts)}; expected some; look at {root} with data.py, or train at a larger "
                              "--image-size")
-    # as evaluate.py takes them: another order in a table makes no other photographs of them
-    test_set = FundusDataset(sorted(test, key=lambda r: r.name), config.image_size)
+    # as evaluate.py takes them: another order in a table makes no other photographs of them; drawings never change
+    test_set = [] if root is None else sorted(test, key=lambda r: r.name)
     measured = datasets["training"].quality()
-    findings |= {"test": test_set.fingerprint(), "seen": lowest_seen(measured),
+    findings |= {"test": FundusDataset(test_set, config.image_size).fingerprint(), "seen": lowest_seen(measured),
                  "without_field_of_view": sum(not field for field, *_ in measured)}
     return *datasets.values(), findings
 

@@ -130,6 +130,8 @@ def not_its_own(run: Run, root: Path | None, split: str, photographs: FundusData
 
     It names the data set and, since two may have one name, tells its photographs and labels apart.
     """
+    if root is None and run.options["data"] is None:
+        return ""
     found = photographs.fingerprint()
     name = "drawn" if root is None else root.absolute().stem[:60]
     return "" if found == run.fingerprints[split] else f"_{name}_{found[:8]}"
