@@ -20,18 +20,19 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
-CACHE_VERSION = 6  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
+CACHE_VERSION = 7  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
 def input_files(record: Record) -> list[tuple[Path, int, int]]:
     """The files that preprocess() reads, each with its size in bytes and its time of modification in ns."""
-    paths = [record.image, *filter(None, (record.masks or {}).values())] if record.drawing is None else []
+    masks = dict.fromkeys(m.path for m in (record.masks or {}).values() if m)  # one file may hold several
+    paths = [record.image, *masks] if record.drawing is None else []
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
 def cache_path(record: Record, size: int) -> Path:
     """The cache file of a record: its name changes with every input that preprocess() reads."""
-    lesions = sorted(lesion for lesion, path in (record.masks or {}).items() if path is not None)
+    lesions = sorted((lesion, str(m.path.resolve()), m.values) for lesion, m in (record.masks or {}).items() if m)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:

@@ -8,6 +8,7 @@ import numpy as np
 
 from retina.datasets import cache, splits
 from retina.datasets.cache import cached_arrays, read_or_none, ensure_cached, write_arrays
+from retina.datasets.masks import Meaning, check_meanings
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
 from retina.datasets.vessels import COARSE_VIEWS, FINE_VIEWS, REACH, SCREENING_SCORE, same_eye_scores
@@ -52,6 +53,14 @@ class Comparison:
         return splits.join_copies(splits.name_eyes(records, self.same_eye()), self.copies.tolist(), self.sizes.tolist())
 
 
+def check_masks(records: Sequence[Record], size: int) -> None:
+    """InputError: mask files of a data set contradict each other, see masks.check_meanings."""
+    masked = [r for r in records if r.drawing is None and any((r.masks or {}).values())]
+    check_meanings([(r.where, lesion, r.masks[lesion], Meaning(*meaning))
+                    for r, path in zip(masked, ensure_cached(masked, size))
+                    for lesion, *meaning in cached_arrays(r, path, size, "stored")[0].tolist()])
+
+
 def compare(records: Sequence[Record], size: int) -> Comparison:
     """Compare all photographs with each other, from their arrays in the cache; the result is cached too.
 
@@ -62,6 +71,7 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
         none = np.zeros((0, 2), int)
         return Comparison(none, none, np.zeros(0), np.full((len(records), 2), DRAWN_SIDE))
     paths = ensure_cached(records, size)
+    check_masks(records, size)
     settings = COPY_RMSE, SCREENING_SCORE, REACH, COARSE_VIEWS, FINE_VIEWS
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
     stored, names = cache.CACHE / f"eyes_{key[:32]}.npz", [f.name for f in fields(Comparison)]
@@ -79,4 +89,7 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
 
 def find_eyes(records: Sequence[Record], size: int, ignore: bool = False) -> tuple[list[Record], list[Conflict]]:
     """Compare all photographs and join copies, see Comparison.join; `ignore`: as if each showed an eye of its own."""
-    return ([replace(r, eye=r.name) for r in records], []) if ignore else compare(records, size).join(records)
+    if ignore:
+        check_masks(records, size)
+        return [replace(r, eye=r.name) for r in records], []
+    return compare(records, size).join(records)

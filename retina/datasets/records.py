@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from retina.datasets.masks import MaskFile, check_distinct, split_cell
 from retina.datasets.synthetic import LESIONS
-from retina.files import InputError, image_size
+from retina.files import InputError, exif_orientation, image_size, open_image, shown_size
 
 
 HERE = Path(__file__).parents[2]  # the project's folder: data/ and runs/ lie in it
@@ -58,9 +59,13 @@ class TableRow:
         """The name of a cell in error messages."""
         return f"{self.where}: {column} of {self.cells['image']}"
 
-    def file(self, column: str) -> Path:
-        """The file that a cell names. InputError: it is not there, or not below the table's folder."""
-        within, what = Path(os.path.normpath(self.cells[column])), f"{self.where}: {column} {self.cells[column]!r}"
+    def file(self, column: str, cell: str | None = None) -> Path:
+        """The file that a cell, or the part of it that is given, names.
+
+        InputError: it is not there, or not below the table's folder.
+        """
+        within = Path(os.path.normpath(self.cells[column] if cell is None else cell))
+        what = f"{self.where}: {column} {self.cells[column]!r}"
         file = self.folder / within
         if within.is_absolute() or within.parts[:1] == ("..",):
             raise InputError(f"{what}: leads out of {self.folder}; expected a path below the folder of the table; move "
@@ -258,7 +263,7 @@ class LandmarkLabel(Label):
 
 @dataclass(frozen=True)
 class MaskLabel(Label):
-    """Masks, {lesion: file, or None where it was looked for and is not there}; an absent one is unknown.
+    """Masks, {lesion: MaskFile, or None where it was looked for and is not there}; an absent one is unknown.
 
     In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a lesion. preprocess.preprocess reads the files.
     """
@@ -271,8 +276,15 @@ class MaskLabel(Label):
                              "another lesion class in it, or a label that is no picture")
 
     def read(self, row):
-        return {lesion: None if row.cells[column].lower() == "none" else row.file(column)
-                for lesion, column in zip(self.lesions, self.columns) if row.cells[column]} or None
+        masks = {}
+        for lesion, column in zip(self.lesions, self.columns):
+            if row.cells[column].lower() == "none":
+                masks[lesion] = None
+            elif row.cells[column]:
+                name, values = split_cell(row.cells[column], row.folder, f"{row.where}: {column}")
+                masks[lesion] = MaskFile(row.file(column, name), values)
+        check_distinct(masks, row.where)
+        return masks or None
 
     def join(self, known, sizes, size):
         """The first mask file among copies of the size of the one that stays: masks belong to pixels. Else "none"."""
@@ -333,8 +345,10 @@ def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | 
         raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
     size = image_size(image)
     if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
-        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {size[0]}x{size[1]} pixels; expected "
-                         "pixels of the image file")
+        with open_image(image) as file:
+            shown = shown_size(size, exif_orientation(file))
+        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {shown} pixels; expected pixels of "
+                         "the image file, as a viewer shows it")
     return point
 
 
