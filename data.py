@@ -225,10 +225,21 @@ def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device:
 
 # ---- training and validation ----
 
-def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
-    """Training and validation photographs, and findings: leaks, and labels that contradict each other.
+def count_classes(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
+    """{task: {class: how many photographs have it}}, as targets say, which is what losses and measures see."""
+    counts = {t.name: {} for t in tasks}
+    for sample in (dataset[i] for i in range(len(dataset))):
+        for t in (t for t in tasks if t.labelled(sample)):
+            for name, has in t.classes_in(t.target(sample)).items():
+                counts[t.name][name] = counts[t.name].get(name, 0) + has
+    return counts
 
-    `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task.
+
+def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
+    """Training and validation photographs, and findings: leaks, counts of classes, contradicting labels.
+
+    `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task, or
+    nothing is left of its labels in training.
     """
     root = None if config.data is None else Path(config.data)
     records = readers.read_data(root).records
@@ -246,7 +257,15 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
                 "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts]}
-    return FundusDataset(training, config.image_size), FundusDataset(validation, config.image_size), findings
+    datasets = {name: FundusDataset(records, config.image_size)
+                for name, records in (("training", training), ("validation", validation))}
+    findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}
+    for t, counts in findings["counts"]["training"].items():
+        if counts and not any(counts.values()):
+            raise InputError(f"--tasks {t}: at {config.image_size} px no training photograph shows any of "
+                             f"{' '.join(counts)}; expected some; look at {root} with data.py, or train at a larger "
+                             "--image-size")
+    return *datasets.values(), findings
 
 
 # ---- command line ----

@@ -256,7 +256,7 @@ def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, 
 
 
 def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> None:
-    """--images: predict, and say what happened; exit status 1 if a file could not be read."""
+    """--images: predict, and say what happened; exit status 1 if a file could not be read, or an answer is not finite."""
     paths, notes = find_photographs(args.images)
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
@@ -273,8 +273,8 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
             print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
     written = ", ".join(["predictions.csv", *(picture_folders(run.tasks) if number["answered"] else [])])
     print(f"{number['answered']} of {len(rows)} photographs answered for, {number['refused']} refused, "
-          f"{number['unreadable']} unreadable; wrote {written} to {args.out}\n{NOTE}")
-    if number["unreadable"]:
+          f"{number['unreadable']} unreadable, {number['failed']} failed; wrote {written} to {args.out}\n{NOTE}")
+    if number["unreadable"] or number["failed"]:
         sys.exit(1)
 
 

@@ -19,7 +19,7 @@ import model
 from model import ClassifierHead, FeatureSpec, LandmarkHead, MaskHead, Net, NetConfig
 from retina.datasets.records import LABELS, UNKNOWN
 from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
-from retina.files import InputError
+from retina.files import InputError, NotFiniteError
 from retina.training import precision
 
 
@@ -55,6 +55,12 @@ class Task(TaskMetrics):
     def decode(self, output: Tensor) -> Tensor:
         """Raw output -> prediction in human units (n, ...): probabilities, masks, landmarks."""
         raise NotImplementedError
+
+    def answer(self, output: Tensor) -> Tensor:
+        """The same as `decode`. NotFiniteError: it is not finite, and nothing is made of nan."""
+        if not output.isfinite().all():
+            raise NotFiniteError(f"the network's output for {self.name} is not finite; train it again with a lower --lr")
+        return self.decode(output)
 
 
 # ---- classes ----

@@ -179,7 +179,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
 
     With `resume`, the run in `folder` goes on from its last.pt and ends as if it had never been stopped. InputError:
     data or configuration cannot be used, or a file was removed during training. RunError: a loss is not finite (see
-    LossMonitor.check), a process was lost, memory ran out.
+    LossMonitor.check), no epoch answered with finite numbers, a process was lost, memory ran out.
     """
     check_world(config, world)
     quiet = quiet or world.rank > 0
@@ -191,8 +191,9 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
         pretrained.start_from(net, config.encoder_weights, config.encoder)
     with world.main_process_first():
         train_set, val_set, findings = data.load_datasets(config, tasks)
+    telling = [t for t in tasks if t.tells_apart(findings["counts"]["validation"][t.name])]
     if not quiet:
-        print(describe_split(train_set.records, val_set.records, findings, tasks, config.fold))
+        print(describe_split(train_set.records, val_set.records, findings, tasks, telling, config))
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
                                          config.batch_size, config.seed, config.augment, tasks)
     steps = config.epochs * sampler.per_epoch
@@ -218,8 +219,8 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
             if stop.agree(device):
                 raise KeyboardInterrupt
             val_batches = data.eval_loader(val_set, tasks, config.batch_size, world)
-            run.end_epoch(scoring.evaluate_split(net, val_batches, tasks, world=world), tasks,
-                          sampler.per_epoch * sampler.photographs_per_step)
+            scores = scoring.evaluate_split(net, val_batches, tasks, world=world, strict=False)
+            run.end_epoch(scores, tasks, telling, sampler.per_epoch * sampler.photographs_per_step)
         return run.finish()
 
 

@@ -48,6 +48,10 @@ class RunError(OneLine, RuntimeError):
     """What ends a run that was set up well: a number that is not finite, lack of memory, a killed process."""
 
 
+class NotFiniteError(RunError):
+    """A network's output is not finite, so nothing is answered."""
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a program's main function; what goes wrong becomes one line on stderr and an exit status, no traceback."""
     try:

@@ -25,6 +25,7 @@ from retina import files
 from retina.datasets import readers, records, splits, synthetic
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
+from retina.inference import full_size
 from tasks import TASKS
 from train import LossWeights
 
@@ -204,10 +205,140 @@ def test_a_validation_split_of_ones_own_is_no_fold(tmp_path):
     training, validation, findings = data.load_datasets(replace(options, data=str(tmp_path / "u.csv")),
                                                         [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
-    text = splits.describe_split(training.records, validation.records, findings, [TASKS["cls"]], options.fold)
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["cls"]], [], options)
     assert "1 photographs of the training split show an eye of the validation split: left out" in text
+    assert "   cls  0: 1 + 0  1: 1 + 1  2: 0 + 0  3: 0 + 0  4: 0 + 0" in text
+    assert "warning: training has no photograph of cls 2, cls 3, cls 4: these are never learned" in text
+    assert "cannot tell checkpoints apart for cls" in text and text.endswith("chosen by the loss on validation")
     with pytest.raises(InputError, match="--fold 1/5: .*t.csv names its own validation split; leave --fold out"):
         train.configure(["--data", str(tmp_path / "t.csv"), "--fold", "1/5"])
+
+
+# ---- which checkpoint ----
+
+def validated_by(monkeypatch, keeps) -> None:
+    """Of the drawn photographs, those validate that "keeps" says of their record; the others train."""
+    found = [replace(r, split="val" if keeps(r) else "train") for r in readers.read_drawn().records if r.split != "test"]
+    monkeypatch.setattr(readers, "read_data", lambda _: records.DataSet(found))
+
+
+def test_one_grade_in_validation_chooses_by_loss(tmp_path, monkeypatch, capsys):
+    """Kappa is 0 whatever is learned: the first of all epochs would be as good as the last."""
+    validated_by(monkeypatch, lambda r: r.grade == 2)
+    result = train.fit(replace(TINY, tasks=("cls",), epochs=4, lr=3e-3), tmp_path / "run")
+    text = capsys.readouterr().out
+    assert "warning: the validation split cannot tell checkpoints apart for cls, whose photographs" in text
+    assert "they are chosen by the loss on validation" in text and "| score -" in text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["val"]["cls"]["loss"] for line in lines]
+    assert result["epoch"] == 1 + int(np.argmin(losses)) and result["score"] is None
+    assert [line["best"] for line in lines] == [loss == min(losses[:i + 1]) for i, loss in enumerate(losses)]
+
+
+def test_no_lesion_in_validation_leaves_masks_out_of_the_score(tmp_path, monkeypatch, capsys):
+    chosen = [r.name for r in readers.read_drawn().records if not any(
+        lesion.lesion_class != "OD" for lesion in synthetic.plan(*r.drawing).lesions)][:4]
+    graded = [r.name for r in readers.read_drawn().records if r.grade == 4][:2]
+    validated_by(monkeypatch, lambda r: r.name in chosen + graded)
+    monkeypatch.setattr(tasks.Lesions, "labelled", lambda self, r: r.name not in graded and "masks" in r.labels)
+    result = train.fit(replace(TINY, epochs=1), tmp_path / "run")
+    assert "apart for seg, whose photographs there have too few classes; they are chosen by cls alone" in \
+        capsys.readouterr().out
+    values = result["metrics"]
+    assert math.isnan(values["seg"]["dice"]) and values["seg"]["dice_OD"] >= 0
+    assert result["score"] == values["cls"]["kappa"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["seg"]["dice"] is None
+
+
+def test_equal_scores_go_to_the_lower_loss():
+    state, _, _ = state_and_batch()
+    kept = [state.end_epoch(score, {"cls": {"loss": one}, "seg": {"loss": other}, "joint": {}}, {})
+            for score, one, other in ((0.5, 3, 1), (0.5, 1, 4), (0.5, 1, 2), (0.4, 0, 0), (0.6, 9, 9), (0.6, 9, 9))]
+    assert kept == [True, False, True, False, True, False]
+    assert (state.best["epoch"], state.best["loss"], state.epoch) == (5, 9, 6)
+
+
+def test_masks_too_small_for_the_network_are_counted_as_they_reach_it(tmp_path):
+    """Of four masks of microaneurysms, 2 pixels wide in 512, one is 64 wide: at 32 px only that one is left."""
+    for i in range(4):
+        Image.fromarray(synthetic.render(synthetic.plan(3, i), 512)[0]).save(tmp_path / f"{i}.png")
+        mask = np.zeros((512, 512), np.uint8)
+        mask[250:(314 if i == 0 else 252), 250:(314 if i == 0 else 252)] = 255
+        Image.fromarray(mask).save(tmp_path / f"{i}_ma.png")
+    (tmp_path / "t.csv").write_text("image,mask_ma,split\n" + "".join(
+        f"{i}.png,{i}_ma.png,{'val' if i > 2 else ''}\n" for i in range(4)))
+    options = replace(TINY, tasks=("seg",), data=str(tmp_path / "t.csv"))
+    training, validation, findings = data.load_datasets(options, [TASKS["seg"]])
+    assert findings["counts"] == {"training": {"seg": {"MA": 1}}, "validation": {"seg": {"MA": 0}}}
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], [], options)
+    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA 2 show none at 32 px; a larger --image-size" in text
+
+
+def test_nothing_left_of_the_labels_is_said_before_training(monkeypatch):
+    """Points that all lie outside of the picture would have trained on nothing, with a loss of 0."""
+    few = [replace(r, labels={"landmarks": {"disc": (5000.0, 5.0), "fovea": (5.0, 5000.0)}})
+           for r in readers.read_drawn().records]
+    monkeypatch.setattr(readers, "read_data", lambda _: records.DataSet(few))
+    with pytest.raises(InputError, match="--tasks loc: at 32 px no training photograph shows any of disc fovea"):
+        data.load_datasets(replace(TINY, tasks=("loc",)), [TASKS["loc"]])
+
+
+# ---- outputs that are not finite ----
+
+@pytest.fixture
+def not_finite(monkeypatch):
+    """In evaluation mode a task's head answers nan while these are true, one for each pass: set(task, passes)."""
+    def set_(task, passes):
+        passes, decode = list(passes), type(TASKS[task]).head
+
+        def head(self, spec):
+            layer = decode(self, spec)
+            forward = layer.forward
+            layer.forward = lambda maps: forward(maps) * (math.nan if not layer.training and passes[0] else 1)
+            return layer
+        monkeypatch.setattr(type(TASKS[task]), "head", head)
+        score = scoring.evaluate_split
+
+        def evaluate_split(*arguments, **how):
+            try:
+                return score(*arguments, **how)
+            finally:
+                passes.pop(0)
+        monkeypatch.setattr(scoring, "evaluate_split", evaluate_split)
+    return set_
+
+
+@pytest.mark.parametrize("task", ["cls", "seg"])
+def test_an_epoch_without_finite_outputs_is_never_chosen(tmp_path, capsys, not_finite, task):
+    not_finite(task, [True, False, True])
+    result = train.fit(replace(TINY, epochs=3), tmp_path / "run")
+    text = capsys.readouterr().out
+    assert result["epoch"] == 2 and f"warning: epoch 1: the network's output for {task} is not finite on 6 photo" in text
+    assert [line.count("not chosen") for line in text.splitlines() if "warning" in line] == [1, 1]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["best"] for line in lines] == [False, True, False]
+    assert [bool(line["val"]) for line in lines] == [False, True, False]
+
+
+def test_a_run_without_a_finite_epoch_ends_in_one_line(tmp_path, not_finite):
+    not_finite("cls", [True, True])
+    with pytest.raises(RunError, match="run: in none of 2 epochs were all outputs on validation finite.*lower --lr"):
+        train.fit(TINY, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "best.pt").exists() and not (tmp_path / "run" / "result.json").exists()
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_network_without_finite_outputs_is_not_scored(tmp_path):
+    train.fit(TINY, tmp_path / "run", quiet=True)
+    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    photographs = data.FundusDataset(readers.read_drawn().records[:3], 32)
+    batches = data.eval_loader(photographs, run.tasks, 2)
+    with torch.no_grad():
+        run.net.heads["cls"].get_parameter("linear.bias")[0] = math.inf
+    with pytest.raises(files.NotFiniteError, match="for cls is not finite on 3 photographs .first: drawn/0_0000.*--lr"):
+        scoring.evaluate_split(run.net, batches, run.tasks)
+    with pytest.raises(files.NotFiniteError, match="the network's output for cls is not finite"):
+        full_size.predict_sample(run.net, run.tasks, photographs[0].image, torch.device("cpu"))
 
 
 def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):

@@ -37,7 +37,8 @@ def cache_path(record: Record, size: int) -> Path:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
         inputs = [(str(path.resolve()), *rest) for path, *rest in input_files(record)]
-    name = hashlib.sha256(repr((size, record.masks is not None, lesions, inputs)).encode()).hexdigest()
+    points = sorted((record.landmarks or {}).items())  # which preprocess() checks
+    name = hashlib.sha256(repr((size, record.masks is not None, lesions, points, inputs)).encode()).hexdigest()
     return CACHE / name[:2] / f"{name[2:34]}.npz"
 
 
@@ -125,6 +126,18 @@ def ensure_cached(records: Sequence[Record], size: int) -> list[Path]:
     for problem in build_cache(records, size).values():
         raise InputError(problem)
     return [cache_path(r, size) for r in records]
+
+
+def drop_black_masks(records: Sequence[Record], size: int) -> list[Record]:
+    """The records with None, "looked for and not there", in place of mask files in which no pixel is set."""
+    filed = [r for r in records if r.image and any((r.masks or {}).values())]
+    found = {}
+    for record, path in zip(filed, ensure_cached(filed, size)):
+        (stored,) = cached_arrays(record, path, size, "stored")
+        there = {lesion for lesion, _, values, _ in stored.tolist() if values}
+        found[record.name] = record.with_labels(masks={
+            lesion: file if lesion in there else None for lesion, file in record.masks.items()})
+    return [found.get(r.name, r) for r in records]
 
 
 SAMPLE = "image", "masks", "geometry"  # the arrays that make a sample

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from retina.datasets import cache, splits
-from retina.datasets.cache import cached_arrays, read_or_none, ensure_cached, write_arrays
+from retina.datasets.cache import cached_arrays, drop_black_masks, ensure_cached, read_or_none, write_arrays
 from retina.datasets.masks import Meaning, check_meanings
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
@@ -88,8 +88,11 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
 
 
 def find_eyes(records: Sequence[Record], size: int, ignore: bool = False) -> tuple[list[Record], list[Conflict]]:
-    """Compare all photographs and join copies, see Comparison.join; `ignore`: as if each showed an eye of its own."""
+    """Compare all photographs and join copies, see Comparison.join; `ignore`: as if each showed an eye of its own.
+
+    A black mask file counts as a mask that says "none".
+    """
     if ignore:
         check_masks(records, size)
-        return [replace(r, eye=r.name) for r in records], []
-    return compare(records, size).join(records)
+        return [replace(r, eye=r.name) for r in drop_black_masks(records, size)], []
+    return compare(records, size).join(drop_black_masks(records, size))

@@ -124,6 +124,27 @@ def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Dec
 
 # ---- a record ----
 
+def check_landmarks(points: Mapping[str, Sequence[float]], path: Path, small: Decoded, box: Sequence[float]) -> None:
+    """InputError: one of the points, in pixels of the file, lies outside of the photograph's lit field.
+
+    It must lie in the `box` of the field (left, top, right, bottom), with light on both sides in its row and in its
+    column, each taken as 4 % of the picture's width thick: a fovea is dark, and a disc may lie at the edge.
+    """
+    lit = foreground_mask(small.image)
+    reach, size = round(0.02 * lit.shape[1]), lit.shape[::-1]
+    scale = np.divide(small.extent, small.size) * np.divide(size, small.image.size)
+    for name, point in points.items():
+        x, y = np.clip(point * scale, 0, np.subtract(size, 1)).astype(int)
+        row, column = lit[max(0, y - reach):y + reach + 1].any(0), lit[:, max(0, x - reach):x + reach + 1].any(1)
+        sides = row[:x + 1], row[x:], column[:y + 1], column[y:]
+        if not all(map(np.any, sides)) or not all(a <= v <= b for a, v, b in zip(box, point, box[2:])):
+            left, top, right, bottom = np.round(box).astype(int)
+            raise InputError(
+                f"the {name} of {path} is at ({point[0]:g}, {point[1]:g}), outside of its lit field, which lies in x "
+                f"{left} to {right}, y {top} to {bottom}; expected pixels of this file; scale points of a larger or "
+                "uncropped original, leave both cells empty where it is not there")
+
+
 def preprocess(record: Record, size: int, image_only: bool = False,
                small: Decoded | None = None) -> dict[str, np.ndarray]:
     """Decode one record into the arrays of its cache file.
@@ -132,7 +153,8 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     files: thumbnail (89, 134, 3), vessels (V, V), stored (m, 4), the lesion and the Meaning of each mask file. The
     field of view is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; a pixel of
     a mask is set if at least half of what it covers is. A picture without a field of view is taken whole. `image_only`
-    leaves out the vessel map; `small` is the photograph, decoded for 512 pixels, where the caller has it.
+    leaves out the vessel map; `small` is the photograph, decoded for 512 pixels, where the caller has it. InputError: a
+    file that cannot be read, no mask of this photograph, a landmark outside of its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -145,6 +167,8 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     field = field_of_view(small.image)
     share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
+    if field:
+        check_landmarks(record.landmarks or {}, record.image, small, box)
 
     def place(size):  # of the box on a square canvas: left, top, width, height
         scale = size / max(box[2] - box[0], box[3] - box[1])

@@ -137,6 +137,10 @@ class Label:
         """By what of a value, or of None, folds are stratified."""
         return value is not None
 
+    def classes(self, value: Any) -> Sequence:
+        """What of a value training must not lack: of each class at least one eye is trained on, whatever the fold."""
+        return [True]
+
     def display(self, value: Any, classes: Sequence[str]) -> Any:
         """A value in reports; `classes` are the names of the data set's own classes."""
         return value
@@ -172,6 +176,9 @@ class ClassLabel(Label):
 
     def stratum(self, value):
         return value
+
+    def classes(self, value):
+        return [value]
 
     def display(self, value, classes):
         return value if self.number else classes[value]
@@ -250,6 +257,9 @@ class LandmarkLabel(Label):
                 conflicts.append(Conflict(landmark, tuple(places), values, points[landmark]))
         return points, conflicts
 
+    def classes(self, value):
+        return list(value)
+
     def to_sample(self, value, arrays, place, size):
         points = np.array([value.get(name, (math.nan, math.nan)) for name in self.landmarks])
         return inside(torch.from_numpy(place(points)).float(), size)
@@ -287,16 +297,19 @@ class MaskLabel(Label):
         return masks or None
 
     def join(self, known, sizes, size):
-        """The first mask file among copies of the size of the one that stays: masks belong to pixels. Else "none"."""
+        """The first mask file among copies of this size, as masks belong to pixels; without any file, "none".
+
+        A lesion whose only files are of another size is unknown here.
+        """
         masks, conflicts = {}, []
         for lesion in dict.fromkeys(k for value in known.values() for k in value):
-            files = {name: value[lesion] for name, value in known.items()
-                     if lesion in value and tuple(sizes[name]) == tuple(size)}
-            if files:
-                masks[lesion] = next(filter(None, files.values()), None)
-            if len(set(files.values())) > 1:
-                values = tuple("none" if path is None else str(path) for path in files.values())
-                conflicts.append(Conflict(lesion, tuple(files), values, str(masks[lesion])))
+            files = {name: value[lesion] for name, value in known.items() if lesion in value}
+            here = {name: path for name, path in files.items() if not path or tuple(sizes[name]) == tuple(size)}
+            if any(here.values()) or not any(files.values()):
+                masks[lesion] = next(filter(None, here.values()), None)
+                if len(set(here.values())) > 1:
+                    values = tuple("none" if path is None else str(path) for path in here.values())
+                    conflicts.append(Conflict(lesion, tuple(here), values, str(masks[lesion])))
         return masks or None, conflicts
 
     def to_sample(self, value, arrays, place, size):
@@ -311,6 +324,9 @@ class MaskLabel(Label):
     def from_tv_tensor(self, value, before):
         """An unknown mask stays unknown, borders included; a known one is 0 where it has moved away."""
         return torch.where(before[:, :1, :1] == UNKNOWN, UNKNOWN, value.as_subclass(Tensor))
+
+    def classes(self, value):
+        return [lesion for lesion, path in value.items() if path]
 
     def fingerprint(self, value):
         return sorted(value)
@@ -337,18 +353,26 @@ def number(text: str) -> float:
 
 
 def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | None:
-    """A point from its two cells; None where both are empty. InputError: no number, only one, outside its image."""
+    """A point from its two cells; None where both are empty.
+
+    InputError: no number, only one, outside its image, in the image's corner, where no landmark is but shares of the
+    sides are, and zeros for "not there".
+    """
     if not x and not y:
         return None
     point = number(x), number(y)
+    absent = "leave both cells empty where it is not there"
     if not all(map(math.isfinite, point)):
-        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
+        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file; {absent}")
+    if max(map(abs, point)) <= 1:
+        raise InputError(f"{what} is at ({x}, {y}), in the corner; expected pixels of the image file; multiply shares "
+                         f"of its sides by its width and height, {absent}")
     size = image_size(image)
     if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
         with open_image(image) as file:
             shown = shown_size(size, exif_orientation(file))
         raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {shown} pixels; expected pixels of "
-                         "the image file, as a viewer shows it")
+                         f"this file; scale points of a larger or uncropped original, {absent}")
     return point
 
 

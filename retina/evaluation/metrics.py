@@ -85,13 +85,13 @@ def quadratic_kappa(truth: Tensor, predicted: Tensor, classes: int, weights: Ten
     """Cohen's kappa with weights (i - j)^2 (Cohen 1968, Psychological Bulletin 70:213).
 
     1 is agreement, 0 what chance gives with the same shares of classes. If truth and prediction are one and the same
-    single class, chance leaves no room for disagreement and kappa is 0 / 0: reported as 0.
+    single class, chance leaves no room for disagreement and kappa is 0 / 0: nan.
     """
     _, occur, answered = class_counts(truth, predicted, classes, weights)
     i = torch.arange(classes, dtype=torch.float64)
     by_chance = ((occur @ (i[:, None] - i).square()) * answered).sum(1) / weights.sum(1)
     seen = weights @ (truth - predicted).double().square()
-    return torch.where(by_chance > 0, 1 - seen / by_chance, 0.0)
+    return torch.where(by_chance > 0, 1 - seen / by_chance, NAN)
 
 
 def roc_area(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor:

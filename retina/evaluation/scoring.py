@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from retina.evaluation import statistics
 from retina.evaluation.metrics import PRCurveAccumulator, range_of
 from retina.evaluation.routing import per_token
 from retina.evaluation.task_metrics import Joint, TaskMetrics
-from retina.files import InputError
+from retina.files import InputError, NotFiniteError
 from retina.training.distributed import SINGLE_PROCESS, World
 
 
@@ -31,6 +32,8 @@ class SplitScores:
     usage: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     accumulators: dict[str, PRCurveAccumulator | None] = field(default_factory=dict)  # see TaskMetrics.accumulator
     eyes: dict[str, str] = field(default_factory=dict)  # photograph -> its eye
+    # task -> photographs for which the network's output is not finite; such a task has no scores
+    not_finite: dict[str, list[str]] = field(default_factory=dict)
 
     def scored(self) -> list[TaskMetrics]:
         """The tasks of which something is labelled, and whether both grades are right where there are both."""
@@ -46,6 +49,11 @@ class SplitScores:
             values[t] = {"photographs": len(self.stats[t]), "eyes": len(set(self.eyes_of(t))), **loss,
                          **task.metrics(self.stats[t], calibration.get(t, {}), self.accumulators.get(t))}
         return values
+
+    def describe_not_finite(self) -> str:
+        """Which outputs are not finite, in words."""
+        return "; ".join(f"the network's output for {t} is not finite on {len(names)} photographs (first: {names[0]})"
+                         for t, names in self.not_finite.items())
 
     def eyes_of(self, task: str) -> list[str]:
         """The eye of each photograph of a task."""
@@ -68,14 +76,15 @@ class SplitScores:
 
 @torch.inference_mode()
 def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetrics], progress: str = "",
-                   world: World = SINGLE_PROCESS) -> SplitScores | None:
+                   world: World = SINGLE_PROCESS, strict: bool = True) -> SplitScores | None:
     """Run `net` over all photographs, in evaluation mode; a task sees those that carry its label.
 
     Each process of `world` is given every so many-th of the batches; the first gets the scores of all, the others None.
+    NotFiniteError: outputs are not finite. Where this is not `strict`, the scores name them.
     """
     net.eval()
     device = next(net.parameters()).device
-    accumulators, answers, eyes = {t.name: t.accumulator() for t in tasks}, [], {}
+    accumulators, answers, eyes, not_finite = {t.name: t.accumulator() for t in tasks}, [], {}, {}
     for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
         eyes |= zip(b.names, b.eyes)
         b = b.to(device)
@@ -83,30 +92,40 @@ def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetric
         answers.append({})
         for task in (t for t in tasks if t.name in outputs):
             t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]
-            answers[-1][t] = ([b.names[i] for i in b.indices[t].tolist()],
-                              task.image_stats(task.decode(output), target, accumulators[t]).cpu(),
-                              float(task.loss(output, target)),
+            names, loss = [b.names[i] for i in b.indices[t].tolist()], float(task.loss(output, target))
+            finite = output.flatten(1).isfinite().all(1).tolist() if math.isfinite(loss) else [False] * len(names)
+            if not all(finite):
+                not_finite[t] = not_finite.get(t, []) + [n for n, ok in zip(names, finite) if not ok]
+                continue
+            answers[-1][t] = (names, task.image_stats(task.decode(output), target, accumulators[t]).cpu(), loss,
                               per_token(routing[t]).mean(1).cpu() if routing else None)  # (n, 2, E)
-    gathered = world.gather((answers, accumulators, eyes))
-    return gathered and assemble(tasks, gathered)
+    gathered = world.gather((answers, accumulators, eyes, not_finite))
+    scores = gathered and assemble(tasks, gathered)
+    if strict and scores and scores.not_finite:
+        raise NotFiniteError(f"{scores.describe_not_finite()}; train it again with a lower --lr")
+    return scores
 
 
-def assemble(tasks: Sequence[TaskMetrics], gathered: Sequence[tuple[list[dict], dict, dict[str, str]]]) -> SplitScores:
-    """Scores of a split from batches, accumulators and eyes of each process; batches are those of one in its order.
+def assemble(tasks: Sequence[TaskMetrics],
+             gathered: Sequence[tuple[list[dict], dict, dict[str, str], dict[str, list[str]]]]) -> SplitScores:
+    """Scores of a split from batches, accumulators, eyes and photographs without a finite output of each process.
 
-    A batch leaves of each task: names, statistics and mean loss of its labelled photographs, and their use of the
-    experts.
+    The batches are those of one process in its order. One leaves of each task: names, statistics and mean loss of its
+    labelled photographs, and their use of the experts.
     """
-    (_, accumulators, _), *others = gathered
-    for _, more, _ in others:
+    _, accumulators, *_ = gathered[0]
+    for _, more, *_ in gathered[1:]:
         for t, accumulator in accumulators.items():
             if accumulator is not None:
                 accumulator.merge(more[t])
-    in_turn = itertools.zip_longest(*(answers for answers, _, _ in gathered))
+    in_turn = itertools.zip_longest(*(answers for answers, *_ in gathered))
     batches = [b for batch_of_each in in_turn for b in batch_of_each if b is not None]
     scores = SplitScores(list(tasks), accumulators=accumulators,
-                         eyes={k: v for _, _, eyes in gathered for k, v in eyes.items()})
-    for t in accumulators:
+                         eyes={k: v for _, _, eyes, _ in gathered for k, v in eyes.items()})
+    for *_, not_finite in gathered:
+        for t, names in not_finite.items():
+            scores.not_finite[t] = scores.not_finite.get(t, []) + names
+    for t in (t for t in accumulators if t not in scores.not_finite):
         answered = [b[t] for b in batches if t in b]
         if not answered:
             continue
@@ -120,13 +139,13 @@ def assemble(tasks: Sequence[TaskMetrics], gathered: Sequence[tuple[list[dict], 
     return scores
 
 
-def primary_score(values: Mapping[str, dict], tasks: Sequence[TaskMetrics]) -> float:
+def primary_score(values: Mapping[str, dict], tasks: Sequence[TaskMetrics]) -> float | None:
     """What checkpoints are chosen by: the mean over tasks of how far each one's primary metric is from worst to best.
 
-    InputError: one of these metrics has no value.
+    None: none of the tasks has one. InputError: one of these metrics has no value.
     """
     scores = [t.score(values[t.name]) for t in tasks if t.name in values]
-    return sum(scores) / len(scores)
+    return sum(scores) / len(scores) if scores else None
 
 
 def align(scores: Sequence[SplitScores]) -> None:

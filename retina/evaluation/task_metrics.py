@@ -4,7 +4,7 @@ Measures (metrics.py) are functions of per-photograph statistics collected over 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -41,6 +41,14 @@ class TaskMetrics:
             raise InputError(f"the task {self.name}: its primary metric {self.primary!r} is {value}; expected a finite "
                              f"number among those of its metrics(): {', '.join(values)}")
         return (value - self.worst) / (self.best - self.worst)
+
+    def classes_in(self, target: Tensor) -> dict[str, bool]:
+        """{class: whether a photograph's target has it}, of those that are known; {}: there are no classes."""
+        return {}
+
+    def tells_apart(self, counts: Mapping[str, int]) -> bool:
+        """Whether the primary metric can be better or worse on a split in which so many photographs have each class."""
+        return True
 
     def constant_guess(self, targets: Tensor) -> Tensor | None:
         """An answer (1, ...) that serves any photograph, from the targets of training (n, ...); None: there is none."""
@@ -93,6 +101,13 @@ class ClassMetrics(TaskMetrics):
 
     def image_stats(self, answer, target, accumulator=None):
         return torch.cat([answer, target[:, None]], 1)  # (n, G + 1): probabilities, truth
+
+    def classes_in(self, target):
+        return {str(self.word(k)): k == int(target) for k in range(self.classes)}
+
+    def tells_apart(self, counts):
+        """Where all photographs have one class, kappa is 0 or 0 / 0, and accuracy rewards whoever always says it."""
+        return sum(n > 0 for n in counts.values()) > 1
 
     def constant_guess(self, targets):
         """The shares of the classes."""
@@ -202,6 +217,18 @@ class MaskMetrics(TaskMetrics):
     def accumulator(self):
         return PRCurveAccumulator(len(self.classes))
 
+    def classes_in(self, target):
+        return {name: bool((mask == 1).any()) for name, mask in zip(self.classes, target)
+                if not (mask == UNKNOWN).any()}
+
+    def averaged(self, names: Collection[str]) -> list[str]:
+        """The classes that means are over, where these are known: the lesions, and the disc where it is all there is."""
+        return [c for c in self.classes[:-1] if c in names] or list(self.classes[-1:])
+
+    def tells_apart(self, counts):
+        """A class without a true pixel has no pooled Dice."""
+        return any(counts.get(c) for c in self.averaged(counts))
+
     def constant_guess(self, targets):
         """No lesion."""
         return torch.zeros(1, *targets.shape[1:])
@@ -284,18 +311,15 @@ class MaskMetrics(TaskMetrics):
     def metrics(self, stats, calibration=MappingProxyType({}), accumulator=None):
         """With `accumulator`, the areas over all pixels are exact; without, they rest on the levels of the statistics.
 
-        `lesions` counts the classes that the means are taken over. Where there is none, `dice` is 0: a checkpoint has
-        to have a score.
+        `lesions` counts the classes that the means are taken over.
         """
         values = super().metrics(stats, calibration)
-        names = [c for c in self.classes[:-1] if f"dice_{c}" in values] or list(self.classes[-1:])
-        names = [c for c in names if not math.isnan(values[f"dice_{c}"])]
+        names = [c for c in self.averaged([c for c in self.classes if f"dice_{c}" in values])
+                 if not math.isnan(values[f"dice_{c}"])]
         if accumulator:
             areas = {f"aupr_{c}": accumulator.area(i) for i, c in enumerate(self.classes) if f"aupr_{c}" in values}
             mean = sum(areas[f"aupr_{c}"] for c in names) / len(names) if names else math.nan
             values |= areas | {"aupr": mean}
-        if not names:
-            values["dice"] = 0.0
         return {"lesions": len(names), **values}
 
     def scored_columns(self, stats):
@@ -313,6 +337,12 @@ class MaskMetrics(TaskMetrics):
 class LandmarkMetrics(TaskMetrics):
     """Of points; targets come with what turns shares of the side into other units, see tasks.Landmarks.target."""
     classes: Sequence[str]
+
+    def classes_in(self, target):
+        return dict(zip(self.classes, (~target[:-4].isnan().any(1)).tolist()))
+
+    def tells_apart(self, counts):
+        return any(counts.values())
 
     def constant_guess(self, targets):
         """The mean place of each."""
@@ -340,7 +370,7 @@ class LandmarkMetrics(TaskMetrics):
                            f"median_px4288_{landmark}": metrics.median(pixels, weights),
                            f"diameters_{landmark}": metrics.mean(diameters, weights)}
         share = [v for k, v in values.items() if k.startswith("within_radius")]
-        both = torch.stack(share).nanmean(0) if share else torch.zeros(len(weights), dtype=torch.float64)
+        both = torch.stack(share).nanmean(0) if share else torch.full((len(weights),), math.nan, dtype=torch.float64)
         return {"within_radius": both, **values}
 
     def scored_columns(self, stats):

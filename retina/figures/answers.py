@@ -154,15 +154,16 @@ def curves(ctx: FigureContext) -> Image.Image:
     names = {t for log in ctx.logs.values() for line in log for t in line["val"]}
     tasks = [*ctx.run.tasks, *(t for name, t in ctx.tasks.items() if name in names - {t.name for t in ctx.run.tasks})]
     charts = [chart for task in tasks for chart in (loss_chart(ctx, task.name), metric_chart(ctx, task))]
-    charts.append(epochs_chart(ctx, "checkpoint score", "validation: mean over tasks of the primary metric",
-                               of_runs(ctx, lambda line: line["score"])).picture())
+    if score := of_runs(ctx, lambda line: line["score"]):
+        charts.append(epochs_chart(ctx, "checkpoint score", "validation: mean over tasks of the primary metric",
+                                   score).picture())
     if balance := of_runs(ctx, lambda line: line["train"].get("balance")):
         charts.append(epochs_chart(ctx, "load-balancing loss", "0: all experts are used alike", balance, 0.0).picture())
     runs = [legend([(name, colour, "line") for name, colour in zip(ctx.logs, COLOURS)], 800)] \
         if len(ctx.logs) > 1 else []
     best = ", ".join(f"{name} epoch {log[best_epoch_of(log)]['epoch']}" for name, log in ctx.logs.items())
     return titled("Training curves", column([*runs, grid(charts, 2, (28, 18))], 18),
-                  f"Dots: best.pt ({best}), the epoch with the best score on validation. Ring: the same checkpoint on "
+                  f"Dots: best.pt ({best}), the epoch chosen on validation. Ring: the same checkpoint on "
                   "photographs that it learned from.")
 
 

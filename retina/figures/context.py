@@ -158,8 +158,8 @@ def of_run(ctx: FigureContext) -> str:
 # ---- lines over epochs ----
 
 def best_epoch_of(lines: Sequence[Mapping]) -> int:
-    """The place of the epoch with the best score, the first of equals, as training chooses it."""
-    return max(range(len(lines)), key=lambda i: (lines[i]["score"], -i))
+    """The place of the epoch that training chose."""
+    return max(i for i, line in enumerate(lines) if line["best"])
 
 
 @dataclass

@@ -232,7 +232,7 @@ def map_panels(maps: Mapping[str, Tensor]) -> list[Image.Image]:
 def answer_panels(ctx: FigureContext, task: TaskMetrics, output: Tensor) -> tuple[str, list[Image.Image]]:
     """A head's raw output, one row, as masks, as heatmaps of points, or as a table; and what that is."""
     if isinstance(task, ClassMetrics):
-        p = ctx.probabilities(task, task.decode(output).cpu())[0]
+        p = ctx.probabilities(task, task.answer(output).cpu())[0]
         top = sorted(p.topk(min(MOST_SHOWN, len(p))).indices.tolist())
         cells = [[f"{p[k]:.2f}" for k in top], [f"{output[0, k]:+.1f}" for k in top]]
         rest = f"; the {MOST_SHOWN} most probable of {len(p)}" * (len(p) > MOST_SHOWN)

@@ -33,9 +33,12 @@ def all_indices(net: nn.Module, tasks: Sequence[TaskMetrics], number: int, devic
 @torch.inference_mode()
 def predict_sample(net: nn.Module, tasks: Sequence[TaskMetrics], image: Tensor,
                    device: torch.device) -> dict[str, Tensor]:
-    """Predictions for one sample (3, S, S) uint8: {task: decoded prediction, without the batch dimension}."""
+    """Predictions for one sample (3, S, S) uint8: {task: decoded prediction, without the batch dimension}.
+
+    NotFiniteError: an output is not finite.
+    """
     outputs, _ = net(image[None].to(device), all_indices(net, tasks, 1, device))
-    return {t.name: t.decode(outputs[t.name].float())[0].cpu() for t in tasks}
+    return {t.name: t.answer(outputs[t.name].float())[0].cpu() for t in tasks}
 
 
 @torch.inference_mode()
@@ -57,7 +60,7 @@ def predict_in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int
         chunk = corners[k:k + batch]
         tiles = torch.stack([image[:, y:y + size, x:x + size] for y, x in chunk]).to(device)
         outputs, _ = net(tiles, all_indices(net, [task], len(chunk), device))
-        for (y, x), masks in zip(chunk, task.decode(outputs[task.name].float()).cpu()):
+        for (y, x), masks in zip(chunk, task.answer(outputs[task.name].float()).cpu()):
             total[:, y:y + size, x:x + size] += window * masks
             weight[y:y + size, x:x + size] += window
     return total.div_(weight)

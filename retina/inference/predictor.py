@@ -23,7 +23,7 @@ from retina.datasets.readers import IMAGE_SUFFIXES, files_in
 from retina.datasets.records import Record
 from retina.drawing import overlay
 from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
-from retina.files import InputError
+from retina.files import InputError, NotFiniteError
 from retina.inference.full_size import predict_in_tiles, predict_sample, to_file_pixels, unlabelled_sample
 from retina.inference.quality import refusal
 
@@ -112,13 +112,16 @@ class Predictor:
             return Photo(row | {"status": "unreadable", "reason": reason})
 
     def predict(self, photo: Photo) -> Photo:
-        """The same photograph with the network's predictions."""
+        """The same photograph with the network's predictions, or with what is wrong with these."""
         if photo.sample is None:
             return photo
-        predictions = predict_sample(self.net, self.tasks, photo.sample.image, self.device)
-        if photo.large is not None:
-            predictions |= {t.name: predict_in_tiles(self.net, t, photo.large.image, self.size, self.device, self.batch)
-                            for t in self.tasks if isinstance(t, MaskMetrics)}
+        try:
+            predictions = predict_sample(self.net, self.tasks, photo.sample.image, self.device)
+            if photo.large is not None:
+                predictions |= {t.name: predict_in_tiles(self.net, t, photo.large.image, self.size, self.device,
+                                                         self.batch) for t in self.tasks if isinstance(t, MaskMetrics)}
+        except NotFiniteError as error:
+            return replace(photo, row=photo.row | {"status": "failed", "reason": str(error)})
         return replace(photo, predictions=predictions)
 
     def write(self, photo: Photo) -> dict:

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from retina.evaluation import scoring
 from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import TaskMetrics
-from retina.files import InputError, atomic_write, jsonable, load_tensors, lock_folder, write_text
+from retina.files import InputError, RunError, atomic_write, jsonable, load_tensors, lock_folder, write_text
 from retina.training.diagnostics import LossMonitor, epoch_line
 from retina.training.distributed import World
 
@@ -108,19 +109,27 @@ class TrainState:
     monitor: LossMonitor  # of the current epoch
     step: int = 0  # steps done
     epoch: int = 0  # epochs trained and scored
-    best: dict = field(default_factory=lambda: {"epoch": 0, "score": -math.inf, "metrics": {}, "usage": {},
+    best: dict = field(default_factory=lambda: {"epoch": 0, "score": None, "loss": math.inf, "metrics": {}, "usage": {},
                                                 "weights": ""})
 
     @property
     def device(self) -> torch.device:
         return self.monitor.device
 
-    def end_epoch(self, score: float, metrics: Mapping, usage: Mapping) -> bool:
-        """Count an epoch with these validation results; -> whether it is the best so far."""
+    def end_epoch(self, score: float | None, metrics: Mapping, usage: Mapping) -> bool:
+        """Count an epoch with these validation results; -> whether it is the best so far.
+
+        The higher score is better, and of equal ones, or where there is none, the lower mean loss of the tasks. An
+        epoch without `metrics` is never the best.
+        """
         self.epoch += 1
-        if not score > self.best["score"]:  # nan is no better
+        if not metrics:
             return False
-        self.best = {"epoch": self.epoch, "score": score, "metrics": metrics, "usage": usage,
+        loss = fmean(values["loss"] for values in metrics.values() if "loss" in values)
+        before = self.best["score"] or 0.0, -self.best["loss"]
+        if self.best["epoch"] and not (score or 0.0, -loss) > before:
+            return False
+        self.best = {"epoch": self.epoch, "score": score, "loss": loss, "metrics": metrics, "usage": usage,
                      "weights": weights_hash(self.net)}
         return True
 
@@ -231,7 +240,7 @@ def read_log(folder: Path) -> list[dict]:
     if not lines:
         raise InputError(f"{path}: empty; expected a line for each epoch; wait for the end of the first one")
     for line in lines:
-        if lost := [k for k in ("train", "val", "score", "expert_usage", "epoch") if k not in line]:
+        if lost := [k for k in ("train", "val", "score", "best", "expert_usage", "epoch") if k not in line]:
             raise InputError(f"{path}: made by another version of this project, it lacks {lost[0]!r}; train again")
     return lines
 
@@ -349,16 +358,22 @@ class RunFolder:
                 bar.update()
                 bar.set_postfix(monitor.recent(), refresh=False)
 
-    def end_epoch(self, scores: SplitScores | None, tasks: Sequence[TaskMetrics], photographs: int) -> None:
-        """Count an epoch of so many photographs, save the network if it is the best, and write log.jsonl."""
+    def end_epoch(self, scores: SplitScores | None, tasks: Sequence[TaskMetrics], telling: Sequence[TaskMetrics],
+                  photographs: int) -> None:
+        """Count an epoch of so many photographs, save the network if it is the best, and write log.jsonl.
+
+        The score is over the tasks that are `telling`, see TaskMetrics.tells_apart. An epoch with outputs that are not
+        finite has no metrics.
+        """
         state, monitor = self.state, self.state.monitor
-        metrics, usage = self.world.broadcast(scores and (scores.metrics(), scores.usage))
-        score, losses = scoring.primary_score(metrics, tasks), monitor.means()
+        problem, metrics, usage = self.world.broadcast(scores and (
+            scores.describe_not_finite(), {} if scores.not_finite else scores.metrics(), scores.usage))
+        score, losses = scoring.primary_score(metrics, telling), monitor.means()
         better = state.end_epoch(score, metrics, usage)
         if better and self.world.rank == 0:
             self.save_best(scores.calibrate())
         line = {"epoch": state.epoch, "step": state.step, "train": losses, "val": metrics, "score": score,
-                "expert_usage": usage, "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
+                "best": better, "not_finite": problem, "expert_usage": usage, "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
                 "seconds": round(monitor.seconds, 3), "waiting": round(monitor.waited / monitor.seconds, 4),
                 "images_per_second": round(photographs / monitor.seconds, 2)}
         if self.config["log_gradients"]:
@@ -369,13 +384,16 @@ class RunFolder:
         monitor.new_epoch()
         self.save_last()
         if not self.quiet:
-            print(message)
+            print(message + f"\nwarning: epoch {state.epoch}: {problem}; this epoch is not chosen" * bool(problem))
         if self.ended() and state.epoch < self.config["epochs"] and not self.quiet:
             print(f"no better validation score for {self.config['patience']} epochs: stopped early")
 
     def finish(self) -> dict:
-        """Write result.json; -> what is in it."""
+        """Write result.json; -> what is in it. RunError: no epoch could be chosen."""
         state = self.state
+        if not state.best["epoch"]:
+            raise RunError(f"{self.folder}: in none of {state.epoch} epochs were all outputs on validation finite, so "
+                           f"there is no checkpoint to choose; lower --lr (now {self.config['lr']})")
         weights = {"best.pt": state.best["weights"], "last.pt": weights_hash(state.net)}
         result = {**state.best, "weights": weights, "epochs": state.epoch, "steps": state.step,
                   "skipped_steps": state.monitor.skipped, "machine": self.stored["machine"]}

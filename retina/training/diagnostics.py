@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retina.evaluation.tables import number_cell
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import RunError
 from retina.training.precision import fetch
@@ -163,12 +164,12 @@ def describe_run(config: Config, folder: Path, world: World) -> str:
         f"{world.size} processes, " * (world.size > 1) + f"run folder {folder}"
 
 
-def epoch_line(epoch: int, epochs: int, losses: Mapping, metrics: Mapping, tasks: Sequence[TaskMetrics], score: float,
-               better: bool, seconds: float) -> str:
+def epoch_line(epoch: int, epochs: int, losses: Mapping, metrics: Mapping, tasks: Sequence[TaskMetrics],
+               score: float | None, better: bool, seconds: float) -> str:
     """A line about an epoch."""
     columns = [f"epoch {epoch:3}/{epochs}  loss " + " ".join(f"{t} {losses[t]:.3f}" for t in losses)]
-    for task in tasks:
+    for task in (t for t in tasks if t.name in metrics):
         values = metrics[task.name]
         names = dict.fromkeys((task.primary, *(["accuracy"] if "accuracy" in values else [])))
-        columns.append(f"{task.name} " + " ".join(f"{k} {values[k]:.3f}" for k in names))
-    return " | ".join(columns) + f" | score {score:.3f}{'*' if better else ' '} {seconds:.0f} s"
+        columns.append(f"{task.name} " + " ".join(f"{k} {number_cell(values[k])}" for k in names))
+    return " | ".join(columns) + f" | score {number_cell(score)}{'*' if better else ' '} {seconds:.0f} s"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import real_idrid
+from conftest import photograph, real_idrid
 from retina.datasets import readers, report, synthetic
 from retina.files import InputError
 
@@ -82,12 +82,44 @@ def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):
     with pytest.raises(InputError, match="IDRiD: 2 of its photographs cannot be used, see above"):
         data.main([str(tree)])
     text = capsys.readouterr().out
-    assert "unreadable files: 2" in text and "IDRiD_002.jpg: not a readable" in text and "IDRiD_004.jpg: not" in text
+    for words in ("photographs that cannot be used: 2", "IDRiD_002.jpg: not a readable", "IDRiD_004.jpg: not"):
+        assert words in text
     assert "the split of train.py" in text
     for path in [*images.iterdir(), *(tree / "A. Segmentation" / "1. Original Images" / "a. Training Set").iterdir()]:
         path.write_bytes(b"no")
-    with pytest.raises(InputError, match="none of its 8 photographs can be read; first: .*not a readable image"):
+    with pytest.raises(InputError, match="none of its 8 photographs can be used; first: .*not a readable image"):
         data.main([str(tree)])
+
+
+def test_black_masks_and_those_that_vanish_are_counted(tmp_path, capsys):
+    """Ten retinas of 1024 pixels: three black files, two lesions of 2x2 pixels, the others of 40x40."""
+    lines = ["image,mask_ma"]
+    for i in range(10):
+        photograph(tmp_path / f"{i}.png", i)
+        Image.open(tmp_path / f"{i}.png").resize((1024, 1024)).save(tmp_path / f"{i}.png")
+        mask, side = np.zeros((1024, 1024), np.uint8), 0 if i < 3 else 2 if i < 5 else 40
+        mask[501:501 + side, 501:501 + side] = 255
+        Image.fromarray(mask).save(tmp_path / f"ma{i}.png")
+        lines.append(f"{i}.png,ma{i}.png")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    found = json.loads(examined(capsys, tmp_path / "t.csv", "--json"))
+    assert found["splits"]["train"]["masks"]["MA"] == {"masks": 7, "none": 3}
+    assert sum(found["split"][part]["masks"]["MA"]["none"] for part in ("training", "validation")) == 3
+    assert found["black_masks"] == [f"{i}.png MA" for i in range(3)]
+    assert found["vanished_masks"] == [f"{i}.png MA" for i in (3, 4)]
+    text = examined(capsys, tmp_path / "t.csv")
+    for words in ("    masks    MA: 7 (3 have none)  HE: 0", "mask files without a set pixel (they count as none): 3",
+                  "masks of which nothing is left at 256 pixels: 2"):
+        assert words in text
+
+
+def test_a_point_outside_of_its_field_is_named_with_its_row(tmp_path, capsys):
+    photograph(tmp_path / "a.png", 0), photograph(tmp_path / "b.png", 1)
+    (tmp_path / "t.csv").write_text("image,disc_x,disc_y\na.png,150,150\nb.png,5,12\n")
+    with pytest.raises(InputError, match="t.csv: 1 of its photographs cannot be used, see above"):
+        data.main([str(tmp_path / "t.csv")])
+    words = f"    {tmp_path}/t.csv line 3: the disc of {tmp_path}/b.png is at (5, 12), outside of its lit field"
+    assert words in capsys.readouterr().out
 
 
 def test_examination_of_drawn_photographs(capsys, monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from conftest import fake_records, photograph, real_idrid
 from retina.datasets import leaks, preprocess, splits, vessels
 from retina.datasets.leaks import find_eyes
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import Record
 from retina.files import InputError
@@ -178,8 +179,41 @@ def test_masks_of_copies_are_put_together_lesion_by_lesion():
     assert [(r.name, r.masks) for r in found] == [("b", {"MA": one, "SE": two, "HE": None, "EX": one, "OD": two})]
     assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
         ("SE", ("a", "b"), ("none", "two.tif"), "two.tif"), ("OD", ("b", "c"), ("two.tif", "other.tif"), "two.tif")]
-    found, conflicts = joined(records, [(0, 1), (1, 2)], [(200, 100), (100, 50), (100, 50)])  # other pixels: not joined
-    assert found[0].masks == {"SE": two, "EX": one, "HE": None, "OD": two} and len(conflicts) == 1
+
+
+def test_copies_of_another_size_keep_their_masks_on_a_record_of_their_own():
+    """Of a the copy b, half as large, has three masks: both stay, as one eye; a lesion "none" is known to both."""
+    one, two, other = Path("one.tif"), Path("two.tif"), Path("other.tif")
+    point = {"disc": (40.0, 20.0)}
+    records = [Record("a", Path("a"), eye="e", labels={"grade": 1, "masks": {"MA": one, "SE": None, "HE": None}}),
+               Record("b", Path("b"), eye="e", labels={"masks": {"SE": two, "EX": one, "OD": two}}),
+               Record("c", Path("c"), eye="e", labels={"grade": 2, "landmarks": point, "masks": {"OD": other}}),
+               Record("d", Path("d"), eye="e", labels={"grade": 2})]
+    found, conflicts = joined(records, [(0, 1), (1, 2), (2, 3)], [(200, 100), (100, 50), (200, 100), (400, 200)])
+    assert [(r.name, r.eye, r.labels) for r in found] == [
+        ("b", "e", {"grade": 2, "landmarks": {"disc": (20, 10)}, "masks": {"SE": two, "EX": one, "OD": two,
+                                                                           "HE": None}}),
+        ("a", "e", {"masks": {"MA": one, "HE": None, "OD": other}})]
+    assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
+        ("grade", ("a", "c", "d"), (1, 2, 2), 2), ("SE", ("a", "b"), ("none", "two.tif"), "two.tif")]
+
+
+def test_a_black_mask_file_is_a_mask_that_says_none(tmp_path):
+    """A copy whose masks are black contradicts the one with a lesion; alone it counts as "none"."""
+    records = [photograph(tmp_path / f"{name}.png", i) for name, i in (("a", 0), ("b", 0), ("c", 1))]
+    for name, value in (("black", 0), ("set", 255)):
+        mask = np.zeros((300, 300), np.uint8)
+        mask[140:160, 140:160] = value
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    black, lesion = MaskFile(tmp_path / "black.png"), MaskFile(tmp_path / "set.png")
+    masks = [{"MA": black, "OD": lesion}, {"MA": lesion, "OD": lesion}, {"MA": black, "SE": black}]
+    records = [r.with_labels(masks=m) for r, m in zip(records, masks)]
+    found, (conflict,) = find_eyes(records, 64)
+    assert [(r.name, r.masks) for r in found] == [("b", masks[1]), ("c", {"MA": None, "SE": None})]
+    assert (conflict.label, conflict.names, conflict.values, conflict.used) == (
+        "MA", ("a", "b"), ("none", str(lesion)), str(lesion))
+    assert [r.masks for r in find_eyes(records, 64, ignore=True)[0]] == [
+        {"MA": None, "OD": lesion}, masks[1], {"MA": None, "SE": None}]
 
 
 def test_connected_components():
@@ -209,6 +243,42 @@ def test_folds_keep_eyes_whole_and_strata_even(seed):
             counts = Counter(repr(getattr(r, label)) for r in split.validation)
             assert all(abs(counts[k] - n / 5) <= 2.5 for k, n in whole.items())
     assert validated == Counter(r.name for r in records)  # each photograph is validated on once
+
+
+def classes_in(records) -> set[tuple]:
+    """Grades, risks, lesions with a mask file and landmarks that occur."""
+    return {c for r in records for c in (
+        ("grade", r.grade), ("edema_risk", r.edema_risk), *(r.landmarks or {}),
+        *(lesion for lesion, path in (r.masks or {}).items() if path))} - {("grade", None), ("edema_risk", None)}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_training_has_every_class_in_every_fold(seed):
+    """Few photographs with many classes, most of them rare; an eye has one to three photographs."""
+    rng = np.random.default_rng(seed)
+    records = [Record(f"{i}", Path("x"), eye=f"e{rng.integers(12)}").with_labels(
+        grade=int(rng.choice(5, p=[0.6, 0.2, 0.1, 0.05, 0.05])), edema_risk=int(rng.choice(3, p=[0.8, 0.1, 0.1])),
+        masks={"SE": Path("m") if rng.random() < 0.1 else None} if rng.random() < 0.5 else None,
+        landmarks={"disc": (5, 5)} if rng.random() < 0.1 else None) for i in range(20)]
+    number, validated = int(rng.integers(2, 7)), Counter()
+    for k in range(1, number + 1):
+        split = splits.split(records, f"{k}/{number}")
+        assert classes_in(split.training) == classes_in(records)
+        validated.update(r.name for r in split.validation)
+    eyes = Counter(c for eye in {r.eye for r in records} for c in classes_in([r for r in records if r.eye == eye]))
+    alone = {r.name for r in records if any(eyes[c] == 1 for c in classes_in([s for s in records if s.eye == r.eye]))}
+    assert set(validated).isdisjoint(alone) and set(validated.values()) == {1} and len(validated) > 5
+
+
+def test_a_class_of_one_photograph_is_trained_on():
+    """The only retina of grade 4; and two retinas of grade 3, of which one is always trained on."""
+    grades = [0] * 8 + [1] * 8 + [3] * 2 + [4]
+    records = [Record(f"{i}", Path("x"), labels={"grade": g}, eye=f"{i}") for i, g in enumerate(grades)]
+    for k in range(1, 6):
+        split = splits.split(records, f"{k}/5")
+        assert "18" in {r.name for r in split.training} and sum(r.grade == 3 for r in split.training) >= 1
+    given = [Record("v", Path("x"), "val", {"grade": 4}, eye="18")]  # a validation split that the data set names
+    assert [r.name for r in splits.split(records + given).validated] == ["18"]
 
 
 def test_split_does_not_depend_on_the_order():

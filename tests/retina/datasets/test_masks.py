@@ -396,7 +396,7 @@ def test_an_upright_photograph_with_a_turned_mask_and_a_square_one(tmp_path):
 def test_a_point_outside_of_a_turned_photograph_names_the_orientation(tmp_path):
     turned(Image.new("RGB", (90, 120), "red"), tmp_path / "a.jpg", 6)
     with pytest.raises(InputError, match="outside a.jpg with its 120x90 .as EXIF orientation 6 turns it; stored as "
-                                         "90x120. pixels; expected pixels of the image file, as a viewer shows it"):
+                                         "90x120. pixels; expected pixels of this file; scale"):
         table(tmp_path, "image,disc_x,disc_y", "a.jpg,50,110")
 
 

@@ -1,6 +1,7 @@
 """From files to samples: geometry, reduced decoding."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from retina.datasets import preprocess, readers, synthetic
 from retina.datasets.masks import MaskFile, read_mask
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import Record
+from retina.files import InputError
 
 
 def training_records(root: Path) -> list[Record]:
@@ -100,11 +102,53 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
     assert abs(x - float(sample.landmarks[0, 0])) < 0.05
 
 
-def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
+@pytest.mark.parametrize("point,fits", [
+    ((330, 190), True), ((185, 190), True), ((330, 45), True), ((435, 295), True),  # 150 pixels around (330, 190)
+    ((1, 190), False), ((170, 190), False), ((330, 30), False), ((330, 395), False),  # left, above, below
+    ((445, 305), False)])  # in a corner of the box, 163 from the centre
+def test_a_point_outside_of_the_field_of_view_is_one_line(tmp_path, point, fits):
     disc_photograph()[0].save(tmp_path / "a.png")
-    points = {"disc": (1, 1), "fovea": (330, 190)}
+    points = {"disc": (320, 100), "fovea": point}
+    record = Record("x", tmp_path / "a.png", labels={"landmarks": points}, where="t line 2")
+    if fits:
+        assert not data.FundusDataset([record], 64)[0].landmarks.isnan().any()
+        return
+    data.FundusDataset([record.with_labels(landmarks={"disc": (320, 100)})], 64)  # what was decoded is checked again
+    with pytest.raises(InputError) as caught:
+        data.FundusDataset([record], 64)
+    found = re.fullmatch(rf"t line 2: the fovea of {tmp_path}/a.png is at \({point[0]}, {point[1]}\), "
+                         r"outside of its lit field, which lies in x (\d+) to (\d+), y (\d+) to (\d+); expected.*",
+                         str(caught.value))
+    assert np.abs(np.array(found.groups(), int) - (180, 480, 40, 340)).max() < 5
+
+
+def test_points_of_a_picture_without_a_field_of_view_may_lie_anywhere_in_it(tmp_path):
+    Image.new("RGB", (300, 200), (180, 90, 40)).save(tmp_path / "a.png")
+    points = {"disc": (2, 199), "fovea": (299, 3)}
     sample = data.FundusDataset([Record("x", tmp_path / "a.png", labels={"landmarks": points})], 64)[0]
-    assert sample.landmarks.isnan().any(1).tolist() == [True, False]
+    assert not sample.landmarks.isnan().any()
+
+
+def test_a_dark_fovea_and_a_dark_rim_do_not_move_points_out_of_the_field(tmp_path):
+    image = np.array(disc_photograph()[0])
+    image[150:230, 290:370], image[100:140, 190:230] = 3, 3
+    Image.fromarray(image).save(tmp_path / "a.png")
+    points = {"disc": (215, 125), "fovea": (330, 190)}
+    assert not data.FundusDataset([Record("x", tmp_path / "a.png", labels={"landmarks": points})],
+                                  64)[0].landmarks.isnan().any()
+
+
+def test_which_masks_are_black_is_known_of_the_files(tmp_path):
+    """A lesion of 3 x 2 pixels vanishes at the size of the sample, but its mask is not black."""
+    disc_photograph()[0].save(tmp_path / "a.png")
+    mask = np.zeros((400, 600), bool)
+    mask[200:202, 300:303] = True
+    save_palette_mask(tmp_path / "ma.tif", mask)
+    save_palette_mask(tmp_path / "he.tif", mask & False)
+    masks = {"MA": MaskFile(tmp_path / "ma.tif"), "HE": MaskFile(tmp_path / "he.tif"), "EX": None}
+    arrays = preprocess.preprocess(Record("x", tmp_path / "a.png", labels={"masks": masks}), 32)
+    assert not arrays["masks"].any()
+    assert arrays["stored"].tolist() == [["MA", "P 0 1", "#ff0000", "#000000"], ["HE", "P 0", "", "#000000"]]
 
 
 @pytest.mark.parametrize("width,height", [(1000, 667), (1001, 701), (997, 1333)])

@@ -118,6 +118,10 @@ def damage_text(path_of, old, new):
     return damage
 
 
+def point_of(root: Path, name: str) -> str:
+    return next(line for line in fovea_csv(root).read_text().splitlines() if line.startswith(name)).removesuffix(",,,")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 3])
 
@@ -165,6 +169,10 @@ def damage_mask_size(root):
      r"Markups.csv line 3: the fovea of IDRiD_002 is at \('x[\d.]+', '[\d.]+'\), expected two numbers"),
     (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_002,9"),
      r"line 3: the fovea of IDRiD_002 is at \(9[\d.]+, [\d.]+\), outside IDRiD_002.jpg with its 144x96 pixels"),
+    (lambda root: damage_text(fovea_csv, point_of(root, "IDRiD_002"), "IDRiD_002,0.53,0.48")(root),
+     r"line 3: the fovea of IDRiD_002 is at \(0.53, 0.48\), in the corner; expected pixels of the image file"),
+    (lambda root: damage_text(fovea_csv, point_of(root, "IDRiD_002"), "IDRiD_002,3,48")(root),
+     r"the fovea of .*IDRiD_002.jpg is at \(3, 48\), outside of its lit field, which lies in x 2\d to 11\d, y "),
     (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_077,"), r"line 3: a point for IDRiD_077, but no IDRiD_077.jpg"),
     (damage_text(fovea_csv, "IDRiD_003,", "IDRiD_002,"), r"Markups.csv line 4: a second row for IDRiD_002"),
     (damage_text(fovea_csv, "X- Coordinate", "X"), r"Markups.csv: no column 'X- Coordinate'; found Image No, X, Y"),
@@ -208,6 +216,19 @@ def test_a_table_of_all_columns(table):
     sample = data.FundusDataset([a], 64)[0]
     values = [sorted(m.unique().tolist()) for m in sample.masks]  # MA known, EX known to be absent, others not known
     assert values == [[0, 1], [255], [0], [255], [255]]
+
+
+@pytest.mark.parametrize("side,problem", [(450, "outside 2.jpg with its 300x300"), (380, "outside of its lit field")])
+def test_points_of_originals_beside_reduced_photographs_are_one_line(tmp_path, side, problem):
+    """Photographs of 300 pixels with the discs of larger ones: of the first two eyes they still lie in the field."""
+    lines = ["image,disc_x,disc_y"]
+    for i in range(4):
+        photograph(tmp_path / f"{i}.jpg", i)
+        lines.append(",".join([f"{i}.jpg", *(f"{side * v:.1f}" for v in synthetic.plan(11, i).disc)]))
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=f"t.csv line 4: .*disc of .*2.jpg is at .*{problem}.*; expected pixels of "
+                                         "this file; scale points of a larger or uncropped original"):
+        data.FundusDataset(read_data(tmp_path / "t.csv").records, 64)
 
 
 def test_rows_that_say_the_same_are_one(table):
@@ -261,6 +282,15 @@ def truncated_tiff(path: Path) -> None:
      r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,disc_x", "images/a.png,5"], r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,fovea_x,fovea_y", "images/a.png,5,nan"], r"fovea of images/a.png is at \('5', 'nan'\), expected two num"),
+    (["image,fovea_x,fovea_y", "images/a.png,NA,NA"], r"at \('NA', 'NA'\), .* leave both cells empty where it is not"),
+    (["image,disc_x,disc_y", "images/b.png,30,20", "images/a.png,0.31,0.52"],
+     r"line 3: disc of images/a.png is at \(0.31, 0.52\), in the corner; .* multiply shares of its sides by its width"),
+    (["image,disc_x,disc_y", "images/a.png,0,0.0"],
+     r"line 2: disc of images/a.png is at \(0, 0.0\), in the corner; .* leave both cells empty where it is not there"),
+    (["image,disc_x,disc_y", "images/a.png,-1,-1"], r"line 2: disc of images/a.png is at \(-1, -1\), in the corner"),
+    (["image,fovea_x,fovea_y", "images/a.png,1,1e0"], r"line 2: fovea of images/a.png is at \(1, 1e0\), in the corner"),
+    (["image,fovea_x,fovea_y", "images/a.png,-1,20"],
+     r"at \(-1, 20\), outside a.png with its 60x40 pixels; expected pixels of this file; scale points of a larger or"),
     (["image,grade,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
     (["image,grade", "images/a.png,1", "images/b.png,0", "images/a.png,2"],
      "line 4: images/a.png stands at .*labels.csv line 2 already, with other cells"),
@@ -295,10 +325,10 @@ def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
     exif = turned.getexif()
     exif[0x112] = 6  # "turn by 90 degrees clockwise to view"
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
-    (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,290,100\nturned.jpg,290,100\n")
+    (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,250,100\nturned.jpg,250,100\n")
     a, b = read_data(tmp_path / "t.csv").records
     found, _ = leaks.find_eyes([a, b], 64)
-    assert len(found) == 1 and found[0].landmarks == {"disc": (290, 100)}
+    assert len(found) == 1 and found[0].landmarks == {"disc": (250, 100)}
     x, y = (data.FundusDataset([r], 64)[0] for r in (a, b))
     assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
     assert (x.image.float() - y.image.float()).abs().mean() < 3

@@ -103,7 +103,8 @@ def test_by_hand():
 
     assert kappa([[5, 0], [0, 5]]) == 1 and kappa([[0, 5], [5, 0]]) == -1
     assert kappa([[4, 4], [1, 1]]) == pytest.approx(0)  # prediction independent of truth
-    assert kappa([[9, 0], [0, 0]]) == 0  # one class only: 0 / 0
+    assert math.isnan(kappa([[9, 0], [0, 0]]))  # one class only: 0 / 0
+    assert kappa([[6, 3], [0, 0]]) == 0  # whatever is answered
     score, ill = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])
     assert float(metrics.roc_area(score, ill, ones(4))) == 0.75
     assert float(metrics.sensitivity(score >= 0.4, ill, ones(4))) == 0.5

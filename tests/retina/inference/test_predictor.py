@@ -233,6 +233,24 @@ def rows_of(out: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize("task", ["cls", "seg", "loc"])
+def test_nothing_is_answered_where_an_output_is_not_finite(run, pictures, tmp_path, monkeypatch, capsys, task):
+    load = evaluate.load_run
+
+    def broken(*arguments):
+        loaded = load(*arguments)
+        with torch.no_grad():
+            list(loaded.net.heads[task].parameters())[-1][0] = math.nan
+        return loaded
+    monkeypatch.setattr(evaluate, "load_run", broken)
+    assert call(monkeypatch, run, "--images", pictures, "--out", tmp_path / "out") == 1
+    rows = rows_of(tmp_path / "out")
+    assert [r["status"] for r in rows] == ["failed", "failed"] and "grade" not in rows[0]
+    assert all(r["reason"].startswith(f"the network's output for {task} is not finite") for r in rows)
+    assert "0 of 2 photographs answered for, 0 refused, 0 unreadable, 2 failed" in capsys.readouterr().out
+    assert not list((tmp_path / "out" / "masks").iterdir())
+
+
 def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert call(monkeypatch, run, "--images", pictures, "--out", out) == 0

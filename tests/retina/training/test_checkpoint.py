@@ -118,9 +118,14 @@ def test_the_learned_weights_of_tasks_are_kept(tmp_path, monkeypatch):
 
 def test_early_stopping_is_remembered(tmp_path, monkeypatch, whole):
     """A score that never gets better ends a run after `patience` epochs, stopped in between or not."""
-    monkeypatch.setattr(scoring, "primary_score", lambda *_: 0.5)
+    def fall():
+        scores = itertools.count(0, -1)
+        monkeypatch.setattr(scoring, "primary_score", lambda *_: next(scores))
+
     options = replace(SHORT, epochs=9, patience=2)
+    fall()
     train.fit(options, tmp_path / "whole", quiet=True)
+    fall()
     with pytest.raises(Killed):
         fit_until(monkeypatch, 9, die, options, tmp_path / "run")
     train.fit(options, tmp_path / "run", quiet=True, resume=True)
