@@ -244,14 +244,24 @@ def page_count(image: Image.Image) -> int:
 SIDEWAYS = (5, 6, 7, 8)  # orientations in which a viewer swaps width and height
 
 
-def orientation(image: Image.Image) -> int:
-    """How the camera was held (EXIF), where Pillow has not seen to it already; 1 is upright.
-
-    PNG counts as upright, as most viewers have it. TIFF is turned by Pillow itself as it is decoded.
-    """
-    if image.format in ("PNG", "TIFF"):  # of PNG, Pillow decodes the whole file to tell
+def exif_orientation(image: Image.Image) -> int:
+    """How the camera was held, of a picture that is not decoded yet; 1 is upright, as PNG is to most viewers."""
+    if image.format == "PNG":  # Pillow would decode the whole file to tell
         return 1
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(2, 9) else 1
+
+
+def orientation(image: Image.Image) -> int:
+    """The same, where it is left to do: TIFF is turned by Pillow as it is decoded."""
+    return 1 if image.format == "TIFF" else exif_orientation(image)
+
+
+def shown_size(size: tuple[int, int], turned: int) -> str:
+    """Width and height as a viewer shows them, for messages, and that an EXIF orientation has to do with it."""
+    width, height = size[::-1] if turned in SIDEWAYS else size
+    note = f" (as EXIF orientation {turned} turns it; stored as {width}x{height})" if turned > 1 else ""
+    return f"{size[0]}x{size[1]}{note}"
 
 
 def image_size(path: Path) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retina.datasets import records, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.records import LABELS, LANDMARKS, DataSet, Record, TableRow, read_point
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError
@@ -192,7 +193,7 @@ def record_name(split: str, subset: str, name: str) -> str:
 def read_segmentation(root: Path, split: str) -> list[Record]:
     """Photographs with masks. A mask file that is not there means: no such lesion."""
     images = list_images(root / IMAGES / SPLITS[split][0])
-    masks: dict[str, dict[str, Path | None]] = {name: dict.fromkeys(LESIONS) for name in images}
+    masks: dict[str, dict[str, MaskFile | None]] = {name: dict.fromkeys(LESIONS) for name in images}
     for lesion, folder in MASK_FOLDERS.items():
         folder = root / "2. All Segmentation Groundtruths" / SPLITS[split][0] / folder
         if not folder.is_dir():
@@ -203,7 +204,7 @@ def read_segmentation(root: Path, split: str) -> list[Record]:
                 raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")
             if name not in masks:
                 raise InputError(f"{path}: a mask without its photograph {name}.jpg in {root / IMAGES}")
-            masks[name][lesion] = path
+            masks[name][lesion] = MaskFile(path)
     for name, files in masks.items():
         if not any(files.values()):  # a photograph without any lesion still has an optic disc
             raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
@@ -275,6 +276,7 @@ def read_table(path: Path) -> DataSet:
     """
     known = ["image", *(column for label in LABELS.values() for column in label.columns), "split", "group"]
     records: dict[Path, Record] = {}
+    masked: dict[Path, Record] = {}  # mask file -> whose it is
     for where, cells in read_rows(path, ["image"], known):
         cells = dict.fromkeys(known, "") | cells
         if not cells["image"]:
@@ -286,6 +288,11 @@ def read_table(path: Path) -> DataSet:
         eye = f"group {cells['group']}" if cells["group"] else ""
         record = Record(image.relative_to(path.parent).as_posix(), image, split, eye=eye, where=where)
         record = record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
+        for mask in filter(None, (record.masks or {}).values()):
+            first = masked.setdefault(mask.path.resolve(), record)
+            if first.image.resolve() != image.resolve():
+                raise InputError(f"{where}: {mask.path.name} is the mask of {first.name} already, see {first.where}; "
+                                 "expected a file for each photograph, and none where the lesion is not there")
         before = records.setdefault(image.resolve(), record)
         if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
             raise InputError(f"{where}: {cells['image']} stands at {before.where} already, with other cells; expected "

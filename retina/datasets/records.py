@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from retina.datasets.masks import MaskFile, check_distinct, split_cell
 from retina.datasets.synthetic import LESIONS
-from retina.files import InputError, home, image_size
+from retina.files import InputError, exif_orientation, home, image_size, open_image, shown_size
 
 
 HERE = home()  # data/ and runs/ lie in it
@@ -62,9 +63,13 @@ class TableRow:
         """The name of a cell in error messages."""
         return f"{self.where}: {column} of {self.cells['image']}"
 
-    def file(self, column: str) -> Path:
-        """The file that a cell names. InputError: it is not there, or not below the table's folder."""
-        within, here = Path(os.path.normpath(self.cells[column])), os.path.abspath(self.folder)
+    def file(self, column: str, cell: str | None = None) -> Path:
+        """The file that a cell, or the part of it that is given, names.
+
+        InputError: it is not there, or not below the table's folder.
+        """
+        cell = self.cells[column] if cell is None else cell
+        within, here = Path(os.path.normpath(cell)), os.path.abspath(self.folder)
         if within.is_relative_to(here):
             within = within.relative_to(here)
         what, file = f"{self.where}: {column} {self.cells[column]!r}", self.folder / within
@@ -299,7 +304,7 @@ class LandmarkLabel(Label):
 
 @dataclass(frozen=True)
 class MaskLabel(Label):
-    """Masks, {lesion: file, or None where it was looked for and is not there}; an absent one is unknown.
+    """Masks, {lesion: MaskFile, or None where it was looked for and is not there}; an absent one is unknown.
 
     In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a lesion. preprocess.preprocess reads the files.
     """
@@ -312,8 +317,15 @@ class MaskLabel(Label):
                              "another lesion class in it, or a label that is no picture")
 
     def read(self, row):
-        return {lesion: None if row.cells[column].lower() == "none" else row.file(column)
-                for lesion, column in zip(self.lesions, self.columns) if row.cells[column]} or None
+        masks = {}
+        for lesion, column in zip(self.lesions, self.columns):
+            if row.cells[column].lower() == "none":
+                masks[lesion] = None
+            elif row.cells[column]:
+                name, values = split_cell(row.cells[column], row.folder, f"{row.where}: {column}")
+                masks[lesion] = MaskFile(row.file(column, name), values)
+        check_distinct(masks, row.where)
+        return masks or None
 
     def join(self, known, sizes, size):
         """The first mask file among copies of this size, as masks belong to pixels; without any file, "none".
@@ -388,8 +400,10 @@ def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | 
                          f"of its sides by its width and height, {absent}")
     size = image_size(image)
     if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
-        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {size[0]}x{size[1]} pixels; expected "
-                         f"pixels of this file; scale points of a larger or uncropped original, {absent}")
+        with open_image(image) as file:
+            shown = shown_size(size, exif_orientation(file))
+        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {shown} pixels; expected pixels of "
+                         f"this file; scale points of a larger or uncropped original, {absent}")
     return point
 
 

@@ -16,6 +16,7 @@ import data
 from conftest import ROOT, photograph, real_idrid
 from retina import files
 from retina.datasets import leaks, readers, records, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_data, read_idrid
 from retina.files import InputError
 
@@ -208,7 +209,7 @@ def test_a_table_of_all_columns(table):
                  "images/c.png,4.0,,,,,,,,test,p1")
     a, b, c = read_data(path).records
     assert (a.grade, a.edema_risk, a.split, a.landmarks) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
-    assert a.masks == {"MA": path.parent / "mask.png", "EX": None}
+    assert a.masks == {"MA": MaskFile(path.parent / "mask.png"), "EX": None}
     assert (b.grade, b.edema_risk, b.split, b.landmarks, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
     assert (c.grade, c.edema_risk, c.split, c.landmarks) == (4, None, "test", None)
     assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
@@ -274,7 +275,7 @@ def truncated_tiff(path: Path) -> None:
     (["image,group", 'images/a.png,"x', 'images/b.png,"'], "line 3: a cell of more than one line"),
     (["image,disc_x,disc_y", "images/a.png,1_0,3"], "disc of images/a.png is at .'1_0', '3'., expected two numbers"),
     (["image,grade", "deep.png,1"], "line 2: .*deep.png: 16 bits a channel; expected 8: convert it"),
-    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
+    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values: 0 .25 %., 1 .* expected two"),
     (["image,grade", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
     (["image,grade,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
     (["image,edema_risk", "images/a.png,3"],

@@ -24,6 +24,7 @@ import train
 from conftest import TINY, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records, synthetic
+from retina.datasets.masks import read_mask
 from retina.datasets.quality import lowest_seen
 from retina.evaluation import metrics, scoring, task_metrics
 from retina.files import InputError
@@ -87,7 +88,7 @@ def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     sample = preprocess.to_sample(record, preprocess.preprocess(record, 96))
     back = full_size.to_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
-    truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
+    truth = np.asarray(read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
 
 
@@ -138,7 +139,7 @@ def test_full_size_stats_equal_counting_pixels_of_files(tree):
         sample = photographs[i]
         for c, lesion in enumerate(task.classes):
             path, size = record.masks[lesion], (sample.geometry.width, sample.geometry.height)
-            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(preprocess.read_mask(path, size)[0]) > 0
+            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(read_mask(path, size)[0]) > 0
             map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
             score = full_size.to_file_pixels(map_, sample.geometry)
             mask = score >= metrics.threshold_at(metrics.level_of(0.3))
