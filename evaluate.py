@@ -50,7 +50,7 @@ class Run:
     options: dict
     epoch: int
     validation: list[str]  # names of the photographs that it was chosen on
-    calibration: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
+    calibration: dict[str, dict]  # on them: temperatures and thresholds, by task
     fingerprints: dict[str, str]  # split -> of its photographs and labels when the run was trained, see data.py
     seen: dict[str, float]  # what its training photographs looked like, see inference/quality.py
 
@@ -92,7 +92,7 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     photographs is for `not_its_own` to say. InputError: one of the names is not below `root`, or none has a label for
     the run's tasks, or the data set has other classes than the run.
     """
-    found = read_data(root)
+    found = read_data(root, run.options["classes"])
     if list(found.classes) != run.options["classes"]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
@@ -130,6 +130,8 @@ def not_its_own(run: Run, root: Path | None, split: str, photographs: FundusData
 
     It names the data set and, since two may have one name, tells its photographs and labels apart.
     """
+    if root is None and run.options["data"] is None:
+        return ""
     found = photographs.fingerprint()
     name = "drawn" if root is None else root.absolute().stem[:60]
     return "" if found == run.fingerprints[split] else f"_{name}_{found[:8]}"
@@ -274,7 +276,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
         content["full_size"] = measured(full) | {"tiles": args.tiles}
-    print("\n".join(calibration_line(run) for run in runs))
+    print("\n".join(calibration_line(run.calibration) for run in runs))
     print(f"(in brackets: 95 % intervals from {statistics.RESAMPLES} resamples of eyes)")
     return content
 
@@ -302,7 +304,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
                           None if run.options["classes"] else run.seen, not args.no_quality_check)
-    print("\n".join([*notes, calibration_line(run)]))
+    print("\n".join([*notes, calibration_line(run.calibration)]))
     try:
         rows = predict_all(predictor, paths)
     except KeyboardInterrupt:
@@ -348,7 +350,7 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
 
     def write(name, content):
         head = {"split": args.split, "data": str(roots[0] or "drawn"), "own": not others[0], "epoch": runs[0].epoch}
-        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1))
+        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1), encoding="utf-8")
         written.append(f"{name}{suffix}.json")
 
     if args.split == "test":
@@ -365,7 +367,7 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
     for arm in zip(*members):
         content = report(*arm, args)
     if len(runs) == 1:
-        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0])
+        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0], runs[0].calibration)
         written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
         if runs[0].net.experts is not None:

@@ -18,11 +18,11 @@ import data
 import evaluate
 import train
 from conftest import TINY, official_tree, photograph
-from retina.datasets import cache, readers, records
-from retina.evaluation import compare, scoring
+from retina.datasets import cache, readers, records, synthetic
+from retina.evaluation import compare, scoring, task_metrics
 from retina.files import InputError
 from retina.training import precision
-from tasks import TASKS
+from tasks import TASKS, make_tasks
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings")
@@ -93,6 +93,69 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
         evaluate.split_records(run, tree, "test")
 
 
+# ---- a data set with a test part alone ----
+
+def run_of(tmp_path: Path, task: str, classes=()) -> evaluate.Run:
+    """A run without a network, of which only the options are asked."""
+    options = {"classes": list(classes), "tasks": [task], "image_size": 64}
+    return evaluate.Run(tmp_path / "run", None, make_tasks([task], classes), options, 1, [], {}, None)
+
+
+def write_eyes(folder: Path, number: int, first: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for i in range(number):
+        Image.fromarray(synthetic.render(synthetic.plan(5, first + i), 64)[0]).save(folder / f"{first + i}.png")
+
+
+def test_folders_with_a_test_part_alone_are_scored_by_the_classes_of_the_run(tmp_path):
+    """Two of the run's three classes, and their places are those of the run; another class is refused."""
+    for k, name in enumerate(("2", "10")):
+        write_eyes(tmp_path / "X" / "test" / name, 2, 2 * k)
+    run = run_of(tmp_path, "cls", ("1", "2", "10"))
+    found = evaluate.split_records(run, tmp_path / "X", "test")
+    assert [(r.name, r.category) for r in found] == [("test/10/2.png", 2), ("test/10/3.png", 2), ("test/2/0.png", 1),
+                                                     ("test/2/1.png", 1)]
+    write_eyes(tmp_path / "X" / "test" / "3", 1, 9)
+    with pytest.raises(InputError, match="X/test/3: a class that the run does not have; expected 1, 2, 10; add it"):
+        evaluate.split_records(run, tmp_path / "X", "test")
+    with pytest.raises(InputError, match="its classes are 2 3 10, but .*run was trained on IDRiD's grades"):
+        evaluate.split_records(run_of(tmp_path, "cls"), tmp_path / "X", "test")
+    with pytest.raises(InputError, match="--tasks cls: photographs with its label in .*X: 0 for training"):
+        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "X"), classes=("2", "3", "10")), tmp_path / "run")
+
+
+def test_a_table_of_test_rows_alone_is_scored(tmp_path):
+    write_eyes(tmp_path / "new", 3)
+    (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(f"new/{i}.png,{i},test\n" for i in range(3)))
+    found = evaluate.split_records(run_of(tmp_path, "cls"), tmp_path / "t.csv", "test")
+    assert [r.grade for r in found] == [0, 1, 2]
+    with pytest.raises(InputError, match="--tasks cls: photographs with its label in .*t.csv: 0 for training"):
+        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv")), tmp_path / "run")
+
+
+@pytest.mark.parametrize("task,number", [("cls", 5), ("seg", 3), ("loc", 5)])
+def test_the_testing_folders_of_idrid_alone_are_scored(tmp_path, task, number):
+    tree = official_tree(tmp_path / "IDRiD", segmentation=3, grading=5)
+    for folder in sorted(tree.rglob("a. Training Set")):
+        shutil.rmtree(folder)
+    for table in tree.rglob("*Training*.csv"):
+        table.unlink()
+    found = evaluate.split_records(run_of(tmp_path, task), tree, "test")
+    assert len(found) == number and all(r.name.startswith("test/") for r in found)
+    with pytest.raises(InputError, match=f"--tasks {task}: photographs with its label in .*IDRiD: 0 for training"):
+        train.fit(replace(TINY, tasks=(task,), data=str(tree)), tmp_path / "run")
+
+
+def test_a_training_folder_that_is_lost_is_still_missed(tmp_path):
+    """The others have one, so this is no test part."""
+    tree = official_tree(tmp_path / "IDRiD", segmentation=1, grading=2)
+    shutil.rmtree(tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set")
+    with pytest.raises(InputError, match="B. Disease Grading/1. Original Images/a. Training Set: no such folder"):
+        readers.read_data(tree)
+
+
+# ---- what a run and its scores are ----
+
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
     test = [r for r in readers.read_drawn().records if r.split == "test"]
@@ -161,6 +224,8 @@ def runs(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
+    for name in ("FEWEST_FOR_TEMPERATURE", "FEWEST_FOR_THRESHOLD"):  # so that something is fitted
+        patch.setattr(task_metrics, name, 1)
     tree = official_tree(home / "IDRiD", segmentation=6, grading=20)
     for experts in (4, 0):
         for seed in range(3):
@@ -211,7 +276,9 @@ def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypa
     assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
 
 
-def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs):
+def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs, monkeypatch):
+    for name in ("FEWEST_FOR_TEMPERATURE", "FEWEST_FOR_THRESHOLD"):
+        monkeypatch.setattr(task_metrics, name, 1)
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     split = evaluate.split_records(run, Path(run.options["data"]), "val")
     scores = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(split, 32), run.tasks, 6), run.tasks)
@@ -473,7 +540,7 @@ def test_the_test_split_is_judged_by_what_was_calibrated_on_validation(runs, mon
     referred, ill = [], []
     for *p, grade in stats.tolist():
         p = [v ** (1 / calibration["temperature"]) for v in p]
-        referred.append(sum(p[2:]) / sum(p) >= calibration["referable"])
+        referred.append(round(sum(p[2:]) / sum(p), 4) >= calibration["referable"])
         ill.append(grade >= 2)
     sensitivity = sum(r and i for r, i in zip(referred, ill)) / sum(ill)
     specificity = sum(not r and not i for r, i in zip(referred, ill)) / (len(ill) - sum(ill))

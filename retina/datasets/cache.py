@@ -17,23 +17,23 @@ from tqdm import tqdm
 from retina.datasets import records, synthetic
 from retina.datasets.preprocess import Sample, preprocess, to_sample
 from retina.datasets.records import LABELS, Record
-from retina.datasets.synthetic import LESIONS
 from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
-CACHE_VERSION = 7  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
+CACHE_VERSION = 8  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
 def input_files(record: Record) -> list[tuple[Path, int, int]]:
     """The files that preprocess() reads, each with its size in bytes and its time of modification in ns."""
-    paths = [record.image, *filter(None, (record.masks or {}).values())] if record.drawing is None else []
+    masks = dict.fromkeys(m.path for m in (record.masks or {}).values() if m)  # one file may hold several
+    paths = [record.image, *masks] if record.drawing is None else []
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
 def cache_path(record: Record, size: int) -> Path:
     """The cache file of a record: its name changes with every input that preprocess() reads."""
-    lesions = sorted(lesion for lesion, path in (record.masks or {}).items() if path is not None)
+    lesions = sorted((lesion, str(m.path.resolve()), m.values) for lesion, m in (record.masks or {}).items() if m)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
@@ -134,9 +134,10 @@ def drop_black_masks(records: Sequence[Record], size: int) -> list[Record]:
     filed = [r for r in records if r.image and any((r.masks or {}).values())]
     found = {}
     for record, path in zip(filed, ensure_cached(filed, size)):
-        (set_pixels,) = cached_arrays(record, path, size, "set_pixels")
+        (stored,) = cached_arrays(record, path, size, "stored")
+        there = {lesion for lesion, _, values, _ in stored.tolist() if values}
         found[record.name] = record.with_labels(masks={
-            lesion: file if set_pixels[LESIONS.index(lesion)] else None for lesion, file in record.masks.items()})
+            lesion: file if lesion in there else None for lesion, file in record.masks.items()})
     return [found.get(r.name, r) for r in records]
 
 

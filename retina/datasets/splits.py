@@ -194,7 +194,7 @@ def describe_split(training: Sequence[Record], validation: Sequence[Record], fin
               "times copies of one photograph carry different labels; config.json lists them and what training "
               "goes by"))
     return "\n".join([f"training on {counts(training)}, validation ({how}) on {counts(validation)}",
-                      *(f"{number} {note}" for number, note in notes if number),
+                      *(f"{number} {note}" for number, note in notes if number), *findings["notes"],
                       *describe_classes(findings["counts"], training, tasks, telling, config.image_size)])
 
 

@@ -24,8 +24,9 @@ import train
 from conftest import TINY, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records, synthetic
+from retina.datasets.masks import read_mask
 from retina.datasets.quality import lowest_seen
-from retina.evaluation import metrics, scoring
+from retina.evaluation import metrics, scoring, task_metrics
 from retina.files import InputError
 from retina.inference import full_size, predictor, quality
 from retina.inference.predictor import NOTE, Predictor, predict_all, write_rows
@@ -87,7 +88,7 @@ def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     sample = preprocess.to_sample(record, preprocess.preprocess(record, 96))
     back = full_size.to_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
-    truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
+    truth = np.asarray(read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
 
 
@@ -138,7 +139,7 @@ def test_full_size_stats_equal_counting_pixels_of_files(tree):
         sample = photographs[i]
         for c, lesion in enumerate(task.classes):
             path, size = record.masks[lesion], (sample.geometry.width, sample.geometry.height)
-            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(preprocess.read_mask(path, size)[0]) > 0
+            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(read_mask(path, size)[0]) > 0
             map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
             score = full_size.to_file_pixels(map_, sample.geometry)
             mask = score >= metrics.threshold_at(metrics.level_of(0.3))
@@ -255,6 +256,7 @@ def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
+    patch.setattr(task_metrics, "FEWEST_FOR_THRESHOLD", 1)  # so that there are masks
     tree = official_tree(home / "IDRiD", segmentation=6, grading=8, test=False)
     options = replace(TINY, tasks=("cls", "dme", "seg", "loc"), data=str(tree), epochs=1)
     train.fit(options, home / "run", quiet=True)
@@ -364,7 +366,7 @@ def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypat
     assert [r["status"] for r in rows.values()] == ["unreadable", "refused", "unreadable", "answered", "answered"]
     assert rows["a_broken"]["reason"].startswith("not a readable image") and rows["a_broken"]["grade"] == ""
     assert rows["b_black"]["reason"].startswith("no field of view") and rows["b_black"]["width"] == "90"
-    assert "8 bits per channel" in rows["c_deep"]["reason"]
+    assert rows["c_deep"]["reason"].startswith("32 bits a channel; expected 8")
     printed = capsys.readouterr()
     assert "a_broken.jpg" in printed.err and "2 of 5 photographs answered for, 1 refused, 2 unreadable" in printed.out
     assert not list((out / "overlays").glob("[abc]_*"))
@@ -427,6 +429,80 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
 
 # ---- while the network has one photograph, others are read and written ----
 
+def flooded(mask: np.ndarray, y: int, x: int) -> np.ndarray:
+    """The pixels that one comes to from a pixel of a mask without leaving it, also over corners."""
+    found, left = np.zeros_like(mask), [(y, x)]
+    while left:
+        y, x = left.pop()
+        if 0 <= y < len(mask) and 0 <= x < mask.shape[1] and mask[y, x] and not found[y, x]:
+            found[y, x] = True
+            left += [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return found
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    parts, left = [], mask.copy()
+    while left.any():
+        parts.append(flooded(mask, *np.argwhere(left)[0]))
+        left &= ~parts[-1]
+    return parts
+
+
+def kept_component(wide: np.ndarray, map_: np.ndarray, centre, geometry, threshold: float) -> np.ndarray:
+    """Of a mask in pixels of the file, what the map's component nearest to the centre covers."""
+    at = np.argwhere(map_ >= threshold)
+    nearest = np.hypot(*(at + 0.5 - centre.numpy()[::-1]).T).argmin()
+    kept = flooded(map_ >= threshold, *at[nearest])
+    return full_size.to_file_pixels(np.where((map_ >= threshold) & ~kept, 0, map_), geometry) >= threshold
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_disc_is_one_component(seed):
+    """Against flooding pixel by pixel, with a centre and without."""
+    rng = np.random.default_rng(seed)
+    for side in range(1, 12):
+        map_, threshold, centre = rng.random((side, side)).astype(np.float32), rng.choice((0.4, 0.7, 0.9)), None
+        if seed % 2:
+            centre = (side * rng.random(2)).tolist()
+        mask, found = map_ >= threshold, predictor.only_disc(map_, threshold, centre)
+        kept = found >= threshold
+        assert np.array_equal(found, np.where(mask & ~kept, 0, map_))
+        if not mask.any():
+            continue
+        parts = components(mask)
+        assert any(np.array_equal(kept, part) for part in parts)
+        if centre is None:
+            assert map_[kept].sum() == pytest.approx(max(map_[part].sum() for part in parts))
+        else:
+            def gap(part, centre=centre):
+                return np.hypot(*(np.argwhere(part) + 0.5 - centre[::-1]).T).min()
+            assert gap(kept) == pytest.approx(gap(mask))
+
+
+class TwoDiscs(torch.nn.Module):
+    """Answers for every photograph with a disc on the left, a larger one on the right, and a centre on the left."""
+    heads = dict.fromkeys(("seg", "loc"))
+
+    def forward(self, images, indices):
+        y, x = torch.meshgrid(*[torch.arange(64)] * 2, indexing="ij")
+        discs = (torch.hypot(x - 20.0, y - 32.0) < 5) | (torch.hypot(x - 44.0, y - 32.0) < 8)
+        heat = torch.zeros(1, 2, 8, 8)
+        heat[..., 4, 2] = 50  # at (20, 36)
+        return {"seg": (20.0 * discs - 10).expand(1, 5, 64, 64), "loc": heat}, {}
+
+
+@pytest.mark.parametrize("tasks,left", [(("seg", "loc"), True), (("seg",), False)])
+def test_a_photograph_has_one_optic_disc(tmp_path, tasks, left):
+    """The one at the predicted centre; without one, the larger. Lesions stay in both places."""
+    picture(0, 160).save(tmp_path / "eye.png")
+    calibration = {"seg": dict.fromkeys(TASKS["seg"].classes, 0.5), "loc": {}}
+    asked = Predictor(TwoDiscs(), [TASKS[t] for t in tasks], calibration, 64, None, 8, CPU, tmp_path / "out", {})
+    row, = predict_all(asked, [tmp_path / "eye.png"])
+    disc, lesion = (np.asarray(Image.open(tmp_path / f"out/masks/eye_{k}.png")) > 0 for k in ("OD", "EX"))
+    one, other = sorted(components(lesion), key=lambda part: np.argwhere(part)[:, 1].mean())  # from the left
+    assert np.array_equal(disc, one if left else other) and row["area_OD"] < row["area_EX"]
+
+
 def predict_sequentially(predictor, path: Path, name: str) -> dict:
     """One photograph after the other, each step on its own and from the file."""
     p = predictor
@@ -449,6 +525,9 @@ def predict_sequentially(predictor, path: Path, name: str) -> dict:
                     (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y),
                     Image.BILINEAR)
                 masks[lesion] = np.asarray(wide) >= p.calibration["seg"][lesion]
+                if lesion == "OD":
+                    masks[lesion] &= kept_component(masks[lesion], map_, answers["loc"][0] * len(map_), g,
+                                                    p.calibration["seg"]["OD"])
                 Image.fromarray(masks[lesion]).convert("L").save(p.out / f"masks/{name}_{lesion}.png", compress_level=1)
                 row[f"area_{lesion}"] = round(float(masks[lesion].mean()) / float(foreground.mean()), 6)
         else:
@@ -481,12 +560,13 @@ def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, til
     sample = full_size.unlabelled_sample(records.Record("x", paths[-1]), 64)
     maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
-        loaded.calibration["seg"][lesion] = float(map_.quantile(0.9))
+        loaded.calibration["seg"][lesion] = float(map_.quantile(0.5 if lesion == "OD" else 0.9))
     predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", {})
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
     answered = [row for row in found if row["status"] == "answered"]
-    assert all(row[f"area_{lesion}"] > 0 for row in answered for lesion in TASKS["seg"].classes)
+    assert all(row[f"area_{lesion}"] > 0 for row in answered for lesion in TASKS["seg"].classes[:-1])
+    assert tiles or any(row["area_OD"] > 0 for row in answered)  # the one component may be a pixel of the map
     sequential = replace(predictor, out=tmp_path / "sequential")
     for folder in ("overlays", "masks"):
         (sequential.out / folder).mkdir(parents=True)
