@@ -13,12 +13,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
+import train
 from conftest import fake_records, photograph
 from retina.datasets import preprocess, readers, synthetic
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import LABELS, Record
 from retina.files import InputError
-from tasks import TASKS
+from tasks import TASKS, make_tasks
 
 
 SEG, CLS = TASKS["seg"], TASKS["cls"]
@@ -86,6 +87,33 @@ def test_flips_turn_about_the_same_middle_as_rotations():
         seen.add(tuple(points[0].tolist()))
         assert isinstance(turn, v2.RandomAffine)
     assert seen == {(20, 45.5), (108, 45.5), (20, 82.5), (108, 82.5)}
+
+
+def test_without_flips_a_left_eye_stays_a_left_eye(tmp_path):
+    """Folders of left and right eyes: the disc, the brightest spot, keeps its side; with flips about half change it."""
+    eyes = {i: eye for i in range(60) if (eye := synthetic.plan(11, i)).grade == 0}
+    left = [i for i, eye in eyes.items() if eye.disc[0] < 0.5][:6]
+    for i in left + [i for i in eyes if i not in left][:6]:
+        folder = tmp_path / "train" / ("left-eye" if i in left else "right-eye")
+        folder.mkdir(parents=True, exist_ok=True)
+        photograph(folder / f"{i}.png", i)
+
+    def shares_that_changed(**flags):
+        config = train.Config(data=str(tmp_path), classes=("left-eye", "right-eye"), tasks=("cls",), image_size=64,
+                              **flags)
+        training, _, findings = data.load_datasets(config, make_tasks(config.tasks, config.classes))
+        changed = []
+        for i, record in enumerate(training.records):
+            for seed in range(20):
+                light = v2.functional.gaussian_blur(training[i, seed].image.float().sum(0, keepdim=True), 9)[0]
+                changed.append((int(light.argmax()) % 64 < 32) != (record.category == 0))
+        return findings["notes"], np.mean(changed), len(changed)
+
+    note = "classes left-eye, right-eye sound like sides; a mirror image turns one into the other: use --no-flips"
+    notes, share, number = shares_that_changed()
+    assert notes == [note] and 0.4 < share < 0.6 and number >= 160
+    assert shares_that_changed(flips=False) == ([], 0, number)
+    assert shares_that_changed(augment=False)[0] == []
 
 
 @pytest.mark.parametrize("grey", [20, 128, 220])

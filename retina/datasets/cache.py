@@ -5,9 +5,10 @@ import hashlib
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
-CACHE_VERSION = 7  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
+CACHE_VERSION = 8  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
 def input_files(record: Record) -> list[tuple[Path, int, int]]:
@@ -157,6 +158,19 @@ def fingerprint(records: Sequence[Record], paths: Sequence[Path]) -> str:
         labels = [(name, LABELS[name].fingerprint(value)) for name, value in sorted(r.labels.items())]
         digest.update(repr((r.name, labels, sums)).encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def file_digest(path: Path, *_: int) -> bytes:
+    """SHA-256 of a file; see input_files for the rest of the arguments."""
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def content(record: Record, labels: Collection[str]) -> tuple:
+    """What a photograph is and what some `labels` say of it, wherever its files lie and whatever its size in a run."""
+    kept = {name: value for name, value in sorted(record.labels.items()) if name in labels}
+    files = [file_digest(*file) for file in input_files(replace(record, labels=kept))]
+    return record.drawing, files, [(name, LABELS[name].fingerprint(value)) for name, value in kept.items()]
 
 
 def check_files(files: Sequence[tuple[Path, int, int]]) -> None:

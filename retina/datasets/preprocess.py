@@ -13,14 +13,17 @@ from torch import Tensor
 
 from retina.datasets import synthetic
 from retina.datasets.masks import check_plausible, read_mask
+from retina.datasets.quality import QUALITY_SIDE, measure_quality
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
-from retina.datasets.vessels import VESSEL_SIDE, vessel_map
-from retina.files import SIDEWAYS, InputError, exif_orientation, open_image, orientation
+from retina.datasets.vessels import SMALLEST_FIELD, VESSEL_SIDE, vessel_map
+from retina.files import SIDEWAYS, InputError, channel_bits, exif_orientation, open_image, orientation, page_count
 
 
-# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
+# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map, T side of a thumbnail
+
+THUMBNAIL_SIDE = 108  # pixels; both sides alike, so that a photograph that was turned has a thumbnail that was turned
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,14 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
 
 
+def quality(image: Image.Image, field: tuple[float, float, float, float] | None) -> np.ndarray:
+    """The MEASURES (6,) of a photograph with this field of view; of all of it, where it has none."""
+    left, top, right, bottom = field or (0, 0, *image.size)
+    picture = image.convert("RGB").resize((QUALITY_SIDE, QUALITY_SIDE), Image.BOX, (left, top, right, bottom))
+    return np.array([field is not None, min(right - left, bottom - top),
+                     *measure_quality(np.asarray(picture), foreground_mask(picture))])
+
+
 def lit_field(image: Image.Image, field: Sequence[float] | None) -> np.ndarray:
     """Where the retina is in a photograph with this `field_of_view`, dark spots included; all of it without one."""
     lit = foreground_mask(image)
@@ -103,7 +114,7 @@ class Decoded:
 
 
 def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Decoded:
-    """Decode a photograph. InputError: not readable, or more than 8 bits a channel.
+    """Decode a photograph. InputError: not readable, more than 8 bits a channel, or more than one page.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side has `min_side` pixels: that
     saves nine tenths of the time, and loses nothing as long as the picture is reduced afterwards. `decoded` is the same
@@ -112,8 +123,10 @@ def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Dec
     if decoded is not None and decoded.extent == decoded.size:
         return decoded
     with open_image(path) as image:
-        if image.mode[0] in "IF":
-            raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
+        if (bits := channel_bits(image)) > 8:
+            raise InputError(f"{path}: {bits} bits a channel; expected 8: convert it, scaled to its brightest value")
+        if (pages := page_count(image)) > 1:
+            raise InputError(f"{path}: {pages} pages; expected one: save the one to use as a file of its own")
         size, turned, held = image.size, orientation(image), exif_orientation(image)
         zoom = min_side / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
@@ -150,11 +163,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (89, 134, 3), vessels (V, V), stored (m, 4), the lesion and the Meaning of each mask file. The
-    field of view is cut out, padded to a square with black, and reduced to `size` pixels with antialiasing; a pixel of
-    a mask is set if at least half of what it covers is. A picture without a field of view is taken whole. `image_only`
-    leaves out the vessel map; `small` is the photograph, decoded for 512 pixels, where the caller has it. InputError: a
-    file that cannot be read, no mask of this photograph, a landmark outside of its field of view.
+    files: thumbnail (T, T, 3) of the whole picture, field, vessels (V, V), quality (6,), stored (m, 4), the lesion and
+    the Meaning of each mask file. The field of view is cut out, padded to a square with black, and reduced to `size`
+    pixels with antialiasing; a pixel of a mask is set if at least half of what it covers is. `field` is its longer side
+    in pixels of the file, 0 for a picture without one, which is taken whole; the vessel map is empty if it is less than
+    SMALLEST_FIELD. `image_only` leaves out vessel map and quality; `small` is the photograph, decoded for 512 pixels,
+    where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of
+    its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -193,12 +208,14 @@ def preprocess(record: Record, size: int, image_only: bool = False,
             masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
             stored.append((lesion, *astuple(meaning)))
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    if field and not image_only:
+    field_side = max(box[2] - box[0], box[3] - box[1]) if field else 0
+    if field_side >= SMALLEST_FIELD and not image_only:
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
-            "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
-            "stored": np.array(stored, str).reshape(-1, 4)}
+            "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
+            "field": np.array(field_side), "stored": np.array(stored, str).reshape(-1, 4),
+            **({} if image_only else {"quality": quality(small.image, field)})}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:

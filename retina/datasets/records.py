@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,10 +22,10 @@ from torchvision import tv_tensors
 
 from retina.datasets.masks import MaskFile, check_distinct, split_cell
 from retina.datasets.synthetic import LESIONS
-from retina.files import InputError, exif_orientation, image_size, open_image, shown_size
+from retina.files import InputError, exif_orientation, home, image_size, open_image, shown_size
 
 
-HERE = Path(__file__).parents[2]  # the project's folder: data/ and runs/ lie in it
+HERE = home()  # data/ and runs/ lie in it
 LANDMARKS = ("disc", "fovea")  # centres of the optic disc and of the fovea
 GRADES, EDEMA_RISKS = 5, 3
 UNKNOWN = 255  # in a mask: it is not known whether this lesion is there
@@ -64,16 +68,43 @@ class TableRow:
 
         InputError: it is not there, or not below the table's folder.
         """
-        within = Path(os.path.normpath(self.cells[column] if cell is None else cell))
-        what = f"{self.where}: {column} {self.cells[column]!r}"
-        file = self.folder / within
+        cell = self.cells[column] if cell is None else cell
+        within, here = Path(os.path.normpath(cell)), os.path.abspath(self.folder)
+        if within.is_relative_to(here):
+            within = within.relative_to(here)
+        what, file = f"{self.where}: {column} {self.cells[column]!r}", self.folder / within
         if within.is_absolute() or within.parts[:1] == ("..",):
             raise InputError(f"{what}: leads out of {self.folder}; expected a path below the folder of the table; move "
-                             "the table above its files")
+                             f"the table above its files{did_you_mean(self.folder, self.cells[column])}")
         if not file.is_file():
             problem = "a folder" if file.is_dir() else "no such file"
-            raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table")
+            raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table"
+                             f"{did_you_mean(self.folder, self.cells[column])}")
         return file
+
+
+# what a path in a table and the file that it means may differ in, and a form of both without it
+DIFFERENCES: dict[str, Callable[[str], str]] = {
+    "slashes": lambda path: path.replace("\\", "/"), "accents": lambda path: unicodedata.normalize("NFC", path),
+    "upper and lower case": str.casefold, "folder": lambda path: path.rpartition("/")[2],
+    "suffix": lambda path: re.sub(r"\.[a-z]{2,4}\d?$", "", path),
+    "leading zeros": lambda path: re.sub(r"(^|/)0+", r"\1", path)}
+
+
+def did_you_mean(folder: Path, text: str) -> str:
+    """The end of a message: the file below `folder` that a path most likely means, and what they differ in; or ""."""
+    def form(path, kept=""):
+        for name, without in DIFFERENCES.items():
+            path = path if name == kept else without(path)
+        return path
+
+    files = (p.relative_to(folder).as_posix() for p in itertools.islice(folder.rglob("*.*"), 100_000) if p.is_file())
+    alike = sorted(path for path in files if form(path) == form(text))
+    if not alike:
+        return ""
+    best = max(alike, key=lambda path: difflib.SequenceMatcher(None, text, path).ratio())
+    differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)]
+    return f"; did you mean {best!r}, which differs in {', '.join(differ)}?"
 
 
 @dataclass(frozen=True)

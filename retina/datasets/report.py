@@ -42,13 +42,13 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
     """How masks are stored, with counts; masks stored unlike most; and photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, vessels = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "vessels")
-                            for r in records))
+    stored, fields = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "field")
+                           for r in records))
     masks = [(r, f"{lesion} {form}") for r, here in zip(records, stored) for lesion, form, *_ in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
     usual = max(forms, key=forms.get, default="")
     return (forms, [(r, mask) for r, mask in masks if mask.partition(" ")[2] != usual],
-            [r.name for r, v in zip(records, vessels) if not v.any()])
+            [r.name for r, side in zip(records, fields) if side == 0])
 
 
 def lost_masks(records: Sequence[Record], filled: Sequence[Record]) -> tuple[list[str], list[str]]:
@@ -97,8 +97,9 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
         "sizes": dict(Counter(f"{w}x{h}" for w, h in comparison.sizes.tolist()).most_common()),
         "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
         "black_masks": black, "vanished_masks": vanished,
-        "without_field_of_view": without_field,
+        "without_field_of_view": without_field, "not_compared": comparison.notes.tolist(),
         "copies": [[records[i].name, records[j].name] for i, j in comparison.copies],
+        "turned_copies": [[records[i].name, records[j].name] for i, j in comparison.turned],
         "same_eye": {"threshold": leaks.SAME_EYE, "pairs": pairs[:number_same],
                      "closest_below": pairs[number_same:number_same + 12],
                      "photographs": len(joined), "eyes": len(groups),
@@ -132,6 +133,7 @@ def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison:
                        if isinstance(v, (int, float))), [r])  # masks and points are in the picture
             for _, members in sorted(strata.items(), key=lambda item: str(item[0])) for r in members[:6]]),
         "copies": ("files that show one photograph", list(map(group, report["copies"]))),
+        "turned_copies": ("copies that were mirrored or turned", list(map(group, report["turned_copies"]))),
         **{name: (title, [group(p["photographs"], f"score {p['score']:.2f}") for p in report["same_eye"][key]])
            for name, title, key in (("same_eye", "photographs of one eye", "pairs"),
                                     ("just_below", "pairs closest below the threshold", "closest_below"))},
@@ -183,9 +185,12 @@ def format_report(report: Mapping) -> str:
     lines += listing("photographs that cannot be used", list(report["unreadable"].values()))
     lines += listing("photographs without a round field of view (taken whole, not compared by vessels)",
                      report["without_field_of_view"], 3)
+    lines += report["not_compared"]
     same = report["same_eye"]
     lines += ["", *listing("copies: pairs of files that show one photograph",
                            [" = ".join(pair) for pair in report["copies"]], 4)]
+    lines += listing("copies that were mirrored or turned (not joined; they stay on one side of every split)",
+                     [" = ".join(pair) for pair in report["turned_copies"]], 4)
     lines += listing(f"other pairs that show one eye (score {same['threshold']} and up)",
                      [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
     lines += [f"    closest below: {p['score']:.2f}  {' / '.join(p['photographs'])}"

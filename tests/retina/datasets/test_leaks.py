@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,23 +99,88 @@ def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
 def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
     records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
     records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
-    assert leaks.find_copies(prepared(records, "thumbnail")) == [(2, 6)]
+    assert leaks.find_copies(prepared(records, "thumbnail")) == ([(2, 6)], [])
 
 
-def test_copies_equal_brute_force():
+def orientations(picture: np.ndarray) -> list[np.ndarray]:
+    """A picture as it is, and as Pillow flips and turns it."""
+    return [picture, *(np.asarray(Image.fromarray(picture).transpose(way)) for way in Image.Transpose)]
+
+
+@pytest.mark.parametrize("side", [12, 24])
+def test_copies_equal_brute_force(side):
+    """Upright, mirrored and turned copies, from hardly changed to clearly changed, against all pairs in full."""
     rng = np.random.default_rng(0)
-    thumbnails = rng.integers(0, 255, (40, 6, 9, 3)).astype(np.uint8)
-    for i in range(20, 40):  # from hardly changed to clearly changed
-        thumbnails[i] = np.clip(thumbnails[i - 20] + rng.normal(0, (i - 20) / 4, (6, 9, 3)), 0, 255)
-    close = [(i, j) for i, j in itertools.combinations(range(40), 2)
-             if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= leaks.COPY_RMSE]
-    assert leaks.find_copies(thumbnails) == close and 5 < len(close) < 15
+    thumbnails = rng.integers(0, 255, (80, side, side, 3)).astype(np.uint8)
+    for i in range(40, 80):
+        other = orientations(thumbnails[i - 40])[i % 8] if i % 2 else thumbnails[i - 40]
+        thumbnails[i] = np.clip(other + rng.normal(0, (i - 40) / 8, other.shape), 0, 255)
+    found = [], []
+    for i, j in itertools.combinations(range(80), 2):
+        close = [np.sqrt(((thumbnails[i].astype(float) - x) ** 2).mean()) <= leaks.COPY_RMSE
+                 for x in orientations(thumbnails[j])]
+        if any(close):
+            found[not close[0]].append((i, j))
+    assert leaks.find_copies(thumbnails) == found and all(8 < len(pairs) < 16 for pairs in found)
 
 
 def test_dark_pictures_are_no_copies_of_each_other():
     rng = np.random.default_rng(0)
-    dark = rng.integers(0, 3, (4, 89, 134, 3)).astype(np.uint8)
-    assert leaks.find_copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
+    dark = rng.integers(0, 3, (4, 108, 108, 3)).astype(np.uint8)
+    assert leaks.find_copies(np.concatenate([dark, dark[:1], dark[1:2, ::-1]])) == ([(0, 4)], [(1, 5)])
+
+
+def oblong(record: Record, way: Image.Transpose | None = None) -> Record:
+    """The photograph with black borders left and right, saved anew, perhaps mirrored or turned."""
+    picture = Image.open(record.image)
+    wide = Image.new("RGB", (picture.width + 140, picture.height))
+    wide.paste(picture, (70, 0))
+    (wide if way is None else wide.transpose(way)).save(record.image, quality=80)
+    return record
+
+
+def test_mirrored_and_turned_copies_show_one_eye_and_are_not_joined(tmp_path):
+    """All seven ways, of which four exchange width and height; three lie in the test split."""
+    records = [oblong(photograph(tmp_path / f"{i}.jpg", i)) for i in range(9)]
+    records += [oblong(photograph(tmp_path / f"{i}_{way.name}.jpg", i, split="test" if i < 3 else "train"), way)
+                for i, way in enumerate(Image.Transpose)]
+    comparison = leaks.compare(records, 64)
+    assert not len(comparison.copies) and comparison.turned.tolist() == [[i, i + 9] for i in range(7)]
+    found, conflicts = comparison.join(records)
+    assert [r.name for r in found] == [r.name for r in records] and not conflicts
+    for k in range(1, 6):
+        split = splits.split(found, f"{k}/5")
+        assert {r.name for r in split.leaks} == {"0", "1", "2"}
+        assert {eye_of(r) for r in split.training}.isdisjoint(eye_of(r) for r in split.validation)
+
+
+# ---- what is not compared ----
+
+@pytest.mark.parametrize("side,compared", [(28, False), (76, False), (90, True), (300, True)])
+def test_vessels_of_photographs_that_are_too_small_are_not_compared(tmp_path, side, compared):
+    """28 pixels hold no vessels. Copies are found all the same, and how many are too small is said."""
+    records = [photograph(tmp_path / f"{i}.png", i) for i in range(3)]
+    records += [photograph(tmp_path / "again.png", 0, (10, -14), 0.9), photograph(tmp_path / "copy.png", 1)]
+    for record in records:  # the field is 240 pixels wide
+        Image.open(record.image).resize((round(side / 0.8),) * 2, Image.LANCZOS).save(record.image)
+    comparison = leaks.compare(records, 64)
+    assert comparison.copies.tolist() == [[1, 4]] and prepared(records, "vessels").any() == compared
+    assert comparison.same_eye() == [[1, 4], [0, 3]][:1 + compared]
+    assert [note[:28] for note in comparison.notes] == ["5 photographs are too small "] * (not compared)
+
+
+def test_vessels_are_not_compared_where_each_photograph_has_a_group(tmp_path, monkeypatch):
+    """One without a group, and all are compared."""
+    records = [photograph(tmp_path / "a.jpg", 0), photograph(tmp_path / "b.jpg", 0, (10, -14)),
+               photograph(tmp_path / "c.jpg", 1), photograph(tmp_path / "d.jpg", 1, quality=80),
+               oblong(photograph(tmp_path / "e.jpg", 2)), oblong(photograph(tmp_path / "f.jpg", 2),
+                                                                Image.Transpose.ROTATE_90)]
+    grouped = [replace(r, eye=f"group {r.name}") for r in records]
+    some = leaks.compare([*grouped[:5], records[5]], 64)
+    assert some.same_eye() == [[2, 3], [4, 5], [0, 1]] and not len(some.notes)
+    monkeypatch.setattr(leaks, "same_eye_scores", None)
+    every = leaks.compare(grouped, 64)
+    assert every.same_eye() == [[2, 3], [4, 5]] and "each photograph has a group" in str(*every.notes)
 
 
 def joined(records, pairs, sizes=None):
@@ -380,6 +446,7 @@ def test_real_copies_and_eyes():
     pairs = set(map(tuple, found.copies.tolist()))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
+    assert not len(found.turned) and not len(found.notes)
     components = splits.connected_components(found.same_eye(), len(records))
     for a, b in CONFIRMED + FOUND_HERE + COPIES:
         assert components[number[a]] == components[number[b]]

@@ -2,6 +2,8 @@
 
 import math
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,84 @@ def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
     fast, full = (preprocess.preprocess(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float)
                   for s in ("jpg", "png"))
     assert 10 * math.log10(255 ** 2 / ((fast - full) ** 2).mean()) > 38  # dB
+
+
+# ---- photographs of other kinds ----
+
+def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
+    """Grey 0, RGB 2, grey and opacity 4, RGBA 6; 8 or 16 bits a channel, as the type of the pixels (h, w, c) says."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    height, width = pixels.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) +
+                     chunk(b"IEND", b""))
+
+
+def write_tiff(path: Path, pixels: np.ndarray, planar: bool = False) -> None:
+    """RGB of the pixels (h, w, 3), colour by colour within each pixel or, `planar`, one colour after the other."""
+    height, width, size = *pixels.shape[:2], pixels.nbytes // 3
+    lists = 8 + 2 + 12 * 10 + 4  # where tags with more than one number keep them: bits, offsets and lengths of strips
+    strips = [(lists + 30 + k * size, size) for k in range(3)] if planar else [(lists + 30, 3 * size)]
+    tags = {256: (4, 1, width), 257: (4, 1, height), 258: (3, 3, lists), 259: (3, 1, 1), 262: (3, 1, 2),
+            273: (4, len(strips), lists + 6 if planar else lists + 30), 277: (3, 1, 3), 278: (4, 1, height),
+            279: (4, len(strips), lists + 18 if planar else 3 * size), 284: (3, 1, 1 + planar)}
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in tags.items())
+    content += struct.pack("<I3H", 0, *[8 * pixels.itemsize] * 3)
+    content += struct.pack("<6I", *[o for o, _ in strips], *[n for _, n in strips]) if planar else bytes(24)
+    path.write_bytes(content + (pixels.transpose(2, 0, 1) if planar else pixels).tobytes())
+
+
+def stored_as(path: Path, form: str, pixels: np.ndarray) -> None:
+    """Write RGB pixels, 8 or 16 bits a channel, of which grey forms take the first channel."""
+    grey, opaque = pixels[..., :1], np.full_like(pixels[..., :1], np.iinfo(pixels.dtype).max)
+    if form.startswith("PNG"):
+        what = {"PNG grey": (grey, 0), "PNG RGB": (pixels, 2), "PNG grey, opacity": (np.dstack([grey, opaque]), 4),
+                "PNG RGBA": (np.dstack([pixels, opaque]), 6)}[form]
+        write_png(path, *what)
+    elif form.startswith("TIFF RGB"):
+        write_tiff(path, pixels, form.endswith("planar"))
+    elif form == "TIFF grey":
+        Image.fromarray(grey[..., 0]).save(path, "TIFF")
+    else:
+        kind, channels = (b"P6", pixels) if form == "PPM" else (b"P5", grey)
+        most = 255 if pixels.itemsize == 1 else 4095
+        path.write_bytes(b"%s 30 20 %d\n" % (kind, most) + channels.astype(channels.dtype.newbyteorder(">")).tobytes())
+
+
+@pytest.mark.parametrize("form", ["PNG grey", "PNG RGB", "PNG grey, opacity", "PNG RGBA", "TIFF RGB", "TIFF RGB planar",
+                                  "TIFF grey", "PPM", "PGM"])
+def test_more_than_eight_bits_a_channel_are_refused_whatever_the_format(tmp_path, form):
+    """12 bits in 16, which would look almost black; the same with 8 bits is read as it is."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (20, 30, 3), np.uint16)
+    stored_as(tmp_path / "deep", form, pixels)
+    bits = 12 if form in ("PPM", "PGM") else 16
+    with pytest.raises(InputError, match=f"deep: {bits} bits a channel; expected 8: convert it, scaled to its bright"):
+        preprocess.read_image(tmp_path / "deep", 512)
+    stored_as(tmp_path / "usual", form, (pixels // 16).astype(np.uint8))
+    read = np.asarray(preprocess.read_image(tmp_path / "usual", 512).image)
+    grey = form in ("PNG grey", "PNG grey, opacity", "TIFF grey", "PGM")
+    assert np.array_equal(read, (pixels[..., [0, 0, 0]] if grey else pixels) // 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
+def test_a_photograph_has_one_page(tmp_path, suffix):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    image.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[image.rotate(180)])
+    with pytest.raises(InputError, match=f"a.{suffix}: 2 pages; expected one: save the one to use as a file of its ow"):
+        preprocess.read_image(tmp_path / f"a.{suffix}", 512)
+
+
+def test_what_a_camera_puts_behind_a_jpeg_does_not_count_as_a_page(tmp_path):
+    image = Image.fromarray(synthetic.render(synthetic.plan(0, 3), 64)[0])
+    image.save(tmp_path / "a.jpg")
+    image.save(tmp_path / "b.jpg", "MPO", save_all=True, append_images=[image.rotate(9)])
+    with Image.open(tmp_path / "b.jpg") as both:
+        assert (both.format, both.n_frames) == ("MPO", 2)
+    one, two = (np.asarray(preprocess.read_image(tmp_path / f"{name}.jpg", 512).image).astype(int) for name in "ab")
+    assert abs(one - two).mean() < 2
 
 
 # ---- the real photographs, where they are at hand ----
