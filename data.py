@@ -32,6 +32,7 @@ from torchvision.transforms import v2
 from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import compare, find_eyes
 from retina.datasets.preprocess import Sample
+from retina.datasets.quality import lowest_seen
 from retina.datasets.records import LABELS, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
@@ -102,6 +103,11 @@ class FundusDataset(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
         return cache.fingerprint(self.records, self.paths)
+
+    def quality(self) -> list[np.ndarray]:
+        """The MEASURES (6,) of each photograph that is a file; see retina/datasets/quality.py."""
+        return [cache.cached_arrays(r, path, self.size, "quality")[0] for r, path in zip(self.records, self.paths)
+                if r.drawing is None]
 
 
 # ---- batches ----
@@ -242,7 +248,8 @@ def count_classes(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, dict[str
 
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
-    """Training and validation photographs, and findings: leaks, classes, contradicting labels, notes.
+    """Training and validation photographs, and findings: leaks, classes, contradicting labels, notes, and what later
+    photographs are held against: the fingerprint of the test split, the lowest quality that training sees.
 
     `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task, or
     nothing is left of its labels in training.
@@ -257,8 +264,9 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test split)")
     sampled = [*tasks, *make_tasks(config.sampling_tasks, config.classes)]
-    training, validation, leaks = ([r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
-        (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
+    training, validation, test, leaks = (
+        [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
+            (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
@@ -274,6 +282,11 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
             raise InputError(f"--tasks {t}: at {config.image_size} px no training photograph shows any of "
                              f"{' '.join(counts)}; expected some; look at {root} with data.py, or train at a larger "
                              "--image-size")
+    # as evaluate.py takes them: another order in a table makes no other photographs of them; drawings never change
+    test_set = [] if root is None else sorted(test, key=lambda r: r.name)
+    measured = datasets["training"].quality()
+    findings |= {"test": FundusDataset(test_set, config.image_size).fingerprint(), "seen": lowest_seen(measured),
+                 "without_field_of_view": sum(not field for field, *_ in measured)}
     return *datasets.values(), findings
 
 

@@ -25,7 +25,8 @@ import model
 from model import ENCODERS, MOE_PLACES, ROUTERS, Net, load_balancing_loss
 from retina.datasets.splits import describe_split
 from retina.evaluation import routing, scoring, tables
-from retina.files import run_cli
+from retina.evaluation.compare import calibration_line
+from retina.files import load_tensors, run_cli
 from retina.training import checkpoint, distributed, precision, pretrained
 from retina.training.checkpoint import RunFolder, TrainState
 from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
@@ -247,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = "DRAWN photographs, not IDRiD" if config.data is None else config.data
         tell(f"\nbest checkpoint: epoch {result['epoch']} of {folder}, validation split of {what}")
         tell(tables.table(result["metrics"], make_tasks(config.tasks, config.classes)))
+        tell(calibration_line(load_tensors(folder / "best.pt")["calibration"]))
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))

@@ -182,12 +182,18 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     evaluate.main()
     text = capsys.readouterr().out
     lines = text[:text.index("experts   18 photographs")].splitlines()
-    assert "kappa" not in text and [line.split()[0] for line in lines[-5:-2]] == ["day", "dusk", "night"]
+    assert "kappa" not in text and [line.split()[0] for line in lines[-6:-3]] == ["day", "dusk", "night"]
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
     header, row, *_ = (run / "per_photograph_test.csv").read_text().splitlines()
     assert header == "photograph,category,category_p_day,category_p_dusk,category_p_night,category_true"
     assert ",day" in row
+    shutil.copytree(tmp_path / "sky" / "test", tmp_path / "new" / "test")  # a test part alone, without one class
+    shutil.rmtree(tmp_path / "new" / "test" / "day")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [*sys.argv, "--data", str(tmp_path / "new")])
+        evaluate.main()
+    assert "12 photographs" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
@@ -369,7 +375,7 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     found = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(test, 32), run.tasks, 16), run.tasks)
     m = found.metrics()["seg"]
     assert {k for k in synthetic.LESIONS if f"dice_{k}" in m} == {"EX", "SE"}
-    scoring.write_per_photograph(tmp_path / "per_photograph.csv", found)
+    scoring.write_per_photograph(tmp_path / "per_photograph.csv", found, run.calibration)
 
 
 # ---- a step ----

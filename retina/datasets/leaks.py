@@ -9,6 +9,7 @@ import numpy as np
 
 from retina.datasets import cache, splits
 from retina.datasets.cache import cached_arrays, drop_black_masks, ensure_cached, read_or_none, write_arrays
+from retina.datasets.masks import Meaning, check_meanings
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
 from retina.datasets.vessels import COARSE_VIEWS, FINE_VIEWS, REACH, SCREENING_SCORE, SMALLEST_FIELD, same_eye_scores
@@ -72,6 +73,14 @@ class Comparison:
         return splits.join_copies(splits.name_eyes(records, self.same_eye()), self.copies.tolist(), self.sizes.tolist())
 
 
+def check_masks(records: Sequence[Record], size: int) -> None:
+    """InputError: mask files of a data set contradict each other, see masks.check_meanings."""
+    masked = [r for r in records if r.drawing is None and any((r.masks or {}).values())]
+    check_meanings([(r.where, lesion, r.masks[lesion], Meaning(*meaning))
+                    for r, path in zip(masked, ensure_cached(masked, size))
+                    for lesion, *meaning in cached_arrays(r, path, size, "stored")[0].tolist()])
+
+
 def compare(records: Sequence[Record], size: int) -> Comparison:
     """Compare all photographs with each other, from their arrays in the cache; the result is cached too.
 
@@ -82,6 +91,7 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
     if all(r.drawing is not None for r in records):
         return Comparison(none, none, none, np.zeros(0), np.full((len(records), 2), DRAWN_SIDE), np.zeros(0, str))
     paths, grouped = ensure_cached(records, size), all(r.eye for r in records)
+    check_masks(records, size)
     settings = COPY_RMSE, SCREENING_SCORE, REACH, COARSE_VIEWS, FINE_VIEWS, grouped
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
     stored, names = cache.CACHE / f"eyes_{key[:32]}.npz", [f.name for f in fields(Comparison)]
@@ -111,5 +121,6 @@ def find_eyes(records: Sequence[Record], size: int, ignore: bool = False) -> tup
     A black mask file counts as a mask that says "none".
     """
     if ignore:
+        check_masks(records, size)
         return [replace(r, eye=r.name) for r in drop_black_masks(records, size)], []
     return compare(records, size).join(drop_black_masks(records, size))

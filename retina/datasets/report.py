@@ -44,7 +44,7 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
         return Counter(), [], []
     stored, fields = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "field")
                            for r in records))
-    masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
+    masks = [(r, f"{lesion} {form}") for r, here in zip(records, stored) for lesion, form, *_ in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
     usual = max(forms, key=forms.get, default="")
     return (forms, [(r, mask) for r, mask in masks if mask.partition(" ")[2] != usual],

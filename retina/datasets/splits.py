@@ -188,6 +188,8 @@ def describe_split(training: Sequence[Record], validation: Sequence[Record], fin
               f"photographs of the training split show an eye of the test split: {use}"),
              (len(findings["left_out_for_validation"]),
               "photographs of the training split show an eye of the validation split: left out"),
+             (findings["without_field_of_view"],
+              "training photographs have no field of view, no lit circle on dark ground: they are taken whole"),
              (len(findings["conflicts"]),
               "times copies of one photograph carry different labels; config.json lists them and what training "
               "goes by"))

@@ -304,14 +304,13 @@ def read_request(config_class: type[Config], argv: Sequence[str] | None, model: 
     given = parse(config_class, argv)
     if "resume" in given:
         run = given["resume"]
-        begun, state = checkpoint.read_last(run)
+        begun, _ = checkpoint.read_last(run)
         config = resume_config(config_class, given, begun)
+        check_same(run, begun, config)
         if config.data is not None and not Path(config.data).exists():
             raise InputError(f"--resume {run}: {config.data}: its data set is not there; if it has moved, name it with "
                              "--data")
-        note = f"going on with {run}" + ", from its beginning: it was stopped before its first checkpoint" * (
-            state is None)
-        return Request(config, run, [note], True, False)
+        return Request(config, run, [], True, False)
     config, notes = resolve_defaults(config_class, given, model)
     runs, name, overwrite = records.HERE / "runs", given.get("name"), "overwrite" in given
     if name is None and overwrite:

@@ -46,7 +46,7 @@ def test_examination_finds_what_was_planted(troubled, capsys, tmp_path):
     shares = report["splits"]["train"]["classes"]["grade"]
     assert shares["counts"] == {str(g): grades.count(g) for g in sorted(set(grades))}
     assert shares["constant_accuracy"] == round(common / 15, 4)
-    assert report["odd_masks"] == ["segmentation/IDRiD_03 OD RGBA 0 255"] and report["sizes"] == {"144x96": 42}
+    assert report["odd_masks"] == ["segmentation/IDRiD_03 OD RGBA 0 #ff0000"] and report["sizes"] == {"144x96": 42}
     assert sorted(map(sorted, report["copies"])) == [
         ["grading/IDRiD_001", "grading/IDRiD_011"], ["grading/IDRiD_005", "test/grading/IDRiD_003"],
         ["grading/IDRiD_007", "segmentation/IDRiD_02"]]
@@ -65,7 +65,7 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     text = examined(capsys, troubled, "--pictures", tmp_path / "sheets" / "new")
     for words in ("grading/IDRiD_001 = grading/IDRiD_011", "copies: pairs of files that show one photograph: 3",
                   "training photographs of an eye in the test split: 1; by task: cls (grade) 1, dme (edema_risk) 1",
-                  "labels that contradict each other:", "segmentation/IDRiD_03 OD RGBA 0 255", "the split of train.py"):
+                  "labels that contradict each other:", "segmentation/IDRiD_03 OD RGBA 0 #ff0000", "the split of train.py"):
         assert words in text
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "sheets" not in p.parts}
     assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}

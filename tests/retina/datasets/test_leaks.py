@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from conftest import fake_records, photograph, real_idrid
 from retina.datasets import leaks, preprocess, splits, vessels
 from retina.datasets.leaks import find_eyes
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import Record
 from retina.files import InputError
@@ -270,7 +271,7 @@ def test_a_black_mask_file_is_a_mask_that_says_none(tmp_path):
         mask = np.zeros((300, 300), np.uint8)
         mask[140:160, 140:160] = value
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
-    black, lesion = tmp_path / "black.png", tmp_path / "set.png"
+    black, lesion = MaskFile(tmp_path / "black.png"), MaskFile(tmp_path / "set.png")
     masks = [{"MA": black, "OD": lesion}, {"MA": lesion, "OD": lesion}, {"MA": black, "SE": black}]
     records = [r.with_labels(masks=m) for r, m in zip(records, masks)]
     found, (conflict,) = find_eyes(records, 64)

@@ -16,6 +16,7 @@ import data
 from conftest import ROOT, photograph, real_idrid
 from retina import files
 from retina.datasets import leaks, readers, records, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_data, read_idrid
 from retina.files import InputError
 
@@ -208,7 +209,7 @@ def test_a_table_of_all_columns(table):
                  "images/c.png,4.0,,,,,,,,test,p1")
     a, b, c = read_data(path).records
     assert (a.grade, a.edema_risk, a.split, a.landmarks) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
-    assert a.masks == {"MA": path.parent / "mask.png", "EX": None}
+    assert a.masks == {"MA": MaskFile(path.parent / "mask.png"), "EX": None}
     assert (b.grade, b.edema_risk, b.split, b.landmarks, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
     assert (c.grade, c.edema_risk, c.split, c.landmarks) == (4, None, "test", None)
     assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
@@ -250,10 +251,21 @@ def truncated_tiff(path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines,message", [
-    (["picture,cls", "images/a.png,1"], "labels.csv: no column 'image'; found picture, cls"),
+    (["picture,cls", "images/a.png,1"], "labels.csv: no column 'image'; found picture, cls; rename 'picture' to 'im"),
     ([""], "labels.csv: no column 'image'; found no header"),
     (["image,grade"], "labels.csv: no row"),
-    (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; .* separated by commas"),
+    (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; cells are separated by ';'; wr"),
+    (["image;disc_x;disc_y", "images/a.png;10,5;3,5"], "found image;disc_x;disc_y; cells are separated by ';'; write"),
+    (["image\tgrade", "images/a.png\t1"], r"cells are separated by '\\t'; write commas in their place"),
+    (["sep=;", "image;grade", "images/a.png;1"], "cells are separated by ';'; write commas in their place"),
+    (["images/a.png,1", "images/b.png,2"], "no column 'image'; .*expected the names of the columns above the first ph"),
+    (["id_code,diagnosis", "images/a,1"], "no column 'image'; found id_code, diagnosis; rename 'id_code' to 'image', "
+     "'diagnosis' to 'grade'; cells of 'image' are paths with suffix, like photos/0001.jpg"),
+    (["Image,Grade", "images/a.png,1"], "no column 'image'; found Image, Grade; rename 'Image' to 'image', 'Grade' to"),
+    (["image,level", "images/a.png,1"], "unknown column 'level'; known are .*; rename 'level' to 'grade', or remov"),
+    (["image,Patient ID", "images/a.png,1"], "unknown column 'Patient ID'; .*; rename 'Patient ID' to 'group', or rem"),
+    ([",image,grade", "0,images/a.png,1"], "the cell '0' stands in no .*pandas' numbers of rows. Remove them, or writ"),
+    (["Unnamed: 0,image,grade", "0,images/a.png,1"], "unknown column 'Unnamed: 0'; .* as pandas writes them with inde"),
     (["image,cls", "images/a.png,1"], "labels.csv: unknown column 'cls'; known are image, grade, edema_risk, disc_x"),
     (["image,grade,grade", "images/a.png,1,1"], "labels.csv: two columns are named 'grade'"),
     (["image,grade", "images/a.png,1", "images/b.png,two"], "line 3: grade of images/b.png is 'two', expected a whole"),
@@ -262,8 +274,8 @@ def truncated_tiff(path: Path) -> None:
     (["image,group", 'images/a.png,"x', "images/b.png,"], "line 3: not CSV .unexpected end of data."),
     (["image,group", 'images/a.png,"x', 'images/b.png,"'], "line 3: a cell of more than one line"),
     (["image,disc_x,disc_y", "images/a.png,1_0,3"], "disc of images/a.png is at .'1_0', '3'., expected two numbers"),
-    (["image,grade", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
-    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
+    (["image,grade", "deep.png,1"], "line 2: .*deep.png: 16 bits a channel; expected 8: convert it"),
+    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values: 0 .25 %., 1 .* expected two"),
     (["image,grade", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
     (["image,grade,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
     (["image,edema_risk", "images/a.png,3"],
@@ -308,6 +320,54 @@ def test_a_bad_table_is_one_line_naming_file_and_row(table, lines, message):
     with pytest.raises(InputError, match=message) as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cell,meant,differs", [
+    ("images/a", "images/a.png", "suffix"), ("images/A.PNG", "images/a.png", "upper and lower case"),
+    (r"images\a.png", "images/a.png", "slashes"), ("a.png", "images/a.png", "folder"),
+    ("/photographs/of/2019/a.png", "images/a.png", "folder"), ("images/a.jpg", "images/a.png", "suffix"),
+    ("images/7.png", "images/0007.png", "leading zeros"), ("7", "images/0007.png", "folder, suffix, leading zeros"),
+    (r"C:\Photos\B.JPG", "images/b.png", "slashes, upper and lower case, folder, suffix"),
+    ("images/u\u0308.png", "images/\u00fc.png", "accents"), ("images/scan.2020", "images/scan.2020.png", "suffix")])
+def test_a_path_that_is_nearly_right_is_answered_with_the_right_one(table, cell, meant, differs):
+    path = table("image,grade", f"{cell},1")
+    for name in ("0007", "\u00fc", "scan.2020"):
+        shutil.copy(path.parent / "images" / "a.png", path.parent / "images" / f"{name}.png")
+    with pytest.raises(InputError) as caught:
+        read_data(path)
+    assert str(caught.value).endswith(f"; did you mean {meant!r}, which differs in {differs}?")
+    assert "\n" not in str(caught.value)
+    assert read_data(table("image,grade", f"{meant},1")).records[0].grade == 1
+
+
+def test_a_path_that_is_like_nothing_has_no_suggestion(table):
+    with pytest.raises(InputError, match="no such file: .*relative to the table$"):
+        read_data(table("image,grade", "images/zebra.png,1"))
+
+
+def test_an_absolute_path_below_the_table_is_the_same_as_a_relative_one(table):
+    """The record's name, which a run stores, does not depend on where the data lie."""
+    path = table("image,grade", "images/a.png,1", "images/b.png,2")
+    expected = read_data(path).records
+    table("image,grade", f"{path.parent}/images/a.png,1", f"{path.parent}/images/../images/b.png,2")
+    assert read_data(path).records == expected and [r.name for r in expected] == ["images/a.png", "images/b.png"]
+
+
+@pytest.mark.parametrize("content,message", [
+    ("image,grade\na.png,1\n".encode("utf-16"), "UTF-16, which Excel calls Unicode text"),
+    ("image,grade\na.png,1\n".encode("utf-16-le"), "UTF-16, which"), (b"PK\3\4" + bytes(99), "a workbook of a sp"),
+    (b"\xd0\xcf\x11\xe0" + bytes(99), "a workbook of a spreadsheet"), (b"image\nb\xe4r.png\n", "not UTF-8 text .*")])
+def test_a_file_that_is_no_csv_says_how_excel_writes_one(tmp_path, content, message):
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(InputError, match=f"labels.csv: {message}.*; in Excel choose Save As, CSV UTF-8 .Comma delim"):
+        read_data(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "xls", "tsv", "txt"])
+def test_a_table_of_another_suffix_is_one_line(tmp_path, suffix):
+    (tmp_path / f"t.{suffix}").write_text("image\tgrade\n")
+    with pytest.raises(InputError, match=f"t.{suffix}: a file that is no table; expected one that ends in .csv, cells"):
+        read_data(tmp_path / f"t.{suffix}")
 
 
 def test_blank_lines_byte_order_marks_and_quotes(table):
@@ -380,6 +440,16 @@ def folders(tmp_path):
                 pixels = rng.integers(0, 255, (30, 45, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "flowers" / split / name / f"{i}.png")
     return tmp_path / "flowers"
+
+
+def test_photographs_of_every_format_count(folders):
+    one = Image.open(folders / "train" / "9" / "0.png")
+    for k, suffix in enumerate(readers.IMAGE_SUFFIXES):
+        (one.convert("L") if suffix == ".pgm" else one).save(folders / "train" / "9" / f"new{k}{suffix.upper()}")
+    found = [r for r in read_data(folders).records if "/9/new" in r.name]
+    assert {".ppm", ".gif", ".jfif"} < {r.image.suffix.lower() for r in found} == set(readers.IMAGE_SUFFIXES)
+    photographs = data.FundusDataset(found, 64)
+    assert all(abs(photographs[i].image.float() - photographs[0].image).mean() < 60 for i in range(len(found)))
 
 
 def test_folders_of_classes(folders):
