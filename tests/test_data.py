@@ -16,6 +16,7 @@ import data
 import train
 from conftest import fake_records, photograph
 from retina.datasets import preprocess, readers, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import LABELS, Record
 from retina.files import InputError
@@ -160,8 +161,8 @@ def test_augmentation_moves_image_and_masks_together():
 
 def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
-    Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
-    masks = {"EX": tmp_path / "m.png", "HE": None}
+    Image.fromarray(np.tri(300, dtype=bool)).save(tmp_path / "m.png")
+    masks = {"EX": MaskFile(tmp_path / "m.png"), "HE": None}
     sample = data.augment(data.FundusDataset([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
     values = {lesion: set(m.unique().tolist()) for lesion, m in zip(synthetic.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}
