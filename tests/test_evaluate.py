@@ -98,7 +98,7 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
 def run_of(tmp_path: Path, task: str, classes=()) -> evaluate.Run:
     """A run without a network, of which only the options are asked."""
     options = {"classes": list(classes), "tasks": [task], "image_size": 64}
-    return evaluate.Run(tmp_path / "run", None, make_tasks([task], classes), options, 1, [], {}, None)
+    return evaluate.Run(tmp_path / "run", None, make_tasks([task], classes), options, 1, [], {}, {}, {})
 
 
 def write_eyes(folder: Path, number: int, first: int = 0) -> None:
