@@ -75,11 +75,11 @@ class TableRow:
         what, file = f"{self.where}: {column} {self.cells[column]!r}", self.folder / within
         if within.is_absolute() or within.parts[:1] == ("..",):
             raise InputError(f"{what}: leads out of {self.folder}; expected a path below the folder of the table; move "
-                             f"the table above its files{did_you_mean(self.folder, self.cells[column])}")
+                             f"the table above its files{did_you_mean(self.folder, cell)}")
         if not file.is_file():
             problem = "a folder" if file.is_dir() else "no such file"
             raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table"
-                             f"{did_you_mean(self.folder, self.cells[column])}")
+                             f"{did_you_mean(self.folder, cell)}")
         return file
 
 

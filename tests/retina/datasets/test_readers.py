@@ -340,6 +340,11 @@ def test_a_path_that_is_nearly_right_is_answered_with_the_right_one(table, cell,
     assert read_data(table("image,grade", f"{meant},1")).records[0].grade == 1
 
 
+def test_the_file_of_a_mask_is_suggested_without_its_values(table):
+    with pytest.raises(InputError, match="no such file: .*; did you mean 'mask.png', which differs in upper and lower c"):
+        read_data(table("image,mask_ma", "images/a.png,MASK.png=255"))
+
+
 def test_a_path_that_is_like_nothing_has_no_suggestion(table):
     with pytest.raises(InputError, match="no such file: .*relative to the table$"):
         read_data(table("image,grade", "images/zebra.png,1"))
