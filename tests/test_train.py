@@ -145,20 +145,23 @@ def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_tree, capsys, keep):
-    """Two test photographs are put among the training ones, one in another light."""
+def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_tree, capsys, monkeypatch, keep):
+    """Two test photographs are put among the training ones, one in another light. Notes on the data are kept, too."""
+    monkeypatch.setattr(data, "side_notes", lambda tasks: [f"{' '.join(t.name for t in tasks)}: a note on sides"])
     root = shutil.copytree(shared_tree, tmp_path / "IDRiD")
     images = root / "B. Disease Grading" / "1. Original Images"
     shutil.copy(images / "b. Testing Set" / "IDRiD_003.jpg", images / "a. Training Set" / "IDRiD_005.jpg")
     brighter = Image.open(images / "b. Testing Set" / "IDRiD_007.jpg").point(lambda v: min(255, round(v * 1.15)))
     brighter.save(images / "a. Training Set" / "IDRiD_009.jpg", quality=90)
     options = replace(TINY, data=str(root), epochs=1, keep_leaks=keep)
-    train.fit(options, tmp_path / "run")
-    assert f"2 photographs of the training split show an eye of the test split: {'kept' if keep else 'left out'}" in \
-        capsys.readouterr().out
-    leaks = json.loads((tmp_path / "run" / "config.json").read_text())["leaks"]
-    assert leaks == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"], "cls": 2,
-                     "seg": 0}
+    train.fit(options, tmp_path / "run", ["a note"])
+    said = capsys.readouterr().out
+    use = "kept" if keep else "left out"
+    assert f"2 photographs of the training split show an eye of the test split: {use}" in said
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "\ncls seg: a note on sides\n" in said and config["notes"] == ["a note", "cls seg: a note on sides"]
+    assert config["leaks"] == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"],
+                               "cls": 2, "seg": 0}
     datasets = data.load_datasets(options, [TASKS["cls"], TASKS["seg"]])[:2]
     assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for d in datasets for r in d.records}) == 2 * keep
 

@@ -167,6 +167,18 @@ def declared_rows(stored: Stored, mask: MaskFile, value: str) -> np.ndarray:
     return rows
 
 
+def check_exact(stored: Stored, rows: np.ndarray, mask: MaskFile) -> None:
+    """InputError: beside the declared values, `rows` (n,) bool, a picture of many values holds nearly the same ones."""
+    if not rows.any() or len(stored.codes) <= 32:
+        return
+    apart = np.abs(stored.levels[:, None] - stored.levels[rows]).max(2).min(1)  # (n,) from the nearest declared value
+    seen = np.array(stored.colours) != "transparent"
+    nearly, exact = (stored.counts[r].sum() for r in (~rows & seen & (apart <= 64), rows))
+    if nearly > 0.1 * exact:
+        raise InputError(f"{mask}: {exact} pixels hold what is declared, and {nearly} nearly the same; expected one "
+                         "value for all pixels of a lesion; save the file without smoothing or compression")
+
+
 def lesion_rows(stored: Stored) -> np.ndarray | None:
     """Which values (n,) mean the lesion, where nobody says so; None: cannot be known.
 
@@ -174,7 +186,9 @@ def lesion_rows(stored: Stored) -> np.ndarray | None:
     """
     levels, place = np.unique(stored.levels, axis=0, return_inverse=True)
     place = place.ravel()
-    if len(levels) > 2 and np.isfinite(levels).all():
+    if not np.isfinite(levels).all():
+        return None
+    if len(levels) > 2:
         return smooth_rows(stored)
     if len(levels) == 2 and (levels >= 0).all() and (levels[0] <= levels[1]).all():
         return place == 1
@@ -248,6 +262,7 @@ def find_lesion(stored: Stored, mask: MaskFile) -> tuple[Image.Image, Meaning]:
     if mask.values:
         declared = {v: declared_rows(stored, mask, v) for v in mask.values}
         rows, form = np.any([*declared.values()], 0), "declared in the table"
+        check_exact(stored, rows, mask)
         lesion, most = [v for v, there in declared.items() if there.any()], 8
     else:
         rows, number, name = lesion_rows(stored), len(stored.codes), mask.path.name

@@ -75,6 +75,29 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     assert sheets["copies"] == (6 * side + 2 * 12 + 2 * 16, side + 2 * 22 + 27 + 12 + 2 * 14)
 
 
+@pytest.mark.parametrize("groups", [False, True])
+def test_examination_names_turned_copies_and_what_was_not_compared(tmp_path, capsys, groups):
+    """A copy on its side, in the test split; three photographs of 28 pixels."""
+    rows = ["image,grade,split,group"]
+    for i in range(8):
+        photograph(tmp_path / f"{i}.png", i)
+        if i > 4:
+            Image.open(tmp_path / f"{i}.png").resize((28, 28)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{i % 2},,{i}")
+    Image.open(tmp_path / "2.png").transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png")
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join([*rows, "turned.png,0,test,t" if groups else "turned.png,0,test,"]))
+    report = json.loads(examined(capsys, table, "--json", "--pictures", tmp_path / "sheets"))
+    assert report["copies"] == [] and report["turned_copies"] == [["2.png", "turned.png"]]
+    assert report["leaks"]["training"] == ["2.png"] and report["without_field_of_view"] == []
+    assert (tmp_path / "sheets" / "turned_copies.png").exists()
+    text = examined(capsys, table)
+    assert "copies that were mirrored or turned (not joined; they stay on one side of every split): 1\n    2.png = " \
+        "turned.png" in text
+    assert ("3 photographs are too small to tell eyes by their vessels" in text) == (not groups)
+    assert ("vessels were not compared, since each photograph has a group" in text) == groups
+
+
 def test_examination_lists_every_file_that_cannot_be_read(tree, capsys):
     images = tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set"
     for name in ("IDRiD_002", "IDRiD_004"):
@@ -139,6 +162,7 @@ def test_real_examination(capsys, tmp_path):
     assert report["splits"]["train"]["classes"]["grade"]["counts"] == {"0": 134, "1": 20, "2": 136, "3": 74, "4": 49}
     assert (len(report["copies"]), len(report["same_eye"]["pairs"]), len(report["conflicts"])) == (47, 11, 3)
     assert report["sizes"] == {"1072x712": 467} and not report["unreadable"] and not report["without_field_of_view"]
+    assert not report["turned_copies"] and not report["not_compared"]
     assert {p.stem for p in tmp_path.iterdir()} == {"labels", "copies", "same_eye", "just_below", "conflicts"}
     original = json.loads(examined(capsys, real_idrid("idrid-original"), "--json"))
     assert original["sizes"] == {"4288x2848": 15} and list(original["mask_formats"]) == ["P 0 1"]

@@ -127,6 +127,7 @@ RGB = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)
      "3 values: transparent .33.3 %., .*#00ff00"),
     (lambda: Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60), np.uint8)), "256 values: "),
     (lambda: Image.fromarray(np.where(SPOTS, np.nan, 1).astype(np.float32)), "2 values: .*nan"),
+    (lambda: Image.fromarray(np.where(SPOTS, np.inf, 0).astype(np.float32)), "2 values: 0 .*inf"),
     (lambda: Image.fromarray(np.where(SPOTS, -1, 0).astype(np.int32)), "2 values: 0 .*, -1 "),
     (lambda: colours(SPOTS, (255, 0, 0, 0), (0, 0, 0, 0)), "2 values: transparent .*, transparent"),  # all erased
 ])
@@ -208,6 +209,27 @@ def test_a_map_of_all_lesions_equals_a_file_for_each(tmp_path, name, draw, value
     assert np.array_equal(one, each) and one.any((2, 3)).tolist() == [[True] * 5, [True, True, True, False, True]]
 
 
+@pytest.mark.parametrize("value,draw", [("#ff0000", lambda labels: Image.fromarray(TINTS[labels])),
+                                        ("240", lambda labels: Image.fromarray(labels * np.uint8(240)))])
+def test_a_smoothed_map_has_no_exact_values(tmp_path, value, draw):
+    """What is declared would be the core of each lesion; of a smoothed map nearly half of small ones would be lost."""
+    labels = (eye(tmp_path, 9) == 2).astype(np.uint8)
+    draw(labels).save(tmp_path / "map.png")
+    assert np.array_equal(read(tmp_path / "map.png", value), labels > 0)
+    draw(labels).filter(ImageFilter.GaussianBlur(0.7)).save(tmp_path / "map.png")
+    with pytest.raises(InputError, match=f"map.png={value}: [0-9]+ pixels hold what is declared, and [0-9]+ nearly"):
+        read(tmp_path / "map.png", value)
+
+
+def test_a_smooth_opacity_is_half_opaque_where_its_colour_is_declared(tmp_path):
+    labels = eye(tmp_path, 9) == 2
+    soft = Image.fromarray(labels.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(0.7))
+    Image.merge("RGBA", [Image.new("L", (300, 300), c) for c in (255, 0, 0)] + [soft]).save(tmp_path / "m.png")
+    for values in ([], ["#ff0000"]):
+        found = read(tmp_path / "m.png", *values)
+        assert 2 * (found & labels).sum() > 0.98 * (found.sum() + labels.sum())
+
+
 def test_several_values_together_are_a_mask(tmp_path):
     """A disc with its cup, 0 the cup, 128 the rim, 255 elsewhere; and 0, 100, 200."""
     eye(tmp_path, 0), eye(tmp_path, 1)
@@ -220,7 +242,7 @@ def test_several_values_together_are_a_mask(tmp_path):
     assert masks_of(records)[0][-1].any()
 
 
-def test_declared_values_name_the_cache_file_and_reach_the_scores(tmp_path):
+def test_declared_values_name_the_cache_file(tmp_path):
     eye(tmp_path, 9)
     Image.fromarray(rings(300)).save(tmp_path / "m.png")
     paths = [cache.cache_path(table(tmp_path, "image,mask_ex,mask_od", row)[0], 64) for row in (
@@ -278,6 +300,13 @@ def test_a_mask_that_cannot_be_true_is_an_error(tmp_path, draw, message):
     draw(labels == 3).save(tmp_path / "m.png")
     with pytest.raises(InputError, match=f"labels.csv line 2: .*m.png: .*{message}"):
         masks_of(table(tmp_path, "image,mask_ex", "9.jpg,m.png"))
+
+
+def test_the_official_layout_asks_for_a_table(tree):
+    path = next(tree.rglob("IDRiD_01_EX.tif"))
+    save_palette_mask(path, np.asarray(Image.open(path)) == 0)
+    with pytest.raises(InputError, match="IDRiD_01_EX.tif: with #ff0000 for the lesion it sets .* of a table, as in"):
+        masks_of(readers.read_data(tree).records)
 
 
 def test_what_the_message_says_to_declare_is_then_right(tmp_path):
