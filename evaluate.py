@@ -130,7 +130,7 @@ def not_its_own(run: Run, root: Path | None, split: str, photographs: FundusData
 
     It names the data set and, since two may have one name, tells its photographs and labels apart.
     """
-    if root is None and run.options["data"] is None:
+    if split == "test" and root is None and run.options["data"] is None:  # drawn ones, which training leaves alone
         return ""
     found = photographs.fingerprint()
     name = "drawn" if root is None else root.absolute().stem[:60]
