@@ -16,8 +16,8 @@ import data
 import train
 from conftest import fake_records, photograph
 from retina.datasets import preprocess, readers, synthetic
-from retina.datasets.readers import read_idrid
 from retina.datasets.masks import MaskFile
+from retina.datasets.readers import read_idrid
 from retina.datasets.records import LABELS, Record
 from retina.files import InputError
 from tasks import TASKS, make_tasks

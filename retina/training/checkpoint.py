@@ -377,7 +377,8 @@ class RunFolder:
         if better and self.world.rank == 0:
             self.save_best(scores.calibrate())
         line = {"epoch": state.epoch, "step": state.step, "train": losses, "val": metrics, "score": score,
-                "best": better, "not_finite": problem, "expert_usage": usage, "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
+                "best": better, "not_finite": problem, "expert_usage": usage,
+                "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
                 "seconds": round(monitor.seconds, 3), "waiting": round(monitor.waited / monitor.seconds, 4),
                 "images_per_second": round(photographs / monitor.seconds, 2)}
         if self.config["log_gradients"]:

@@ -341,7 +341,7 @@ def test_a_path_that_is_nearly_right_is_answered_with_the_right_one(table, cell,
 
 
 def test_the_file_of_a_mask_is_suggested_without_its_values(table):
-    with pytest.raises(InputError, match="no such file: .*; did you mean 'mask.png', which differs in upper and lower c"):
+    with pytest.raises(InputError, match="no such file: .*; did you mean 'mask.png', which differs in upper and lower"):
         read_data(table("image,mask_ma", "images/a.png,MASK.png=255"))
 
 
