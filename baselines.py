@@ -104,7 +104,8 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
             fingerprints[key] = [split.fingerprint() for split in splits]
         path = folder / configuration.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
         if (path / "config.json").exists():
-            before, now = json.loads((path / "config.json").read_text())["options"], result_options(options)
+            before = json.loads((path / "config.json").read_text(encoding="utf-8"))["options"]
+            now = result_options(options)
             if differ := [k for k in now if before.get(k) != now[k]]:
                 raise InputError(f"{path}: a run with {differ[0]} {before.get(differ[0])}, not {now[differ[0]]}; "
                                  "expected the comparison that is asked for; choose another --name, or remove that "

@@ -30,12 +30,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from retina.datasets import cache, readers, splits
-from retina.datasets.leaks import find_eyes
+from retina.datasets.leaks import compare, find_eyes
 from retina.datasets.preprocess import Sample
+from retina.datasets.quality import lowest_seen
 from retina.datasets.records import LABELS, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
 from retina.files import InputError, init_worker, run_cli
+from retina.training.config import side_notes
 from retina.training.distributed import SINGLE_PROCESS, World
 from tasks import TASKS, Task, make_tasks
 
@@ -43,8 +45,9 @@ from tasks import TASKS, Task, make_tasks
 # ---- augmentation ----
 
 # Each photograph with its masks and landmarks. Colours are float32: bytes would be cut off after each of three steps.
+FLIPS = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()  # both together are half a turn: labels bear both or neither
 AUGMENTATION = v2.Compose([
-    v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+    *FLIPS,
     # torchvision 0.29 flips key points about pixel centres and turns them about pixel edges; see docs/data-and-leaks.md
     v2.Lambda(lambda points: tv_tensors.wrap(points + 0.5, like=points), tv_tensors.KeyPoints),
     v2.RandomAffine(30, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
@@ -54,8 +57,12 @@ AUGMENTATION = v2.Compose([
     v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image)])  # ToDtype would cut off
 
 
-def augment(sample: Sample, seed: int) -> Sample:
-    """The sample and its labels, transformed as the seed says: the same in every process and at any time."""
+def augment(sample: Sample, seed: int, flips: bool = True) -> Sample:
+    """The sample and its labels, transformed as the seed says: the same in every process and at any time.
+
+    Without `flips` left stays left and up stays up.
+    """
+    transform = AUGMENTATION if flips else v2.Compose(AUGMENTATION.transforms[len(FLIPS):])
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
     threads = torch.get_num_threads()
@@ -63,7 +70,7 @@ def augment(sample: Sample, seed: int) -> Sample:
     try:
         with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
             torch.default_generator.manual_seed(seed)
-            image, moved = AUGMENTATION(tv_tensors.Image(sample.image), known)
+            image, moved = transform(tv_tensors.Image(sample.image), known)
     finally:
         torch.set_num_threads(threads)
     return replace(sample, image=image.as_subclass(Tensor), labels={
@@ -75,12 +82,12 @@ def augment(sample: Sample, seed: int) -> Sample:
 class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels, from the cache.
 
-    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says. InputError: a file has
-    been removed or replaced since.
+    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says, see `augment`.
+    InputError: a file has been removed or replaced since.
     """
 
-    def __init__(self, records: Sequence[Record], size: int):
-        self.records, self.size = list(records), size
+    def __init__(self, records: Sequence[Record], size: int, flips: bool = True):
+        self.records, self.size, self.flips = list(records), size, flips
         self.paths = cache.ensure_cached(self.records, size)
         self.files = [cache.input_files(r) for r in self.records]
 
@@ -91,11 +98,16 @@ class FundusDataset(Dataset):
         i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
         sample = cache.cached_sample(self.records[i], self.paths[i], self.size)
-        return sample if aug_seed is None else augment(sample, aug_seed)
+        return sample if aug_seed is None else augment(sample, aug_seed, self.flips)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
         return cache.fingerprint(self.records, self.paths)
+
+    def quality(self) -> list[np.ndarray]:
+        """The MEASURES (6,) of each photograph that is a file; see retina/datasets/quality.py."""
+        return [cache.cached_arrays(r, path, self.size, "quality")[0] for r, path in zip(self.records, self.paths)
+                if r.drawing is None]
 
 
 # ---- batches ----
@@ -236,7 +248,8 @@ def count_classes(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, dict[str
 
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
-    """Training and validation photographs, and findings: leaks, counts of classes, contradicting labels.
+    """Training and validation photographs, and findings: leaks, classes, contradicting labels, notes, and what later
+    photographs are held against: the fingerprint of the test split, the lowest quality that training sees.
 
     `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task, or
     nothing is left of its labels in training.
@@ -251,13 +264,17 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test split)")
     sampled = [*tasks, *make_tasks(config.sampling_tasks, config.classes)]
-    training, validation, leaks = ([r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
-        (split.training, sampled), (split.validation, tasks), (split.leaks, tasks)))
+    training, validation, test, leaks = (
+        [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
+            (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts]}
-    datasets = {name: FundusDataset(records, config.image_size)
+                "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
+                "notes": [] if config.ignore_eyes else compare(records, config.image_size).notes.tolist()}
+    if config.augment and config.flips:
+        findings["notes"] += side_notes(tasks)
+    datasets = {name: FundusDataset(records, config.image_size, config.flips)
                 for name, records in (("training", training), ("validation", validation))}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}
     for t, counts in findings["counts"]["training"].items():
@@ -265,6 +282,11 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
             raise InputError(f"--tasks {t}: at {config.image_size} px no training photograph shows any of "
                              f"{' '.join(counts)}; expected some; look at {root} with data.py, or train at a larger "
                              "--image-size")
+    # as evaluate.py takes them: another order in a table makes no other photographs of them; drawings never change
+    test_set = [] if root is None else sorted(test, key=lambda r: r.name)
+    measured = datasets["training"].quality()
+    findings |= {"test": FundusDataset(test_set, config.image_size).fingerprint(), "seen": lowest_seen(measured),
+                 "without_field_of_view": sum(not field for field, *_ in measured)}
     return *datasets.values(), findings
 
 

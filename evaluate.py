@@ -10,6 +10,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 
 from data import FundusDataset, eval_loader
 from model import Net, NetConfig
-from retina.datasets import leaks, splits
+from retina.datasets import cache, leaks, splits
 from retina.datasets.readers import read_data
 from retina.datasets.records import Record
 from retina.evaluation import routing, statistics
@@ -49,8 +50,9 @@ class Run:
     options: dict
     epoch: int
     validation: list[str]  # names of the photographs that it was chosen on
-    calibration: dict[str, dict[str, float]]  # on them: temperatures and thresholds, by task
-    learned_from: str | None  # fingerprint of the training photographs, see data.py
+    calibration: dict[str, dict]  # on them: temperatures and thresholds, by task
+    fingerprints: dict[str, str]  # split -> of its photographs and labels when the run was trained, see data.py
+    seen: dict[str, float]  # what its training photographs looked like, see inference/quality.py
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
@@ -65,7 +67,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
-                ["calibration"] * ("calibration" not in state):
+                [k for k in ("calibration", "test", "seen") if k not in state]:
             raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):
@@ -78,24 +80,26 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         raise InputError(f"{path}: not a checkpoint of this project ({type(error).__name__}: "
                          f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
-               state["calibration"], state.get("data", [None])[0])
+               state["calibration"], dict(zip(("train", "val", "test"), (*state["data"], state["test"]))),
+               state["seen"])
 
 
 def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     """Records of the test split, of the validation split ("val") that `run` was chosen on, or what it learned from.
 
     The validation split goes by the names that the run stored, not by cutting again: a file more or less below `root`
-    would move the cut. The training split ("train") is cut again, and has none of them. InputError: one of the names
-    is not below `root`, or none has a label for the run's tasks, or the data set has other classes than the run.
+    would move the cut. The training split ("train") is cut again, and has none of them. Whether they are the run's own
+    photographs is for `not_its_own` to say. InputError: one of the names is not below `root`, or none has a label for
+    the run's tasks, or the data set has other classes than the run.
     """
-    found = read_data(root)
+    found = read_data(root, run.options["classes"])
     if list(found.classes) != run.options["classes"]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
                          f"{there}; expected the same")
     records, _ = leaks.find_eyes(found.records, run.options["image_size"], run.options.get("ignore_eyes", False))
     if split == "test":
-        records = splits.split(records).test
+        records = sorted(splits.split(records).test, key=lambda r: r.name)
     elif split == "train":
         records = [r for r in splits.split(records, run.options["fold"], run.options["keep_leaks"]).training
                    if r.name not in run.validation]
@@ -114,16 +118,61 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     return records
 
 
-def announce_opening(run: Run, root: Path | str | None) -> None:
-    """Write down in the run that the test split is opened now, and with what; say how often it has been by now."""
-    path, checkpoint = run.folder / "test_opened.jsonl", run.folder / "best.pt"
+def load_split(run: Run, data: str | None, split: str) -> tuple[Path | None, FundusDataset]:
+    """Where the photographs of a split lie, in `data` or where they were in training, and they; see split_records."""
+    where = data or run.options["data"]
+    root = None if where is None else Path(where)
+    return root, FundusDataset(split_records(run, root, split), run.options["image_size"])
+
+
+def not_its_own(run: Run, root: Path | None, split: str, photographs: FundusDataset) -> str:
+    """What ends the names of results on other photographs or labels than those of the run's own split; "" on its own.
+
+    It names the data set and, since two may have one name, tells its photographs and labels apart.
+    """
+    if split == "test" and root is None and run.options["data"] is None:  # drawn ones, which training leaves alone
+        return ""
+    found = photographs.fingerprint()
+    name = "drawn" if root is None else root.absolute().stem[:60]
+    return "" if found == run.fingerprints[split] else f"_{name}_{found[:8]}"
+
+
+def cautions(run: Run, split: str, other: str) -> list[str]:
+    """Why scores may look better than they are, or are not the run's own; `other`: see not_its_own."""
+    said = []
+    if split == "val":
+        said.append("not the photographs, or not the labels, that the run was chosen on: only their names are the same"
+                    if other else "the checkpoint, temperatures and thresholds (temperature-scaled, calibrated, "
+                    "referable) were chosen on these photographs: optimistic")
+    elif other:
+        said.append("not the test split beside which the run was trained: it may have seen eyes of these photographs")
+    elif run.options["keep_leaks"]:
+        said.append("trained with --keep-leaks: it may have seen eyes of the test split")
+    return said
+
+
+def announce_opening(run: Run, root: Path | None, photographs: FundusDataset) -> None:
+    """Write down in the run that a test split is opened now, and with what; say how often it has been by now."""
+    path, checkpoint, fingerprint = run.folder / "test_opened.jsonl", run.folder / "best.pt", photographs.fingerprint()
     line = {"when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "data": "drawn" if root is None else str(root), "checkpoint": checkpoint.name, "epoch": run.epoch,
-            "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+            "data": "drawn" if root is None else str(root), "photographs": fingerprint, "checkpoint": checkpoint.name,
+            "epoch": run.epoch, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    times = len(path.read_text(encoding="utf-8").splitlines())
-    print(f"{run.folder}: the test split is opened; {path.name} in it counts {times} time{'s' * (times > 1)}")
+    times = path.read_text(encoding="utf-8").count(fingerprint)
+    print(f"{run.folder}: the test split of {root or 'drawn photographs'} is opened; {path.name} in it counts {times} "
+          f"time{'s' * (times > 1)}")
+
+
+def check_same(runs: Sequence[Run], photographs: Sequence[FundusDataset]) -> None:
+    """InputError: what has one name is not the same photograph with the same labels for all of the runs."""
+    for run, others in zip(runs[1:], photographs[1:]):
+        labels = {t.label for t in runs[0].tasks} & {t.label for t in run.tasks}
+        here, there = ({r.name: cache.content(r, labels) for r in x.records} for x in (photographs[0], others))
+        if differ := [name for name in here if name in there and here[name] != there[name]]:
+            raise InputError(f"{runs[0].folder} and {run.folder}: {differ[0]} is not the same photograph, or has other "
+                             f"labels, in the data of the second ({len(differ)} such); expected one data set for all; "
+                             "name it with --data")
 
 
 # ---- command line ----
@@ -145,6 +194,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH",
                         help="answer for these photographs, or all in these folders, instead; no labels needed")
     parser.add_argument("--out", type=Path, help="with --images: folder for predictions.csv, overlays and masks")
+    parser.add_argument("--no-quality-check", action="store_true",
+                        help="with --images: answer for pictures that would be refused, too, and say why they would be")
     parser.add_argument("--routing", action="store_true",
                         help="also: which experts see which grade and lesion, and what becomes of the scores without "
                              "an expert, with the routes of other photographs, with the routers of other tasks (E + T "
@@ -181,6 +232,9 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     for flag in ("images", "routing"):
         if getattr(args, flag) and len(runs) > 1:
             raise InputError(f"--{flag}: expected one run, got {len(runs)}")
+    if args.no_quality_check and args.images is None:
+        raise InputError("--no-quality-check: only new photographs are checked; name them with --images, or leave it "
+                         "out")
     if args.images is not None and (args.routing or args.split == "test" or args.data):
         raise InputError("--images: new photographs belong to no split and no data set; leave --split, --data and "
                          "--routing out")
@@ -193,25 +247,18 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
                              "task in common")
 
 
-def score_run(run: Run, args: argparse.Namespace,
-              device: torch.device) -> tuple[FundusDataset, SplitScores, SplitScores | None]:
-    """Score one run at the size it was trained with and, where there are masks of files, at theirs; on what, first."""
-    root, size, batch = (args.data or run.options["data"], run.options["image_size"],
-                         args.batch_size or run.options["batch_size"])
-    root = None if root is None else Path(root)
-    if root is None and args.tiles is not None:
-        raise InputError("--tiles: drawn photographs have no files of a larger size; leave --tiles out")
-    records = split_records(run, root, args.split)
-    if args.split == "test":
-        announce_opening(run, root)
-    photographs = FundusDataset(records, size)
+def score_run(run: Run, photographs: FundusDataset, args: argparse.Namespace,
+              device: torch.device) -> tuple[SplitScores, SplitScores | None]:
+    """Score one run at the size it was trained with and, where there are masks of files, at theirs."""
+    batch = args.batch_size or run.options["batch_size"]
     scores = evaluate_split(run.net, eval_loader(photographs, run.tasks, batch), run.tasks,
                             f"scoring {args.split}")
-    return photographs, scores, score_at_full_size(run.net, run.tasks, records, size, args.tiles, device, batch)
+    return scores, score_at_full_size(run.net, run.tasks, photographs.records, photographs.size, args.tiles, device,
+                                      batch)
 
 
 def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[SplitScores | None],
-           args: argparse.Namespace) -> dict:
+           headings: Sequence[str], args: argparse.Namespace) -> dict:
     """Print the measures of one run, or of several that count as one; -> the same for JSON."""
     calibration = [run.calibration for run in runs]
 
@@ -220,11 +267,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         print(table(values, runs[0].tasks, limits))
         return {"metrics": values, "intervals": limits}
 
-    what = "DRAWN photographs (not IDRiD)" if runs[0].options["data"] is None else args.data or runs[0].options["data"]
-    for run in runs:
-        print(f"{run.folder}, epoch {run.epoch}, {args.split} split of {what}")
-        if args.split == "test" and run.options["keep_leaks"]:
-            print("trained with --keep-leaks: it may have seen eyes of the test split")
+    print("\n".join(headings))
     if len(runs) > 1:
         over = " and seeds" if len(runs) >= statistics.FEWEST_SEEDS else f", for these networks; {few_seeds(len(runs))}"
         print(f"means over {len(runs)} runs, intervals over eyes{over}")
@@ -233,10 +276,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
         content["full_size"] = measured(full) | {"tiles": args.tiles}
-    print("\n".join(calibration_line(run) for run in runs))
-    if args.split == "val":
-        print("the checkpoint, temperatures and thresholds (temperature-scaled, calibrated, referable) were chosen on "
-              "these photographs: optimistic")
+    print("\n".join(calibration_line(run.calibration) for run in runs))
     print(f"(in brackets: 95 % intervals from {statistics.RESAMPLES} resamples of eyes)")
     return content
 
@@ -256,12 +296,15 @@ def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, 
 
 
 def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> None:
-    """--images: predict, and say what happened; exit status 1 if a file could not be read, or an answer is not finite."""
+    """--images: predict, and say what happened. Exit status 1: some could be neither answered nor refused, or none was
+
+    answered for.
+    """
     paths, notes = find_photographs(args.images)
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
-                          retinas=not run.options["classes"])
-    print("\n".join([*notes, calibration_line(run)]))
+                          None if run.options["classes"] else run.seen, not args.no_quality_check)
+    print("\n".join([*notes, calibration_line(run.calibration)]))
     try:
         rows = predict_all(predictor, paths)
     except KeyboardInterrupt:
@@ -269,12 +312,12 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
         sys.exit(130)
     number = Counter(row["status"] for row in rows)
     for row in rows:
-        if row["status"] != "answered":
+        if row["reason"]:
             print(f"{row['status']}: {row['photograph']}: {row['reason']}", file=sys.stderr)
     written = ", ".join(["predictions.csv", *(picture_folders(run.tasks) if number["answered"] else [])])
     print(f"{number['answered']} of {len(rows)} photographs answered for, {number['refused']} refused, "
           f"{number['unreadable']} unreadable, {number['failed']} failed; wrote {written} to {args.out}\n{NOTE}")
-    if number["unreadable"] or number["failed"]:
+    if number["unreadable"] or number["failed"] or not number["answered"]:
         sys.exit(1)
 
 
@@ -297,23 +340,34 @@ def main() -> None:
 def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> None:
     """All but --images: print what is found and write it into the first run's folder."""
     arms = arms_of(runs)
+    roots, photographs = zip(*(load_split(run, args.data, args.split) for run in runs))
+    if None in roots and args.tiles is not None:
+        raise InputError("--tiles: drawn photographs have no files of a larger size; leave --tiles out")
+    check_same(runs, photographs)
+    others = [not_its_own(run, root, args.split, x) for run, root, x in zip(runs, roots, photographs)]
     folder, written = args.runs[0], []
-    suffix = "_test" * (args.split == "test") + ("" if args.tiles is None else f"_tiles{args.tiles:g}")
+    suffix = "_test" * (args.split == "test") + ("" if args.tiles is None else f"_tiles{args.tiles:g}") + others[0]
 
     def write(name, content):
-        head = {"split": args.split, "data": args.data or runs[0].options["data"] or "drawn", "epoch": runs[0].epoch}
-        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1))
+        head = {"split": args.split, "data": str(roots[0] or "drawn"), "own": not others[0], "epoch": runs[0].epoch}
+        (folder / f"{name}{suffix}.json").write_text(json.dumps(jsonable(head | content), indent=1), encoding="utf-8")
         written.append(f"{name}{suffix}.json")
 
-    photographs, scores, full = zip(*(score_run(run, args, device) for run in runs))
+    if args.split == "test":
+        for opened in zip(runs, roots, photographs):
+            announce_opening(*opened)
+    scores, full = zip(*(score_run(run, x, args, device) for run, x in zip(runs, photographs)))
     align(scores)
     if all(full):
         align(full)
-    members = [[[x[i] for i in arm] for arm in arms] for x in (runs, scores, full)]
+    headings = ["\n".join([f"{run.folder}, epoch {run.epoch}, {args.split} split of "
+                           f"{root or 'DRAWN photographs (not IDRiD)'}", *cautions(run, args.split, other)])
+                for run, root, other in zip(runs, roots, others)]
+    members = [[[x[i] for i in arm] for arm in arms] for x in (runs, scores, full, headings)]
     for arm in zip(*members):
         content = report(*arm, args)
     if len(runs) == 1:
-        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0])
+        write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0], runs[0].calibration)
         written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
         if runs[0].net.experts is not None:
@@ -321,7 +375,8 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
     elif len(arms) == 1:
         write("seeds", content | {"runs": [str(r.folder) for r in runs]})
     else:
-        write(f"against_{args.runs[arms[1][0]].name}", show_comparison(*members))
+        second = os.path.relpath(args.runs[arms[1][0]].resolve(), folder.resolve().parent)  # names may be the same
+        write("_".join(["against", *(p for p in Path(second).parts if p != "..")]), show_comparison(*members[:3]))
     print(f"wrote {', '.join(written)} to {folder}")
 
 

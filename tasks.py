@@ -59,7 +59,7 @@ class Task(TaskMetrics):
     def answer(self, output: Tensor) -> Tensor:
         """The same as `decode`. NotFiniteError: it is not finite, and nothing is made of nan."""
         if not output.isfinite().all():
-            raise NotFiniteError(f"the network's output for {self.name} is not finite; train it again with a lower --lr")
+            raise NotFiniteError(f"the network's output for {self.name} is not finite; train again with a lower --lr")
         return self.decode(output)
 
 

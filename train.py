@@ -25,7 +25,8 @@ import model
 from model import ENCODERS, MOE_PLACES, ROUTERS, Net, load_balancing_loss
 from retina.datasets.splits import describe_split
 from retina.evaluation import routing, scoring, tables
-from retina.files import run_cli
+from retina.evaluation.compare import calibration_line
+from retina.files import load_tensors, run_cli
 from retina.training import checkpoint, distributed, precision, pretrained
 from retina.training.checkpoint import RunFolder, TrainState
 from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
@@ -58,6 +59,7 @@ class Config:
     patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
     loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
     augment: bool = flag(True, TRAINING, "train on every photograph as it is")
+    flips: bool = flag(True, TRAINING, "no mirror images: for labels that tell left from right or up from down")
     seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0, below=1 << 32)
     encoder: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
     encoder_weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
@@ -200,7 +202,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
         state = failure.state = make_state(net, tasks, config, steps, device, world)
         run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet)
-        run.open(saved, {"notes": list(notes), **findings}, resume, overwrite)
+        run.open(saved, {**findings, "notes": [*notes, *findings["notes"]]}, resume, overwrite)
         failure.begun = True
         batches = data.train_loader(train_set, sampler.range(state.step, steps, world.rank, world.size), tasks, device,
                                     config.workers, data.make_empty_targets(train_set, tasks) if world.size > 1 else {})
@@ -246,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = "DRAWN photographs, not IDRiD" if config.data is None else config.data
         tell(f"\nbest checkpoint: epoch {result['epoch']} of {folder}, validation split of {what}")
         tell(tables.table(result["metrics"], make_tasks(config.tasks, config.classes)))
+        tell(calibration_line(load_tensors(folder / "best.pt")["calibration"]))
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))

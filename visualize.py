@@ -54,10 +54,9 @@ def gather(args: argparse.Namespace) -> FigureContext:
     run = evaluate.load_run(args.runs[0], device)
     logs = logs_of(args.runs)
     run.net = precision.fuse_conv_bn(run.net)
-    root = Path(where) if (where := args.data or run.options["data"]) else None
-    photographs = FundusDataset(evaluate.split_records(run, root, args.split), run.options["image_size"])
-    learned = FundusDataset(evaluate.split_records(run, root, "train"), run.options["image_size"])
-    if run.learned_from not in (None, learned.fingerprint()):
+    root, photographs = evaluate.load_split(run, args.data, args.split)
+    _, learned = evaluate.load_split(run, args.data, "train")
+    if evaluate.not_its_own(run, root, "train", learned):
         print("warning: the training split is not what it was when this run was trained; what is called training "
               "photographs may hold some that it has not seen")
     some = sorted(np.random.default_rng(0).permutation(len(learned))[:context.MOST].tolist())
@@ -67,8 +66,9 @@ def gather(args: argparse.Namespace) -> FigureContext:
         raise InputError(f"--perplexity {args.perplexity:g}: expected at least 1 and less than {points - 1}, with "
                          f"{points} photographs; leave it out for {min(30, points // 3)}")
     batches = functools.partial(eval_loader, batch=run.options["batch_size"])
-    return FigureContext(run, args.split, photographs, training, device, batches, TASKS, logs, args.perplexity,
-                         args.seed)
+    other = evaluate.not_its_own(run, root, args.split, photographs)
+    return FigureContext(run, args.split, photographs, training, root, other, evaluate.cautions(run, args.split, other),
+                         device, batches, TASKS, logs, args.perplexity, args.seed)
 
 
 # ---- command line ----
@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision.tune_malloc()
     ctx = gather(args)
     if args.split == "test":
-        evaluate.announce_opening(ctx.run, args.data or ctx.run.options["data"])
-    folder, suffix = args.runs[0] / "pictures", "_test" * (args.split == "test")
+        evaluate.announce_opening(ctx.run, ctx.root, ctx.photographs)
+    folder, suffix = args.runs[0] / "pictures", "_test" * (args.split == "test") + ctx.other
     drawn = draw_figures(ctx, args.only or list(FIGURES), folder, suffix)
     if not args.only:
         write_text(folder / f"index{suffix}.html", page(ctx, drawn, FIGURES))

@@ -1,6 +1,7 @@
 """Safe reading and writing of files, and errors of one line. Imports nothing of ours.
 
     InputError, RunError, run_cli     errors are one line; exit status 2 for a user's mistake, 1 for a failed run
+    home                              where data and runs are kept
     init_worker                       processes that this project starts end with the one that started them
     atomic_write, lock_folder         a file is written whole or not at all; one process at a time trains in a folder
     load_tensors, open_image          reading runs no code, and memory has a limit
@@ -8,6 +9,7 @@
 
 import contextlib
 import errno
+import io
 import math
 import multiprocessing
 import os
@@ -52,9 +54,30 @@ class NotFiniteError(RunError):
     """A network's output is not finite, so nothing is answered."""
 
 
+def home() -> Path:
+    """The folder of data/ and runs/: what the environment variable RETINA_HOME names, else the project's own."""
+    return Path(os.path.abspath(os.path.expanduser(os.environ.get("RETINA_HOME") or Path(__file__).parents[1])))
+
+
+def check_home() -> None:
+    """InputError: RETINA_HOME names no folder, or one that cannot be written to."""
+    folder = home()
+    if os.environ.get("RETINA_HOME") and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        problem = "a folder without permission to write" if folder.is_dir() else "no such folder"
+        raise InputError(f"RETINA_HOME {folder}: {problem}; expected one for data/, runs/ and the cache; make it, or "
+                         "unset the variable")
+
+
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a program's main function; what goes wrong becomes one line on stderr and an exit status, no traceback."""
+    """Run a program's main function; what goes wrong becomes one line on stderr and an exit status, no traceback.
+
+    A character of a file's name that a stream cannot print is written as \\u and its number.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        check_home()
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -151,7 +174,7 @@ def lock_folder(folder: Path) -> contextlib.AbstractContextManager:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def jsonable(value):
@@ -203,17 +226,42 @@ def open_image(path: Path) -> Iterator[Image.Image]:
                          "labels") from None
 
 
+def channel_bits(image: Image.Image) -> int:
+    """Bits of a channel in the file. Of 16 Pillow decodes the upper 8 where there are colours, and does not say so."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
+    how = image.tile[0].args if image.tile else ""
+    if image.format == "PPM" and not isinstance(how, str):
+        return how[1].bit_length()  # of its highest value
+    return 16 if image.mode[0] in "IF" or image.format == "PNG" and ";16" in how else 8
+
+
+def page_count(image: Image.Image) -> int:
+    """Pages or frames of a file; what cameras put behind a JPEG (MPO) does not count."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
 SIDEWAYS = (5, 6, 7, 8)  # orientations in which a viewer swaps width and height
 
 
-def orientation(image: Image.Image) -> int:
-    """How the camera was held (EXIF), where Pillow has not seen to it already; 1 is upright.
-
-    PNG counts as upright, as most viewers have it. TIFF is turned by Pillow itself as it is decoded.
-    """
-    if image.format in ("PNG", "TIFF"):  # of PNG, Pillow decodes the whole file to tell
+def exif_orientation(image: Image.Image) -> int:
+    """How the camera was held, of a picture that is not decoded yet; 1 is upright, as PNG is to most viewers."""
+    if image.format == "PNG":  # Pillow would decode the whole file to tell
         return 1
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(2, 9) else 1
+
+
+def orientation(image: Image.Image) -> int:
+    """The same, where it is left to do: TIFF is turned by Pillow as it is decoded."""
+    return 1 if image.format == "TIFF" else exif_orientation(image)
+
+
+def shown_size(size: tuple[int, int], turned: int) -> str:
+    """Width and height as a viewer shows them, for messages, and that an EXIF orientation has to do with it."""
+    width, height = size[::-1] if turned in SIDEWAYS else size
+    note = f" (as EXIF orientation {turned} turns it; stored as {width}x{height})" if turned > 1 else ""
+    return f"{size[0]}x{size[1]}{note}"
 
 
 def image_size(path: Path) -> tuple[int, int] | None:

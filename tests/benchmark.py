@@ -173,9 +173,9 @@ def as_published(photographs: Sequence[records.Record], size: int) -> data.Batch
         sample = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(picture))}
         if r.masks is not None:
             masks = torch.zeros(5, size, size, dtype=torch.uint8)
-            for lesion, path in r.masks.items():
-                if path is not None:
-                    with Image.open(path) as file:
+            for lesion, mask in r.masks.items():
+                if mask is not None:
+                    with Image.open(mask.path) as file:
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
             sample["masks"] = tv_tensors.Mask(masks)

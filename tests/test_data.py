@@ -13,12 +13,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
+import train
 from conftest import fake_records, photograph
 from retina.datasets import preprocess, readers, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import LABELS, Record
 from retina.files import InputError
-from tasks import TASKS
+from tasks import TASKS, make_tasks
 
 
 SEG, CLS = TASKS["seg"], TASKS["cls"]
@@ -88,6 +90,33 @@ def test_flips_turn_about_the_same_middle_as_rotations():
     assert seen == {(20, 45.5), (108, 45.5), (20, 82.5), (108, 82.5)}
 
 
+def test_without_flips_a_left_eye_stays_a_left_eye(tmp_path):
+    """Folders of left and right eyes: the disc, the brightest spot, keeps its side; with flips about half change it."""
+    eyes = {i: eye for i in range(60) if (eye := synthetic.plan(11, i)).grade == 0}
+    left = [i for i, eye in eyes.items() if eye.disc[0] < 0.5][:6]
+    for i in left + [i for i in eyes if i not in left][:6]:
+        folder = tmp_path / "train" / ("left-eye" if i in left else "right-eye")
+        folder.mkdir(parents=True, exist_ok=True)
+        photograph(folder / f"{i}.png", i)
+
+    def shares_that_changed(**flags):
+        config = train.Config(data=str(tmp_path), classes=("left-eye", "right-eye"), tasks=("cls",), image_size=64,
+                              **flags)
+        training, _, findings = data.load_datasets(config, make_tasks(config.tasks, config.classes))
+        changed = []
+        for i, record in enumerate(training.records):
+            for seed in range(20):
+                light = v2.functional.gaussian_blur(training[i, seed].image.float().sum(0, keepdim=True), 9)[0]
+                changed.append((int(light.argmax()) % 64 < 32) != (record.category == 0))
+        return findings["notes"], np.mean(changed), len(changed)
+
+    note = "classes left-eye, right-eye sound like sides; a mirror image turns one into the other: use --no-flips"
+    notes, share, number = shares_that_changed()
+    assert notes == [note] and 0.4 < share < 0.6 and number >= 160
+    assert shares_that_changed(flips=False) == ([], 0, number)
+    assert shares_that_changed(augment=False)[0] == []
+
+
 @pytest.mark.parametrize("grey", [20, 128, 220])
 def test_colours_are_rounded_and_not_cut_off(grey, monkeypatch):
     """The mean over many seeds is that of the same transforms without the last step, which makes bytes of colours."""
@@ -132,8 +161,8 @@ def test_augmentation_moves_image_and_masks_together():
 
 def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
-    Image.fromarray(np.ones((300, 300), bool)).save(tmp_path / "m.png")
-    masks = {"EX": tmp_path / "m.png", "HE": None}
+    Image.fromarray(np.pad(np.ones((100, 100), bool), 100)).save(tmp_path / "m.png")
+    masks = {"EX": MaskFile(tmp_path / "m.png"), "HE": None}
     sample = data.augment(data.FundusDataset([Record("x", tmp_path / "a.png", labels={"masks": masks})], 64)[0], 3)
     values = {lesion: set(m.unique().tolist()) for lesion, m in zip(synthetic.LESIONS, sample.masks)}
     assert values == {"MA": {255}, "HE": {0}, "EX": {0, 1}, "SE": {255}, "OD": {255}}

@@ -3,24 +3,26 @@
 import csv
 import json
 import math
+import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 import data
 import evaluate
 import train
-from conftest import TINY, official_tree
-from retina.datasets import cache, readers, records
-from retina.evaluation import compare, scoring
+from conftest import TINY, official_tree, photograph
+from retina.datasets import cache, readers, records, synthetic
+from retina.evaluation import compare, scoring, task_metrics
 from retina.files import InputError
 from retina.training import precision
-from tasks import TASKS
+from tasks import TASKS, make_tasks
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings")
@@ -91,6 +93,69 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
         evaluate.split_records(run, tree, "test")
 
 
+# ---- a data set with a test part alone ----
+
+def run_of(tmp_path: Path, task: str, classes=()) -> evaluate.Run:
+    """A run without a network, of which only the options are asked."""
+    options = {"classes": list(classes), "tasks": [task], "image_size": 64}
+    return evaluate.Run(tmp_path / "run", None, make_tasks([task], classes), options, 1, [], {}, {}, {})
+
+
+def write_eyes(folder: Path, number: int, first: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for i in range(number):
+        Image.fromarray(synthetic.render(synthetic.plan(5, first + i), 64)[0]).save(folder / f"{first + i}.png")
+
+
+def test_folders_with_a_test_part_alone_are_scored_by_the_classes_of_the_run(tmp_path):
+    """Two of the run's three classes, and their places are those of the run; another class is refused."""
+    for k, name in enumerate(("2", "10")):
+        write_eyes(tmp_path / "X" / "test" / name, 2, 2 * k)
+    run = run_of(tmp_path, "cls", ("1", "2", "10"))
+    found = evaluate.split_records(run, tmp_path / "X", "test")
+    assert [(r.name, r.category) for r in found] == [("test/10/2.png", 2), ("test/10/3.png", 2), ("test/2/0.png", 1),
+                                                     ("test/2/1.png", 1)]
+    write_eyes(tmp_path / "X" / "test" / "3", 1, 9)
+    with pytest.raises(InputError, match="X/test/3: a class that the run does not have; expected 1, 2, 10; add it"):
+        evaluate.split_records(run, tmp_path / "X", "test")
+    with pytest.raises(InputError, match="its classes are 2 3 10, but .*run was trained on IDRiD's grades"):
+        evaluate.split_records(run_of(tmp_path, "cls"), tmp_path / "X", "test")
+    with pytest.raises(InputError, match="--tasks cls: photographs with its label in .*X: 0 for training"):
+        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "X"), classes=("2", "3", "10")), tmp_path / "run")
+
+
+def test_a_table_of_test_rows_alone_is_scored(tmp_path):
+    write_eyes(tmp_path / "new", 3)
+    (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(f"new/{i}.png,{i},test\n" for i in range(3)))
+    found = evaluate.split_records(run_of(tmp_path, "cls"), tmp_path / "t.csv", "test")
+    assert [r.grade for r in found] == [0, 1, 2]
+    with pytest.raises(InputError, match="--tasks cls: photographs with its label in .*t.csv: 0 for training"):
+        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv")), tmp_path / "run")
+
+
+@pytest.mark.parametrize("task,number", [("cls", 5), ("seg", 3), ("loc", 5)])
+def test_the_testing_folders_of_idrid_alone_are_scored(tmp_path, task, number):
+    tree = official_tree(tmp_path / "IDRiD", segmentation=3, grading=5)
+    for folder in sorted(tree.rglob("a. Training Set")):
+        shutil.rmtree(folder)
+    for table in tree.rglob("*Training*.csv"):
+        table.unlink()
+    found = evaluate.split_records(run_of(tmp_path, task), tree, "test")
+    assert len(found) == number and all(r.name.startswith("test/") for r in found)
+    with pytest.raises(InputError, match=f"--tasks {task}: photographs with its label in .*IDRiD: 0 for training"):
+        train.fit(replace(TINY, tasks=(task,), data=str(tree)), tmp_path / "run")
+
+
+def test_a_training_folder_that_is_lost_is_still_missed(tmp_path):
+    """The others have one, so this is no test part."""
+    tree = official_tree(tmp_path / "IDRiD", segmentation=1, grading=2)
+    shutil.rmtree(tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set")
+    with pytest.raises(InputError, match="B. Disease Grading/1. Original Images/a. Training Set: no such folder"):
+        readers.read_data(tree)
+
+
+# ---- what a run and its scores are ----
+
 def test_confusion_rows_are_truth(run):
     stored = evaluate.load_run(run, torch.device("cpu"))
     test = [r for r in readers.read_drawn().records if r.split == "test"]
@@ -159,6 +224,8 @@ def runs(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
+    for name in ("FEWEST_FOR_TEMPERATURE", "FEWEST_FOR_THRESHOLD"):  # so that something is fitted
+        patch.setattr(task_metrics, name, 1)
     tree = official_tree(home / "IDRiD", segmentation=6, grading=20)
     for experts in (4, 0):
         for seed in range(3):
@@ -209,7 +276,9 @@ def test_joint_accuracy_counts_photographs_that_are_right_in_both(runs, monkeypa
     assert stored["accuracy"] == pytest.approx(sum(right) / len(right)) and stored["photographs"] == len(rows)
 
 
-def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs):
+def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs, monkeypatch):
+    for name in ("FEWEST_FOR_TEMPERATURE", "FEWEST_FOR_THRESHOLD"):
+        monkeypatch.setattr(task_metrics, name, 1)
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
     split = evaluate.split_records(run, Path(run.options["data"]), "val")
     scores = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(split, 32), run.tasks, 6), run.tasks)
@@ -219,12 +288,114 @@ def test_the_best_checkpoint_carries_what_was_calibrated_on_validation(runs):
 def test_opening_the_test_split_is_written_down(runs, monkeypatch, capsys):
     for times in ("1 time", "2 times"):
         run_main(monkeypatch, runs / "e4_s0", "--split", "test")
-        assert f"test split is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
+        assert f"{runs / 'IDRiD'} is opened; test_opened.jsonl in it counts {times}\n" in capsys.readouterr().out
     lines = [json.loads(line) for line in (runs / "e4_s0" / "test_opened.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["checkpoint"] == "best.pt" and len(lines[0]["sha256"]) == 64
     assert lines[0]["when"] <= lines[1]["when"] and lines[0]["epoch"] == 1
     run_main(monkeypatch, runs / "e4_s0")
     assert len((runs / "e4_s0" / "test_opened.jsonl").read_text().splitlines()) == 2
+
+
+# ---- other data ----
+
+def other_tree(runs, home, change=lambda image: image.point(lambda v: v * 2 // 3), which="*.jpg"):
+    """The tree of the runs once more, with some of its photographs changed; names and labels are the same."""
+    root = shutil.copytree(runs / "IDRiD", home / "IDRiD")
+    for path in root.rglob(which):
+        change(Image.open(path)).save(path, quality=95)
+    return root
+
+
+def told_apart(run, root, split):
+    """What results of a split are told apart by."""
+    where, photographs = evaluate.load_split(run, str(root), split)
+    return evaluate.not_its_own(run, where, split, photographs)
+
+
+def test_other_photographs_of_the_same_names_do_not_replace_results(runs, monkeypatch, tmp_path, capsys):
+    """Nor do those of two data sets of one name replace each other."""
+    run, official = shutil.copytree(runs / "e4_s0", tmp_path / "run"), ["metrics.json", "per_photograph.csv",
+                                                                        "routing.json"]
+    for name in official:
+        (run / name).write_text("official")
+    root = other_tree(runs, tmp_path / "a")
+    run_main(monkeypatch, run, "--data", root)
+    said = capsys.readouterr().out
+    assert f"val split of {root}\nnot the photographs, or not the labels, that the run was chosen on" in said
+    assert "optimistic" not in said and [(run / name).read_text() for name in official] == ["official"] * 3
+    stored, = (strict(p) for p in run.glob("metrics_IDRiD_*.json"))
+    assert stored["data"] == str(root) and not stored["own"]
+    assert all(len(list(run.glob(f"{name}_IDRiD_*"))) == 1 for name in ("per_photograph", "routing"))
+    loaded, second = evaluate.load_run(run, torch.device("cpu")), other_tree(runs, tmp_path / "b", ImageOps.mirror)
+    assert len({told_apart(loaded, x, "val") for x in (root, second, runs / "IDRiD")}) == 3
+
+
+def test_an_external_test_split_does_not_replace_the_official_one(runs, monkeypatch, tmp_path, capsys):
+    run = shutil.copytree(runs / "e0_s0", tmp_path / "run")
+    for words in ([], ["--data", other_tree(runs, tmp_path)]):
+        run_main(monkeypatch, run, "--split", "test", *words)
+        said = capsys.readouterr().out
+        assert ("not the test split beside which the run was trained" in said) == bool(words)
+        assert f"{words[-1] if words else runs / 'IDRiD'} is opened; test_opened.jsonl in it counts 1 time\n" in said
+    assert len(list(run.glob("metrics_test*"))) == 2 == len(list(run.glob("per_photograph_test*")))
+    assert strict(run / "metrics_test.json")["data"] == str(runs / "IDRiD")
+    opened = [json.loads(line) for line in (run / "test_opened.jsonl").read_text().splitlines()]
+    assert [Path(line["data"]).parent for line in opened] == [runs, tmp_path]
+    assert len({line["photographs"] for line in opened}) == 2
+
+
+def test_the_same_data_are_the_runs_own_wherever_they_lie(runs, tmp_path):
+    run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
+    moved = shutil.copytree(runs / "IDRiD", tmp_path / "elsewhere")
+    assert [told_apart(run, moved, split) for split in ("val", "test", "train")] == ["", "", ""]
+
+
+def test_one_other_label_or_photograph_makes_other_data_of_the_split_that_has_it(runs, tmp_path):
+    """An external test split in the place of the official one, beside the same validation photographs."""
+    run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
+    root = other_tree(runs, tmp_path / "a", which="*b. Testing Set/IDRiD_003.jpg")
+    assert told_apart(run, root, "val") == "" and told_apart(run, root, "test").startswith("_IDRiD_")
+    name = next(name for name in run.validation if name.startswith("grading/"))
+    table = next((root := other_tree(runs, tmp_path / "b", which="-")).rglob("*Grading_Training*.csv"))
+    table.write_text("\n".join(
+        f"{line[:10]}{(int(line[10]) + 1) % 5}{line[11:]}" if line.startswith(name[-9:]) else line
+        for line in table.read_text().splitlines()))
+    assert told_apart(run, root, "val").startswith("_IDRiD_") and told_apart(run, root, "test") == ""
+
+
+def test_rows_of_a_table_in_another_order_are_the_same_test_split(tmp_path):
+    lines = [f"{i}.jpg,{photograph(tmp_path / f'{i}.jpg', i).grade},{'test' if i > 5 else 'train'}" for i in range(9)]
+    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "a.csv"))
+    for name, rows in (("a", lines), ("b", lines[::-1]), ("c", lines[:-1])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,grade,split", *rows]))
+    tested = data.load_datasets(options, [TASKS["cls"]])[2]["test"]
+    run = SimpleNamespace(options=asdict(options) | {"classes": []}, tasks=[TASKS["cls"]], folder="run",
+                          fingerprints={"test": tested})
+    assert told_apart(run, tmp_path / "b.csv", "test") == "" != told_apart(run, tmp_path / "c.csv", "test")
+
+
+def test_a_run_of_drawings_on_real_data_says_so(run, monkeypatch, shared_tree, capsys):
+    run_main(monkeypatch, run, "--split", "test", "--data", shared_tree)
+    said = capsys.readouterr().out
+    assert f"test split of {shared_tree}\nnot the test split" in said and "DRAWN" not in said
+    stored, = (strict(p) for p in run.glob("metrics_test_IDRiD_*.json"))
+    assert stored["data"] == str(shared_tree) and not stored["own"] and not (run / "metrics_test.json").exists()
+
+
+@pytest.mark.parametrize("change", ["photographs", "labels"])
+def test_runs_on_other_data_of_the_same_names_are_not_compared(runs, monkeypatch, tmp_path, change):
+    """The second was trained on other data, here made believe: it is scored on those."""
+    root, second = other_tree(runs, tmp_path, which="*.jpg" if change == "photographs" else "-"), tmp_path / "second"
+    if change == "labels":
+        for table in root.rglob("*Center*.csv"):
+            table.write_text(re.sub(r"(\d)\.\d\d", r"\1.99", table.read_text()))
+    shutil.copytree(runs / "e0_s0", second)
+    changed = torch.load(second / "best.pt", weights_only=True)
+    changed["options"]["data"] = str(root)
+    torch.save(changed, second / "best.pt")
+    with pytest.raises(InputError, match=r"e4_s0 and .*second: \S+ is not the same photograph, or has other labels"):
+        run_main(monkeypatch, runs / "e4_s0", second, "--split", "test")
+    assert not (second / "test_opened.jsonl").exists()
 
 
 def test_two_runs_are_compared(runs, monkeypatch, capsys):
@@ -251,9 +422,11 @@ def test_two_runs_are_compared(runs, monkeypatch, capsys):
 
 
 def test_a_run_against_itself_differs_in_nothing(runs, monkeypatch, tmp_path):
-    shutil.copytree(runs / "e4_s0", tmp_path / "same")
-    run_main(monkeypatch, runs / "e4_s0", tmp_path / "same")
-    for metrics in strict(runs / "e4_s0" / "against_same.json")["compared"].values():
+    """The file is named after the way from one to the other: as in comparisons, folders may have one name."""
+    for name in ("a", "b"):
+        shutil.copytree(runs / "e4_s0", tmp_path / name / "same")
+    run_main(monkeypatch, tmp_path / "a" / "same", tmp_path / "b" / "same")
+    for metrics in strict(tmp_path / "a" / "same" / "against_b_same.json")["compared"].values():
         for d in metrics.values():
             assert d["difference"] in (0, None) and d["p"] in (1, None)
 
@@ -310,8 +483,8 @@ def test_three_kinds_of_runs_say_what_differs(runs, monkeypatch, tmp_path):
 
 
 def test_runs_are_of_one_kind_wherever_their_data_lay_if_the_photographs_were_the_same():
-    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed}, learned_from=seen,
-                            folder="")
+    runs = [SimpleNamespace(options={"seed": seed, "lr": 0.1, "data": path, "workers": seed},
+                            fingerprints={"train": seen}, folder="")
             for seed, path, seen in ((1, "/a", "x"), (0, "/b", "x"), (0, "/a", "y"), (1, "/a", "y"))]
     assert compare.arms_of(runs) == [[1, 0], [2, 3]]
 
@@ -367,7 +540,7 @@ def test_the_test_split_is_judged_by_what_was_calibrated_on_validation(runs, mon
     referred, ill = [], []
     for *p, grade in stats.tolist():
         p = [v ** (1 / calibration["temperature"]) for v in p]
-        referred.append(sum(p[2:]) / sum(p) >= calibration["referable"])
+        referred.append(round(sum(p[2:]) / sum(p), 4) >= calibration["referable"])
         ill.append(grade >= 2)
     sensitivity = sum(r and i for r, i in zip(referred, ill)) / sum(ill)
     specificity = sum(not r and not i for r, i in zip(referred, ill)) / (len(ill) - sum(ill))

@@ -129,8 +129,8 @@ def test_points_that_are_not_known_change_neither_loss_nor_metrics():
     stats = LOC.image_stats(LOC.decode(output.detach()), target)
     m = LOC.metrics(stats)
     assert m["px4288_disc"] == pytest.approx(float(stats[0, 0, 0])) and not any(v != v for v in m.values())
-    row = LOC.scored_columns(stats[1])
-    assert list(row) == list(LOC.scored_columns(stats[0]))
+    row = LOC.scored_columns(stats[1], {})
+    assert list(row) == list(LOC.scored_columns(stats[0], {}))
     empty = [column for column, value in row.items() if value == ""]
     assert empty == ["disc_px4288", "disc_diameters", "disc_x_true", "disc_y_true"]
     assert "px4288_disc" not in LOC.metrics(LOC.image_stats(LOC.decode(output.detach())[2:], target[2:]))

@@ -145,20 +145,23 @@ def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_tree, capsys, keep):
-    """Two test photographs are put among the training ones, one in another light."""
+def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_tree, capsys, monkeypatch, keep):
+    """Two test photographs are put among the training ones, one in another light. Notes on the data are kept, too."""
+    monkeypatch.setattr(data, "side_notes", lambda tasks: [f"{' '.join(t.name for t in tasks)}: a note on sides"])
     root = shutil.copytree(shared_tree, tmp_path / "IDRiD")
     images = root / "B. Disease Grading" / "1. Original Images"
     shutil.copy(images / "b. Testing Set" / "IDRiD_003.jpg", images / "a. Training Set" / "IDRiD_005.jpg")
     brighter = Image.open(images / "b. Testing Set" / "IDRiD_007.jpg").point(lambda v: min(255, round(v * 1.15)))
     brighter.save(images / "a. Training Set" / "IDRiD_009.jpg", quality=90)
     options = replace(TINY, data=str(root), epochs=1, keep_leaks=keep)
-    train.fit(options, tmp_path / "run")
-    assert f"2 photographs of the training split show an eye of the test split: {'kept' if keep else 'left out'}" in \
-        capsys.readouterr().out
-    leaks = json.loads((tmp_path / "run" / "config.json").read_text())["leaks"]
-    assert leaks == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"], "cls": 2,
-                     "seg": 0}
+    train.fit(options, tmp_path / "run", ["a note"])
+    said = capsys.readouterr().out
+    use = "kept" if keep else "left out"
+    assert f"2 photographs of the training split show an eye of the test split: {use}" in said
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "\ncls seg: a note on sides\n" in said and config["notes"] == ["a note", "cls seg: a note on sides"]
+    assert config["leaks"] == {"kept": keep, "photographs": 2, "names": ["grading/IDRiD_005", "grading/IDRiD_009"],
+                               "cls": 2, "seg": 0}
     datasets = data.load_datasets(options, [TASKS["cls"], TASKS["seg"]])[:2]
     assert len({"grading/IDRiD_005", "grading/IDRiD_009"} & {r.name for d in datasets for r in d.records}) == 2 * keep
 
@@ -179,12 +182,18 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     evaluate.main()
     text = capsys.readouterr().out
     lines = text[:text.index("experts   18 photographs")].splitlines()
-    assert "kappa" not in text and [line.split()[0] for line in lines[-5:-2]] == ["day", "dusk", "night"]
+    assert "kappa" not in text and [line.split()[0] for line in lines[-6:-3]] == ["day", "dusk", "night"]
     stored = json.loads((run / "metrics_test.json").read_text())["metrics"]["cls"]
     assert stored["photographs"] == 18 and stored["accuracy"] > 0.8
     header, row, *_ = (run / "per_photograph_test.csv").read_text().splitlines()
     assert header == "photograph,category,category_p_day,category_p_dusk,category_p_night,category_true"
     assert ",day" in row
+    shutil.copytree(tmp_path / "sky" / "test", tmp_path / "new" / "test")  # a test part alone, without one class
+    shutil.rmtree(tmp_path / "new" / "test" / "day")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [*sys.argv, "--data", str(tmp_path / "new")])
+        evaluate.main()
+    assert "12 photographs" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "sky" / "train" / "dusk"), shutil.rmtree(tmp_path / "sky" / "test" / "dusk")
     with pytest.raises(InputError, match="its classes are day night, but .* was trained on day dusk night"):
         evaluate.main()
@@ -218,7 +227,8 @@ def test_a_validation_split_of_ones_own_is_no_fold(tmp_path):
 
 def validated_by(monkeypatch, keeps) -> None:
     """Of the drawn photographs, those validate that "keeps" says of their record; the others train."""
-    found = [replace(r, split="val" if keeps(r) else "train") for r in readers.read_drawn().records if r.split != "test"]
+    found = [replace(r, split="val" if keeps(r) else "train") for r in readers.read_drawn().records
+             if r.split == "train"]
     monkeypatch.setattr(readers, "read_data", lambda _: records.DataSet(found))
 
 
@@ -256,6 +266,22 @@ def test_equal_scores_go_to_the_lower_loss():
             for score, one, other in ((0.5, 3, 1), (0.5, 1, 4), (0.5, 1, 2), (0.4, 0, 0), (0.6, 9, 9), (0.6, 9, 9))]
     assert kept == [True, False, True, False, True, False]
     assert (state.best["epoch"], state.best["loss"], state.epoch) == (5, 9, 6)
+
+
+def test_masks_too_small_for_the_network_are_counted_as_they_reach_it(tmp_path):
+    """Of four masks of microaneurysms, 2 pixels wide in 512, one is 64 wide: at 32 px only that one is left."""
+    for i in range(4):
+        Image.fromarray(synthetic.render(synthetic.plan(3, i), 512)[0]).save(tmp_path / f"{i}.png")
+        mask = np.zeros((512, 512), np.uint8)
+        mask[250:(314 if i == 0 else 252), 250:(314 if i == 0 else 252)] = 255
+        Image.fromarray(mask).save(tmp_path / f"{i}_ma.png")
+    (tmp_path / "t.csv").write_text("image,mask_ma,split\n" + "".join(
+        f"{i}.png,{i}_ma.png,{'val' if i > 2 else ''}\n" for i in range(4)))
+    options = replace(TINY, tasks=("seg",), data=str(tmp_path / "t.csv"))
+    training, validation, findings = data.load_datasets(options, [TASKS["seg"]])
+    assert findings["counts"] == {"training": {"seg": {"MA": 1}}, "validation": {"seg": {"MA": 0}}}
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], [], options)
+    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA 2 show none at 32 px; a larger --image" in text
 
 
 def test_nothing_left_of_the_labels_is_said_before_training(monkeypatch):
@@ -297,7 +323,7 @@ def test_an_epoch_without_finite_outputs_is_never_chosen(tmp_path, capsys, not_f
     not_finite(task, [True, False, True])
     result = train.fit(replace(TINY, epochs=3), tmp_path / "run")
     text = capsys.readouterr().out
-    assert result["epoch"] == 2 and f"warning: epoch 1: the network's output for {task} is not finite on 6 photo" in text
+    assert result["epoch"] == 2 and f"warning: epoch 1: the network's output for {task} is not finite on 6" in text
     assert [line.count("not chosen") for line in text.splitlines() if "warning" in line] == [1, 1]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["best"] for line in lines] == [False, True, False]
@@ -350,7 +376,7 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     found = scoring.evaluate_split(run.net, data.eval_loader(data.FundusDataset(test, 32), run.tasks, 16), run.tasks)
     m = found.metrics()["seg"]
     assert {k for k in synthetic.LESIONS if f"dice_{k}" in m} == {"EX", "SE"}
-    scoring.write_per_photograph(tmp_path / "per_photograph.csv", found)
+    scoring.write_per_photograph(tmp_path / "per_photograph.csv", found, run.calibration)
 
 
 # ---- a step ----

@@ -141,7 +141,7 @@ def test_the_test_part_has_its_own_names_and_is_noted(made, tmp_path, capsys):
     visualize.main([str(run), "--split", "test", "--only", "confusion"])
     assert [p.name for p in (run / "pictures").iterdir()] == ["confusion_test.jpg"]
     assert len((run / "test_opened.jsonl").read_text().splitlines()) == 1
-    assert "the test split is opened" in capsys.readouterr().out
+    assert "the test split of drawn photographs is opened" in capsys.readouterr().out
 
 
 def test_curves_of_several_runs(made, tmp_path, words):
@@ -396,6 +396,17 @@ def test_a_training_part_that_has_changed_is_said(made, tmp_path, capsys, monkey
     m = context_of(run)
     assert "the training split is not what it was" in capsys.readouterr().out
     assert not {r.name for r in m.training.records} & set(m.run.validation)
+
+
+def test_pictures_of_other_data_are_files_of_their_own_and_say_whose_they_are(made, tmp_path, shared_tree, words):
+    run = copied(made(), tmp_path / "run")
+    visualize.main([str(run), "--only", "confusion", "--split", "test", "--data", str(shared_tree)])
+    picture, = (run / "pictures").iterdir()
+    assert re.fullmatch(r"confusion_test_IDRiD_[0-9a-f]{8}\.jpg", picture.name)
+    said = " ".join(" ".join(words).split())
+    assert "Not the test split beside which the run was trained" in said and "DRAWN" not in said
+    line, = (run / "test_opened.jsonl").read_text().splitlines()
+    assert json.loads(line)["data"] == str(shared_tree)
 
 
 # ---- calibration, precision and recall ----

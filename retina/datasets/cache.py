@@ -5,9 +5,10 @@ import hashlib
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,25 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
-CACHE_VERSION = 6  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
+CACHE_VERSION = 8  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
 def input_files(record: Record) -> list[tuple[Path, int, int]]:
     """The files that preprocess() reads, each with its size in bytes and its time of modification in ns."""
-    paths = [record.image, *filter(None, (record.masks or {}).values())] if record.drawing is None else []
+    masks = dict.fromkeys(m.path for m in (record.masks or {}).values() if m)  # one file may hold several
+    paths = [record.image, *masks] if record.drawing is None else []
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
 def cache_path(record: Record, size: int) -> Path:
     """The cache file of a record: its name changes with every input that preprocess() reads."""
-    lesions = sorted(lesion for lesion, path in (record.masks or {}).items() if path is not None)
+    lesions = sorted((lesion, str(m.path.resolve()), m.values) for lesion, m in (record.masks or {}).items() if m)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
         inputs = [(str(path.resolve()), *rest) for path, *rest in input_files(record)]
-    name = hashlib.sha256(repr((size, record.masks is not None, lesions, inputs)).encode()).hexdigest()
+    points = sorted((record.landmarks or {}).items())  # which preprocess() checks
+    name = hashlib.sha256(repr((size, record.masks is not None, lesions, points, inputs)).encode()).hexdigest()
     return CACHE / name[:2] / f"{name[2:34]}.npz"
 
 
@@ -126,6 +129,18 @@ def ensure_cached(records: Sequence[Record], size: int) -> list[Path]:
     return [cache_path(r, size) for r in records]
 
 
+def drop_black_masks(records: Sequence[Record], size: int) -> list[Record]:
+    """The records with None, "looked for and not there", in place of mask files in which no pixel is set."""
+    filed = [r for r in records if r.image and any((r.masks or {}).values())]
+    found = {}
+    for record, path in zip(filed, ensure_cached(filed, size)):
+        (stored,) = cached_arrays(record, path, size, "stored")
+        there = {lesion for lesion, _, values, _ in stored.tolist() if values}
+        found[record.name] = record.with_labels(masks={
+            lesion: file if lesion in there else None for lesion, file in record.masks.items()})
+    return [found.get(r.name, r) for r in records]
+
+
 SAMPLE = "image", "masks", "geometry"  # the arrays that make a sample
 
 
@@ -143,6 +158,19 @@ def fingerprint(records: Sequence[Record], paths: Sequence[Path]) -> str:
         labels = [(name, LABELS[name].fingerprint(value)) for name, value in sorted(r.labels.items())]
         digest.update(repr((r.name, labels, sums)).encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def file_digest(path: Path, *_: int) -> bytes:
+    """SHA-256 of a file; see input_files for the rest of the arguments."""
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def content(record: Record, labels: Collection[str]) -> tuple:
+    """What a photograph is and what some `labels` say of it, wherever its files lie and whatever its size in a run."""
+    kept = {name: value for name, value in sorted(record.labels.items()) if name in labels}
+    files = [file_digest(*file) for file in input_files(replace(record, labels=kept))]
+    return record.drawing, files, [(name, LABELS[name].fingerprint(value)) for name, value in kept.items()]
 
 
 def check_files(files: Sequence[tuple[Path, int, int]]) -> None:

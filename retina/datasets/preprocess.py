@@ -1,8 +1,8 @@
 """From a photograph's files to the square sample that a network sees: preprocess(), then to_sample()."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from retina.datasets import synthetic
+from retina.datasets.masks import check_plausible, read_mask
+from retina.datasets.quality import QUALITY_SIDE, measure_quality
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import LABELS, Labelled, Record
 from retina.datasets.synthetic import LESIONS
-from retina.datasets.vessels import VESSEL_SIDE, vessel_map
-from retina.files import SIDEWAYS, InputError, open_image, orientation
+from retina.datasets.vessels import SMALLEST_FIELD, VESSEL_SIDE, vessel_map
+from retina.files import SIDEWAYS, InputError, channel_bits, exif_orientation, open_image, orientation, page_count
 
 
-# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map
+# S side of the square sample in pixels, L lesion classes (LESIONS), V side of a vessel map, T side of a thumbnail
+
+THUMBNAIL_SIDE = 108  # pixels; both sides alike, so that a photograph that was turned has a thumbnail that was turned
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Sample(Labelled):
     eye: str  # the eye that it shows
 
 
-# ---- photographs and masks ----
+# ---- photographs ----
 
 def foreground_mask(image: Image.Image) -> np.ndarray:
     """Where a photograph, reduced to at most 256 pixels, is brighter than a tenth of what is bright in it: (h, w)."""
@@ -84,16 +88,33 @@ def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | Non
     return left * zoom_x, top * zoom_y, right * zoom_x, bottom * zoom_y
 
 
+def quality(image: Image.Image, field: tuple[float, float, float, float] | None) -> np.ndarray:
+    """The MEASURES (6,) of a photograph with this field of view; of all of it, where it has none."""
+    left, top, right, bottom = field or (0, 0, *image.size)
+    picture = image.convert("RGB").resize((QUALITY_SIDE, QUALITY_SIDE), Image.BOX, (left, top, right, bottom))
+    return np.array([field is not None, min(right - left, bottom - top),
+                     *measure_quality(np.asarray(picture), foreground_mask(picture))])
+
+
+def lit_field(image: Image.Image, field: Sequence[float] | None) -> np.ndarray:
+    """Where the retina is in a photograph with this `field_of_view`, dark spots included; all of it without one."""
+    lit = foreground_mask(image)
+    if field is None:
+        return np.ones_like(lit)
+    return np.logical_or.accumulate(lit, 1) & np.logical_or.accumulate(lit[:, ::-1], 1)[:, ::-1]
+
+
 @dataclass
 class Decoded:
     """A photograph, perhaps at a fraction of its size."""
     image: Image.Image  # RGB
     extent: tuple[float, float]  # width and height in its own pixels: a reduced JPEG may end in a fraction of one
     size: tuple[int, int]  # width and height of the file, as a viewer shows it
+    orientation: int  # EXIF's, 1 where the file is upright
 
 
 def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Decoded:
-    """Decode a photograph. InputError: not readable, or more than 8 bits a channel.
+    """Decode a photograph. InputError: not readable, more than 8 bits a channel, or more than one page.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) whose shorter side has `min_side` pixels: that
     saves nine tenths of the time, and loses nothing as long as the picture is reduced afterwards. `decoded` is the same
@@ -102,81 +123,53 @@ def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Dec
     if decoded is not None and decoded.extent == decoded.size:
         return decoded
     with open_image(path) as image:
-        if image.mode[0] in "IF":
-            raise InputError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel, convert it")
-        size, turned = image.size, orientation(image)
+        if (bits := channel_bits(image)) > 8:
+            raise InputError(f"{path}: {bits} bits a channel; expected 8: convert it, scaled to its brightest value")
+        if (pages := page_count(image)) > 1:
+            raise InputError(f"{path}: {pages} pages; expected one: save the one to use as a file of its own")
+        size, turned, held = image.size, orientation(image), exif_orientation(image)
         zoom = min_side / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
         extent = drafted[1][2:] if drafted else size
         image = (ImageOps.exif_transpose(image) if turned > 1 else image).convert("RGB")
-        return Decoded(image, *(v[::-1] if turned in SIDEWAYS else v for v in (extent, size)))
-
-
-def mask_channel(image: Image.Image) -> np.ndarray:
-    """The channel (height, width) of a mask file that tells lesion from background: the brightest one that varies.
-
-    IDRiD's masks are palette files, black and a red that reads 76 once converted to grey; one is RGBA, opaque, with
-    its mask in the first channel. Where no colour varies, palette indices or opacity may.
-    """
-    stored = np.atleast_3d(np.asarray(image) * 1)  # a picture of one bit comes as truth values
-    colours = np.asarray(image.convert("RGB")) if image.mode == "P" else stored[..., :3 if stored.shape[2] > 2 else 1]
-    channels = [*colours.transpose(2, 0, 1)]
-    others = [stored[..., -1]] if image.mode in ("P", "RGBA", "LA") else []
-    return max([c for c in channels if np.ptp(c)] or [c for c in others if np.ptp(c)] or
-               (others if image.mode == "P" else channels)[:1], key=np.max).astype(float)
-
-
-def read_mask(path: Path, size: tuple[int, int]) -> tuple[Image.Image, str]:
-    """A lesion mask as an image of 0 and 255, of `size` (width, height), and how it was stored ("P 0 1").
-
-    The mask is where half of the highest value is exceeded. InputError: not readable, not of its photograph's size, not
-    of two values (a smooth or compressed outline of a mask up to 255 may have more).
-    """
-    with open_image(path) as image:
-        image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
-    if image.size != size:
-        raise InputError(f"{path}: a mask of {image.width}x{image.height} for a photograph of {size[0]}x{size[1]}; "
-                         "both must have the same size")
-    pixels, mode, counts = np.asarray(image), image.mode, 1
-    if mode == "1":  # nothing to find out: 3 ms for the 60 of what follows
-        counts = image.histogram()
-        return image.convert("L"), " ".join(["1", *(v for v, n in (("0", counts[0]), ("1", counts[255])) if n)])
-    by_number = mode in ("P", "L")
-    if by_number:  # look at its few numbers in place of its many pixels: 16 ms instead of 300 for IDRiD's
-        counts = np.array(image.histogram())
-        stored = np.flatnonzero(counts)
-        counts, image = counts[stored], image.crop((0, 0, len(stored), 1))
-        image.putdata(stored.tolist())
-    else:
-        stored = np.unique(pixels)
-    values = mask_channel(image)
-    highest = values.max()
-    between = (values > 0.1 * highest) & (values < 0.9 * highest)
-    mask = values > highest / 2
-    smooth = highest >= 128 and (counts * between).sum() <= (counts * mask).sum()
-    if not np.isfinite(highest) or (len(np.unique(values)) > 2 and not smooth):
-        raise InputError(f"{path}: {len(stored)} values from {stored[0]:g} to {stored[-1]:g}; expected a mask of two, "
-                         "such as 0 and 255")
-    form = f"{mode} {' '.join(f'{v:g}' for v in stored.astype(float))}" if len(stored) < 4 else \
-        f"{mode} {len(stored)} values"
-    if by_number:
-        table = np.zeros(256, bool)
-        table[stored] = mask[0]
-        mask = table[pixels]
-    return Image.fromarray(mask.view(np.uint8) * 255), form
+        return Decoded(image, *(v[::-1] if turned in SIDEWAYS else v for v in (extent, size)), held)
 
 
 # ---- a record ----
+
+def check_landmarks(points: Mapping[str, Sequence[float]], path: Path, small: Decoded, box: Sequence[float]) -> None:
+    """InputError: one of the points, in pixels of the file, lies outside of the photograph's lit field.
+
+    It must lie in the `box` of the field (left, top, right, bottom), with light on both sides in its row and in its
+    column, each taken as 4 % of the picture's width thick: a fovea is dark, and a disc may lie at the edge.
+    """
+    lit = foreground_mask(small.image)
+    reach, size = round(0.02 * lit.shape[1]), lit.shape[::-1]
+    scale = np.divide(small.extent, small.size) * np.divide(size, small.image.size)
+    for name, point in points.items():
+        x, y = np.clip(point * scale, 0, np.subtract(size, 1)).astype(int)
+        row, column = lit[max(0, y - reach):y + reach + 1].any(0), lit[:, max(0, x - reach):x + reach + 1].any(1)
+        sides = row[:x + 1], row[x:], column[:y + 1], column[y:]
+        if not all(map(np.any, sides)) or not all(a <= v <= b for a, v, b in zip(box, point, box[2:])):
+            left, top, right, bottom = np.round(box).astype(int)
+            raise InputError(
+                f"the {name} of {path} is at ({point[0]:g}, {point[1]:g}), outside of its lit field, which lies in x "
+                f"{left} to {right}, y {top} to {bottom}; expected pixels of this file; scale points of a larger or "
+                "uncropped original, leave both cells empty where it is not there")
+
 
 def preprocess(record: Record, size: int, image_only: bool = False,
                small: Decoded | None = None) -> dict[str, np.ndarray]:
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (89, 134, 3), vessels (V, V), how each mask was stored. The field of view is cut out, padded to a
-    square with black, and reduced to `size` pixels with antialiasing; a pixel of a mask is set if at least half of what
-    it covers is. A picture without a field of view is taken whole. `image_only` leaves out the vessel map; `small` is
-    the photograph, decoded for 512 pixels, where the caller has it.
+    files: thumbnail (T, T, 3) of the whole picture, field, vessels (V, V), quality (6,), stored (m, 4), the lesion and
+    the Meaning of each mask file. The field of view is cut out, padded to a square with black, and reduced to `size`
+    pixels with antialiasing; a pixel of a mask is set if at least half of what it covers is. `field` is its longer side
+    in pixels of the file, 0 for a picture without one, which is taken whole; the vessel map is empty if it is less than
+    SMALLEST_FIELD. `image_only` leaves out vessel map and quality; `small` is the photograph, decoded for 512 pixels,
+    where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of
+    its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -189,6 +182,8 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     field = field_of_view(small.image)
     share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
+    if field:
+        check_landmarks(record.landmarks or {}, record.image, small, box)
 
     def place(size):  # of the box on a square canvas: left, top, width, height
         scale = size / max(box[2] - box[0], box[3] - box[1])
@@ -205,18 +200,22 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
     masks, stored = np.zeros((0 if record.masks is None else len(LESIONS), size, size), bool), []
-    for lesion, path in (record.masks or {}).items():
-        if path is not None:
-            mask, form = read_mask(path, full)
+    lit = lit_field(small.image, field) if record.masks else None
+    for lesion, file in (record.masks or {}).items():
+        if file is not None:
+            mask, meaning = read_mask(file, full, small.orientation)
+            check_plausible(file, mask, lit, meaning)
             masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
-            stored.append(f"{lesion} {form}")
+            stored.append((lesion, *astuple(meaning)))
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    if field and not image_only:
+    field_side = max(box[2] - box[0], box[3] - box[1]) if field else 0
+    if field_side >= SMALLEST_FIELD and not image_only:
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
-            "thumbnail": np.asarray(small.image.resize((134, 89), Image.BOX, (0, 0, *small.extent))),
-            "stored": np.array(stored, str)}
+            "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
+            "field": np.array(field_side), "stored": np.array(stored, str).reshape(-1, 4),
+            **({} if image_only else {"quality": quality(small.image, field)})}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:

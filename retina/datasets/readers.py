@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from retina.datasets import records, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.records import LABELS, LANDMARKS, DataSet, Record, TableRow, read_point
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError
 
 
 SOURCE = "https://ieee-dataport.org/open-access/indian-diabetic-retinopathy-image-dataset-idrid"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
 LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, beside names that start with a dot
 
 
@@ -56,6 +57,55 @@ def list_images(folder: Path, only: bool = False) -> dict[str, Path]:
 
 # ---- cells of tables ----
 
+COMMAS = "expected a table with cells separated by commas; in Excel choose Save As, CSV UTF-8 (Comma delimited)"
+# how others call the columns, in lower case and with _ in place of spaces
+USUAL_NAMES = {
+    "image": "id id_code file file_name filename path image_path image_id image_name image_file img photo picture name",
+    "grade": "diagnosis level label class severity dr dr_grade dr_level retinopathy_grade adjudicated_dr_grade",
+    "edema_risk": "dme dme_grade edema risk_of_macular_edema macular_edema_risk", "split": "set subset usage partition",
+    "group": "patient patient_id patientid subject subject_id"}
+
+
+def read_text(path: Path) -> str:
+    """The text of a table. InputError: no such file, no UTF-8."""
+    try:
+        content = path.read_bytes()
+        if content.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+            raise InputError(f"{path}: a workbook of a spreadsheet program; {COMMAS}")
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:
+            raise InputError(f"{path}: UTF-16, which Excel calls Unicode text; {COMMAS}")
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a table of labels there") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); {COMMAS}") from None
+
+
+def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str], known: Collection[str]) -> None:
+    """InputError: a header that lacks a `wanted` column or has one that is not `known`; with the likely cause."""
+    marks = [mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]]
+    renames = {}
+    for column in (c for c in columns if c not in known):
+        plain = column.lower().replace(" ", "_").replace("-", "_")
+        for name in known:
+            if plain in (name, *USUAL_NAMES.get(name, "").split()) and name not in columns:
+                renames.setdefault(name, column)
+    way_out = ", ".join(f"{column!r} to {name!r}" for name, column in renames.items())
+    if lacking := [name for name in wanted if name not in columns]:
+        if marks:
+            hint = f"cells are separated by {marks[0]!r}; write commas in their place, after points in decimal numbers"
+        elif any(c.lower().endswith(IMAGE_SUFFIXES) for c in columns):
+            hint = "expected the names of the columns above the first photograph"
+        else:
+            hint = f"rename {way_out}; cells of {wanted[0]!r} are paths with suffix, like photos/0001.jpg" if way_out \
+                else "expected a header line, cells separated by commas"
+        raise InputError(f"{path}: no column {lacking[0]!r}; found {', '.join(columns) or 'no header'}; {hint}")
+    if unknown := [c for c in columns if known and c not in known]:
+        hint = "numbers of rows, as pandas writes them with index=True; " * unknown[0].startswith("Unnamed")
+        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(known)}; {hint}rename "
+                         f"{way_out or 'it'}, or remove it")
+
+
 def read_rows(path: Path, wanted: Sequence[str], known: Collection[str] = ()) -> list[tuple[str, dict[str, str]]]:
     """The rows of a CSV file with a header, as (where, {column: text}).
 
@@ -63,18 +113,13 @@ def read_rows(path: Path, wanted: Sequence[str], known: Collection[str] = ()) ->
     `wanted` column, two columns of one name, a cell in no named column, a quote that is not closed, a cell of two
     lines, and, where the `known` columns are given, another column or more cells than columns.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a table of labels there") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
     rows = []
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         columns = [name.strip() for name in next(filter(any, lines), [])]
         if twice := [c for c in columns if c and columns.count(c) > 1]:
             raise InputError(f"{path}: two columns are named {twice[0]!r}; expected each name once")
+        check_header(path, list(filter(None, columns)), wanted, known)
         for cells in lines:
             where = f"{path} line {lines.line_num}"
             row = dict.fromkeys(filter(None, columns), "")
@@ -86,18 +131,14 @@ def read_rows(path: Path, wanted: Sequence[str], known: Collection[str] = ()) ->
                 if k < len(columns) and columns[k]:
                     row[columns[k]] = cell
                 elif cell:
-                    raise InputError(f"{where}: the cell {cell!r} stands in no named column; expected {len(row)} cells")
+                    hint = "; are these pandas' numbers of rows? Remove them, or write with index=False" * (k == 0)
+                    raise InputError(f"{where}: the cell {cell!r} stands in no named column; expected {len(row)} cells"
+                                     f"{hint}")
             if any(row.values()):
                 rows.append((where, row))
     except csv.Error as error:
         raise InputError(f"{path} line {lines.line_num}: not CSV ({error}); expected cells separated by "
                          "commas") from None
-    columns = list(filter(None, columns))
-    if lacking := [name for name in wanted if name not in columns]:
-        raise InputError(f"{path}: no column {lacking[0]!r}; found {', '.join(columns) or 'no header'}; expected a "
-                         "header line, cells separated by commas")
-    if unknown := [c for c in columns if known and c not in known]:
-        raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(known)}; rename or remove it")
     return rows
 
 
@@ -111,7 +152,7 @@ SUBSETS = {"A. Segmentation": "seg", "B. Disease Grading": "cls, dme", "C. Local
 
 
 def read_idrid(root: Path) -> DataSet:
-    """IDRiD below `root`, in the official layout and names: the training split, and the test split if it is there.
+    """IDRiD below `root`, in the official layout and names: the training split, the test split, or both.
 
     Any subset may be absent. The localization subset has the photographs of the grading subset: where its own images
     are missing, its points go to those. InputError: no subset at all, a label without its image, an image without its
@@ -123,10 +164,12 @@ def read_idrid(root: Path) -> DataSet:
         names = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise InputError(f"{root}: expected IDRiD's folders {', '.join(map(repr, SUBSETS))} or folders of classes "
                          f"below 'train', found {names}")
+    required = next((split for split, (folder, _) in SPLITS.items()
+                     if any((root / subset / IMAGES / folder).is_dir() for subset in subsets)), "train")
     records = []
     for split, (folder, _) in SPLITS.items():
-        def present(subset):  # the training split is required, the test split may be missing
-            return (root / subset).is_dir() and (split == "train" or (root / subset / IMAGES / folder).is_dir())
+        def present(subset):  # the training split may be missing in all subsets, the test split in any
+            return (root / subset).is_dir() and (split == required or (root / subset / IMAGES / folder).is_dir())
 
         if present("A. Segmentation"):
             records += read_segmentation(root / "A. Segmentation", split)
@@ -150,7 +193,7 @@ def record_name(split: str, subset: str, name: str) -> str:
 def read_segmentation(root: Path, split: str) -> list[Record]:
     """Photographs with masks. A mask file that is not there means: no such lesion."""
     images = list_images(root / IMAGES / SPLITS[split][0])
-    masks: dict[str, dict[str, Path | None]] = {name: dict.fromkeys(LESIONS) for name in images}
+    masks: dict[str, dict[str, MaskFile | None]] = {name: dict.fromkeys(LESIONS) for name in images}
     for lesion, folder in MASK_FOLDERS.items():
         folder = root / "2. All Segmentation Groundtruths" / SPLITS[split][0] / folder
         if not folder.is_dir():
@@ -161,7 +204,7 @@ def read_segmentation(root: Path, split: str) -> list[Record]:
                 raise InputError(f"{path}: expected masks only (.tif, .tiff, .png) in this folder; remove the file")
             if name not in masks:
                 raise InputError(f"{path}: a mask without its photograph {name}.jpg in {root / IMAGES}")
-            masks[name][lesion] = path
+            masks[name][lesion] = MaskFile(path)
     for name, files in masks.items():
         if not any(files.values()):  # a photograph without any lesion still has an optic disc
             raise InputError(f"{images[name]}: a photograph without any mask, not even the optic disc's")
@@ -226,13 +269,14 @@ def read_points(root: Path, split: str, located: Sequence[Record], pictures: Pat
 def read_table(path: Path) -> DataSet:
     """A CSV file with a row per photograph; columns image, those of LABELS, split, group; only `image` is required.
 
-    Paths are relative to the file. An empty cell is an unknown label. A mask cell may say "none": looked for and not
-    there. `split` is train, val or test, empty for train; photographs with the same `group` (an eye, a patient) are
-    never in two splits. InputError: an unknown column, a cell that is no valid value, a file that is not there, two
-    rows for one image with different labels.
+    Paths lie below the file's folder, and are relative to it or absolute. An empty cell is an unknown label. A mask
+    cell may say "none": looked for and not there. `split` is train, val or test, empty for train; photographs with the
+    same `group` (an eye, a patient) are never in two splits. InputError: an unknown column, a cell that is no valid
+    value, a file that is not there, two rows for one image with different labels.
     """
     known = ["image", *(column for label in LABELS.values() for column in label.columns), "split", "group"]
     records: dict[Path, Record] = {}
+    masked: dict[Path, Record] = {}  # mask file -> whose it is
     for where, cells in read_rows(path, ["image"], known):
         cells = dict.fromkeys(known, "") | cells
         if not cells["image"]:
@@ -242,8 +286,13 @@ def read_table(path: Path) -> DataSet:
         if split not in ("train", "val", "test"):
             raise InputError(f"{where}: split is {split!r}, expected train, val or test")
         eye = f"group {cells['group']}" if cells["group"] else ""
-        record = Record(cells["image"], image, split, eye=eye, where=where)
+        record = Record(image.relative_to(path.parent).as_posix(), image, split, eye=eye, where=where)
         record = record.with_labels(**{name: label.read(row) for name, label in LABELS.items()})
+        for mask in filter(None, (record.masks or {}).values()):
+            first = masked.setdefault(mask.path.resolve(), record)
+            if first.image.resolve() != image.resolve():
+                raise InputError(f"{where}: {mask.path.name} is the mask of {first.name} already, see {first.where}; "
+                                 "expected a file for each photograph, and none where the lesion is not there")
         before = records.setdefault(image.resolve(), record)
         if replace(before, name="", image=None, where="") != replace(record, name="", image=None, where=""):
             raise InputError(f"{where}: {cells['image']} stands at {before.where} already, with other cells; expected "
@@ -253,21 +302,25 @@ def read_table(path: Path) -> DataSet:
     return DataSet(list(records.values()))
 
 
-def read_folders(root: Path) -> DataSet:
+def read_folders(root: Path, trained: Collection[str] = ()) -> DataSet:
     """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
 
-    The classes are the folders below train. InputError: fewer than two classes, a class elsewhere that train does not
-    have, a file or folder that is neither a class nor a photograph of one.
+    The classes are the folders below train; without it, those that a run was `trained` on, or else all. InputError:
+    fewer than two classes in train, a class elsewhere that is none of these, a file or folder that is neither a class
+    nor a photograph of one.
     """
     def folders(folder):
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
     if unknown := [p for p in folders(root) if p.name not in ("train", "val", "test")]:
         raise InputError(f"{unknown[0]}: expected no folders but train, val and test beside 'train'; rename or move it")
+    learned = (root / "train").is_dir()
+    which = "'train'" if learned else "the run"
+    names = {p.name for split in ([root / "train"] if learned else folders(root)) for p in folders(split)}
     # numbered classes in the order of their numbers
-    classes = sorted((p.name for p in folders(root / "train")),
+    classes = sorted(names if learned or not trained else trained,
                      key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
-    if len(classes) < 2:
+    if learned and len(classes) < 2:
         raise InputError(f"{root / 'train'}: found {len(classes)} folders; expected one for each class, at least two")
     records = []
     for split in (p.name for p in folders(root)):
@@ -277,7 +330,7 @@ def read_folders(root: Path) -> DataSet:
             raise InputError(f"{root / split}: holds no class; expected {', '.join(classes[:12])}; or remove it")
         for folder in folders(root / split):
             if folder.name not in classes:
-                raise InputError(f"{folder}: a class that 'train' does not have; expected {', '.join(classes[:12])}; "
+                raise InputError(f"{folder}: a class that {which} does not have; expected {', '.join(classes[:12])}; "
                                  "add it there or remove it here")
             records += [Record(f"{split}/{folder.name}/{image.name}", image, split,
                                {"category": classes.index(folder.name)})
@@ -312,8 +365,11 @@ def find_data(path: str | None) -> Path | None:
     return default if default.is_dir() else None
 
 
-def read_data(root: Path | None) -> DataSet:
-    """The data set at `root`: a table (.csv), folders of classes, or IDRiD; drawn photographs where it is None."""
+def read_data(root: Path | None, trained: Collection[str] = ()) -> DataSet:
+    """The data set at `root`: a table (.csv), folders of classes, or IDRiD; drawn photographs where it is None.
+
+    `trained`: see read_folders.
+    """
     if root is None:
         return read_drawn()
     if not root.exists():
@@ -321,12 +377,14 @@ def read_data(root: Path | None) -> DataSet:
                          f"or the folder into which IDRiD was unzipped ({SOURCE})")
     if root.is_file():
         if root.suffix.lower() != ".csv":
-            raise InputError(f"{root}: a file that is no table; expected one that ends in .csv, a folder with "
-                             "train/CLASS/ in it, or the folder into which IDRiD was unzipped")
+            raise InputError(f"{root}: a file that is no table; expected one that ends in .csv, cells separated by "
+                             "commas (in Excel: Save As, CSV UTF-8), a folder with train/CLASS/ in it, or the folder "
+                             "into which IDRiD was unzipped")
         return read_table(root)
-    return read_idrid(root) if is_idrid(root) else read_folders(root)
+    return read_idrid(root) if is_idrid(root) else read_folders(root, trained)
 
 
 def is_idrid(root: Path) -> bool:
     """Whether it is a folder to be read as IDRiD's."""
-    return root.is_dir() and not (root / "train").is_dir()
+    named = any((root / subset).is_dir() for subset in SUBSETS) or not any((root / s).is_dir() for s in ("val", "test"))
+    return root.is_dir() and named and not (root / "train").is_dir()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +20,12 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from retina.datasets.masks import MaskFile, check_distinct, split_cell
 from retina.datasets.synthetic import LESIONS
-from retina.files import InputError, image_size
+from retina.files import InputError, exif_orientation, home, image_size, open_image, shown_size
 
 
-HERE = Path(__file__).parents[2]  # the project's folder: data/ and runs/ lie in it
+HERE = home()  # data/ and runs/ lie in it
 LANDMARKS = ("disc", "fovea")  # centres of the optic disc and of the fovea
 GRADES, EDEMA_RISKS = 5, 3
 UNKNOWN = 255  # in a mask: it is not known whether this lesion is there
@@ -58,17 +63,48 @@ class TableRow:
         """The name of a cell in error messages."""
         return f"{self.where}: {column} of {self.cells['image']}"
 
-    def file(self, column: str) -> Path:
-        """The file that a cell names. InputError: it is not there, or not below the table's folder."""
-        within, what = Path(os.path.normpath(self.cells[column])), f"{self.where}: {column} {self.cells[column]!r}"
-        file = self.folder / within
+    def file(self, column: str, cell: str | None = None) -> Path:
+        """The file that a cell, or the part of it that is given, names.
+
+        InputError: it is not there, or not below the table's folder.
+        """
+        cell = self.cells[column] if cell is None else cell
+        within, here = Path(os.path.normpath(cell)), os.path.abspath(self.folder)
+        if within.is_relative_to(here):
+            within = within.relative_to(here)
+        what, file = f"{self.where}: {column} {self.cells[column]!r}", self.folder / within
         if within.is_absolute() or within.parts[:1] == ("..",):
             raise InputError(f"{what}: leads out of {self.folder}; expected a path below the folder of the table; move "
-                             "the table above its files")
+                             f"the table above its files{did_you_mean(self.folder, cell)}")
         if not file.is_file():
             problem = "a folder" if file.is_dir() else "no such file"
-            raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table")
+            raise InputError(f"{what}: {problem}: {file}; expected a file, its path relative to the table"
+                             f"{did_you_mean(self.folder, cell)}")
         return file
+
+
+# what a path in a table and the file that it means may differ in, and a form of both without it
+DIFFERENCES: dict[str, Callable[[str], str]] = {
+    "slashes": lambda path: path.replace("\\", "/"), "accents": lambda path: unicodedata.normalize("NFC", path),
+    "upper and lower case": str.casefold, "folder": lambda path: path.rpartition("/")[2],
+    "suffix": lambda path: re.sub(r"\.[a-z]{2,4}\d?$", "", path),
+    "leading zeros": lambda path: re.sub(r"(^|/)0+", r"\1", path)}
+
+
+def did_you_mean(folder: Path, text: str) -> str:
+    """The end of a message: the file below `folder` that a path most likely means, and what they differ in; or ""."""
+    def form(path, kept=""):
+        for name, without in DIFFERENCES.items():
+            path = path if name == kept else without(path)
+        return path
+
+    files = (p.relative_to(folder).as_posix() for p in itertools.islice(folder.rglob("*.*"), 100_000) if p.is_file())
+    alike = sorted(path for path in files if form(path) == form(text))
+    if not alike:
+        return ""
+    best = max(alike, key=lambda path: difflib.SequenceMatcher(None, text, path).ratio())
+    differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)]
+    return f"; did you mean {best!r}, which differs in {', '.join(differ)}?"
 
 
 @dataclass(frozen=True)
@@ -132,6 +168,10 @@ class Label:
         """By what of a value, or of None, folds are stratified."""
         return value is not None
 
+    def classes(self, value: Any) -> Sequence:
+        """What of a value training must not lack: of each class at least one eye is trained on, whatever the fold."""
+        return [True]
+
     def display(self, value: Any, classes: Sequence[str]) -> Any:
         """A value in reports; `classes` are the names of the data set's own classes."""
         return value
@@ -167,6 +207,9 @@ class ClassLabel(Label):
 
     def stratum(self, value):
         return value
+
+    def classes(self, value):
+        return [value]
 
     def display(self, value, classes):
         return value if self.number else classes[value]
@@ -245,6 +288,9 @@ class LandmarkLabel(Label):
                 conflicts.append(Conflict(landmark, tuple(places), values, points[landmark]))
         return points, conflicts
 
+    def classes(self, value):
+        return list(value)
+
     def to_sample(self, value, arrays, place, size):
         points = np.array([value.get(name, (math.nan, math.nan)) for name in self.landmarks])
         return inside(torch.from_numpy(place(points)).float(), size)
@@ -258,7 +304,7 @@ class LandmarkLabel(Label):
 
 @dataclass(frozen=True)
 class MaskLabel(Label):
-    """Masks, {lesion: file, or None where it was looked for and is not there}; an absent one is unknown.
+    """Masks, {lesion: MaskFile, or None where it was looked for and is not there}; an absent one is unknown.
 
     In samples (L, S, S) uint8: 0, 1, or UNKNOWN for all pixels of a lesion. preprocess.preprocess reads the files.
     """
@@ -271,20 +317,30 @@ class MaskLabel(Label):
                              "another lesion class in it, or a label that is no picture")
 
     def read(self, row):
-        return {lesion: None if row.cells[column].lower() == "none" else row.file(column)
-                for lesion, column in zip(self.lesions, self.columns) if row.cells[column]} or None
+        masks = {}
+        for lesion, column in zip(self.lesions, self.columns):
+            if row.cells[column].lower() == "none":
+                masks[lesion] = None
+            elif row.cells[column]:
+                name, values = split_cell(row.cells[column], row.folder, f"{row.where}: {column}")
+                masks[lesion] = MaskFile(row.file(column, name), values)
+        check_distinct(masks, row.where)
+        return masks or None
 
     def join(self, known, sizes, size):
-        """The first mask file among copies of the size of the one that stays: masks belong to pixels. Else "none"."""
+        """The first mask file among copies of this size, as masks belong to pixels; without any file, "none".
+
+        A lesion whose only files are of another size is unknown here.
+        """
         masks, conflicts = {}, []
         for lesion in dict.fromkeys(k for value in known.values() for k in value):
-            files = {name: value[lesion] for name, value in known.items()
-                     if lesion in value and tuple(sizes[name]) == tuple(size)}
-            if files:
-                masks[lesion] = next(filter(None, files.values()), None)
-            if len(set(files.values())) > 1:
-                values = tuple("none" if path is None else str(path) for path in files.values())
-                conflicts.append(Conflict(lesion, tuple(files), values, str(masks[lesion])))
+            files = {name: value[lesion] for name, value in known.items() if lesion in value}
+            here = {name: path for name, path in files.items() if not path or tuple(sizes[name]) == tuple(size)}
+            if any(here.values()) or not any(files.values()):
+                masks[lesion] = next(filter(None, here.values()), None)
+                if len(set(here.values())) > 1:
+                    values = tuple("none" if path is None else str(path) for path in here.values())
+                    conflicts.append(Conflict(lesion, tuple(here), values, str(masks[lesion])))
         return masks or None, conflicts
 
     def to_sample(self, value, arrays, place, size):
@@ -299,6 +355,9 @@ class MaskLabel(Label):
     def from_tv_tensor(self, value, before):
         """An unknown mask stays unknown, borders included; a known one is 0 where it has moved away."""
         return torch.where(before[:, :1, :1] == UNKNOWN, UNKNOWN, value.as_subclass(Tensor))
+
+    def classes(self, value):
+        return [lesion for lesion, path in value.items() if path]
 
     def fingerprint(self, value):
         return sorted(value)
@@ -325,16 +384,26 @@ def number(text: str) -> float:
 
 
 def read_point(x: str, y: str, image: Path, what: str) -> tuple[float, float] | None:
-    """A point from its two cells; None where both are empty. InputError: no number, only one, outside its image."""
+    """A point from its two cells; None where both are empty.
+
+    InputError: no number, only one, outside its image, in the image's corner, where no landmark is but shares of the
+    sides are, and zeros for "not there".
+    """
     if not x and not y:
         return None
     point = number(x), number(y)
+    absent = "leave both cells empty where it is not there"
     if not all(map(math.isfinite, point)):
-        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file")
+        raise InputError(f"{what} is at ({x!r}, {y!r}), expected two numbers, in pixels of the image file; {absent}")
+    if max(map(abs, point)) <= 1:
+        raise InputError(f"{what} is at ({x}, {y}), in the corner; expected pixels of the image file; multiply shares "
+                         f"of its sides by its width and height, {absent}")
     size = image_size(image)
     if size is not None and not (0 <= point[0] <= size[0] and 0 <= point[1] <= size[1]):
-        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {size[0]}x{size[1]} pixels; expected "
-                         "pixels of the image file")
+        with open_image(image) as file:
+            shown = shown_size(size, exif_orientation(file))
+        raise InputError(f"{what} is at ({x}, {y}), outside {image.name} with its {shown} pixels; expected pixels of "
+                         f"this file; scale points of a larger or uncropped original, {absent}")
     return point
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from retina.datasets import leaks, splits
-from retina.datasets.cache import build_cache, cache_path, cached_arrays, cached_sample
+from retina.datasets.cache import build_cache, cache_path, cached_arrays, cached_sample, drop_black_masks
 from retina.datasets.leaks import Comparison, compare
 from retina.datasets.records import LABELS, LESION_NAMES, DataSet, LandmarkLabel, Record
+from retina.datasets.synthetic import LESIONS
 from retina.drawing import captioned, column, grid, label_legend, masks_of, photograph, row, tinted, titled
 from retina.files import InputError
 
@@ -41,28 +42,43 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
     """How masks are stored, with counts; masks stored unlike most; and photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, vessels = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "vessels")
-                            for r in records))
-    masks = [(r, str(mask)) for r, here in zip(records, stored) for mask in here]  # "OD P 0 1"
+    stored, fields = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "field")
+                           for r in records))
+    masks = [(r, f"{lesion} {form}") for r, here in zip(records, stored) for lesion, form, *_ in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
     usual = max(forms, key=forms.get, default="")
     return (forms, [(r, mask) for r, mask in masks if mask.partition(" ")[2] != usual],
-            [r.name for r, v in zip(records, vessels) if not v.any()])
+            [r.name for r, side in zip(records, fields) if side == 0])
+
+
+def lost_masks(records: Sequence[Record], filled: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """Of mask files: those that are black, so that `filled` lacks them, and those that EXAMINED_SIZE leaves black."""
+    black, vanished = [], []
+    for record, kept in zip(records, filled):
+        if files := [lesion for lesion, path in (record.masks or {}).items() if path]:
+            masks = cached_sample(record, cache_path(record, EXAMINED_SIZE), EXAMINED_SIZE).masks
+            for lesion in files:
+                if not masks[LESIONS.index(lesion)].any():
+                    (vanished if kept.masks[lesion] else black).append(f"{record.name} {lesion}")
+    return black, vanished
 
 
 def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict[str, tuple[str, list[Group]]]]:
     """Look at a data set as training would: counts, files, copies, eyes, leaks, conflicts, the split.
 
     -> The report as JSON holds it, see `format_report`; {name: (title, groups)} for `contact_sheets`. InputError: none
-    of the photographs can be read.
+    of the photographs can be used.
     """
     problems = build_cache(data_set.records, EXAMINED_SIZE)
     records = [r for r in data_set.records if r.name not in problems]
     if not records:
-        raise InputError(f"{root}: none of its {len(problems)} photographs can be read; first: "
+        raise InputError(f"{root}: none of its {len(problems)} photographs can be used; first: "
                          f"{next(iter(problems.values()))}")
     comparison = compare(records, EXAMINED_SIZE)
-    joined, conflicts = comparison.join(records)
+    filled = drop_black_masks(records, EXAMINED_SIZE)
+    joined, conflicts = comparison.join(filled)
+    black, vanished = lost_masks(records, filled)
+    counted = {r.name: r for r in [*data_set.records, *filled]}.values()
     split = splits.split(joined, fold)
     forms, odd, without_field = stored_forms(records)
     groups = defaultdict(list)
@@ -76,12 +92,14 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
         "splits": {name: overview(members, data_set.classes) for name in ("train", "val", "test")
-                  if (members := [r for r in data_set.records if r.split == name])},
+                  if (members := [r for r in counted if r.split == name])},
         "unreadable": problems,
         "sizes": dict(Counter(f"{w}x{h}" for w, h in comparison.sizes.tolist()).most_common()),
         "mask_formats": dict(forms.most_common()), "odd_masks": [f"{r.name} {mask}" for r, mask in odd],
-        "without_field_of_view": without_field,
+        "black_masks": black, "vanished_masks": vanished,
+        "without_field_of_view": without_field, "not_compared": comparison.notes.tolist(),
         "copies": [[records[i].name, records[j].name] for i, j in comparison.copies],
+        "turned_copies": [[records[i].name, records[j].name] for i, j in comparison.turned],
         "same_eye": {"threshold": leaks.SAME_EYE, "pairs": pairs[:number_same],
                      "closest_below": pairs[number_same:number_same + 12],
                      "photographs": len(joined), "eyes": len(groups),
@@ -115,6 +133,7 @@ def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison:
                        if isinstance(v, (int, float))), [r])  # masks and points are in the picture
             for _, members in sorted(strata.items(), key=lambda item: str(item[0])) for r in members[:6]]),
         "copies": ("files that show one photograph", list(map(group, report["copies"]))),
+        "turned_copies": ("copies that were mirrored or turned", list(map(group, report["turned_copies"]))),
         **{name: (title, [group(p["photographs"], f"score {p['score']:.2f}") for p in report["same_eye"][key]])
            for name, title, key in (("same_eye", "photographs of one eye", "pairs"),
                                     ("just_below", "pairs closest below the threshold", "closest_below"))},
@@ -161,12 +180,17 @@ def format_report(report: Mapping) -> str:
                      + ", ".join(f"mode {form.replace(' ', ' with values ', 1)} ({n} files)"
                                  for form, n in report["mask_formats"].items()))
     lines += listing("masks stored unlike the others", report["odd_masks"])
-    lines += listing("unreadable files", list(report["unreadable"].values()))
+    lines += listing("mask files without a set pixel (they count as none)", report["black_masks"])
+    lines += listing(f"masks of which nothing is left at {EXAMINED_SIZE} pixels", report["vanished_masks"])
+    lines += listing("photographs that cannot be used", list(report["unreadable"].values()))
     lines += listing("photographs without a round field of view (taken whole, not compared by vessels)",
                      report["without_field_of_view"], 3)
+    lines += report["not_compared"]
     same = report["same_eye"]
     lines += ["", *listing("copies: pairs of files that show one photograph",
                            [" = ".join(pair) for pair in report["copies"]], 4)]
+    lines += listing("copies that were mirrored or turned (not joined; they stay on one side of every split)",
+                     [" = ".join(pair) for pair in report["turned_copies"]], 4)
     lines += listing(f"other pairs that show one eye (score {same['threshold']} and up)",
                      [f"{p['score']:.2f}  {' = '.join(p['photographs'])}" for p in same["pairs"]])
     lines += [f"    closest below: {p['score']:.2f}  {' / '.join(p['photographs'])}"

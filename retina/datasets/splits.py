@@ -40,25 +40,29 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
                 sizes: Sequence[tuple[int, int]]) -> tuple[list[Record], list[Conflict]]:
     """Make one record of all training copies of a photograph, with the labels of all of them; -> records, conflicts.
 
-    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. Label.join decides
-    where copies contradict each other. Photographs of other splits stay as they are: they are scored as they were
-    given, and no label crosses from test into training.
+    The image is that of the copy with most masks; `sizes` (width, height) carry points over to it. Masks belong to
+    pixels: where copies of other sizes have mask files, one of each size stays as well, with its masks alone.
+    Label.join decides where copies contradict each other. Photographs of other splits stay as they are: they are scored
+    as they were given, and no label crosses from test into training.
     """
     groups = defaultdict(list)
     for i, component in enumerate(connected_components(pairs, len(records))):
         groups[(component, "train") if records[i].split == "train" else (i, "not joined")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
-        if len(group) == 1:
-            joined.append(records[group[0]])
-            continue
-        first = max(group, key=lambda i: sum(map(bool, (records[i].masks or {}).values())))
-        group_sizes, labels = {records[i].name: sizes[i] for i in group}, {}
-        for name, label in LABELS.items():
-            if known := {r.name: r.labels[name] for r in (records[i] for i in group) if name in r.labels}:
-                labels[name], contradictions = label.join(known, group_sizes, sizes[first])
-                conflicts += contradictions
-        joined.append(records[first].with_labels(**labels))
+        files = {i: sum(map(bool, (records[i].masks or {}).values())) for i in group}
+        first = max(group, key=files.get)
+        kept = {tuple(sizes[first]): first}
+        for i in filter(files.get, group):
+            kept.setdefault(tuple(sizes[i]), i)
+        group_sizes = {records[i].name: sizes[i] for i in group}
+        for size, i in kept.items():
+            labels = {}
+            for name in LABELS if i == first else ["masks"]:
+                if known := {r.name: r.labels[name] for r in (records[k] for k in group) if name in r.labels}:
+                    labels[name], contradictions = LABELS[name].join(known, group_sizes, size)
+                    conflicts += contradictions
+            joined.append(replace(records[i], labels={}).with_labels(**labels))
     return joined, conflicts
 
 
@@ -89,11 +93,12 @@ def stratum(record: Record) -> tuple:
     return tuple(label.stratum(record.labels.get(label.name)) for label in major + ([] if graded else minor))
 
 
-def assign_folds(records: Sequence[Record], number: int) -> list[int]:
+def assign_folds(records: Sequence[Record], number: int) -> list[int | None]:
     """Fold 0..number-1 of each record: photographs of an eye stay together, and folds share each stratum evenly.
 
     Greedy, as in scikit-learn's StratifiedGroupKFold: eyes come in a fixed random order, those with most photographs
-    first, and each goes to the fold where it leaves the counts of its strata most even.
+    first, and each goes to the fold where it leaves the counts of its strata most even. No fold holds all eyes of a
+    class (Label.classes): the last one goes to another fold than those before it, or, where there is none, to no fold.
     """
     strata = [stratum(r) for r in records]
     total = Counter(strata)
@@ -101,17 +106,26 @@ def assign_folds(records: Sequence[Record], number: int) -> list[int]:
     for i, record in enumerate(records):
         eyes[record.eye].append(i)
     groups = [eyes[eye] for eye in sorted(eyes)]
+    classes = [{(name, c) for i in group for name, value in records[i].labels.items()
+                for c in LABELS[name].classes(value)} for group in groups]
+    left = Counter(itertools.chain(*classes))  # eyes of each class that have no fold yet
+    folds_of = defaultdict(set)  # class -> folds of its eyes
     order = np.random.default_rng(0).permutation(len(groups))
-    counts, fold = [Counter() for _ in range(number)], [0] * len(records)
-    for group in sorted((groups[g] for g in order), key=len, reverse=True):
-        members = Counter(strata[i] for i in group)
+    counts, fold = [Counter() for _ in range(number)], [None] * len(records)
+    for g in sorted(order, key=lambda g: len(groups[g]), reverse=True):
+        members = Counter(strata[i] for i in groups[g])
 
         def fullness(f):  # of fold f: first in the strata of this eye, then in all of them
             return sum(counts[f][s] / total[s] * n for s, n in members.items()), counts[f].total()
 
-        best = min(range(number), key=fullness)
-        counts[best].update(members)
-        for i in group:
+        left.subtract(classes[g])
+        best = min((f for f in range(number) if all(left[c] or folds_of[c] - {f} for c in classes[g])), key=fullness,
+                   default=None)
+        for c in classes[g]:
+            folds_of[c].add(best)
+        if best is not None:
+            counts[best].update(members)
+        for i in groups[g]:
             fold[i] = best
     return fold
 
@@ -174,22 +188,29 @@ def describe_split(training: Sequence[Record], validation: Sequence[Record], fin
               f"photographs of the training split show an eye of the test split: {use}"),
              (len(findings["left_out_for_validation"]),
               "photographs of the training split show an eye of the validation split: left out"),
+             (findings["without_field_of_view"],
+              "training photographs have no field of view, no lit circle on dark ground: they are taken whole"),
              (len(findings["conflicts"]),
               "times copies of one photograph carry different labels; config.json lists them and what training "
               "goes by"))
     return "\n".join([f"training on {counts(training)}, validation ({how}) on {counts(validation)}",
-                      *(f"{number} {note}" for number, note in notes if number),
-                      *describe_classes(findings["counts"], tasks, telling, config.image_size)])
+                      *(f"{number} {note}" for number, note in notes if number), *findings["notes"],
+                      *describe_classes(findings["counts"], training, tasks, telling, config.image_size)])
 
 
-def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Sequence[TaskMetrics],
-                     telling: Sequence[TaskMetrics], size: int) -> list[str]:
+def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], training: Sequence[Record],
+                     tasks: Sequence[TaskMetrics], telling: Sequence[TaskMetrics], size: int) -> list[str]:
     """Lines on how many photographs have each class, {split: {task: {class: number}}}, and what follows."""
     learned, validated = counts["training"], counts["validation"]
     lines = [f"   {t:4} " + ("  ".join(f"{name}: {n} + {validated[t].get(name, 0)}" for name, n in classes.items())
                              if len(classes) <= 12 else f"{len(classes)} classes, {min(classes.values())} to "
                              f"{max(classes.values())} photographs of each in training")
              for t, classes in learned.items() if classes]
+    for task in tasks:  # masks too small for the network's photographs
+        label = LABELS[task.label]
+        filed = Counter(itertools.chain.from_iterable(map(label.classes, label.known(training))))
+        lines += [f"warning: of {filed[name]} photographs with {task.name} {name} {filed[name] - n} show none at {size} "
+                  "px; a larger --image-size keeps more" for name, n in learned[task.name].items() if filed[name] > n]
     if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     if silent := [t.name for t in tasks if t not in telling]:

@@ -17,6 +17,9 @@ from tqdm import tqdm
 # V side of a vessel map, n photographs
 
 VESSEL_SIDE = 108  # pixels of a vessel map
+# Side of a field of view in pixels of the file. Of IDRiD's photographs reduced to 80 pixels, those of one eye reach
+# 0.46, all others at most 0.40, even as JPEG of quality 85. At 56 pixels both are mixed, at 28 false pairs are found.
+SMALLEST_FIELD = 80
 REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
 COARSE_VIEWS = tuple(itertools.product((-12, -6, 0, 6, 12), (0.93, 1.0, 1.07)))  # degrees, zoom
 FINE_VIEWS = tuple(itertools.product(range(-12, 13, 3), (0.92, 0.96, 1.0, 1.04, 1.08)))

@@ -66,7 +66,7 @@ def arms_of(runs: Sequence) -> list[list[int]]:
     if len(runs) == 2:
         return [[0], [1]]
     kinds = [{k: v for k, v in run.options.items() if k not in ("seed", *OF_MACHINE)} |
-             {"training photographs": run.learned_from} for run in runs]
+             {"training photographs": run.fingerprints["train"]} for run in runs]
     arms = [[i for i, kind in enumerate(kinds) if kind == first] for k, first in enumerate(kinds)
             if first not in kinds[:k]]
     arms = [sorted(arm, key=lambda i: runs[i].options["seed"]) for arm in arms]
@@ -104,8 +104,11 @@ def show_comparison(runs: Sequence[Sequence], scores: Sequence[Sequence[SplitSco
     return {"first": first, "second": second, "masks_in_pixels_of": at, "compared": compared, "claims": sentences}
 
 
-def calibration_line(run) -> str:
-    """Temperatures and thresholds in words."""
-    fitted = (f"{task} " + " ".join(f"{k} {v:.3g}" for k, v in values.items())
-              for task, values in run.calibration.items() if values)
-    return f"temperatures and thresholds, calibrated on validation: {'; '.join(fitted)}"
+def calibration_line(calibration: Mapping[str, Mapping]) -> str:
+    """A run's temperatures and thresholds in words, and which of them were not fitted."""
+    fitted = (f"{task} " + " ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "few")
+              for task, values in calibration.items() if values)
+    few = [f"{task} " + " ".join(f"{k} {n} of {least}" for k, (n, least) in values["few"].items())
+           for task, values in calibration.items() if "few" in values]
+    return "\n".join([f"temperatures and thresholds, calibrated on validation: {'; '.join(fitted)}",
+                      *[f"not fitted, for want of photographs, of which it takes: {'; '.join(few)}"] * bool(few)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class SplitScores:
         """The eye of each photograph of a task."""
         return [self.eyes[name] for name in self.names[task]]
 
-    def calibrate(self) -> dict[str, dict[str, float]]:
+    def calibrate(self) -> dict[str, dict[str, Any]]:
         """{task: what it fits on this split}: temperatures and thresholds."""
         return {t.name: t.calibrate(self.stats[t.name]) for t in self.tasks if t.name in self.stats}
 
@@ -187,14 +188,15 @@ def summary(scores: Sequence[SplitScores], calibration: Sequence[Mapping]) -> tu
     return values, limits
 
 
-def write_per_photograph(path: Path, scores: SplitScores) -> None:
-    """One row per photograph with every task's answer beside the truth."""
+def write_per_photograph(path: Path, scores: SplitScores, calibration: Mapping[str, Mapping]) -> None:
+    """One row per photograph with every task's answer, as in predictions.csv, beside the truth."""
     rows: dict[str, dict] = {}
     for task in (t for t in scores.tasks if t.name in scores.stats):
         for name, stats in zip(scores.names[task.name], scores.stats[task.name]):
-            rows.setdefault(name, {"photograph": name}).update(task.scored_columns(stats))
+            rows.setdefault(name, {"photograph": name}).update(
+                task.scored_columns(stats, calibration.get(task.name, {})))
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows.values())

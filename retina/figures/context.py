@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,9 @@ class FigureContext:
     split: str  # "val" or "test"
     photographs: FundusDataset  # of that part
     training: FundusDataset  # at most MOST
+    root: Path | None  # where they lie; None: drawn
+    other: str  # what ends names of files, if the photographs are not the run's own; see evaluate.py
+    cautions: Sequence[str]  # why scores may look better than they are, or are not the run's own
     device: torch.device
     batches: Callable[[Dataset, Sequence[Task]], Iterable[Batch]]  # of photographs, with the targets of tasks
     tasks: Mapping[str, Task]  # all that there are, by name
@@ -109,10 +113,8 @@ class FigureContext:
 
     @property
     def caution(self) -> str:
-        """Why scores may look better than they are, or ""."""
-        if self.split == "val":
-            return " Checkpoint, temperatures and thresholds were fitted on these photographs: optimistic."
-        return " Trained with --keep-leaks: it may have seen eyes of the test split." * self.run.options["keep_leaks"]
+        """The cautions as sentences, to go on with."""
+        return "".join(f" {words[0].upper()}{words[1:]}." for words in self.cautions)
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
@@ -151,7 +153,7 @@ def best_median_worst(values: Mapping[str, float]) -> dict[str, str]:
 
 def of_run(ctx: FigureContext) -> str:
     """Which run, photographs and checkpoint a figure is about."""
-    drawn = " DRAWN" * (ctx.run.options["data"] is None)
+    drawn = " DRAWN" * (ctx.root is None)
     return f"{ctx.name}, epoch {ctx.run.epoch}, {len(ctx.photographs)}{drawn} {ctx.words} photographs"
 
 

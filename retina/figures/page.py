@@ -57,8 +57,8 @@ def page(ctx: FigureContext, drawn: Mapping[str, bytes | str], figures: Mapping[
     """
     run = ctx.run
     begun = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-    source = "DRAWN photographs, which are no photographs of eyes" if run.options["data"] is None else \
-        f"photographs of {Path(run.options['data']).name}"
+    source = "DRAWN photographs, which are no photographs of eyes" if ctx.root is None else \
+        f"photographs of {ctx.root.name}"
     sections = []
     for name, content in drawn.items():
         words = figures[name][0].__doc__.splitlines()[0].rstrip(".:;,")

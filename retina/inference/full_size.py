@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retina.datasets import preprocess
+from retina.datasets.masks import read_mask
 from retina.datasets.preprocess import Decoded, Geometry, Sample
 from retina.datasets.records import Record
 from retina.evaluation.metrics import PRCurveAccumulator
@@ -113,10 +114,9 @@ def mask_stats_at_full_size(net: nn.Module, task: MaskMetrics, records: Sequence
             def of_class(lesion, record=record, maps=maps, geometry=geometry):
                 if task.classes[lesion] not in record.masks:
                     return task.count(lesion, maps[lesion], None, accumulator)
-                path = record.masks[task.classes[lesion]]
+                mask = record.masks[task.classes[lesion]]
                 shape = geometry.height, geometry.width
-                truth = np.zeros(shape, bool) if path is None else \
-                    np.asarray(preprocess.read_mask(path, shape[::-1])[0]) > 0
+                truth = np.zeros(shape, bool) if mask is None else np.asarray(read_mask(mask, shape[::-1])[0]) > 0
                 return task.count(lesion, to_file_pixels(maps[lesion], geometry), truth, accumulator)
 
             stats.append(torch.stack(list(threads.map(of_class, range(len(task.classes))))))

@@ -21,6 +21,7 @@ from retina.datasets import preprocess
 from retina.datasets.preprocess import Sample
 from retina.datasets.readers import IMAGE_SUFFIXES, files_in
 from retina.datasets.records import Record
+from retina.datasets.splits import connected_components
 from retina.drawing import overlay
 from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError, NotFiniteError
@@ -69,6 +70,42 @@ def names_for(paths: Sequence[Path]) -> Iterator[str]:
         yield name
 
 
+def runs_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Pixels of a mask (h, w) that stand beside each other in a row: of each such run first, last + 1, component.
+
+    Places count through rows that are one pixel wider. Runs that touch, also at a corner, are of one component.
+    """
+    wide = mask.shape[1] + 1
+    edges = np.flatnonzero(np.diff(np.pad(mask, ((0, 0), (0, 1))).ravel(), prepend=False))
+    first, end = edges[::2], edges[1::2]
+    below, behind = np.searchsorted(end, first + wide), np.searchsorted(first, end + wide, side="right")
+    pairs = [(i, j) for i, (a, b) in enumerate(zip(below.tolist(), behind.tolist())) for j in range(a, b)]
+    return first, end, connected_components(pairs, len(first))
+
+
+def only_disc(map_: np.ndarray, threshold: float, centre: Sequence[float] | None) -> np.ndarray:
+    """A map (Z, Z) of probabilities of the optic disc, of which an eye has one: 0 in all its components but one.
+
+    That is the one at or nearest to the `centre` (x, y) in pixels of the map, or without it the one with the largest
+    sum of probabilities.
+    """
+    mask = map_ >= threshold
+    first, end, component = runs_of(mask)
+    if len(set(component)) < 2:
+        return map_
+    of_run = np.array(component)
+    if centre is None:
+        sums = np.bincount(of_run, np.add.reduceat(np.pad(np.where(mask, map_, 0), ((0, 0), (0, 1))).ravel(), first))
+        kept = sums.argmax()
+    else:
+        y, x = divmod(first, map_.shape[1] + 1)
+        gap_x = np.maximum(0, np.maximum(x + 0.5 - centre[0], centre[0] - (x + end - first - 0.5)))
+        kept = of_run[np.hypot(gap_x, y + 0.5 - centre[1]).argmin()]
+    steps = np.zeros(mask.size + len(mask), int)
+    steps[first[of_run != kept]], steps[end[of_run != kept]] = 1, -1
+    return np.where(steps.cumsum().reshape(len(mask), -1)[:, :-1], 0, map_)
+
+
 @dataclass
 class Photo:
     """A photograph on its way through a Predictor. Without a sample, its row says why there is no prediction."""
@@ -91,7 +128,8 @@ class Predictor:
     batch: int  # of tiles
     device: torch.device
     out: Path
-    retinas: bool  # whether to refuse other pictures; False: trained on folders of classes, which may show anything
+    seen: Mapping[str, float] | None  # see quality.refusal; None: of folders of classes, which may show anything
+    check: bool = True  # False: answer for pictures that would be refused, too, and say why they would be
 
     def read(self, path: Path, name: str) -> Photo:
         """Decode a file for each purpose: a JPEG once for each size, others once; see read_image."""
@@ -100,10 +138,12 @@ class Predictor:
         try:
             small = preprocess.read_image(path, 512)
             row |= dict(zip(("width", "height"), small.size))
-            if self.retinas and (reason := refusal(small.image)):
-                return Photo(row | {"status": "refused", "reason": reason})
+            if self.seen is not None and (reason := refusal(small.image, self.seen)):
+                if self.check:
+                    return Photo(row | {"status": "refused", "reason": reason})
+                row["reason"] = f"would be refused: {reason}"
             record, tiles = Record(name, path), self.tiles if "masks" in folders else None
-            return Photo(row, float(preprocess.foreground_mask(small.image).mean()),
+            return Photo(row, float(preprocess.foreground_mask(small.image).mean()) or 1.0,  # 1: nothing is lit
                          unlabelled_sample(record, self.size, small),
                          None if tiles is None else unlabelled_sample(record, round(self.size * tiles), small),
                          preprocess.read_image(path, 1 << 30, small).image if folders else None)
@@ -129,12 +169,16 @@ class Predictor:
         if photo.predictions is None:
             return photo.row
         row, masks, points, lines = photo.row, {}, None, []
+        centre = next((photo.predictions[t.name][t.classes.index("disc")] for t in self.tasks
+                       if isinstance(t, LandmarkMetrics) and "disc" in t.classes), None)  # as shares of the side
         for task in self.tasks:
             prediction = photo.predictions[task.name]
             if isinstance(task, MaskMetrics):
                 geometry = (photo.large or photo.sample).geometry
                 for lesion, map_ in zip(task.classes, prediction.numpy()):
                     threshold = self.calibration[task.name][lesion]
+                    if lesion == "OD":
+                        map_ = only_disc(map_, threshold, None if centre is None else (len(map_) * centre).tolist())
                     masks[lesion] = mask = to_file_pixels(map_, geometry) >= threshold  # (H, W)
                     Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{lesion}.png",
                                                             compress_level=1)
@@ -146,7 +190,8 @@ class Predictor:
             if isinstance(task, LandmarkMetrics):
                 points = [(columns[f"{p}_x"], columns[f"{p}_y"]) for p in task.classes]
         if photo.picture is not None:
-            overlay(photo.picture, masks, points, [*lines, NOTE], photo.retina_share).save(
+            lines += [*filter(None, [row["reason"]]), NOTE]
+            overlay(photo.picture, masks, points, lines, photo.retina_share).save(
                 self.out / "overlays" / f"{row['name']}.png", compress_level=1)
         return row
 

@@ -201,7 +201,7 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
             if (folder / "best.pt").exists():
                 raise InputError(f"{folder}: its last.pt is gone")
             name = "config.json"
-            return json.loads((folder / name).read_text())["options"], None
+            return json.loads((folder / name).read_text(encoding="utf-8"))["options"], None
         state = load_tensors(folder / name)
         return state["options"], {k: state[k] for k in ("data", "machine", "net", "state", "generators")}
     except InputError as error:
@@ -261,6 +261,7 @@ class RunFolder:
 
     def open(self, saved: Mapping | None, findings: Mapping, resume: bool, overwrite: bool) -> None:
         """Begin the run, or resume from `saved`, its last.pt. InputError: it exists already; see `restore`."""
+        self.stored |= {k: findings[k] for k in ("test", "seen")}  # see data.load_datasets
         if saved is not None:
             self.restore(saved)
         elif self.world.rank == 0 and not resume:
@@ -268,6 +269,9 @@ class RunFolder:
                 "begun": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
                 "command": shlex.join([*self.world.launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "machine": self.stored["machine"], "options": self.config, **findings}, overwrite)
+        if resume and not self.quiet:
+            print(f"going on with {self.folder}" + ", from its beginning: it was stopped before its first checkpoint" *
+                  (saved is None))
         if self.world.rank:  # other noise and dropout in each process
             seed = np.random.SeedSequence((self.config["seed"], self.world.rank)).generate_state(1)[0]
             torch.manual_seed(int(seed))
@@ -373,7 +377,8 @@ class RunFolder:
         if better and self.world.rank == 0:
             self.save_best(scores.calibrate())
         line = {"epoch": state.epoch, "step": state.step, "train": losses, "val": metrics, "score": score,
-                "best": better, "not_finite": problem, "expert_usage": usage, "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
+                "best": better, "not_finite": problem, "expert_usage": usage,
+                "lr": state.optimizer.param_groups[0]["lr"], "skipped_steps": monitor.skipped,
                 "seconds": round(monitor.seconds, 3), "waiting": round(monitor.waited / monitor.seconds, 4),
                 "images_per_second": round(photographs / monitor.seconds, 2)}
         if self.config["log_gradients"]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, asdict, field, fields, replace
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 
 OF_MACHINE = ("data", "workers", "device")  # where a run works, not what it is; may be typed anew with --resume
+SIDES = set("left right upper lower top bottom superior inferior nasal temporal dexter dextra sinister sinistra links "
+            "linkes rechts rechtes gauche droit droite izquierdo izquierda derecho derecha".split())
+ABBREVIATED = {"l", "r"}, {"le", "re"}, {"od", "os"}  # sides where both occur; "OD" alone may be the optic disc
 
 
 # ---- a field is a flag ----
@@ -171,6 +175,21 @@ def resolve_experts(config_class: type[Config], given: Mapping[str, Any], tasks:
             "balance_weight": given.get("balance_weight", config_class.balance_weight) if learns else 0.0}
 
 
+def names_of_sides(names: Sequence[str]) -> list[str]:
+    """Those of the names of classes that have a word for a side in them: "left-eye", "LEFT_EYE", "lefteye"."""
+    words = {name: {re.sub("eyes?$", "", word.lower()) for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+             for name in names}
+    sides = SIDES.union(*(pair for pair in ABBREVIATED if pair <= set().union(*words.values())))
+    return [name for name in names if words[name] & sides]
+
+
+def side_notes(tasks: Sequence) -> list[str]:
+    """A note for each of the tasks whose classes mirror images would mix up."""
+    found = [names_of_sides(t.names) for t in tasks if getattr(t, "names", None)]
+    return [f"classes {', '.join(names[:8])} sound like sides; a mirror image turns one into the other: use --no-flips"
+            for names in found if names]
+
+
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                      model: ModuleType) -> tuple[Config, list[str]]:
     """The typed values, and defaults for the others; -> configuration, notes to print and to store.
@@ -285,14 +304,13 @@ def read_request(config_class: type[Config], argv: Sequence[str] | None, model: 
     given = parse(config_class, argv)
     if "resume" in given:
         run = given["resume"]
-        begun, state = checkpoint.read_last(run)
+        begun, _ = checkpoint.read_last(run)
         config = resume_config(config_class, given, begun)
+        check_same(run, begun, config)
         if config.data is not None and not Path(config.data).exists():
             raise InputError(f"--resume {run}: {config.data}: its data set is not there; if it has moved, name it with "
                              "--data")
-        note = f"going on with {run}" + ", from its beginning: it was stopped before its first checkpoint" * (
-            state is None)
-        return Request(config, run, [note], True, False)
+        return Request(config, run, [], True, False)
     config, notes = resolve_defaults(config_class, given, model)
     runs, name, overwrite = records.HERE / "runs", given.get("name"), "overwrite" in given
     if name is None and overwrite:

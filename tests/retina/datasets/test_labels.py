@@ -64,7 +64,7 @@ class Age(Task):
     def compute(self, stats, weights, calibration):
         return {"error": metrics.mean((stats[:, 0] - stats[:, 1]).abs(), weights)}
 
-    def scored_columns(self, stats):
+    def scored_columns(self, stats, calibration):
         return dict(zip(("age", "age_true"), stats.tolist()))
 
     def predicted_columns(self, answer, sample, calibration):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageFilter
 from conftest import fake_records, photograph, real_idrid
 from retina.datasets import leaks, preprocess, splits, vessels
 from retina.datasets.leaks import find_eyes
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import Record
 from retina.files import InputError
@@ -97,23 +99,88 @@ def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
 def test_re_encoded_copies_are_found_and_nothing_else(tmp_path):
     records = [photograph(tmp_path / f"{i}.jpg", i) for i in range(6)]
     records += [photograph(tmp_path / "copy.jpg", 2, quality=75), photograph(tmp_path / "bright.jpg", 3, exposure=1.2)]
-    assert leaks.find_copies(prepared(records, "thumbnail")) == [(2, 6)]
+    assert leaks.find_copies(prepared(records, "thumbnail")) == ([(2, 6)], [])
 
 
-def test_copies_equal_brute_force():
+def orientations(picture: np.ndarray) -> list[np.ndarray]:
+    """A picture as it is, and as Pillow flips and turns it."""
+    return [picture, *(np.asarray(Image.fromarray(picture).transpose(way)) for way in Image.Transpose)]
+
+
+@pytest.mark.parametrize("side", [12, 24])
+def test_copies_equal_brute_force(side):
+    """Upright, mirrored and turned copies, from hardly changed to clearly changed, against all pairs in full."""
     rng = np.random.default_rng(0)
-    thumbnails = rng.integers(0, 255, (40, 6, 9, 3)).astype(np.uint8)
-    for i in range(20, 40):  # from hardly changed to clearly changed
-        thumbnails[i] = np.clip(thumbnails[i - 20] + rng.normal(0, (i - 20) / 4, (6, 9, 3)), 0, 255)
-    close = [(i, j) for i, j in itertools.combinations(range(40), 2)
-             if np.sqrt(((thumbnails[i].astype(float) - thumbnails[j]) ** 2).mean()) <= leaks.COPY_RMSE]
-    assert leaks.find_copies(thumbnails) == close and 5 < len(close) < 15
+    thumbnails = rng.integers(0, 255, (80, side, side, 3)).astype(np.uint8)
+    for i in range(40, 80):
+        other = orientations(thumbnails[i - 40])[i % 8] if i % 2 else thumbnails[i - 40]
+        thumbnails[i] = np.clip(other + rng.normal(0, (i - 40) / 8, other.shape), 0, 255)
+    found = [], []
+    for i, j in itertools.combinations(range(80), 2):
+        close = [np.sqrt(((thumbnails[i].astype(float) - x) ** 2).mean()) <= leaks.COPY_RMSE
+                 for x in orientations(thumbnails[j])]
+        if any(close):
+            found[not close[0]].append((i, j))
+    assert leaks.find_copies(thumbnails) == found and all(8 < len(pairs) < 16 for pairs in found)
 
 
 def test_dark_pictures_are_no_copies_of_each_other():
     rng = np.random.default_rng(0)
-    dark = rng.integers(0, 3, (4, 89, 134, 3)).astype(np.uint8)
-    assert leaks.find_copies(np.concatenate([dark, dark[:1]])) == [(0, 4)]
+    dark = rng.integers(0, 3, (4, 108, 108, 3)).astype(np.uint8)
+    assert leaks.find_copies(np.concatenate([dark, dark[:1], dark[1:2, ::-1]])) == ([(0, 4)], [(1, 5)])
+
+
+def oblong(record: Record, way: Image.Transpose | None = None) -> Record:
+    """The photograph with black borders left and right, saved anew, perhaps mirrored or turned."""
+    picture = Image.open(record.image)
+    wide = Image.new("RGB", (picture.width + 140, picture.height))
+    wide.paste(picture, (70, 0))
+    (wide if way is None else wide.transpose(way)).save(record.image, quality=80)
+    return record
+
+
+def test_mirrored_and_turned_copies_show_one_eye_and_are_not_joined(tmp_path):
+    """All seven ways, of which four exchange width and height; three lie in the test split."""
+    records = [oblong(photograph(tmp_path / f"{i}.jpg", i)) for i in range(9)]
+    records += [oblong(photograph(tmp_path / f"{i}_{way.name}.jpg", i, split="test" if i < 3 else "train"), way)
+                for i, way in enumerate(Image.Transpose)]
+    comparison = leaks.compare(records, 64)
+    assert not len(comparison.copies) and comparison.turned.tolist() == [[i, i + 9] for i in range(7)]
+    found, conflicts = comparison.join(records)
+    assert [r.name for r in found] == [r.name for r in records] and not conflicts
+    for k in range(1, 6):
+        split = splits.split(found, f"{k}/5")
+        assert {r.name for r in split.leaks} == {"0", "1", "2"}
+        assert {eye_of(r) for r in split.training}.isdisjoint(eye_of(r) for r in split.validation)
+
+
+# ---- what is not compared ----
+
+@pytest.mark.parametrize("side,compared", [(28, False), (76, False), (90, True), (300, True)])
+def test_vessels_of_photographs_that_are_too_small_are_not_compared(tmp_path, side, compared):
+    """28 pixels hold no vessels. Copies are found all the same, and how many are too small is said."""
+    records = [photograph(tmp_path / f"{i}.png", i) for i in range(3)]
+    records += [photograph(tmp_path / "again.png", 0, (10, -14), 0.9), photograph(tmp_path / "copy.png", 1)]
+    for record in records:  # the field is 240 pixels wide
+        Image.open(record.image).resize((round(side / 0.8),) * 2, Image.LANCZOS).save(record.image)
+    comparison = leaks.compare(records, 64)
+    assert comparison.copies.tolist() == [[1, 4]] and prepared(records, "vessels").any() == compared
+    assert comparison.same_eye() == [[1, 4], [0, 3]][:1 + compared]
+    assert [note[:28] for note in comparison.notes] == ["5 photographs are too small "] * (not compared)
+
+
+def test_vessels_are_not_compared_where_each_photograph_has_a_group(tmp_path, monkeypatch):
+    """One without a group, and all are compared."""
+    records = [photograph(tmp_path / "a.jpg", 0), photograph(tmp_path / "b.jpg", 0, (10, -14)),
+               photograph(tmp_path / "c.jpg", 1), photograph(tmp_path / "d.jpg", 1, quality=80),
+               oblong(photograph(tmp_path / "e.jpg", 2)), oblong(photograph(tmp_path / "f.jpg", 2),
+                                                                Image.Transpose.ROTATE_90)]
+    grouped = [replace(r, eye=f"group {r.name}") for r in records]
+    some = leaks.compare([*grouped[:5], records[5]], 64)
+    assert some.same_eye() == [[2, 3], [4, 5], [0, 1]] and not len(some.notes)
+    monkeypatch.setattr(leaks, "same_eye_scores", None)
+    every = leaks.compare(grouped, 64)
+    assert every.same_eye() == [[2, 3], [4, 5]] and "each photograph has a group" in str(*every.notes)
 
 
 def joined(records, pairs, sizes=None):
@@ -178,8 +245,41 @@ def test_masks_of_copies_are_put_together_lesion_by_lesion():
     assert [(r.name, r.masks) for r in found] == [("b", {"MA": one, "SE": two, "HE": None, "EX": one, "OD": two})]
     assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
         ("SE", ("a", "b"), ("none", "two.tif"), "two.tif"), ("OD", ("b", "c"), ("two.tif", "other.tif"), "two.tif")]
-    found, conflicts = joined(records, [(0, 1), (1, 2)], [(200, 100), (100, 50), (100, 50)])  # other pixels: not joined
-    assert found[0].masks == {"SE": two, "EX": one, "HE": None, "OD": two} and len(conflicts) == 1
+
+
+def test_copies_of_another_size_keep_their_masks_on_a_record_of_their_own():
+    """Of a the copy b, half as large, has three masks: both stay, as one eye; a lesion "none" is known to both."""
+    one, two, other = Path("one.tif"), Path("two.tif"), Path("other.tif")
+    point = {"disc": (40.0, 20.0)}
+    records = [Record("a", Path("a"), eye="e", labels={"grade": 1, "masks": {"MA": one, "SE": None, "HE": None}}),
+               Record("b", Path("b"), eye="e", labels={"masks": {"SE": two, "EX": one, "OD": two}}),
+               Record("c", Path("c"), eye="e", labels={"grade": 2, "landmarks": point, "masks": {"OD": other}}),
+               Record("d", Path("d"), eye="e", labels={"grade": 2})]
+    found, conflicts = joined(records, [(0, 1), (1, 2), (2, 3)], [(200, 100), (100, 50), (200, 100), (400, 200)])
+    assert [(r.name, r.eye, r.labels) for r in found] == [
+        ("b", "e", {"grade": 2, "landmarks": {"disc": (20, 10)}, "masks": {"SE": two, "EX": one, "OD": two,
+                                                                           "HE": None}}),
+        ("a", "e", {"masks": {"MA": one, "HE": None, "OD": other}})]
+    assert [(c.label, c.names, c.values, c.used) for c in conflicts] == [
+        ("grade", ("a", "c", "d"), (1, 2, 2), 2), ("SE", ("a", "b"), ("none", "two.tif"), "two.tif")]
+
+
+def test_a_black_mask_file_is_a_mask_that_says_none(tmp_path):
+    """A copy whose masks are black contradicts the one with a lesion; alone it counts as "none"."""
+    records = [photograph(tmp_path / f"{name}.png", i) for name, i in (("a", 0), ("b", 0), ("c", 1))]
+    for name, value in (("black", 0), ("set", 255)):
+        mask = np.zeros((300, 300), np.uint8)
+        mask[140:160, 140:160] = value
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    black, lesion = MaskFile(tmp_path / "black.png"), MaskFile(tmp_path / "set.png")
+    masks = [{"MA": black, "OD": lesion}, {"MA": lesion, "OD": lesion}, {"MA": black, "SE": black}]
+    records = [r.with_labels(masks=m) for r, m in zip(records, masks)]
+    found, (conflict,) = find_eyes(records, 64)
+    assert [(r.name, r.masks) for r in found] == [("b", masks[1]), ("c", {"MA": None, "SE": None})]
+    assert (conflict.label, conflict.names, conflict.values, conflict.used) == (
+        "MA", ("a", "b"), ("none", str(lesion)), str(lesion))
+    assert [r.masks for r in find_eyes(records, 64, ignore=True)[0]] == [
+        {"MA": None, "OD": lesion}, masks[1], {"MA": None, "SE": None}]
 
 
 def test_connected_components():
@@ -209,6 +309,42 @@ def test_folds_keep_eyes_whole_and_strata_even(seed):
             counts = Counter(repr(getattr(r, label)) for r in split.validation)
             assert all(abs(counts[k] - n / 5) <= 2.5 for k, n in whole.items())
     assert validated == Counter(r.name for r in records)  # each photograph is validated on once
+
+
+def classes_in(records) -> set[tuple]:
+    """Grades, risks, lesions with a mask file and landmarks that occur."""
+    return {c for r in records for c in (
+        ("grade", r.grade), ("edema_risk", r.edema_risk), *(r.landmarks or {}),
+        *(lesion for lesion, path in (r.masks or {}).items() if path))} - {("grade", None), ("edema_risk", None)}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_training_has_every_class_in_every_fold(seed):
+    """Few photographs with many classes, most of them rare; an eye has one to three photographs."""
+    rng = np.random.default_rng(seed)
+    records = [Record(f"{i}", Path("x"), eye=f"e{rng.integers(12)}").with_labels(
+        grade=int(rng.choice(5, p=[0.6, 0.2, 0.1, 0.05, 0.05])), edema_risk=int(rng.choice(3, p=[0.8, 0.1, 0.1])),
+        masks={"SE": Path("m") if rng.random() < 0.1 else None} if rng.random() < 0.5 else None,
+        landmarks={"disc": (5, 5)} if rng.random() < 0.1 else None) for i in range(20)]
+    number, validated = int(rng.integers(2, 7)), Counter()
+    for k in range(1, number + 1):
+        split = splits.split(records, f"{k}/{number}")
+        assert classes_in(split.training) == classes_in(records)
+        validated.update(r.name for r in split.validation)
+    eyes = Counter(c for eye in {r.eye for r in records} for c in classes_in([r for r in records if r.eye == eye]))
+    alone = {r.name for r in records if any(eyes[c] == 1 for c in classes_in([s for s in records if s.eye == r.eye]))}
+    assert set(validated).isdisjoint(alone) and set(validated.values()) == {1} and len(validated) > 5
+
+
+def test_a_class_of_one_photograph_is_trained_on():
+    """The only retina of grade 4; and two retinas of grade 3, of which one is always trained on."""
+    grades = [0] * 8 + [1] * 8 + [3] * 2 + [4]
+    records = [Record(f"{i}", Path("x"), labels={"grade": g}, eye=f"{i}") for i, g in enumerate(grades)]
+    for k in range(1, 6):
+        split = splits.split(records, f"{k}/5")
+        assert "18" in {r.name for r in split.training} and sum(r.grade == 3 for r in split.training) >= 1
+    given = [Record("v", Path("x"), "val", {"grade": 4}, eye="18")]  # a validation split that the data set names
+    assert [r.name for r in splits.split(records + given).validated] == ["18"]
 
 
 def test_split_does_not_depend_on_the_order():
@@ -310,6 +446,7 @@ def test_real_copies_and_eyes():
     pairs = set(map(tuple, found.copies.tolist()))
     assert {(number[a], number[b]) for a, b in COPIES + IDENTICAL} <= pairs
     assert sum(a < 54 <= b for a, b in pairs) == 42 and sum(54 <= a for a, _ in pairs) == 5 and len(pairs) == 47
+    assert not len(found.turned) and not len(found.notes)
     components = splits.connected_components(found.same_eye(), len(records))
     for a, b in CONFIRMED + FOUND_HERE + COPIES:
         assert components[number[a]] == components[number[b]]

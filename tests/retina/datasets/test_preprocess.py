@@ -1,16 +1,20 @@
-"""From files to samples: masks in every encoding, geometry, reduced decoding."""
+"""From files to samples: geometry, reduced decoding."""
 
 import math
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import data
 from conftest import photograph, real_idrid, save_palette_mask
 from retina.datasets import preprocess, readers, synthetic
+from retina.datasets.masks import MaskFile, read_mask
 from retina.datasets.readers import read_idrid
 from retina.datasets.records import Record
 from retina.files import InputError
@@ -35,64 +39,6 @@ def test_no_mask_file_means_no_lesion(shared_tree):
         assert not photographs[i].masks[synthetic.LESIONS.index(lesion)].any()
     for i, r in enumerate(found):
         assert photographs[i].masks[synthetic.LESIONS.index("HE")].any()
-
-
-@pytest.mark.parametrize("encode", [
-    lambda m: Image.fromarray(m.astype(np.uint8) * 76),  # a palette mask that somebody converted to grey
-    lambda m: Image.fromarray(m.astype(np.uint8)),
-    lambda m: Image.fromarray(m.astype(np.uint8) * 255),
-    lambda m: Image.fromarray(m),  # one bit
-    lambda m: Image.fromarray(np.stack([m * 255, m * 0, m * 0, m * 0 + 255], 2).astype(np.uint8)),  # RGBA
-    lambda m: Image.fromarray(np.stack([m * 255, m * 0, m * 0], 2).astype(np.uint8)),
-    lambda m: Image.fromarray(np.stack([m * 0, m * 128, m * 0], 2).astype(np.uint8)),  # drawn in green
-    lambda m: Image.fromarray(np.stack([m * 0, m * 0, m * 0, m * 255], 2).astype(np.uint8)),  # in the opacity
-    lambda m: Image.fromarray(np.stack([m * 255] * 3, 2).astype(np.uint8)).quantize(2),  # palette, white first
-    lambda m: Image.fromarray(m.astype(np.uint16) * 65535),
-    lambda m: Image.fromarray(m.astype(np.float32)),
-    lambda m: Image.fromarray((m * 250 + np.random.default_rng(0).integers(0, 5, m.shape)).astype(np.uint8)),
-])
-def test_every_encoding_of_a_mask_reads_the_same(tmp_path, encode):
-    mask = np.random.default_rng(0).random((40, 60)) > 0.7
-    encode(mask).save(tmp_path / "mask.tif")
-    assert np.array_equal(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
-
-
-def test_palette_mask_reads_its_indices(tmp_path):
-    mask = np.random.default_rng(0).random((40, 60)) > 0.7
-    save_palette_mask(tmp_path / "mask.tif", mask)
-    assert np.unique(np.asarray(Image.open(tmp_path / "mask.tif").convert("L"))).tolist() == [0, 76]
-    assert np.array_equal(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]), mask * 255)
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA"])
-def test_masks_of_one_value(tmp_path, mode):
-    for colour, expected in (("black", 0), ("white", 255)):
-        Image.new(mode, (60, 40), colour).save(tmp_path / "mask.tif")
-        assert np.unique(np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0])).tolist() == [expected]
-
-
-def test_a_smooth_outline_is_allowed(tmp_path):
-    y, x = np.mgrid[:40, :60]
-    mask = Image.fromarray((np.hypot(x - 30, y - 20) < 4).astype(np.uint8) * 255)
-    mask.filter(ImageFilter.GaussianBlur(0.7)).save(tmp_path / "mask.png")
-    found = np.asarray(preprocess.read_mask(tmp_path / "mask.png", (60, 40))[0]) > 0
-    assert (found != (np.asarray(mask) > 0)).mean() < 0.01
-
-
-@pytest.mark.parametrize("values", [
-    lambda rng: rng.integers(0, 4, (40, 60)).astype(np.uint8),  # a map of labels, or noise
-    lambda rng: rng.integers(0, 256, (40, 60)).astype(np.uint8),  # a photograph
-    lambda rng: np.where(rng.random((40, 60)) > 0.5, np.nan, 1).astype(np.float32),
-])
-def test_what_is_no_mask_is_one_line(tmp_path, values):
-    Image.fromarray(values(np.random.default_rng(0))).save(tmp_path / "mask.tif")
-    with pytest.raises(InputError, match="mask.tif: .* values from .*; expected a mask of two, such as 0 and 255"):
-        preprocess.read_mask(tmp_path / "mask.tif", (60, 40))
-
-
-def test_an_empty_mask_file_is_an_empty_mask(tmp_path):
-    save_palette_mask(tmp_path / "mask.tif", np.zeros((40, 60), bool))
-    assert not np.asarray(preprocess.read_mask(tmp_path / "mask.tif", (60, 40))[0]).any()
 
 
 # ---- geometry ----
@@ -134,7 +80,7 @@ def test_points_and_masks_follow_the_image(tmp_path, suffix):
     mask[dot[1] - 20:dot[1] + 20, dot[0] - 20:dot[0] + 20] = True
     Image.fromarray(pixels).save(tmp_path / f"photo.{suffix}", quality=95)
     save_palette_mask(tmp_path / "m.tif", mask)
-    record = Record("x", tmp_path / f"photo.{suffix}", labels={"masks": {"EX": tmp_path / "m.tif"}})
+    record = Record("x", tmp_path / f"photo.{suffix}", labels={"masks": {"EX": MaskFile(tmp_path / "m.tif")}})
     sample = data.FundusDataset([record], 128)[0]
     assert sample.image.shape == (3, 128, 128) and (sample.geometry.width, sample.geometry.height) == (2000, 1400)
     for found in (sample.image[2] > 150, sample.masks[synthetic.LESIONS.index("EX")] == 1):
@@ -158,19 +104,62 @@ def test_reduced_decoding_moves_nothing(tmp_path, size):
     assert abs(x - float(sample.landmarks[0, 0])) < 0.05
 
 
-def test_a_point_outside_of_the_field_of_view_is_not_known(tmp_path):
+@pytest.mark.parametrize("point,fits", [
+    ((330, 190), True), ((185, 190), True), ((330, 45), True), ((435, 295), True),  # 150 pixels around (330, 190)
+    ((1, 190), False), ((170, 190), False), ((330, 30), False), ((330, 395), False),  # left, above, below
+    ((445, 305), False)])  # in a corner of the box, 163 from the centre
+def test_a_point_outside_of_the_field_of_view_is_one_line(tmp_path, point, fits):
     disc_photograph()[0].save(tmp_path / "a.png")
-    points = {"disc": (1, 1), "fovea": (330, 190)}
+    points = {"disc": (320, 100), "fovea": point}
+    record = Record("x", tmp_path / "a.png", labels={"landmarks": points}, where="t line 2")
+    if fits:
+        assert not data.FundusDataset([record], 64)[0].landmarks.isnan().any()
+        return
+    data.FundusDataset([record.with_labels(landmarks={"disc": (320, 100)})], 64)  # what was decoded is checked again
+    with pytest.raises(InputError) as caught:
+        data.FundusDataset([record], 64)
+    found = re.fullmatch(rf"t line 2: the fovea of {tmp_path}/a.png is at \({point[0]}, {point[1]}\), "
+                         r"outside of its lit field, which lies in x (\d+) to (\d+), y (\d+) to (\d+); expected.*",
+                         str(caught.value))
+    assert np.abs(np.array(found.groups(), int) - (180, 480, 40, 340)).max() < 5
+
+
+def test_points_of_a_picture_without_a_field_of_view_may_lie_anywhere_in_it(tmp_path):
+    Image.new("RGB", (300, 200), (180, 90, 40)).save(tmp_path / "a.png")
+    points = {"disc": (2, 199), "fovea": (299, 3)}
     sample = data.FundusDataset([Record("x", tmp_path / "a.png", labels={"landmarks": points})], 64)[0]
-    assert sample.landmarks.isnan().any(1).tolist() == [True, False]
+    assert not sample.landmarks.isnan().any()
+
+
+def test_a_dark_fovea_and_a_dark_rim_do_not_move_points_out_of_the_field(tmp_path):
+    image = np.array(disc_photograph()[0])
+    image[150:230, 290:370], image[100:140, 190:230] = 3, 3
+    Image.fromarray(image).save(tmp_path / "a.png")
+    points = {"disc": (215, 125), "fovea": (330, 190)}
+    assert not data.FundusDataset([Record("x", tmp_path / "a.png", labels={"landmarks": points})],
+                                  64)[0].landmarks.isnan().any()
+
+
+def test_which_masks_are_black_is_known_of_the_files(tmp_path):
+    """A lesion of 3 x 2 pixels vanishes at the size of the sample, but its mask is not black."""
+    disc_photograph()[0].save(tmp_path / "a.png")
+    mask = np.zeros((400, 600), bool)
+    mask[200:202, 300:303] = True
+    save_palette_mask(tmp_path / "ma.tif", mask)
+    save_palette_mask(tmp_path / "he.tif", mask & False)
+    masks = {"MA": MaskFile(tmp_path / "ma.tif"), "HE": MaskFile(tmp_path / "he.tif"), "EX": None}
+    arrays = preprocess.preprocess(Record("x", tmp_path / "a.png", labels={"masks": masks}), 32)
+    assert not arrays["masks"].any()
+    assert arrays["stored"].tolist() == [["MA", "P 0 1", "#ff0000", "#000000"], ["HE", "P 0", "", "#000000"]]
 
 
 @pytest.mark.parametrize("width,height", [(1000, 667), (1001, 701), (997, 1333)])
 def test_odd_sizes_and_a_retina_that_touches_the_edge(tmp_path, width, height):
     image, _ = disc_photograph(width, height, (width // 2, height // 2), max(width, height) // 2)
     image.save(tmp_path / "photo.jpg", quality=95)
-    save_palette_mask(tmp_path / "m.tif", np.ones((height, width), bool))
-    record = Record("x", tmp_path / "photo.jpg", labels={"masks": {"OD": tmp_path / "m.tif"}})
+    y, x = np.mgrid[:height, :width]
+    save_palette_mask(tmp_path / "m.tif", (abs(y - height // 2) < 30) | (abs(x - width // 2) < 30))  # from edge to edge
+    record = Record("x", tmp_path / "photo.jpg", labels={"masks": {"OD": MaskFile(tmp_path / "m.tif")}})
     sample = data.FundusDataset([record], 64)[0]
     corners = sample.geometry.to_sample(np.array([(0, 0), (width, height)]))
     inside = sample.masks[-1].nonzero()
@@ -190,6 +179,84 @@ def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
     fast, full = (preprocess.preprocess(Record("x", tmp_path / f"a.{s}"), 128)["image"].astype(float)
                   for s in ("jpg", "png"))
     assert 10 * math.log10(255 ** 2 / ((fast - full) ** 2).mean()) > 38  # dB
+
+
+# ---- photographs of other kinds ----
+
+def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
+    """Grey 0, RGB 2, grey and opacity 4, RGBA 6; 8 or 16 bits a channel, as the type of the pixels (h, w, c) says."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    height, width = pixels.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) +
+                     chunk(b"IEND", b""))
+
+
+def write_tiff(path: Path, pixels: np.ndarray, planar: bool = False) -> None:
+    """RGB of the pixels (h, w, 3), colour by colour within each pixel or, `planar`, one colour after the other."""
+    height, width, size = *pixels.shape[:2], pixels.nbytes // 3
+    lists = 8 + 2 + 12 * 10 + 4  # where tags with more than one number keep them: bits, offsets and lengths of strips
+    strips = [(lists + 30 + k * size, size) for k in range(3)] if planar else [(lists + 30, 3 * size)]
+    tags = {256: (4, 1, width), 257: (4, 1, height), 258: (3, 3, lists), 259: (3, 1, 1), 262: (3, 1, 2),
+            273: (4, len(strips), lists + 6 if planar else lists + 30), 277: (3, 1, 3), 278: (4, 1, height),
+            279: (4, len(strips), lists + 18 if planar else 3 * size), 284: (3, 1, 1 + planar)}
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in tags.items())
+    content += struct.pack("<I3H", 0, *[8 * pixels.itemsize] * 3)
+    content += struct.pack("<6I", *[o for o, _ in strips], *[n for _, n in strips]) if planar else bytes(24)
+    path.write_bytes(content + (pixels.transpose(2, 0, 1) if planar else pixels).tobytes())
+
+
+def stored_as(path: Path, form: str, pixels: np.ndarray) -> None:
+    """Write RGB pixels, 8 or 16 bits a channel, of which grey forms take the first channel."""
+    grey, opaque = pixels[..., :1], np.full_like(pixels[..., :1], np.iinfo(pixels.dtype).max)
+    if form.startswith("PNG"):
+        what = {"PNG grey": (grey, 0), "PNG RGB": (pixels, 2), "PNG grey, opacity": (np.dstack([grey, opaque]), 4),
+                "PNG RGBA": (np.dstack([pixels, opaque]), 6)}[form]
+        write_png(path, *what)
+    elif form.startswith("TIFF RGB"):
+        write_tiff(path, pixels, form.endswith("planar"))
+    elif form == "TIFF grey":
+        Image.fromarray(grey[..., 0]).save(path, "TIFF")
+    else:
+        kind, channels = (b"P6", pixels) if form == "PPM" else (b"P5", grey)
+        most = 255 if pixels.itemsize == 1 else 4095
+        path.write_bytes(b"%s 30 20 %d\n" % (kind, most) + channels.astype(channels.dtype.newbyteorder(">")).tobytes())
+
+
+@pytest.mark.parametrize("form", ["PNG grey", "PNG RGB", "PNG grey, opacity", "PNG RGBA", "TIFF RGB", "TIFF RGB planar",
+                                  "TIFF grey", "PPM", "PGM"])
+def test_more_than_eight_bits_a_channel_are_refused_whatever_the_format(tmp_path, form):
+    """12 bits in 16, which would look almost black; the same with 8 bits is read as it is."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (20, 30, 3), np.uint16)
+    stored_as(tmp_path / "deep", form, pixels)
+    bits = 12 if form in ("PPM", "PGM") else 16
+    with pytest.raises(InputError, match=f"deep: {bits} bits a channel; expected 8: convert it, scaled to its bright"):
+        preprocess.read_image(tmp_path / "deep", 512)
+    stored_as(tmp_path / "usual", form, (pixels // 16).astype(np.uint8))
+    read = np.asarray(preprocess.read_image(tmp_path / "usual", 512).image)
+    grey = form in ("PNG grey", "PNG grey, opacity", "TIFF grey", "PGM")
+    assert np.array_equal(read, (pixels[..., [0, 0, 0]] if grey else pixels) // 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
+def test_a_photograph_has_one_page(tmp_path, suffix):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    image.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[image.rotate(180)])
+    with pytest.raises(InputError, match=f"a.{suffix}: 2 pages; expected one: save the one to use as a file of its ow"):
+        preprocess.read_image(tmp_path / f"a.{suffix}", 512)
+
+
+def test_what_a_camera_puts_behind_a_jpeg_does_not_count_as_a_page(tmp_path):
+    image = Image.fromarray(synthetic.render(synthetic.plan(0, 3), 64)[0])
+    image.save(tmp_path / "a.jpg")
+    image.save(tmp_path / "b.jpg", "MPO", save_all=True, append_images=[image.rotate(9)])
+    with Image.open(tmp_path / "b.jpg") as both:
+        assert (both.format, both.n_frames) == ("MPO", 2)
+    one, two = (np.asarray(preprocess.read_image(tmp_path / f"{name}.jpg", 512).image).astype(int) for name in "ab")
+    assert abs(one - two).mean() < 2
 
 
 # ---- the real photographs, where they are at hand ----
@@ -212,9 +279,8 @@ def test_real_photographs_crop_to_the_retina_and_masks_fit(name):
         assert 0.01 < disc.float().mean() < 0.05
         green = sample.image[1].float()
         assert green[disc].mean() > 1.2 * green[lit].mean()  # the disc is bright where its mask says
-        for path in filter(None, record.masks.values()):
-            original = np.asarray(preprocess.read_mask(path, Image.open(record.image).size)[0]) > 0
-            assert original.any()
+        for mask in filter(None, record.masks.values()):
+            assert np.asarray(read_mask(mask, Image.open(record.image).size)[0]).any()
 
 
 def test_real_originals_and_reductions_give_the_same_sample():

@@ -16,6 +16,7 @@ import data
 from conftest import ROOT, photograph, real_idrid
 from retina import files
 from retina.datasets import leaks, readers, records, synthetic
+from retina.datasets.masks import MaskFile
 from retina.datasets.readers import read_data, read_idrid
 from retina.files import InputError
 
@@ -117,6 +118,10 @@ def damage_text(path_of, old, new):
     return damage
 
 
+def point_of(root: Path, name: str) -> str:
+    return next(line for line in fovea_csv(root).read_text().splitlines() if line.startswith(name)).removesuffix(",,,")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 3])
 
@@ -164,6 +169,10 @@ def damage_mask_size(root):
      r"Markups.csv line 3: the fovea of IDRiD_002 is at \('x[\d.]+', '[\d.]+'\), expected two numbers"),
     (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_002,9"),
      r"line 3: the fovea of IDRiD_002 is at \(9[\d.]+, [\d.]+\), outside IDRiD_002.jpg with its 144x96 pixels"),
+    (lambda root: damage_text(fovea_csv, point_of(root, "IDRiD_002"), "IDRiD_002,0.53,0.48")(root),
+     r"line 3: the fovea of IDRiD_002 is at \(0.53, 0.48\), in the corner; expected pixels of the image file"),
+    (lambda root: damage_text(fovea_csv, point_of(root, "IDRiD_002"), "IDRiD_002,3,48")(root),
+     r"the fovea of .*IDRiD_002.jpg is at \(3, 48\), outside of its lit field, which lies in x 2\d to 11\d, y "),
     (damage_text(fovea_csv, "IDRiD_002,", "IDRiD_077,"), r"line 3: a point for IDRiD_077, but no IDRiD_077.jpg"),
     (damage_text(fovea_csv, "IDRiD_003,", "IDRiD_002,"), r"Markups.csv line 4: a second row for IDRiD_002"),
     (damage_text(fovea_csv, "X- Coordinate", "X"), r"Markups.csv: no column 'X- Coordinate'; found Image No, X, Y"),
@@ -200,13 +209,26 @@ def test_a_table_of_all_columns(table):
                  "images/c.png,4.0,,,,,,,,test,p1")
     a, b, c = read_data(path).records
     assert (a.grade, a.edema_risk, a.split, a.landmarks) == (2, 1, "train", {"disc": (10, 20), "fovea": (30.5, 20)})
-    assert a.masks == {"MA": path.parent / "mask.png", "EX": None}
+    assert a.masks == {"MA": MaskFile(path.parent / "mask.png"), "EX": None}
     assert (b.grade, b.edema_risk, b.split, b.landmarks, b.masks) == (None, 0, "val", {"fovea": (1, 2)}, None)
     assert (c.grade, c.edema_risk, c.split, c.landmarks) == (4, None, "test", None)
     assert a.eye == c.eye != b.eye and a.where == f"{path} line 2"
     sample = data.FundusDataset([a], 64)[0]
     values = [sorted(m.unique().tolist()) for m in sample.masks]  # MA known, EX known to be absent, others not known
     assert values == [[0, 1], [255], [0], [255], [255]]
+
+
+@pytest.mark.parametrize("side,problem", [(450, "outside 2.jpg with its 300x300"), (380, "outside of its lit field")])
+def test_points_of_originals_beside_reduced_photographs_are_one_line(tmp_path, side, problem):
+    """Photographs of 300 pixels with the discs of larger ones: of the first two eyes they still lie in the field."""
+    lines = ["image,disc_x,disc_y"]
+    for i in range(4):
+        photograph(tmp_path / f"{i}.jpg", i)
+        lines.append(",".join([f"{i}.jpg", *(f"{side * v:.1f}" for v in synthetic.plan(11, i).disc)]))
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=f"t.csv line 4: .*disc of .*2.jpg is at .*{problem}.*; expected pixels of "
+                                         "this file; scale points of a larger or uncropped original"):
+        data.FundusDataset(read_data(tmp_path / "t.csv").records, 64)
 
 
 def test_rows_that_say_the_same_are_one(table):
@@ -229,10 +251,21 @@ def truncated_tiff(path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines,message", [
-    (["picture,cls", "images/a.png,1"], "labels.csv: no column 'image'; found picture, cls"),
+    (["picture,cls", "images/a.png,1"], "labels.csv: no column 'image'; found picture, cls; rename 'picture' to 'im"),
     ([""], "labels.csv: no column 'image'; found no header"),
     (["image,grade"], "labels.csv: no row"),
-    (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; .* separated by commas"),
+    (["image;cls", "images/a.png;1"], "labels.csv: no column 'image'; found image;cls; cells are separated by ';'; wr"),
+    (["image;disc_x;disc_y", "images/a.png;10,5;3,5"], "found image;disc_x;disc_y; cells are separated by ';'; write"),
+    (["image\tgrade", "images/a.png\t1"], r"cells are separated by '\\t'; write commas in their place"),
+    (["sep=;", "image;grade", "images/a.png;1"], "cells are separated by ';'; write commas in their place"),
+    (["images/a.png,1", "images/b.png,2"], "no column 'image'; .*expected the names of the columns above the first ph"),
+    (["id_code,diagnosis", "images/a,1"], "no column 'image'; found id_code, diagnosis; rename 'id_code' to 'image', "
+     "'diagnosis' to 'grade'; cells of 'image' are paths with suffix, like photos/0001.jpg"),
+    (["Image,Grade", "images/a.png,1"], "no column 'image'; found Image, Grade; rename 'Image' to 'image', 'Grade' to"),
+    (["image,level", "images/a.png,1"], "unknown column 'level'; known are .*; rename 'level' to 'grade', or remov"),
+    (["image,Patient ID", "images/a.png,1"], "unknown column 'Patient ID'; .*; rename 'Patient ID' to 'group', or rem"),
+    ([",image,grade", "0,images/a.png,1"], "the cell '0' stands in no .*pandas' numbers of rows. Remove them, or writ"),
+    (["Unnamed: 0,image,grade", "0,images/a.png,1"], "unknown column 'Unnamed: 0'; .* as pandas writes them with inde"),
     (["image,cls", "images/a.png,1"], "labels.csv: unknown column 'cls'; known are image, grade, edema_risk, disc_x"),
     (["image,grade,grade", "images/a.png,1,1"], "labels.csv: two columns are named 'grade'"),
     (["image,grade", "images/a.png,1", "images/b.png,two"], "line 3: grade of images/b.png is 'two', expected a whole"),
@@ -241,8 +274,8 @@ def truncated_tiff(path: Path) -> None:
     (["image,group", 'images/a.png,"x', "images/b.png,"], "line 3: not CSV .unexpected end of data."),
     (["image,group", 'images/a.png,"x', 'images/b.png,"'], "line 3: a cell of more than one line"),
     (["image,disc_x,disc_y", "images/a.png,1_0,3"], "disc of images/a.png is at .'1_0', '3'., expected two numbers"),
-    (["image,grade", "deep.png,1"], "line 2: .*deep.png: pixels of mode I;16; expected 8 bits per channel"),
-    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values from 0 to 3; expected a mask"),
+    (["image,grade", "deep.png,1"], "line 2: .*deep.png: 16 bits a channel; expected 8: convert it"),
+    (["image,mask_ma", "images/a.png,levels.png"], "line 2: .*levels.png: 4 values: 0 .25 %., 1 .* expected two"),
     (["image,grade", "images/a.png,1,2"], "line 2: 3 cells, expected 2, one for each column"),
     (["image,grade,", "images/a.png,1,2"], "line 2: the cell '2' stands in no named column; expected 2 cells"),
     (["image,edema_risk", "images/a.png,3"],
@@ -260,6 +293,15 @@ def truncated_tiff(path: Path) -> None:
      r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,disc_x", "images/a.png,5"], r"line 2: disc of images/a.png is at \('5', ''\), expected two numbers"),
     (["image,fovea_x,fovea_y", "images/a.png,5,nan"], r"fovea of images/a.png is at \('5', 'nan'\), expected two num"),
+    (["image,fovea_x,fovea_y", "images/a.png,NA,NA"], r"at \('NA', 'NA'\), .* leave both cells empty where it is not"),
+    (["image,disc_x,disc_y", "images/b.png,30,20", "images/a.png,0.31,0.52"],
+     r"line 3: disc of images/a.png is at \(0.31, 0.52\), in the corner; .* multiply shares of its sides by its width"),
+    (["image,disc_x,disc_y", "images/a.png,0,0.0"],
+     r"line 2: disc of images/a.png is at \(0, 0.0\), in the corner; .* leave both cells empty where it is not there"),
+    (["image,disc_x,disc_y", "images/a.png,-1,-1"], r"line 2: disc of images/a.png is at \(-1, -1\), in the corner"),
+    (["image,fovea_x,fovea_y", "images/a.png,1,1e0"], r"line 2: fovea of images/a.png is at \(1, 1e0\), in the corner"),
+    (["image,fovea_x,fovea_y", "images/a.png,-1,20"],
+     r"at \(-1, 20\), outside a.png with its 60x40 pixels; expected pixels of this file; scale points of a larger or"),
     (["image,grade,split", "images/a.png,1,dev"], "line 2: split is 'dev', expected train, val or test"),
     (["image,grade", "images/a.png,1", "images/b.png,0", "images/a.png,2"],
      "line 4: images/a.png stands at .*labels.csv line 2 already, with other cells"),
@@ -280,6 +322,59 @@ def test_a_bad_table_is_one_line_naming_file_and_row(table, lines, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cell,meant,differs", [
+    ("images/a", "images/a.png", "suffix"), ("images/A.PNG", "images/a.png", "upper and lower case"),
+    (r"images\a.png", "images/a.png", "slashes"), ("a.png", "images/a.png", "folder"),
+    ("/photographs/of/2019/a.png", "images/a.png", "folder"), ("images/a.jpg", "images/a.png", "suffix"),
+    ("images/7.png", "images/0007.png", "leading zeros"), ("7", "images/0007.png", "folder, suffix, leading zeros"),
+    (r"C:\Photos\B.JPG", "images/b.png", "slashes, upper and lower case, folder, suffix"),
+    ("images/u\u0308.png", "images/\u00fc.png", "accents"), ("images/scan.2020", "images/scan.2020.png", "suffix")])
+def test_a_path_that_is_nearly_right_is_answered_with_the_right_one(table, cell, meant, differs):
+    path = table("image,grade", f"{cell},1")
+    for name in ("0007", "\u00fc", "scan.2020"):
+        shutil.copy(path.parent / "images" / "a.png", path.parent / "images" / f"{name}.png")
+    with pytest.raises(InputError) as caught:
+        read_data(path)
+    assert str(caught.value).endswith(f"; did you mean {meant!r}, which differs in {differs}?")
+    assert "\n" not in str(caught.value)
+    assert read_data(table("image,grade", f"{meant},1")).records[0].grade == 1
+
+
+def test_the_file_of_a_mask_is_suggested_without_its_values(table):
+    with pytest.raises(InputError, match="no such file: .*; did you mean 'mask.png', which differs in upper and lower"):
+        read_data(table("image,mask_ma", "images/a.png,MASK.png=255"))
+
+
+def test_a_path_that_is_like_nothing_has_no_suggestion(table):
+    with pytest.raises(InputError, match="no such file: .*relative to the table$"):
+        read_data(table("image,grade", "images/zebra.png,1"))
+
+
+def test_an_absolute_path_below_the_table_is_the_same_as_a_relative_one(table):
+    """The record's name, which a run stores, does not depend on where the data lie."""
+    path = table("image,grade", "images/a.png,1", "images/b.png,2")
+    expected = read_data(path).records
+    table("image,grade", f"{path.parent}/images/a.png,1", f"{path.parent}/images/../images/b.png,2")
+    assert read_data(path).records == expected and [r.name for r in expected] == ["images/a.png", "images/b.png"]
+
+
+@pytest.mark.parametrize("content,message", [
+    ("image,grade\na.png,1\n".encode("utf-16"), "UTF-16, which Excel calls Unicode text"),
+    ("image,grade\na.png,1\n".encode("utf-16-le"), "UTF-16, which"), (b"PK\3\4" + bytes(99), "a workbook of a sp"),
+    (b"\xd0\xcf\x11\xe0" + bytes(99), "a workbook of a spreadsheet"), (b"image\nb\xe4r.png\n", "not UTF-8 text .*")])
+def test_a_file_that_is_no_csv_says_how_excel_writes_one(tmp_path, content, message):
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(InputError, match=f"labels.csv: {message}.*; in Excel choose Save As, CSV UTF-8 .Comma delim"):
+        read_data(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "xls", "tsv", "txt"])
+def test_a_table_of_another_suffix_is_one_line(tmp_path, suffix):
+    (tmp_path / f"t.{suffix}").write_text("image\tgrade\n")
+    with pytest.raises(InputError, match=f"t.{suffix}: a file that is no table; expected one that ends in .csv, cells"):
+        read_data(tmp_path / f"t.{suffix}")
+
+
 def test_blank_lines_byte_order_marks_and_quotes(table):
     path = table("", '"image", grade', '"images/a.png",  1', "", ",", "images/b.png,2")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
@@ -294,10 +389,10 @@ def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
     exif = turned.getexif()
     exif[0x112] = 6  # "turn by 90 degrees clockwise to view"
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
-    (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,290,100\nturned.jpg,290,100\n")
+    (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,250,100\nturned.jpg,250,100\n")
     a, b = read_data(tmp_path / "t.csv").records
     found, _ = leaks.find_eyes([a, b], 64)
-    assert len(found) == 1 and found[0].landmarks == {"disc": (290, 100)}
+    assert len(found) == 1 and found[0].landmarks == {"disc": (250, 100)}
     x, y = (data.FundusDataset([r], 64)[0] for r in (a, b))
     assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
     assert (x.image.float() - y.image.float()).abs().mean() < 3
@@ -350,6 +445,16 @@ def folders(tmp_path):
                 pixels = rng.integers(0, 255, (30, 45, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "flowers" / split / name / f"{i}.png")
     return tmp_path / "flowers"
+
+
+def test_photographs_of_every_format_count(folders):
+    one = Image.open(folders / "train" / "9" / "0.png")
+    for k, suffix in enumerate(readers.IMAGE_SUFFIXES):
+        (one.convert("L") if suffix == ".pgm" else one).save(folders / "train" / "9" / f"new{k}{suffix.upper()}")
+    found = [r for r in read_data(folders).records if "/9/new" in r.name]
+    assert {".ppm", ".gif", ".jfif"} < {r.image.suffix.lower() for r in found} == set(readers.IMAGE_SUFFIXES)
+    photographs = data.FundusDataset(found, 64)
+    assert all(abs(photographs[i].image.float() - photographs[0].image).mean() < 60 for i in range(len(found)))
 
 
 def test_folders_of_classes(folders):

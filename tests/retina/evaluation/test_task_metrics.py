@@ -11,6 +11,7 @@ import tasks
 from retina.datasets import preprocess
 from retina.datasets.records import UNKNOWN
 from retina.evaluation import task_metrics
+from retina.evaluation.compare import calibration_line
 from retina.evaluation.metrics import dice
 from tasks import TASKS
 
@@ -21,8 +22,61 @@ def test_grading_metrics_from_stats():
     stats = task.image_stats(answer, torch.tensor([0, 1, 2, 4]))
     m = task.metrics(stats)
     assert m["accuracy"] == 0.75 and m["confusion"][4][2] == 1 and sum(map(sum, m["confusion"])) == 4
-    assert task.scored_columns(stats[3]) == {
-        "grade": 2, "grade_p0": 0, "grade_p1": 0, "grade_p2": 1, "grade_p3": 0, "grade_p4": 0, "grade_true": 4}
+    assert task.scored_columns(stats[3], {"temperature": 1.0, "referable": 0.5}) == {
+        "grade": 2, "grade_p0": 0, "grade_p1": 0, "grade_p2": 1, "grade_p3": 0, "grade_p4": 0, "grade_true": 4,
+        "referable": "yes", "referable_p": 1, "referable_threshold": 0.5}
+
+
+# ---- what is fitted on validation ----
+
+def graded(number: int, ill: int) -> torch.Tensor:
+    """Statistics of a network that is far too sure and half of the time wrong; the first `ill` have grade 2."""
+    p, truth = torch.full((number, 5), 0.0025), 2 * (torch.arange(number) < ill)
+    p[torch.arange(number), (truth + torch.arange(number) % 2) % 3] = 0.99
+    return torch.cat([p, truth[:, None]], 1)
+
+
+def test_a_temperature_is_fitted_on_forty_photographs_or_stays_one():
+    for name, stats in (("cls", graded(39, 20)), ("dme", graded(39, 20)[:, [0, 1, 2, 5]])):
+        found = TASKS[name].calibrate(stats)
+        assert found["temperature"] == 1 and found["few"] == {"temperature": [39, 40]}
+        one_more = TASKS[name].calibrate(torch.cat([stats, stats[:1]]))
+        assert one_more["temperature"] > 3 and "few" not in one_more
+    assert "dme temperature 1" in calibration_line({"dme": found})
+    assert calibration_line({"dme": found}).endswith(
+        "\nnot fitted, for want of photographs, of which it takes: dme temperature 39 of 40")
+    assert "\n" not in calibration_line({"dme": one_more})
+
+
+@pytest.mark.parametrize("ill", [4, 56])
+def test_a_threshold_of_few_ill_or_of_few_others_stays_a_half(ill):
+    found = TASKS["cls"].calibrate(graded(60, ill))
+    assert found["referable"] == 0.5 and found["few"] == {"referable": [4, 5]}
+    assert TASKS["cls"].calibrate(graded(60, ill + (1 if ill < 30 else -1)))["referable"] != 0.5
+
+
+def test_referable_is_decided_by_the_numbers_that_are_shown():
+    """0.42996 and a threshold of 0.43003 both read 0.43; so do the sensitivity and the row go by 0.43."""
+    task, calibration = TASKS["cls"], {"temperature": 1.0, "referable": 0.43003}
+    stats = torch.tensor([[0.57004, 0, 0.42996, 0, 0, 2], [0.5702, 0, 0.4298, 0, 0, 2], [0.8, 0, 0.2, 0, 0, 0]])
+    columns = [task.predicted_columns(row[:5], None, calibration) for row in stats]
+    assert [(c["referable"], c["referable_p"], c["referable_threshold"]) for c in columns] == [
+        ("yes", 0.43, 0.43), ("no", 0.4298, 0.43), ("no", 0.2, 0.43)]
+    assert task.metrics(stats, calibration)["referable_sensitivity"] == 0.5
+    assert task.caption(columns[0])[1] == "referable: yes (p 0.4300, threshold 0.4300)"
+
+
+def test_tables_and_measures_agree_on_who_is_referable():
+    """At a fitted temperature and threshold, on photographs close to it."""
+    torch.manual_seed(0)
+    p = (torch.randn(400, 5) * 0.02).softmax(1)
+    task, stats = TASKS["cls"], torch.cat([p, torch.randint(5, (400, 1)).float()], 1)
+    calibration = task.calibrate(stats) | {"temperature": 1.7}
+    rows = [task.scored_columns(s, calibration) for s in stats]
+    assert all((r["referable"] == "yes") == (r["referable_p"] >= r["referable_threshold"]) for r in rows)
+    found = [r["referable"] == "yes" for r in rows if r["grade_true"] >= 2]
+    assert task.metrics(stats, calibration)["referable_sensitivity"] == pytest.approx(sum(found) / len(found))
+    assert calibration["referable"] == round(calibration["referable"], 4)
 
 
 def test_lesion_metrics_equal_brute_force_over_pixels():
@@ -107,12 +161,12 @@ def test_measures_of_resamples_are_those_of_the_photographs_in_them():
 
 def test_thresholds_of_masks_are_those_of_the_highest_pooled_dice():
     torch.manual_seed(3)
-    task, p = TASKS["seg"], torch.rand(2, 5, 16, 16)
-    truth = (torch.rand(2, 5, 16, 16) < p.square()).byte()
-    truth[:, 3] = 0
+    task, p = TASKS["seg"], torch.rand(6, 5, 16, 16)
+    truth = (torch.rand(6, 5, 16, 16) < p.square()).byte()
+    truth[4:, 3] = 0  # four photographs are too few
     stats = task.image_stats(p, truth)
     calibration = task.calibrate(stats)
-    assert calibration["SE"] == 0.5
+    assert calibration["SE"] == 0.5 and calibration["few"] == {"SE": [4, 5]}
     for c, lesion in enumerate(("MA", "HE", "EX")):
         def pooled(threshold, c=c):
             mask = p[:, c] >= threshold
@@ -138,7 +192,7 @@ def test_a_class_that_is_never_known_has_no_value_and_no_column():
     m = TASKS["seg"].metrics(stats)
     assert m["dice_MA"] == 1 and "dice_EX" not in m and "aupr_EX" not in m and m["dice"] == 1
     assert "five_masks_dice" not in m  # five are not known of any photograph
-    columns = TASKS["seg"].scored_columns(stats[0])
+    columns = TASKS["seg"].scored_columns(stats[0], {})
     assert columns["dice_EX"] == columns["pixels_EX_true"] == ""
     assert columns["pixels_MA_true"] == 64 and columns["dice_MA"] == 1
 

@@ -1,6 +1,7 @@
 """Answers in the pixels of the file: geometry, tiles, what is refused, what is written, and faults."""
 
 import csv
+import json
 import math
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import data
 import evaluate
@@ -23,7 +24,9 @@ import train
 from conftest import TINY, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records, synthetic
-from retina.evaluation import metrics, scoring
+from retina.datasets.masks import read_mask
+from retina.datasets.quality import lowest_seen
+from retina.evaluation import metrics, scoring, task_metrics
 from retina.files import InputError
 from retina.inference import full_size, predictor, quality
 from retina.inference.predictor import NOTE, Predictor, predict_all, write_rows
@@ -85,7 +88,7 @@ def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
     record = next(r for r in readers.read_idrid(tree).records if r.masks)
     sample = preprocess.to_sample(record, preprocess.preprocess(record, 96))
     back = full_size.to_file_pixels(sample.masks[4].float().numpy(), sample.geometry) >= 0.5
-    truth = np.asarray(preprocess.read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
+    truth = np.asarray(read_mask(record.masks["OD"], back.shape[::-1])[0]) > 0
     assert truth.sum() > 100 and (back != truth).sum() < 0.1 * truth.sum()
 
 
@@ -136,7 +139,7 @@ def test_full_size_stats_equal_counting_pixels_of_files(tree):
         sample = photographs[i]
         for c, lesion in enumerate(task.classes):
             path, size = record.masks[lesion], (sample.geometry.width, sample.geometry.height)
-            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(preprocess.read_mask(path, size)[0]) > 0
+            truth = np.zeros(size[::-1], bool) if path is None else np.asarray(read_mask(path, size)[0]) > 0
             map_ = (sample.image.float() / 255).mean(0).clamp(1e-4, 1 - 1e-4).numpy()
             score = full_size.to_file_pixels(map_, sample.geometry)
             mask = score >= metrics.threshold_at(metrics.level_of(0.3))
@@ -183,11 +186,62 @@ def test_what_shows_no_retina_is_refused(reason, spoil):
         assert quality.refusal(spoil(picture(i))).startswith(reason)
 
 
+def measured(pictures) -> list[np.ndarray]:
+    return [preprocess.quality(p, preprocess.field_of_view(p)) for p in pictures]
+
+
+@pytest.fixture(scope="module")
+def ordinary() -> list[np.ndarray]:
+    return measured(picture(i) for i in range(39))
+
+
+def cropped(p: Image.Image, share: float = 0.6) -> Image.Image:
+    """The largest square inside the field: no corner is dark."""
+    half = share * p.height / 2
+    return p.crop((p.width / 2 - half, p.height / 2 - half, p.width / 2 + half, p.height / 2 + half))
+
+
+ODD = {"grey": lambda p: p.convert("L").convert("RGB"),
+       "green alone": lambda p: Image.merge("RGB", [p.getchannel("G") if c == "G" else Image.new("L", p.size)
+                                                    for c in "RGB"]),
+       "green in all": lambda p: Image.merge("RGB", [p.getchannel("G")] * 3), "equalised": ImageOps.equalize,
+       "cropped": lambda p: cropped(p).resize((90, 90)), "cropped and grey": lambda p: cropped(p).convert("L"),
+       "white surround": lambda p: Image.composite(p, Image.new("RGB", p.size, "white"), p.convert("L").point(
+           lambda v: 255 * (v > 12))),
+       "dark": lambda p: ImageEnhance.Brightness(p).enhance(0.13), "tiny": lambda p: p.resize((p.width // 6, 50)),
+       "blurred": lambda p: p.filter(ImageFilter.GaussianBlur(0.03 * p.height)),
+       "black": lambda p: Image.new("RGB", p.size)}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_training_saw_is_answered_and_the_rest_refused(kind):
+    """Others of the same kind are answered for; what these do not lack is still asked for."""
+    make = ODD[kind]
+    seen = lowest_seen(measured(make(picture(i)) for i in range(12)))
+    new = [make(picture(i)) for i in range(20, 26)]
+    assert all(quality.refusal(p) for p in new) and not any(quality.refusal(p, seen) for p in new)
+    plain = Image.new("RGB", (300, 300), (150, 80, 40))
+    assert (quality.refusal(plain, seen) == "") == (kind == "black")
+    if kind in ("grey", "dark", "tiny", "blurred"):
+        assert quality.refusal(cropped(picture(30)), seen).startswith("no field of view")
+
+
+@pytest.mark.parametrize("reason,spoil", SPOILED)
+def test_a_run_of_ordinary_photographs_refuses_as_ever(reason, spoil, ordinary):
+    """Also where one in forty was spoiled: what is odd in training is not remembered."""
+    seen = lowest_seen([*ordinary, *measured([spoil(picture(39))])])
+    assert quality.refusal(spoil(picture(3)), seen) == quality.refusal(spoil(picture(3))) != ""
+    assert quality.refusal(picture(50), seen) == ""
+
+
 def test_real_photographs_are_not_refused_unless_spoiled():
     """All 467, and of every 20th the same blurred and darkened."""
     root = real_idrid("idrid")
     found = [preprocess.read_image(r.image, 512).image for r in readers.read_idrid(root).records]
     assert len(found) == 467 and [reason for image in found if (reason := quality.refusal(image))] == []
+    least = {name: least for name, (least, _) in quality.LEAST.items()}
+    seen = lowest_seen(measured(found))
+    assert seen.pop("field") == 1 and all(quality.MARGIN * value > least[name] for name, value in seen.items())
     for image in found[::20]:
         for _, spoil in SPOILED[:4]:  # a dark photograph made darker may not even show its field
             assert quality.refusal(spoil(image))
@@ -202,6 +256,7 @@ def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
+    patch.setattr(task_metrics, "FEWEST_FOR_THRESHOLD", 1)  # so that there are masks
     tree = official_tree(home / "IDRiD", segmentation=6, grading=8, test=False)
     options = replace(TINY, tasks=("cls", "dme", "seg", "loc"), data=str(tree), epochs=1)
     train.fit(options, home / "run", quiet=True)
@@ -311,16 +366,53 @@ def test_a_broken_file_does_not_stop_the_rest(run, pictures, tmp_path, monkeypat
     assert [r["status"] for r in rows.values()] == ["unreadable", "refused", "unreadable", "answered", "answered"]
     assert rows["a_broken"]["reason"].startswith("not a readable image") and rows["a_broken"]["grade"] == ""
     assert rows["b_black"]["reason"].startswith("no field of view") and rows["b_black"]["width"] == "90"
-    assert "8 bits per channel" in rows["c_deep"]["reason"]
+    assert rows["c_deep"]["reason"].startswith("32 bits a channel; expected 8")
     printed = capsys.readouterr()
     assert "a_broken.jpg" in printed.err and "2 of 5 photographs answered for, 1 refused, 2 unreadable" in printed.out
     assert not list((out / "overlays").glob("[abc]_*"))
 
 
-def test_only_refused_ones_still_leave_a_table(run, tmp_path, monkeypatch):
+def test_only_refused_ones_still_leave_a_table_and_are_a_failure(run, tmp_path, monkeypatch):
     Image.new("RGB", (90, 60)).save(tmp_path / "black.png")
-    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 0
+    assert call(monkeypatch, run, "--images", tmp_path / "black.png", "--out", tmp_path / "out") == 1
     assert [r["status"] for r in rows_of(tmp_path / "out")] == ["refused"]
+
+
+def test_without_the_check_all_are_answered_and_the_reason_is_kept(run, pictures, tmp_path, monkeypatch, capsys):
+    """Also for a picture in which nothing is lit, of which an area would be a share of nothing."""
+    Image.new("RGB", (90, 60)).save(pictures / "black.png")
+    assert call(monkeypatch, run, "--images", pictures, "--out", tmp_path / "out", "--no-quality-check") == 0
+    black, *rest = rows_of(tmp_path / "out")
+    assert black["status"] == "answered" and black["reason"].startswith("would be refused: no field of view found")
+    assert black["grade"] in "01234" and 0 <= float(black["area_OD"]) <= 1
+    assert [(r["status"], r["reason"]) for r in rest] == [("answered", "")] * 2
+    printed = capsys.readouterr()
+    assert "3 of 3 photographs answered for, 0 refused" in printed.out and "black.png: would be refused" in printed.err
+    with pytest.raises(InputError, match="--no-quality-check: only new photographs are checked"):
+        call(monkeypatch, run, "--no-quality-check")
+
+
+def test_a_run_answers_for_what_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    """Grey crops without a dark corner: said in training, stored as numbers, and no reason to refuse afterwards."""
+    rows = ["image,grade"]
+    for i in range(14):
+        cropped(picture(i)).convert("L").save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{i % 5}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "labels.csv"), epochs=1, num_experts=0, fold="1/2"),
+              tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert f"{stored['without_field_of_view']} training photographs have no field of view" in capsys.readouterr().out
+    assert 5 <= stored["without_field_of_view"] <= 9 and stored["seen"]["redness"] == pytest.approx(1)
+    assert evaluate.load_run(tmp_path / "run", CPU).seen == stored["seen"]
+    for i in range(20, 22):
+        cropped(picture(i)).convert("L").save(tmp_path / f"new{i}.png")
+    picture(22).save(tmp_path / "new22.png")  # and for ordinary photographs
+    Image.new("RGB", (90, 90), (60, 60, 60)).save(tmp_path / "new23.png")
+    new = sorted(tmp_path.glob("new*"))
+    assert call(monkeypatch, tmp_path / "run", "--images", *new, "--out", tmp_path / "out") == 0
+    assert [r["status"] for r in rows_of(tmp_path / "out")] == ["answered"] * 3 + ["refused"]
+    assert rows_of(tmp_path / "out")[3]["reason"].startswith("nothing to be seen")
 
 
 def test_rows_are_on_disk_before_the_end(tmp_path):
@@ -336,6 +428,80 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
 
 
 # ---- while the network has one photograph, others are read and written ----
+
+def flooded(mask: np.ndarray, y: int, x: int) -> np.ndarray:
+    """The pixels that one comes to from a pixel of a mask without leaving it, also over corners."""
+    found, left = np.zeros_like(mask), [(y, x)]
+    while left:
+        y, x = left.pop()
+        if 0 <= y < len(mask) and 0 <= x < mask.shape[1] and mask[y, x] and not found[y, x]:
+            found[y, x] = True
+            left += [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return found
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    parts, left = [], mask.copy()
+    while left.any():
+        parts.append(flooded(mask, *np.argwhere(left)[0]))
+        left &= ~parts[-1]
+    return parts
+
+
+def kept_component(wide: np.ndarray, map_: np.ndarray, centre, geometry, threshold: float) -> np.ndarray:
+    """Of a mask in pixels of the file, what the map's component nearest to the centre covers."""
+    at = np.argwhere(map_ >= threshold)
+    nearest = np.hypot(*(at + 0.5 - centre.numpy()[::-1]).T).argmin()
+    kept = flooded(map_ >= threshold, *at[nearest])
+    return full_size.to_file_pixels(np.where((map_ >= threshold) & ~kept, 0, map_), geometry) >= threshold
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_disc_is_one_component(seed):
+    """Against flooding pixel by pixel, with a centre and without."""
+    rng = np.random.default_rng(seed)
+    for side in range(1, 12):
+        map_, threshold, centre = rng.random((side, side)).astype(np.float32), rng.choice((0.4, 0.7, 0.9)), None
+        if seed % 2:
+            centre = (side * rng.random(2)).tolist()
+        mask, found = map_ >= threshold, predictor.only_disc(map_, threshold, centre)
+        kept = found >= threshold
+        assert np.array_equal(found, np.where(mask & ~kept, 0, map_))
+        if not mask.any():
+            continue
+        parts = components(mask)
+        assert any(np.array_equal(kept, part) for part in parts)
+        if centre is None:
+            assert map_[kept].sum() == pytest.approx(max(map_[part].sum() for part in parts))
+        else:
+            def gap(part, centre=centre):
+                return np.hypot(*(np.argwhere(part) + 0.5 - centre[::-1]).T).min()
+            assert gap(kept) == pytest.approx(gap(mask))
+
+
+class TwoDiscs(torch.nn.Module):
+    """Answers for every photograph with a disc on the left, a larger one on the right, and a centre on the left."""
+    heads = dict.fromkeys(("seg", "loc"))
+
+    def forward(self, images, indices):
+        y, x = torch.meshgrid(*[torch.arange(64)] * 2, indexing="ij")
+        discs = (torch.hypot(x - 20.0, y - 32.0) < 5) | (torch.hypot(x - 44.0, y - 32.0) < 8)
+        heat = torch.zeros(1, 2, 8, 8)
+        heat[..., 4, 2] = 50  # at (20, 36)
+        return {"seg": (20.0 * discs - 10).expand(1, 5, 64, 64), "loc": heat}, {}
+
+
+@pytest.mark.parametrize("tasks,left", [(("seg", "loc"), True), (("seg",), False)])
+def test_a_photograph_has_one_optic_disc(tmp_path, tasks, left):
+    """The one at the predicted centre; without one, the larger. Lesions stay in both places."""
+    picture(0, 160).save(tmp_path / "eye.png")
+    calibration = {"seg": dict.fromkeys(TASKS["seg"].classes, 0.5), "loc": {}}
+    asked = Predictor(TwoDiscs(), [TASKS[t] for t in tasks], calibration, 64, None, 8, CPU, tmp_path / "out", {})
+    row, = predict_all(asked, [tmp_path / "eye.png"])
+    disc, lesion = (np.asarray(Image.open(tmp_path / f"out/masks/eye_{k}.png")) > 0 for k in ("OD", "EX"))
+    one, other = sorted(components(lesion), key=lambda part: np.argwhere(part)[:, 1].mean())  # from the left
+    assert np.array_equal(disc, one if left else other) and row["area_OD"] < row["area_EX"]
+
 
 def predict_sequentially(predictor, path: Path, name: str) -> dict:
     """One photograph after the other, each step on its own and from the file."""
@@ -359,6 +525,9 @@ def predict_sequentially(predictor, path: Path, name: str) -> dict:
                     (g.width, g.height), Image.AFFINE, (g.scale_x, 0, g.shift_x, 0, g.scale_y, g.shift_y),
                     Image.BILINEAR)
                 masks[lesion] = np.asarray(wide) >= p.calibration["seg"][lesion]
+                if lesion == "OD":
+                    masks[lesion] &= kept_component(masks[lesion], map_, answers["loc"][0] * len(map_), g,
+                                                    p.calibration["seg"]["OD"])
                 Image.fromarray(masks[lesion]).convert("L").save(p.out / f"masks/{name}_{lesion}.png", compress_level=1)
                 row[f"area_{lesion}"] = round(float(masks[lesion].mean()) / float(foreground.mean()), 6)
         else:
@@ -391,12 +560,13 @@ def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, til
     sample = full_size.unlabelled_sample(records.Record("x", paths[-1]), 64)
     maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
     for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
-        loaded.calibration["seg"][lesion] = float(map_.quantile(0.9))
-    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", True)
+        loaded.calibration["seg"][lesion] = float(map_.quantile(0.5 if lesion == "OD" else 0.9))
+    predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", {})
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
     answered = [row for row in found if row["status"] == "answered"]
-    assert all(row[f"area_{lesion}"] > 0 for row in answered for lesion in TASKS["seg"].classes)
+    assert all(row[f"area_{lesion}"] > 0 for row in answered for lesion in TASKS["seg"].classes[:-1])
+    assert tiles or any(row["area_OD"] > 0 for row in answered)  # the one component may be a pixel of the map
     sequential = replace(predictor, out=tmp_path / "sequential")
     for folder in ("overlays", "masks"):
         (sequential.out / folder).mkdir(parents=True)
@@ -416,7 +586,7 @@ def test_a_file_is_decoded_once_at_each_scale(run, mixed_files, tmp_path, monkey
         return really(path)
     monkeypatch.setattr(preprocess, "open_image", counted)
     predictor.predict_all(predictor.Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU,
-                                              tmp_path / "out", True), paths)
+                                              tmp_path / "out", {}), paths)
     assert Counter(opened) == {"large0.jpg": most, "large1.jpg": most, "small.png": 1, "black.png": 1,
                                "broken.jpg": 1}
 

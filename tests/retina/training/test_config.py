@@ -1,17 +1,23 @@
 """The command line: defaults, bounds, and mistakes that are one line."""
 
+import io
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import train
-from conftest import PROGRAM, ROOT
+from conftest import PROGRAM, ROOT, official_tree
 from retina import files
 from retina.datasets import records
+from retina.evaluation import scoring
 from retina.files import InputError
 from retina.training import config as config_
+from tasks import TASKS
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
@@ -72,6 +78,72 @@ def test_one_chosen_expert_comes_with_its_reason():
         notes = train.configure(arguments.split())[1]
         assert any("an expert's weight is its softmax over all experts" in note for note in notes) == said
 
+
+@pytest.mark.parametrize("names,sides", [
+    (["left-eye", "right-eye"], [0, 1]), (["LEFT_EYE", "other"], [0]), (["leftEye", "RightEye"], [0, 1]),
+    (["lefteye", "righteyes"], [0, 1]), (["OD", "OS"], [0, 1]), (["od-1", "os-1", "blurred"], [0, 1]),
+    (["Oculus dexter", "oculus sinister"], [0, 1]), (["2 links", "1 rechts"], [0, 1]), (["L", "R"], [0, 1]),
+    (["superior", "inferior temporal", "macula"], [0, 1]), (["upper2", "lower2"], [0, 1]), (["nasal", "none"], [0]),
+    (["drusen", "copyright", "bright", "leftover", "upright", "supper"], []), (["OD", "macula"], []),
+    (["normal", "L"], []), (["0", "1"], [])])
+def test_names_of_classes_that_sound_like_sides(names, sides):
+    assert config_.names_of_sides(names) == [names[i] for i in sides]
+
+
+# ---- names that cannot be printed; another home ----
+
+def test_a_name_that_a_stream_cannot_print_is_no_error(monkeypatch, tmp_path):
+    """A terminal that knows ASCII alone, and a name of bytes that are no text."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0]), monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def main():
+        print("runs/caf\u00e9 \udcff")
+        raise InputError("/data/\u7f51\u819c: no such folder")
+    with pytest.raises(SystemExit) as exit_:
+        files.run_cli(main)
+    said = [(stream.flush(), stream.buffer.getvalue())[1] for stream in streams]
+    assert exit_.value.code == 2
+    assert said == [b"runs/caf\\xe9 \\udcff\n", b"error: /data/\\u7f51\\u819c: no such folder\n"]
+    files.write_text(tmp_path / "t.txt", "caf\u00e9 \udcff")
+    assert (tmp_path / "t.txt").read_bytes() == b"caf\xc3\xa9 \\udcff"
+
+
+def test_scores_of_a_photograph_whose_name_is_no_text_are_written(tmp_path):
+    scores = scoring.SplitScores([TASKS["dme"]], {"dme": ["a\udcff.png"]}, {"dme": torch.tensor([[0.2, 0.3, 0.5, 2]])})
+    scoring.write_per_photograph(tmp_path / "t.csv", scores, {"dme": {"temperature": 1.0}})
+    assert (tmp_path / "t.csv").read_bytes().splitlines()[1] == rb"a\udcff.png,2,0.2,0.3,0.5,2"
+
+
+def test_data_and_runs_can_lie_elsewhere(tmp_path):
+    """With RETINA_HOME, in a process of its own: the run, the cache, and data/IDRiD, which is found there."""
+    home = tmp_path / "h\u00f6me"
+    official_tree(home / "data" / "IDRiD", segmentation=5, grading=10, test=False)
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import model, train; from retina import files; " \
+        "model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]; files.run_cli(lambda: train.main(sys.argv[2:]))"
+    flags = "--tasks cls --image-size 64 --epochs 1 --encoder-weights none --name r".split()
+    result = subprocess.run([sys.executable, "-c", program, ROOT, *flags], capture_output=True, text=True,
+                            env=os.environ | {"RETINA_HOME": str(home), "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert (home / "runs" / "r" / "best.pt").is_file() and len(list((home / "data" / "cache").rglob("*.npz"))) >= 15
+    assert "validation split of " in result.stdout and "h\\xf6me/data/IDRiD" in result.stdout
+
+
+@pytest.mark.parametrize("name,problem", [("nowhere", "no such folder"), ("a file", "no such folder"),
+                                          ("read only", "a folder without permission to write")])
+def test_a_home_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, name, problem):
+    (tmp_path / "a file").write_text(""), (tmp_path / "read only").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "read only")  # root may write anywhere
+    monkeypatch.setenv("RETINA_HOME", str(tmp_path / name))
+    with pytest.raises(SystemExit) as exit_:
+        files.run_cli(lambda: print("begun"))
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2 and printed.out == ""
+    assert printed.err == f"error: RETINA_HOME {tmp_path / name}: {problem}; expected one for data/, runs/ and the " \
+                          "cache; make it, or unset the variable\n"
+
+
+# ---- data and runs ----
 
 def test_bad_data_stops_the_program_with_status_2(tree):
     next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
