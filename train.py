@@ -61,7 +61,8 @@ class Config:
     augment: bool = flag(True, TRAINING, "train on every photograph as it is")
     flips: bool = flag(True, TRAINING, "no mirror images: for labels that tell left from right or up from down")
     seed: int = flag(0, TRAINING, "of the weights and everything random", lowest=0, below=1 << 32)
-    encoder: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys())
+    encoder: str = flag("b0", NETWORK, f"EfficientNet variant, {' '.join(ENCODERS)}", choices=ENCODERS.keys(),
+                        default_text="b0; on real data lite0 where only its ImageNet weights can be had")
     encoder_weights: str = flag("none", NETWORK, "none, imagenet, or a file with a torchvision state dict",
                                 default_text="none for drawn photographs, else imagenet if it can be had")
     num_experts: int = flag(8, NETWORK, "in the expert layer; 0: no layer", default_text="8; private: tasks x top-k",

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, field, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -190,6 +190,20 @@ def side_notes(tasks: Sequence) -> list[str]:
             for names in found if names]
 
 
+def pick_weights(encoders: Iterable[str], model: ModuleType) -> tuple[dict[str, str], str]:
+    """The first of the encoders whose ImageNet weights can be had, as values of a configuration; and a note."""
+    reasons = []
+    for encoder in encoders:
+        try:
+            pretrained.read_weights("imagenet", encoder, model.ENCODERS[encoder].weights)
+        except InputError as error:
+            reasons.append(f"{encoder}: {error}")
+            continue
+        instead = f" instead of {'; '.join(reasons)}" if reasons else ""
+        return {"encoder": encoder, "encoder_weights": "imagenet"}, f"--encoder {encoder}, with ImageNet weights{instead}"
+    return {}, f"warning: starting from random weights; {'; '.join(reasons)}"
+
+
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                      model: ModuleType) -> tuple[Config, list[str]]:
     """The typed values, and defaults for the others; -> configuration, notes to print and to store.
@@ -215,12 +229,10 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
     else:
         values |= {f.name: f.metadata["real"] for f in fields(config_class) if f.metadata.get("real") is not None}
         if "encoder_weights" not in given:
-            try:
-                encoder = given.get("encoder", config_class.encoder)
-                pretrained.read_weights("imagenet", encoder, model.ENCODERS[encoder].weights)
-                values["encoder_weights"] = "imagenet"
-            except InputError as error:
-                notes.append(f"warning: starting from random weights; {error}")
+            start, note = pick_weights([given["encoder"]] if "encoder" in given else
+                                       dict.fromkeys((config_class.encoder, "lite0")), model)
+            values |= start
+            notes.append(note)
     device = precision.pick_device(given.get("device", config_class.device))
     values |= {"precision": precision.default_precision(device),
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
