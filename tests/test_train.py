@@ -281,7 +281,7 @@ def test_masks_too_small_for_the_network_are_counted_as_they_reach_it(tmp_path):
     training, validation, findings = data.load_datasets(options, [TASKS["seg"]])
     assert findings["counts"] == {"training": {"seg": {"MA": 1}}, "validation": {"seg": {"MA": 0}}}
     text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], [], options)
-    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA 2 show none at 32 px; a larger --image" in text
+    assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA, 2 show none at 32 px; a larger --image" in text
 
 
 def test_nothing_left_of_the_labels_is_said_before_training(monkeypatch):

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from retina.files import SIDEWAYS, InputError, exif_orientation, open_image, orientation, shown_size
+from retina.files import SIDEWAYS, InputError, channel_bits, exif_orientation, open_image, orientation, page_count, \
+    shown_size
 
 
 # H W height and width of a mask, n distinct values in its file
@@ -33,9 +34,16 @@ HOW = "say which value means the lesion in the mask's cell of a table, as in"
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask's file, and which of its stored values mean the lesion; (): to be found out."""
+    """A mask's file, and which of its stored values mean the lesion; (): to be found out.
+
+    It is true as long as it may set a pixel: a black file says no more than "none".
+    """
     path: Path
     values: tuple[str, ...] = ()  # numbers such as "3", colours such as "#ff0000", "transparent"
+    black: bool = False  # known to set no pixel, see leaks.settle_masks
+
+    def __bool__(self):
+        return not self.black
 
     def __str__(self):
         return str(self.path) + f"={'+'.join(self.values)}" * bool(self.values)
@@ -171,7 +179,8 @@ def check_exact(stored: Stored, rows: np.ndarray, mask: MaskFile) -> None:
     """InputError: beside the declared values, `rows` (n,) bool, a picture of many values holds nearly the same ones."""
     if not rows.any() or len(stored.codes) <= 32:
         return
-    apart = np.abs(stored.levels[:, None] - stored.levels[rows]).max(2).min(1)  # (n,) from the nearest declared value
+    declared = np.unique(stored.levels[rows], axis=0)
+    apart = np.min([np.abs(stored.levels - level).max(1) for level in declared], 0)  # (n,) from the nearest of these
     seen = np.array(stored.colours) != "transparent"
     nearly, exact = (stored.counts[r].sum() for r in (~rows & seen & (apart <= 64), rows))
     if nearly > 0.1 * exact:
@@ -244,14 +253,14 @@ def read_mask(mask: MaskFile, size: tuple[int, int], turned: int | None = None) 
     them mean the lesion.
     """
     with open_image(mask.path) as image:
-        held, pages = exif_orientation(image), getattr(image, "n_frames", 1)
-        if pages > 1:
+        held = exif_orientation(image)
+        if (pages := page_count(image)) > 1:
             raise InputError(f"{mask.path}: {pages} pages; expected one; save the page of each lesion as its own file")
         lossy = image.format == "JPEG"
         if mask.values and lossy:
             raise InputError(f"{mask}: JPEG, which changes values; expected a format that keeps them; save it as PNG")
-        if image.mode[0] not in "IF" and ";16" in str(image.tile):
-            raise InputError(f"{mask.path}: 16 bits per colour; expected 8, or one channel of 16; convert it")
+        if image.mode[0] not in "IF" and (bits := channel_bits(image)) > 8:
+            raise InputError(f"{mask.path}: {bits} bits per colour; expected 8, or one channel of 16; convert it")
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
     check_fit(mask, image.size, held, size, held if turned is None else turned)
     return find_lesion(stored_values(image, lossy), mask)

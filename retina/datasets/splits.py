@@ -50,6 +50,9 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
         groups[(component, "train") if records[i].split == "train" else (i, "not joined")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
+        if len(group) == 1:
+            joined.append(records[group[0]])
+            continue
         files = {i: sum(map(bool, (records[i].masks or {}).values())) for i in group}
         first = max(group, key=files.get)
         kept = {tuple(sizes[first]): first}
@@ -208,13 +211,15 @@ def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], trai
              for t, classes in learned.items() if classes]
     for task in tasks:  # masks too small for the network's photographs
         label = LABELS[task.label]
+        if isinstance(label, ClassLabel):
+            continue
         filed = Counter(itertools.chain.from_iterable(map(label.classes, label.known(training))))
-        lines += [f"warning: of {filed[name]} photographs with {task.name} {name} {filed[name] - n} show none at {size} "
-                  "px; a larger --image-size keeps more" for name, n in learned[task.name].items() if filed[name] > n]
+        lines += [f"warning: of {filed[name]} photographs with {task.name} {name}, {filed[name] - n} show none at "
+                  f"{size} px; a larger --image-size keeps more" for name, n in learned[task.name].items() if filed[name] > n]
     if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     if silent := [t.name for t in tasks if t not in telling]:
         by = f"by {' '.join(t.name for t in telling)} alone" if telling else "by the loss on validation"
         lines.append(f"warning: the validation split cannot tell checkpoints apart for {' '.join(silent)}, whose "
-                     f"photographs there have too few classes; they are chosen {by}")
+                     f"photographs there all have one class, no lesion or no point; epochs are chosen {by}")
     return [f"photographs with each class at {size} px, training + validation:", *lines] if lines else []

@@ -179,7 +179,7 @@ def table(folder: Path, *lines: str) -> list:
 
 def masks_of(records: list, size: int = 64) -> list[np.ndarray]:
     """The masks of each photograph, as training would see them."""
-    found, _ = leaks.find_eyes(records, size)
+    found, *_ = leaks.find_eyes(records, size)
     return [data.FundusDataset([r], size)[0].masks.numpy() for r in found]
 
 

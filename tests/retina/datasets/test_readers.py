@@ -87,7 +87,7 @@ def test_localization_uses_its_own_images_where_it_has_them(tree):
     found = {r.name: r for r in records_of(tree)}
     assert found["localization/IDRiD_001"].landmarks and found["localization/IDRiD_001"].grade is None
     assert found["grading/IDRiD_001"].landmarks is None
-    joined, _ = leaks.find_eyes(list(found.values()), 64)  # copies by content
+    joined, *_ = leaks.find_eyes(list(found.values()), 64)  # copies by content
     assert len(joined) == 8 and sum(r.grade is not None and r.landmarks is not None for r in joined) == 5
 
 
@@ -391,7 +391,7 @@ def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
     (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,250,100\nturned.jpg,250,100\n")
     a, b = read_data(tmp_path / "t.csv").records
-    found, _ = leaks.find_eyes([a, b], 64)
+    found, *_ = leaks.find_eyes([a, b], 64)
     assert len(found) == 1 and found[0].landmarks == {"disc": (250, 100)}
     x, y = (data.FundusDataset([r], 64)[0] for r in (a, b))
     assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
