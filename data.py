@@ -33,13 +33,13 @@ from retina.datasets import cache, readers, splits
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.quality import lowest_seen
-from retina.datasets.records import LABELS, Record
+from retina.datasets.records import LABELS, ClassLabel, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
 from retina.files import InputError, init_worker, run_cli
 from retina.training.config import side_notes
 from retina.training.distributed import SINGLE_PROCESS, World
-from tasks import TASKS, Classification, Task, make_tasks
+from tasks import TASKS, Task, make_tasks
 
 
 # ---- augmentation ----
@@ -242,7 +242,8 @@ def count_classes(dataset: FundusDataset, tasks: Sequence[Task]) -> dict[str, di
     counts = {t.name: {} for t in tasks}
     for i, record in enumerate(dataset.records):
         known = [t for t in tasks if t.labelled(record)]
-        labelled = record if all(isinstance(t, Classification) for t in known) else dataset[i]  # nothing to decode
+        # classes stand in the record: nothing to decode
+        labelled = record if all(isinstance(LABELS[t.label], ClassLabel) for t in known) else dataset[i]
         for t in known:
             for name, has in t.classes_in(t.target(labelled)).items():
                 counts[t.name][name] = counts[t.name].get(name, 0) + has
