@@ -202,7 +202,7 @@ def test_copies_share_their_labels_and_one_of_them_stays():
 
 def test_points_are_carried_over_in_the_pixels_of_the_image_that_stays():
     records = [Record("a", Path("a"), labels={"landmarks": {"disc": (40.0, 20.0)}}),
-               Record("b", Path("b"), labels={"masks": {"EX": Path("m")}}),
+               Record("b", Path("b"), labels={"masks": {"EX": MaskFile(Path("m"))}}),
                Record("c", Path("c"), labels={"landmarks": {"disc": (10.4, 5.2), "fovea": (20.0, 10.0)}})]
     found, conflicts = joined(records, [(0, 1), (0, 2)], [(400, 200), (200, 100), (100, 50)])
     assert found[0].name == "b" and not conflicts  # 20 and 20.8 differ by less than 1 % of the width
@@ -327,7 +327,7 @@ def test_training_has_every_class_in_every_fold(seed):
     rng = np.random.default_rng(seed)
     records = [Record(f"{i}", Path("x"), eye=f"e{rng.integers(12)}").with_labels(
         grade=int(rng.choice(5, p=[0.6, 0.2, 0.1, 0.05, 0.05])), edema_risk=int(rng.choice(3, p=[0.8, 0.1, 0.1])),
-        masks={"SE": Path("m") if rng.random() < 0.1 else None} if rng.random() < 0.5 else None,
+        masks={"SE": MaskFile(Path("m")) if rng.random() < 0.1 else None} if rng.random() < 0.5 else None,
         landmarks={"disc": (5, 5)} if rng.random() < 0.1 else None) for i in range(20)]
     number, validated = int(rng.integers(2, 7)), Counter()
     for k in range(1, number + 1):
