@@ -21,6 +21,7 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
+FEW = 8  # photographs that are read without other processes
 CACHE_VERSION = 8  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
@@ -111,6 +112,8 @@ def build_cache(records: Sequence[Record], size: int) -> dict[str, str]:
     for temporary in CACHE.glob("*/*.part"):  # of a process that was killed
         if time.time() - temporary.stat().st_mtime > 24 * 3600:
             temporary.unlink()
+    if len(todo) <= FEW:  # done before the processes would have started
+        return {r.name: problem for r, path in todo if (problem := fill_cache(r, path, size))}
     verb = "drawing" if todo[0][0].drawing is not None else "reading"
     try:
         with ProcessPoolExecutor(initializer=init_worker) as pool:
