@@ -281,8 +281,8 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     for t, counts in findings["counts"]["training"].items():
         if counts and not any(counts.values()):
             raise InputError(f"--tasks {t}: at {config.image_size} px no training photograph shows any of "
-                             f"{' '.join(counts)}; expected some: do all its masks say none, or is --image-size too "
-                             f"small? look at {root} with data.py")
+                             f"{' '.join(counts)}; expected some: do all its masks say none or lie in the dark "
+                             f"ground, or is --image-size too small? look at {root} with data.py")
     # as evaluate.py takes them: another order in a table makes no other photographs of them; drawings never change
     test_set = [] if root is None else sorted(test, key=lambda r: r.name)
     measured = datasets["training"].quality()

@@ -215,7 +215,8 @@ def smooth_rows(stored: Stored) -> np.ndarray | None:
     low, bright, high = share <= 0.1, share > 0.5, share >= 0.9
     between = ~(low | high)
     number, area = counts[between].sum(), counts[bright].sum()
-    if len(counts) < (3 if stored.lossy else 9) or number > area:
+    halved = len(share) == 5 and np.allclose(np.sort(share), (0, 0.25, 0.5, 0.75, 1), atol=0.01)  # means of four
+    if len(counts) < (3 if stored.lossy or halved else 9) or number > area:
         return None
     one, two = (stored.levels[stored.commonest(end, 1)] for end in (low, high))
     histogram = np.histogram(share[between], 16, (0.1, 0.9), weights=counts[between])[0]
@@ -277,7 +278,9 @@ def find_lesion(stored: Stored, mask: MaskFile) -> tuple[Image.Image, Meaning]:
         rows, number, name = lesion_rows(stored), len(stored.codes), mask.path.name
         if rows is None:
             raise InputError(f"{mask.path}: {number} value{'s' * (number > 1)}: {stored.listing()}; expected two, such "
-                             f"as 0 and 255, not smoothed or compressed; {HOW} {name}=3, {name}=#ff0000 or {name}=1+2")
+                             "as 0 and 255, not smoothed or compressed; " + (
+                                 "save it as PNG of two values" if stored.lossy else
+                                 f"{HOW} {name}=3, {name}=#ff0000 or {name}=1+2"))
         form = " ".join(f"{stored.numbers[i]:g}" if stored.by_place else stored.name(i) for i in range(number)) \
             if number < 4 else f"{number} values"
         lesion, most = map(stored.name, stored.commonest(rows, 1)), 1
@@ -314,7 +317,8 @@ def check_plausible(mask: MaskFile, picture: Image.Image, lit: np.ndarray, meani
         raise InputError(f"{mask}: sets {where}; expected a lesion; declare the value of the lesion, not of what is "
                          f"around it; the file also holds {meaning.ground or 'nothing else'}")
     raise InputError(f"{mask.path}: with {meaning.lesion} for the lesion it sets {where}; expected a lesion; is it "
-                     f"inside out? {HOW} {mask.path.name}={meaning.ground}")
+                     f"inside out? {HOW} {mask.path.name}={meaning.ground} or {mask.path.name}={meaning.lesion}, of a "
+                     "PNG and not of a JPEG")
 
 
 # ---- a data set ----
@@ -340,6 +344,14 @@ def check_meanings(masks: Sequence[tuple[str, str, MaskFile, Meaning]]) -> None:
                              + "; correct the value, or write none where the lesion is not there")
     plain = [(mask, meaning) for *_, mask, meaning in masks if not mask.values]
     lesion_in = {grey(meaning.lesion): mask for mask, meaning in plain if meaning.lesion}
+    numbers = {}  # of lesions, by lesion: 1 and 255 may both mean "there", 1 and 2 are two things
+    for _, lesion, mask, meaning in masks:
+        value = grey(meaning.lesion)
+        if not mask.values and value.isdecimal() and value != "255":
+            other, before = numbers.setdefault(lesion, (mask, value))
+            if before != value:
+                raise InputError(f"{mask.path}: {value} would be {lesion} here, and {before} in {other.path}; expected "
+                                 f"one number for a lesion; {HOW} {mask.path.name}={value}")
     for mask, meaning in plain:
         if other := lesion_in.get(grey(meaning.ground)):
             raise InputError(f"{mask.path}: {meaning.ground} would be background here, and the lesion in {other.path}; "

@@ -102,8 +102,11 @@ def did_you_mean(folder: Path, text: str) -> str:
     alike = sorted(path for path in files if form(path) == form(text))
     if not alike:
         return ""
-    best = max(alike, key=lambda path: difflib.SequenceMatcher(None, text, path).ratio())
-    differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)]
+    name, suffix = os.path.splitext(text.replace("\\", "/").rpartition("/")[2].casefold())
+    best = max(alike, key=lambda path: ("mask" not in path, *(  # the same name first, then the same suffix
+        a == b for a, b in zip(os.path.splitext(Path(path).name.casefold()), (name, suffix))),
+        difflib.SequenceMatcher(None, text, path).ratio()))
+    differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)] or ["the folder's name"]
     return f"; did you mean {best!r}, which differs in {', '.join(differ)}?"
 
 

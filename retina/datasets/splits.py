@@ -215,7 +215,8 @@ def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], trai
             continue
         filed = Counter(itertools.chain.from_iterable(map(label.classes, label.known(training))))
         lines += [f"warning: of {filed[name]} photographs with {task.name} {name}, {filed[name] - n} show none at "
-                  f"{size} px; a larger --image-size keeps more" for name, n in learned[task.name].items() if filed[name] > n]
+                  f"{size} px; a larger --image-size keeps more"
+                  for name, n in learned[task.name].items() if filed[name] > n]
     if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     if silent := [t.name for t in tasks if t not in telling]:
