@@ -103,9 +103,11 @@ def did_you_mean(folder: Path, text: str) -> str:
     if not alike:
         return ""
     name, suffix = os.path.splitext(text.replace("\\", "/").rpartition("/")[2].casefold())
-    best = max(alike, key=lambda path: ("mask" not in path, *(  # the same name first, then the same suffix
-        a == b for a, b in zip(os.path.splitext(Path(path).name.casefold()), (name, suffix))),
-        difflib.SequenceMatcher(None, text, path).ratio()))
+
+    def likeness(path):  # a mask for a mask, then the same name, then the same suffix
+        same = (a == b for a, b in zip(os.path.splitext(Path(path).name.casefold()), (name, suffix)))
+        return ("mask" in path) == ("mask" in text), *same, difflib.SequenceMatcher(None, text, path).ratio()
+    best = max(alike, key=likeness)
     differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)] or ["the folder's name"]
     return f"; did you mean {best!r}, which differs in {', '.join(differ)}?"
 

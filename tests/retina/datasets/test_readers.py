@@ -345,6 +345,17 @@ def test_the_file_of_a_mask_is_suggested_without_its_values(table):
         read_data(table("image,mask_ma", "images/a.png,MASK.png=255"))
 
 
+@pytest.mark.parametrize("typed,meant", [
+    ("0000", "photos/0000.jpg"), ("0000.JPG", "photos/0000.jpg"), ("Photos/0000.jpg", "photos/0000.jpg"),
+    ("0001.png", "photos/0001.jpg"), ("masks/0000", "masks/0000.png")])
+def test_a_photograph_is_meant_rather_than_its_mask(tmp_path, typed, meant):
+    for name in ("masks/0000.png", "photos/0000.jpg", "photos/0001.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    said = records.did_you_mean(tmp_path, typed)
+    assert said.startswith(f"; did you mean {meant!r}, which differs in ") and not said.endswith(" in ?")
+
+
 def test_a_path_that_is_like_nothing_has_no_suggestion(table):
     with pytest.raises(InputError, match="no such file: .*relative to the table$"):
         read_data(table("image,grade", "images/zebra.png,1"))
