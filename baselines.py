@@ -309,8 +309,7 @@ def describe_data(base: Config) -> str:
     """What train.py would say of the data before it trains: the runs of a comparison are quiet."""
     tasks = make_tasks(base.tasks, base.classes)
     training, validation, findings = data.load_datasets(base, tasks)
-    telling = [t for t in tasks if t.tells_apart(findings["counts"]["validation"][t.name])]
-    return describe_split(training.records, validation.records, findings, tasks, telling, base)
+    return describe_split(training.records, validation.records, findings, tasks, base)
 
 
 def select_configurations(args: argparse.Namespace, base: Config) -> list[Configuration]:

@@ -214,7 +214,7 @@ def test_a_validation_split_of_ones_own_is_no_fold(tmp_path):
     training, validation, findings = data.load_datasets(replace(options, data=str(tmp_path / "u.csv")),
                                                         [TASKS["cls"]])
     assert len(training) == 2 and findings["left_out_for_validation"] == ["0.png"]
-    text = splits.describe_split(training.records, validation.records, findings, [TASKS["cls"]], [], options)
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["cls"]], options)
     assert "1 photographs of the training split show an eye of the validation split: left out" in text
     assert "   cls  0: 1 + 0  1: 1 + 1  2: 0 + 0  3: 0 + 0  4: 0 + 0" in text
     assert "warning: training has no photograph of cls 2, cls 3, cls 4: these are never learned" in text
@@ -280,7 +280,7 @@ def test_masks_too_small_for_the_network_are_counted_as_they_reach_it(tmp_path):
     options = replace(TINY, tasks=("seg",), data=str(tmp_path / "t.csv"))
     training, validation, findings = data.load_datasets(options, [TASKS["seg"]])
     assert findings["counts"] == {"training": {"seg": {"MA": 1}}, "validation": {"seg": {"MA": 0}}}
-    text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], [], options)
+    text = splits.describe_split(training.records, validation.records, findings, [TASKS["seg"]], options)
     assert "   seg  MA: 1 + 0\nwarning: of 3 photographs with seg MA, 2 show none at 32 px; a larger --image" in text
 
 

@@ -209,7 +209,7 @@ def preprocess(record: Record, size: int, image_only: bool = False,
             stored.append((lesion, *astuple(meaning)))
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
     measures = {} if image_only else {"quality": quality(small.image, field)}
-    if field and measures and min(box[2] - box[0], box[3] - box[1]) >= SMALLEST_FIELD:
+    if field and measures and measures["quality"][1] >= SMALLEST_FIELD:  # of the picture that the map is made from
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
