@@ -342,17 +342,17 @@ def check_meanings(masks: Sequence[tuple[str, str, MaskFile, Meaning]]) -> None:
                              + (f"no file of {lesion} holds {absent[0]}" if absent else
                                 f"those of {lesion} with {' or '.join(mask.values)} hold other values")
                              + "; correct the value, or write none where the lesion is not there")
-    plain = [(mask, meaning) for *_, mask, meaning in masks if not mask.values]
-    lesion_in = {grey(meaning.lesion): mask for mask, meaning in plain if meaning.lesion}
+    plain = [(lesion, mask, meaning) for _, lesion, mask, meaning in masks if not mask.values]
+    lesion_in = {grey(meaning.lesion): mask for _, mask, meaning in plain if meaning.lesion}
     numbers = {}  # of lesions, by lesion: 1 and 255 may both mean "there", 1 and 2 are two things
-    for _, lesion, mask, meaning in masks:
+    for lesion, mask, meaning in plain:
         value = grey(meaning.lesion)
-        if not mask.values and value.isdecimal() and value != "255":
+        if value.isdecimal() and value != "255":
             other, before = numbers.setdefault(lesion, (mask, value))
             if before != value:
                 raise InputError(f"{mask.path}: {value} would be {lesion} here, and {before} in {other.path}; expected "
                                  f"one number for a lesion; {HOW} {mask.path.name}={value}")
-    for mask, meaning in plain:
+    for _, mask, meaning in plain:
         if other := lesion_in.get(grey(meaning.ground)):
             raise InputError(f"{mask.path}: {meaning.ground} would be background here, and the lesion in {other.path}; "
                              f"expected one meaning in all files; {HOW} {mask.path.name}={meaning.ground}")

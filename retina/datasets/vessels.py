@@ -17,7 +17,7 @@ from tqdm import tqdm
 # V side of a vessel map, n photographs
 
 VESSEL_SIDE = 108  # pixels of a vessel map
-# Shorter side of a field of view in pixels of the file. Of IDRiD's photographs reduced to fields of 80 x 67, those of
+# Shorter side of a field of view in pixels, as decoded. Of IDRiD's photographs reduced to fields of 80 x 67, those of
 # one eye reach 0.46, all others at most 0.40, even as JPEG of quality 85. At 56 x 47 both are mixed, at 28 x 23 false
 # pairs are found.
 SMALLEST_FIELD = 66
