@@ -31,6 +31,7 @@ from retina import files
 from retina.comparison import analysis, jobs, measurements, report
 from retina.comparison.jobs import Job
 from retina.datasets import readers, records
+from retina.datasets.splits import describe_split
 from retina.evaluation import scoring
 from retina.evaluation.scoring import SplitScores
 from retina.files import InputError, RunError, run_cli
@@ -304,6 +305,13 @@ def first_folds(number: int, base: Config) -> list[str]:
     return [f"{k + 1}/{FOLDS}" for k in range(number)]
 
 
+def describe_data(base: Config) -> str:
+    """What train.py would say of the data before it trains: the runs of a comparison are quiet."""
+    tasks = make_tasks(base.tasks, base.classes)
+    training, validation, findings = data.load_datasets(base, tasks)
+    return describe_split(training.records, validation.records, findings, tasks, base)
+
+
 def select_configurations(args: argparse.Namespace, base: Config) -> list[Configuration]:
     """The configurations that are asked for. InputError: there is none of that name."""
     configurations = configurations_for(base.tasks, base.data is None, base.encoder_weights)
@@ -334,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with files.lock_folder(folder):
         asked = jobs_for(configurations, base, args.seeds or (2 if base.data is None else 3), folds, folder)
-        print("\n".join([*notes, f"{len(asked)} runs in {folder}"]), flush=True)
+        print("\n".join([*notes, describe_data(replace(base, fold=folds[0])), f"{len(asked)} runs in {folder}"]),
+              flush=True)
         small = precision.pick_device(base.device).type == "cpu" and base.data is None and torch.get_num_threads() > 1
         try:
             with interrupt.stopped_by_sigterm(SINGLE_PROCESS):

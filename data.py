@@ -30,10 +30,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from retina.datasets import cache, readers, splits
-from retina.datasets.leaks import compare, find_eyes
+from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.quality import lowest_seen
-from retina.datasets.records import LABELS, Record
+from retina.datasets.records import LABELS, ClassLabel, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
 from retina.files import InputError, init_worker, run_cli
@@ -237,12 +237,15 @@ def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device:
 
 # ---- training and validation ----
 
-def count_classes(dataset: Dataset, tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
+def count_classes(dataset: FundusDataset, tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
     """{task: {class: how many photographs have it}}, as targets say, which is what losses and measures see."""
     counts = {t.name: {} for t in tasks}
-    for sample in (dataset[i] for i in range(len(dataset))):
-        for t in (t for t in tasks if t.labelled(sample)):
-            for name, has in t.classes_in(t.target(sample)).items():
+    for i, record in enumerate(dataset.records):
+        known = [t for t in tasks if t.labelled(record)]
+        # classes stand in the record: nothing to decode
+        labelled = record if all(isinstance(LABELS[t.label], ClassLabel) for t in known) else dataset[i]
+        for t in known:
+            for name, has in t.classes_in(t.target(labelled)).items():
                 counts[t.name][name] = counts[t.name].get(name, 0) + has
     return counts
 
@@ -258,7 +261,7 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     records = readers.read_data(root).records
     all_tasks = make_tasks(TASKS, config.classes)
     check_labels({"training": [r for r in records if r.split != "test"]}, tasks, all_tasks, root)  # before decoding
-    joined, conflicts = find_eyes(records, config.image_size, config.ignore_eyes)
+    joined, conflicts, notes = find_eyes(records, config.image_size, config.ignore_eyes)
     split = splits.split(joined, config.fold, config.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, all_tasks, root,
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
@@ -271,17 +274,15 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
                 "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
-                "notes": [] if config.ignore_eyes else compare(records, config.image_size).notes.tolist()}
-    if config.augment and config.flips:
-        findings["notes"] += side_notes(tasks)
+                "notes": notes + (side_notes(tasks) if config.augment and config.flips else [])}
     datasets = {name: FundusDataset(records, config.image_size, config.flips)
                 for name, records in (("training", training), ("validation", validation))}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}
     for t, counts in findings["counts"]["training"].items():
         if counts and not any(counts.values()):
             raise InputError(f"--tasks {t}: at {config.image_size} px no training photograph shows any of "
-                             f"{' '.join(counts)}; expected some; look at {root} with data.py, or train at a larger "
-                             "--image-size")
+                             f"{' '.join(counts)}; expected some: do all its masks say none or lie in the dark "
+                             f"ground, or is --image-size too small? look at {root} with data.py")
     # as evaluate.py takes them: another order in a table makes no other photographs of them; drawings never change
     test_set = [] if root is None else sorted(test, key=lambda r: r.name)
     measured = datasets["training"].quality()

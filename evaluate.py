@@ -97,7 +97,7 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
         here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
         raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
                          f"{there}; expected the same")
-    records, _ = leaks.find_eyes(found.records, run.options["image_size"], run.options.get("ignore_eyes", False))
+    records, *_ = leaks.find_eyes(found.records, run.options["image_size"], run.options.get("ignore_eyes", False))
     if split == "test":
         records = sorted(splits.split(records).test, key=lambda r: r.name)
     elif split == "train":
@@ -141,7 +141,8 @@ def cautions(run: Run, split: str, other: str) -> list[str]:
     """Why scores may look better than they are, or are not the run's own; `other`: see not_its_own."""
     said = []
     if split == "val":
-        said.append("not the photographs, or not the labels, that the run was chosen on: only their names are the same"
+        said.append("not the pixels, or not the labels, that the run was chosen on: other files, other labels, or "
+                    "another version of Pillow"
                     if other else "the checkpoint, temperatures and thresholds (temperature-scaled, calibrated, "
                     "referable) were chosen on these photographs: optimistic")
     elif other:
@@ -168,8 +169,9 @@ def check_same(runs: Sequence[Run], photographs: Sequence[FundusDataset]) -> Non
     """InputError: what has one name is not the same photograph with the same labels for all of the runs."""
     for run, others in zip(runs[1:], photographs[1:]):
         labels = {t.label for t in runs[0].tasks} & {t.label for t in run.tasks}
-        here, there = ({r.name: cache.content(r, labels) for r in x.records} for x in (photographs[0], others))
-        if differ := [name for name in here if name in there and here[name] != there[name]]:
+        here, there = ({r.name: r for r in x.records} for x in (photographs[0], others))
+        if differ := [name for name in here if name in there and here[name] != there[name] and
+                      cache.content(here[name], labels) != cache.content(there[name], labels)]:
             raise InputError(f"{runs[0].folder} and {run.folder}: {differ[0]} is not the same photograph, or has other "
                              f"labels, in the data of the second ({len(differ)} such); expected one data set for all; "
                              "name it with --data")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import data
 import model
 from model import ENCODERS, MOE_PLACES, ROUTERS, Net, load_balancing_loss
-from retina.datasets.splits import describe_split
+from retina.datasets.splits import describe_split, telling_tasks
 from retina.evaluation import routing, scoring, tables
 from retina.evaluation.compare import calibration_line
 from retina.files import load_tensors, run_cli
@@ -194,9 +194,9 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
         pretrained.start_from(net, config.encoder_weights, config.encoder)
     with world.main_process_first():
         train_set, val_set, findings = data.load_datasets(config, tasks)
-    telling = [t for t in tasks if t.tells_apart(findings["counts"]["validation"][t.name])]
+    telling = telling_tasks(findings["counts"], tasks)
     if not quiet:
-        print(describe_split(train_set.records, val_set.records, findings, tasks, telling, config))
+        print(describe_split(train_set.records, val_set.records, findings, tasks, config))
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
                                          config.batch_size, config.seed, config.augment, tasks)
     steps = config.epochs * sampler.per_epoch

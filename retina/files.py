@@ -245,8 +245,16 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations in which a viewer swaps width and height
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """How the camera was held, of a picture that is not decoded yet; 1 is upright, as PNG is to most viewers."""
-    if image.format == "PNG":  # Pillow would decode the whole file to tell
+    """How the camera was held, of a picture that is not decoded yet; 1 is upright.
+
+    InputError: a PNG says that it was turned, which viewers do not agree to see.
+    """
+    if image.format == "PNG":  # its getexif() decodes the whole file
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+        if (value := exif.get(ExifTags.Base.Orientation, 1)) != 1:
+            raise InputError(f"{image.filename}: a PNG with EXIF orientation {value}, which viewers treat unlike each "
+                             "other; save it upright")
         return 1
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in range(2, 9) else 1

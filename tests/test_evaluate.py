@@ -321,7 +321,7 @@ def test_other_photographs_of_the_same_names_do_not_replace_results(runs, monkey
     root = other_tree(runs, tmp_path / "a")
     run_main(monkeypatch, run, "--data", root)
     said = capsys.readouterr().out
-    assert f"val split of {root}\nnot the photographs, or not the labels, that the run was chosen on" in said
+    assert f"val split of {root}\nnot the pixels, or not the labels, that the run was chosen on" in said
     assert "optimistic" not in said and [(run / name).read_text() for name in official] == ["official"] * 3
     stored, = (strict(p) for p in run.glob("metrics_IDRiD_*.json"))
     assert stored["data"] == str(root) and not stored["own"]

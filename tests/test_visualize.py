@@ -151,6 +151,19 @@ def test_curves_of_several_runs(made, tmp_path, words):
     assert {str(runs[0]), str(runs[1]), "b"} <= {w.strip() for w in words}
 
 
+def test_curves_without_a_score_or_without_a_choice(made, tmp_path):
+    """Validation without a lesion, and a run of which no epoch answered with finite numbers."""
+    runs = [copied(made(), tmp_path / name) for name in "ab"]
+    for run, chosen in zip(runs, (True, False)):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        for line in lines:
+            line |= {"score": None, "best": chosen and line["best"]}
+            line["val"] = {"seg": {"loss": 1.0, "dice": None}} if chosen else {}
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    visualize.main([*map(str, runs), "--only", "curves"])
+    assert (runs[0] / "pictures" / "curves.png").exists()
+
+
 # ---- mistakes ----
 
 @pytest.mark.parametrize("spoil,message", [

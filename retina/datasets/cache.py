@@ -21,19 +21,21 @@ from retina.files import InputError, RunError, atomic_write, init_worker
 
 
 CACHE = records.HERE / "data" / "cache"
+FEW = 8  # photographs that are read without other processes
 CACHE_VERSION = 8  # stored in every cache file: raise it when preprocess(), or what it calls, makes other arrays
 
 
 def input_files(record: Record) -> list[tuple[Path, int, int]]:
     """The files that preprocess() reads, each with its size in bytes and its time of modification in ns."""
-    masks = dict.fromkeys(m.path for m in (record.masks or {}).values() if m)  # one file may hold several
+    masks = dict.fromkeys(m.path for m in (record.masks or {}).values() if m is not None)  # one may hold several
     paths = [record.image, *masks] if record.drawing is None else []
     return [(path, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
 
 
 def cache_path(record: Record, size: int) -> Path:
     """The cache file of a record: its name changes with every input that preprocess() reads."""
-    lesions = sorted((lesion, str(m.path.resolve()), m.values) for lesion, m in (record.masks or {}).items() if m)
+    lesions = sorted((lesion, str(m.path.resolve()), m.values) for lesion, m in (record.masks or {}).items()
+                     if m is not None)
     if record.drawing is not None:
         inputs = [record.drawing, hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()]
     else:
@@ -110,6 +112,8 @@ def build_cache(records: Sequence[Record], size: int) -> dict[str, str]:
     for temporary in CACHE.glob("*/*.part"):  # of a process that was killed
         if time.time() - temporary.stat().st_mtime > 24 * 3600:
             temporary.unlink()
+    if len(todo) <= FEW:  # done before the processes would have started
+        return {r.name: problem for r, path in todo if (problem := fill_cache(r, path, size))}
     verb = "drawing" if todo[0][0].drawing is not None else "reading"
     try:
         with ProcessPoolExecutor(initializer=init_worker) as pool:
@@ -127,18 +131,6 @@ def ensure_cached(records: Sequence[Record], size: int) -> list[Path]:
     for problem in build_cache(records, size).values():
         raise InputError(problem)
     return [cache_path(r, size) for r in records]
-
-
-def drop_black_masks(records: Sequence[Record], size: int) -> list[Record]:
-    """The records with None, "looked for and not there", in place of mask files in which no pixel is set."""
-    filed = [r for r in records if r.image and any((r.masks or {}).values())]
-    found = {}
-    for record, path in zip(filed, ensure_cached(filed, size)):
-        (stored,) = cached_arrays(record, path, size, "stored")
-        there = {lesion for lesion, _, values, _ in stored.tolist() if values}
-        found[record.name] = record.with_labels(masks={
-            lesion: file if lesion in there else None for lesion, file in record.masks.items()})
-    return [found.get(r.name, r) for r in records]
 
 
 SAMPLE = "image", "masks", "geometry"  # the arrays that make a sample
@@ -170,7 +162,8 @@ def content(record: Record, labels: Collection[str]) -> tuple:
     """What a photograph is and what some `labels` say of it, wherever its files lie and whatever its size in a run."""
     kept = {name: value for name, value in sorted(record.labels.items()) if name in labels}
     files = [file_digest(*file) for file in input_files(replace(record, labels=kept))]
-    return record.drawing, files, [(name, LABELS[name].fingerprint(value)) for name, value in kept.items()]
+    masks = [(lesion, file and file.values) for lesion, file in sorted((kept.get("masks") or {}).items())]
+    return record.drawing, files, masks, [(name, LABELS[name].fingerprint(value)) for name, value in kept.items()]
 
 
 def check_files(files: Sequence[tuple[Path, int, int]]) -> None:

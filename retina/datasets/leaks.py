@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from retina.datasets import cache, splits
-from retina.datasets.cache import cached_arrays, drop_black_masks, ensure_cached, read_or_none, write_arrays
+from retina.datasets.cache import cached_arrays, ensure_cached, read_or_none, write_arrays
 from retina.datasets.masks import Meaning, check_meanings
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
@@ -73,12 +73,15 @@ class Comparison:
         return splits.join_copies(splits.name_eyes(records, self.same_eye()), self.copies.tolist(), self.sizes.tolist())
 
 
-def check_masks(records: Sequence[Record], size: int) -> None:
-    """InputError: mask files of a data set contradict each other, see masks.check_meanings."""
+def settle_masks(records: Sequence[Record], size: int) -> list[Record]:
+    """The records, black mask files marked as such. InputError: masks contradict each other, see check_meanings."""
     masked = [r for r in records if r.drawing is None and any((r.masks or {}).values())]
-    check_meanings([(r.where, lesion, r.masks[lesion], Meaning(*meaning))
-                    for r, path in zip(masked, ensure_cached(masked, size))
-                    for lesion, *meaning in cached_arrays(r, path, size, "stored")[0].tolist()])
+    stored = {r.name: {lesion: Meaning(*meaning) for lesion, *meaning in cached_arrays(r, path, size, "stored")[0]
+                       .tolist()} for r, path in zip(masked, ensure_cached(masked, size))}
+    check_meanings([(r.where, lesion, r.masks[lesion], meaning) for r in masked
+                    for lesion, meaning in stored[r.name].items()])
+    return [r.with_labels(masks={lesion: file and replace(file, black=not stored[r.name][lesion].lesion)
+                                 for lesion, file in r.masks.items()}) if r.name in stored else r for r in records]
 
 
 def compare(records: Sequence[Record], size: int) -> Comparison:
@@ -91,14 +94,14 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
     if all(r.drawing is not None for r in records):
         return Comparison(none, none, none, np.zeros(0), np.full((len(records), 2), DRAWN_SIDE), np.zeros(0, str))
     paths, grouped = ensure_cached(records, size), all(r.eye for r in records)
-    check_masks(records, size)
     settings = COPY_RMSE, SCREENING_SCORE, REACH, COARSE_VIEWS, FINE_VIEWS, grouped
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
     stored, names = cache.CACHE / f"eyes_{key[:32]}.npz", [f.name for f in fields(Comparison)]
     if stored.exists() and (arrays := read_or_none(stored, *names)) is not None:
         return Comparison(*arrays)
-    thumbnails, vessels, geometry, sides = (np.stack(arrays) for arrays in zip(*(
-        cached_arrays(r, path, size, "thumbnail", "vessels", "geometry", "field") for r, path in zip(records, paths))))
+    kinds = "thumbnail", "vessels", "geometry", "quality"
+    thumbnails, vessels, geometry, quality = (np.stack(arrays) for arrays in zip(*(
+        cached_arrays(r, path, size, *kinds) for r, path in zip(records, paths))))
     copies, turned = (np.array(pairs, int).reshape(-1, 2) for pairs in find_copies(thumbnails))
     pairs, scores, notes = none, np.zeros(0), []
     if grouped:
@@ -107,7 +110,7 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
         different = np.unique(splits.connected_components(copies.tolist(), len(records)))
         pairs, scores = same_eye_scores(vessels[different])
         pairs = different[pairs]
-        if small := int(((sides > 0) & (sides < SMALLEST_FIELD)).sum()):
+        if small := int((quality[:, 0].astype(bool) & (quality[:, 1] < SMALLEST_FIELD)).sum()):
             notes = [f"{small} photographs are too small to tell eyes by their vessels (field of view below "
                      f"{SMALLEST_FIELD} pixels): of these only copies are found; name their eyes in a column 'group'"]
     comparison = Comparison(copies, turned, pairs, scores, geometry[:, :2].astype(int), np.array(notes, str))
@@ -115,12 +118,15 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
     return comparison
 
 
-def find_eyes(records: Sequence[Record], size: int, ignore: bool = False) -> tuple[list[Record], list[Conflict]]:
-    """Compare all photographs and join copies, see Comparison.join; `ignore`: as if each showed an eye of its own.
+def find_eyes(records: Sequence[Record], size: int,
+              ignore: bool = False) -> tuple[list[Record], list[Conflict], list[str]]:
+    """Compare all photographs and join copies, see Comparison; -> records, label conflicts, notes.
 
-    A black mask file counts as a mask that says "none".
+    `ignore`: as if each photograph showed an eye of its own. A black mask file counts as a mask that says "none".
+    InputError: masks contradict each other.
     """
+    records = settle_masks(records, size)
     if ignore:
-        check_masks(records, size)
-        return [replace(r, eye=r.name) for r in drop_black_masks(records, size)], []
-    return compare(records, size).join(drop_black_masks(records, size))
+        return [replace(r, eye=r.name) for r in records], [], []
+    comparison = compare(records, size)
+    return *comparison.join(records), comparison.notes.tolist()

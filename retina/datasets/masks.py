@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from retina.files import SIDEWAYS, InputError, exif_orientation, open_image, orientation, shown_size
+from retina.files import SIDEWAYS, InputError, channel_bits, exif_orientation, open_image, orientation, page_count, \
+    shown_size
 
 
 # H W height and width of a mask, n distinct values in its file
@@ -33,9 +34,16 @@ HOW = "say which value means the lesion in the mask's cell of a table, as in"
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask's file, and which of its stored values mean the lesion; (): to be found out."""
+    """A mask's file, and which of its stored values mean the lesion; (): to be found out.
+
+    It is true as long as it may set a pixel: a black file says no more than "none".
+    """
     path: Path
     values: tuple[str, ...] = ()  # numbers such as "3", colours such as "#ff0000", "transparent"
+    black: bool = False  # known to set no pixel, see leaks.settle_masks
+
+    def __bool__(self):
+        return not self.black
 
     def __str__(self):
         return str(self.path) + f"={'+'.join(self.values)}" * bool(self.values)
@@ -171,7 +179,8 @@ def check_exact(stored: Stored, rows: np.ndarray, mask: MaskFile) -> None:
     """InputError: beside the declared values, `rows` (n,) bool, a picture of many values holds nearly the same ones."""
     if not rows.any() or len(stored.codes) <= 32:
         return
-    apart = np.abs(stored.levels[:, None] - stored.levels[rows]).max(2).min(1)  # (n,) from the nearest declared value
+    declared = np.unique(stored.levels[rows], axis=0)
+    apart = np.min([np.abs(stored.levels - level).max(1) for level in declared], 0)  # (n,) from the nearest of these
     seen = np.array(stored.colours) != "transparent"
     nearly, exact = (stored.counts[r].sum() for r in (~rows & seen & (apart <= 64), rows))
     if nearly > 0.1 * exact:
@@ -206,7 +215,8 @@ def smooth_rows(stored: Stored) -> np.ndarray | None:
     low, bright, high = share <= 0.1, share > 0.5, share >= 0.9
     between = ~(low | high)
     number, area = counts[between].sum(), counts[bright].sum()
-    if len(counts) < (3 if stored.lossy else 9) or number > area:
+    halved = len(share) == 5 and np.allclose(np.sort(share), (0, 0.25, 0.5, 0.75, 1), atol=0.01)  # means of four
+    if len(counts) < (3 if stored.lossy or halved else 9) or number > area:
         return None
     one, two = (stored.levels[stored.commonest(end, 1)] for end in (low, high))
     histogram = np.histogram(share[between], 16, (0.1, 0.9), weights=counts[between])[0]
@@ -244,14 +254,14 @@ def read_mask(mask: MaskFile, size: tuple[int, int], turned: int | None = None) 
     them mean the lesion.
     """
     with open_image(mask.path) as image:
-        held, pages = exif_orientation(image), getattr(image, "n_frames", 1)
-        if pages > 1:
+        held = exif_orientation(image)
+        if (pages := page_count(image)) > 1:
             raise InputError(f"{mask.path}: {pages} pages; expected one; save the page of each lesion as its own file")
         lossy = image.format == "JPEG"
         if mask.values and lossy:
             raise InputError(f"{mask}: JPEG, which changes values; expected a format that keeps them; save it as PNG")
-        if image.mode[0] not in "IF" and ";16" in str(image.tile):
-            raise InputError(f"{mask.path}: 16 bits per colour; expected 8, or one channel of 16; convert it")
+        if image.mode[0] not in "IF" and (bits := channel_bits(image)) > 8:
+            raise InputError(f"{mask.path}: {bits} bits per colour; expected 8, or one channel of 16; convert it")
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image.copy()
     check_fit(mask, image.size, held, size, held if turned is None else turned)
     return find_lesion(stored_values(image, lossy), mask)
@@ -268,7 +278,9 @@ def find_lesion(stored: Stored, mask: MaskFile) -> tuple[Image.Image, Meaning]:
         rows, number, name = lesion_rows(stored), len(stored.codes), mask.path.name
         if rows is None:
             raise InputError(f"{mask.path}: {number} value{'s' * (number > 1)}: {stored.listing()}; expected two, such "
-                             f"as 0 and 255, not smoothed or compressed; {HOW} {name}=3, {name}=#ff0000 or {name}=1+2")
+                             "as 0 and 255, not smoothed or compressed; " + (
+                                 "save it as PNG of two values" if stored.lossy else
+                                 f"{HOW} {name}=3, {name}=#ff0000 or {name}=1+2"))
         form = " ".join(f"{stored.numbers[i]:g}" if stored.by_place else stored.name(i) for i in range(number)) \
             if number < 4 else f"{number} values"
         lesion, most = map(stored.name, stored.commonest(rows, 1)), 1
@@ -305,7 +317,8 @@ def check_plausible(mask: MaskFile, picture: Image.Image, lit: np.ndarray, meani
         raise InputError(f"{mask}: sets {where}; expected a lesion; declare the value of the lesion, not of what is "
                          f"around it; the file also holds {meaning.ground or 'nothing else'}")
     raise InputError(f"{mask.path}: with {meaning.lesion} for the lesion it sets {where}; expected a lesion; is it "
-                     f"inside out? {HOW} {mask.path.name}={meaning.ground}")
+                     f"inside out? {HOW} {mask.path.name}={meaning.ground} or {mask.path.name}={meaning.lesion}, of a "
+                     "PNG and not of a JPEG")
 
 
 # ---- a data set ----
@@ -329,9 +342,17 @@ def check_meanings(masks: Sequence[tuple[str, str, MaskFile, Meaning]]) -> None:
                              + (f"no file of {lesion} holds {absent[0]}" if absent else
                                 f"those of {lesion} with {' or '.join(mask.values)} hold other values")
                              + "; correct the value, or write none where the lesion is not there")
-    plain = [(mask, meaning) for *_, mask, meaning in masks if not mask.values]
-    lesion_in = {grey(meaning.lesion): mask for mask, meaning in plain if meaning.lesion}
-    for mask, meaning in plain:
+    plain = [(lesion, mask, meaning) for _, lesion, mask, meaning in masks if not mask.values]
+    lesion_in = {grey(meaning.lesion): mask for _, mask, meaning in plain if meaning.lesion}
+    numbers = {}  # of lesions, by lesion: 1 and 255 may both mean "there", 1 and 2 are two things
+    for lesion, mask, meaning in plain:
+        value = grey(meaning.lesion)
+        if value.isdecimal() and value != "255":
+            other, before = numbers.setdefault(lesion, (mask, value))
+            if before != value:
+                raise InputError(f"{mask.path}: {value} would be {lesion} here, and {before} in {other.path}; expected "
+                                 f"one number for a lesion; {HOW} {mask.path.name}={value}")
+    for _, mask, meaning in plain:
         if other := lesion_in.get(grey(meaning.ground)):
             raise InputError(f"{mask.path}: {meaning.ground} would be background here, and the lesion in {other.path}; "
                              f"expected one meaning in all files; {HOW} {mask.path.name}={meaning.ground}")

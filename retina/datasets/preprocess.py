@@ -163,13 +163,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     """Decode one record into the arrays of its cache file.
 
     image (3, S, S), masks (L, S, S) bit-packed or empty, geometry (6,); and what later tells copies, eyes and odd
-    files: thumbnail (T, T, 3) of the whole picture, field, vessels (V, V), quality (6,), stored (m, 4), the lesion and
-    the Meaning of each mask file. The field of view is cut out, padded to a square with black, and reduced to `size`
-    pixels with antialiasing; a pixel of a mask is set if at least half of what it covers is. `field` is its longer side
-    in pixels of the file, 0 for a picture without one, which is taken whole; the vessel map is empty if it is less than
-    SMALLEST_FIELD. `image_only` leaves out vessel map and quality; `small` is the photograph, decoded for 512 pixels,
-    where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of
-    its field of view.
+    files: thumbnail (T, T, 3) of the whole picture, vessels (V, V), quality (6,), stored (m, 4), the lesion and the
+    Meaning of each mask file. The field of view is cut out, padded to a square with black, and reduced to `size` pixels
+    with antialiasing; a pixel of a mask is set if at least half of what it covers is. A picture without a field of view
+    is taken whole. The vessel map is zero where the field's shorter side has less than SMALLEST_FIELD pixels.
+    `image_only` leaves vessels zero and quality out; `small` is the photograph, decoded for 512 pixels, where the
+    caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of its field
+    of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -208,14 +208,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
             masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
             stored.append((lesion, *astuple(meaning)))
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    field_side = max(box[2] - box[0], box[3] - box[1]) if field else 0
-    if field_side >= SMALLEST_FIELD and not image_only:
+    measures = {} if image_only else {"quality": quality(small.image, field)}
+    if field and measures and measures["quality"][1] >= SMALLEST_FIELD:  # of the picture that the map is made from
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
             "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
-            "field": np.array(field_side), "stored": np.array(stored, str).reshape(-1, 4),
-            **({} if image_only else {"quality": quality(small.image, field)})}
+            "stored": np.array(stored, str).reshape(-1, 4), **measures}
 
 
 def to_sample(record: Record, arrays: Mapping[str, np.ndarray]) -> Sample:

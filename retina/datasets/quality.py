@@ -35,5 +35,8 @@ def measure_quality(pixels: np.ndarray, lit: np.ndarray) -> tuple[float, float, 
 
 
 def lowest_seen(measured: Sequence[Sequence[float]]) -> dict[str, float]:
-    """{measure: the lowest of photographs (n, 6), apart from a FEW of them}; of less than 35 all count, of none {}."""
-    return dict(zip(MEASURES, np.quantile(measured, FEW, 0, method="lower").tolist())) if len(measured) else {}
+    """{measure: the lowest of photographs (n, 6), apart from a FEW of them, and from one at least}; of few ones {}."""
+    if len(measured) < 5:
+        return {}
+    left_out = max(1, int(FEW * (len(measured) - 1)))
+    return dict(zip(MEASURES, np.sort(measured, 0)[left_out].tolist()))

@@ -102,8 +102,13 @@ def did_you_mean(folder: Path, text: str) -> str:
     alike = sorted(path for path in files if form(path) == form(text))
     if not alike:
         return ""
-    best = max(alike, key=lambda path: difflib.SequenceMatcher(None, text, path).ratio())
-    differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)]
+    name, suffix = os.path.splitext(text.replace("\\", "/").rpartition("/")[2].casefold())
+
+    def likeness(path):  # a mask for a mask, then the same name, then the same suffix
+        same = (a == b for a, b in zip(os.path.splitext(Path(path).name.casefold()), (name, suffix)))
+        return ("mask" in path) == ("mask" in text), *same, difflib.SequenceMatcher(None, text, path).ratio()
+    best = max(alike, key=likeness)
+    differ = [name for name in DIFFERENCES if form(best, name) != form(text, name)] or ["the folder's name"]
     return f"; did you mean {best!r}, which differs in {', '.join(differ)}?"
 
 
@@ -334,12 +339,12 @@ class MaskLabel(Label):
         """
         masks, conflicts = {}, []
         for lesion in dict.fromkeys(k for value in known.values() for k in value):
-            files = {name: value[lesion] for name, value in known.items() if lesion in value}
-            here = {name: path for name, path in files.items() if not path or tuple(sizes[name]) == tuple(size)}
+            files = {name: value[lesion] or None for name, value in known.items() if lesion in value}
+            here = {name: file for name, file in files.items() if not file or tuple(sizes[name]) == tuple(size)}
             if any(here.values()) or not any(files.values()):
                 masks[lesion] = next(filter(None, here.values()), None)
                 if len(set(here.values())) > 1:
-                    values = tuple("none" if path is None else str(path) for path in here.values())
+                    values = tuple("none" if file is None else str(file) for file in here.values())
                     conflicts.append(Conflict(lesion, tuple(here), values, str(masks[lesion])))
         return masks or None, conflicts
 
@@ -357,7 +362,7 @@ class MaskLabel(Label):
         return torch.where(before[:, :1, :1] == UNKNOWN, UNKNOWN, value.as_subclass(Tensor))
 
     def classes(self, value):
-        return [lesion for lesion, path in value.items() if path]
+        return [lesion for lesion, file in value.items() if file]
 
     def fingerprint(self, value):
         return sorted(value)
@@ -366,7 +371,7 @@ class MaskLabel(Label):
         """How many mask files there are of each lesion; nothing for drawn photographs."""
         values = self.known([r for r in records if r.image])
         return {lesion: {"masks": sum(bool(v.get(lesion)) for v in values),
-                         "none": sum(lesion in v and v[lesion] is None for v in values)}
+                         "none": sum(lesion in v and not v[lesion] for v in values)}
                 for lesion in self.lesions} if values else {}
 
     def lines(self, summary):

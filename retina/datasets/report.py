@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from retina.datasets import leaks, splits
-from retina.datasets.cache import build_cache, cache_path, cached_arrays, cached_sample, drop_black_masks
+from retina.datasets.cache import build_cache, cache_path, cached_arrays, cached_sample
 from retina.datasets.leaks import Comparison, compare
 from retina.datasets.records import LABELS, LESION_NAMES, DataSet, LandmarkLabel, Record
 from retina.datasets.synthetic import LESIONS
@@ -42,25 +42,22 @@ def stored_forms(records: Sequence[Record]) -> tuple[Counter, list[tuple[Record,
     """How masks are stored, with counts; masks stored unlike most; and photographs without a field of view."""
     if all(r.drawing is not None for r in records):
         return Counter(), [], []
-    stored, fields = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "field")
-                           for r in records))
+    stored, quality = zip(*(cached_arrays(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE, "stored", "quality")
+                            for r in records))
     masks = [(r, f"{lesion} {form}") for r, here in zip(records, stored) for lesion, form, *_ in here]  # "OD P 0 1"
     forms = Counter(mask.partition(" ")[2] for _, mask in masks)
     usual = max(forms, key=forms.get, default="")
     return (forms, [(r, mask) for r, mask in masks if mask.partition(" ")[2] != usual],
-            [r.name for r, side in zip(records, fields) if side == 0])
+            [r.name for r, (has_field, *_) in zip(records, quality) if not has_field])
 
 
-def lost_masks(records: Sequence[Record], filled: Sequence[Record]) -> tuple[list[str], list[str]]:
-    """Of mask files: those that are black, so that `filled` lacks them, and those that EXAMINED_SIZE leaves black."""
-    black, vanished = [], []
-    for record, kept in zip(records, filled):
-        if files := [lesion for lesion, path in (record.masks or {}).items() if path]:
-            masks = cached_sample(record, cache_path(record, EXAMINED_SIZE), EXAMINED_SIZE).masks
-            for lesion in files:
-                if not masks[LESIONS.index(lesion)].any():
-                    (vanished if kept.masks[lesion] else black).append(f"{record.name} {lesion}")
-    return black, vanished
+def lost_masks(records: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """Of mask files: those that are black, and others of which EXAMINED_SIZE leaves nothing."""
+    files = [(r, lesion, file) for r in records for lesion, file in (r.masks or {}).items() if file is not None]
+    black = [f"{r.name} {lesion}" for r, lesion, file in files if not file]
+    masks = {r.name: cached_sample(r, cache_path(r, EXAMINED_SIZE), EXAMINED_SIZE).masks for r, *_ in files}
+    return black, [f"{r.name} {lesion}" for r, lesion, file in files
+                   if file and not masks[r.name][LESIONS.index(lesion)].any()]
 
 
 def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict[str, tuple[str, list[Group]]]]:
@@ -74,11 +71,14 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
     if not records:
         raise InputError(f"{root}: none of its {len(problems)} photographs can be used; first: "
                          f"{next(iter(problems.values()))}")
+    try:
+        records = leaks.settle_masks(records, EXAMINED_SIZE)
+    except InputError as error:  # the rest is worth knowing
+        problems |= {"masks": str(error)}
     comparison = compare(records, EXAMINED_SIZE)
-    filled = drop_black_masks(records, EXAMINED_SIZE)
-    joined, conflicts = comparison.join(filled)
-    black, vanished = lost_masks(records, filled)
-    counted = {r.name: r for r in [*data_set.records, *filled]}.values()
+    joined, conflicts = comparison.join(records)
+    black, vanished = lost_masks(records)
+    counted = {r.name: r for r in [*data_set.records, *records]}.values()
     split = splits.split(joined, fold)
     forms, odd, without_field = stored_forms(records)
     groups = defaultdict(list)
@@ -144,7 +144,8 @@ def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison:
             ("", [next(r for r in eye if (r.split == "test") == is_test) for is_test in (True, False)])
             for eye in eyes.values() if {"test"} < {r.split for r in eye}]),
         "odd_masks": ("masks stored unlike the others", [(mask, [r]) for r, mask in odd]),
-        "no_field": ("no round field of view comparison", [group([name]) for name in report["without_field_of_view"]])}
+        "no_field": ("photographs without a round field of view",
+                     [group([name]) for name in report["without_field_of_view"]])}
 
 
 # ---- words ----

@@ -50,6 +50,9 @@ def join_copies(records: Sequence[Record], pairs: Sequence[tuple[int, int]],
         groups[(component, "train") if records[i].split == "train" else (i, "not joined")].append(i)
     joined, conflicts = [], []
     for group in groups.values():
+        if len(group) == 1:
+            joined.append(records[group[0]])
+            continue
         files = {i: sum(map(bool, (records[i].masks or {}).values())) for i in group}
         first = max(group, key=files.get)
         kept = {tuple(sizes[first]): first}
@@ -173,11 +176,8 @@ def check_labels(splits: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMet
 
 
 def describe_split(training: Sequence[Record], validation: Sequence[Record], findings: Mapping,
-                   tasks: Sequence[TaskMetrics], telling: Sequence[TaskMetrics], config: Config) -> str:
-    """What a run trains and validates on, what it left out, and which label conflicts it had to resolve.
-
-    `telling` are the tasks by which it can choose checkpoints.
-    """
+                   tasks: Sequence[TaskMetrics], config: Config) -> str:
+    """What a run trains and validates on, what it left out, and which label conflicts it had to resolve."""
     def counts(records):
         labelled = (f"{t.name} {sum(t.labelled(r) for r in records)}" for t in tasks)
         return f"{len(records)} photographs ({', '.join(labelled)})"
@@ -195,11 +195,17 @@ def describe_split(training: Sequence[Record], validation: Sequence[Record], fin
               "goes by"))
     return "\n".join([f"training on {counts(training)}, validation ({how}) on {counts(validation)}",
                       *(f"{number} {note}" for number, note in notes if number), *findings["notes"],
-                      *describe_classes(findings["counts"], training, tasks, telling, config.image_size)])
+                      *describe_classes(findings["counts"], training, tasks, config.image_size)])
+
+
+def telling_tasks(counts: Mapping[str, Mapping[str, Mapping[str, int]]],
+                  tasks: Sequence[TaskMetrics]) -> list[TaskMetrics]:
+    """The tasks by whose primary metric the validation split can tell checkpoints apart; counts: describe_classes."""
+    return [t for t in tasks if t.tells_apart(counts["validation"][t.name])]
 
 
 def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], training: Sequence[Record],
-                     tasks: Sequence[TaskMetrics], telling: Sequence[TaskMetrics], size: int) -> list[str]:
+                     tasks: Sequence[TaskMetrics], size: int) -> list[str]:
     """Lines on how many photographs have each class, {split: {task: {class: number}}}, and what follows."""
     learned, validated = counts["training"], counts["validation"]
     lines = [f"   {t:4} " + ("  ".join(f"{name}: {n} + {validated[t].get(name, 0)}" for name, n in classes.items())
@@ -208,13 +214,17 @@ def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], trai
              for t, classes in learned.items() if classes]
     for task in tasks:  # masks too small for the network's photographs
         label = LABELS[task.label]
+        if isinstance(label, ClassLabel):
+            continue
         filed = Counter(itertools.chain.from_iterable(map(label.classes, label.known(training))))
-        lines += [f"warning: of {filed[name]} photographs with {task.name} {name} {filed[name] - n} show none at {size} "
-                  "px; a larger --image-size keeps more" for name, n in learned[task.name].items() if filed[name] > n]
+        lines += [f"warning: of {filed[name]} photographs with {task.name} {name}, {filed[name] - n} show none at "
+                  f"{size} px; a larger --image-size keeps more"
+                  for name, n in learned[task.name].items() if filed[name] > n]
     if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
+    telling = telling_tasks(counts, tasks)
     if silent := [t.name for t in tasks if t not in telling]:
         by = f"by {' '.join(t.name for t in telling)} alone" if telling else "by the loss on validation"
         lines.append(f"warning: the validation split cannot tell checkpoints apart for {' '.join(silent)}, whose "
-                     f"photographs there have too few classes; they are chosen {by}")
+                     f"photographs there all have one class, no lesion or no point; epochs are chosen {by}")
     return [f"photographs with each class at {size} px, training + validation:", *lines] if lines else []

@@ -110,5 +110,5 @@ def calibration_line(calibration: Mapping[str, Mapping]) -> str:
               for task, values in calibration.items() if values)
     few = [f"{task} " + " ".join(f"{k} {n} of {least}" for k, (n, least) in values["few"].items())
            for task, values in calibration.items() if "few" in values]
-    return "\n".join([f"temperatures and thresholds, calibrated on validation: {'; '.join(fitted)}",
-                      *[f"not fitted, for want of photographs, of which it takes: {'; '.join(few)}"] * bool(few)])
+    return "\n".join([f"temperatures and thresholds, calibrated on validation: {'; '.join(fitted) or 'none'}",
+                      *[f"left as they were, of so many photographs that it takes: {'; '.join(few)}"] * bool(few)])

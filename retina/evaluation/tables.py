@@ -175,5 +175,6 @@ def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[
     """What score_interventions() found, as lines of text."""
     scored = [t for t in tasks if any(t.name in by_task for by_task in changes.values())]
     return aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in scored)]] + [
-        [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (v := by_task.get(t.name)) else "-"
+        [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (
+            v := by_task.get(t.name)) and not math.isnan(v["change"]) else "-"
                   for t in scored)] for title, by_task in changes.items()])

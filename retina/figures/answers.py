@@ -23,6 +23,7 @@ from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMe
 from retina.figures.charts import Axis, Chart, heatmap
 from retina.figures.context import PANEL, SMALLER, FigureContext, FigureUnavailable, Line, best_epoch_of, \
     best_median_worst, epochs_chart, of_run, of_runs
+from retina.files import jsonable
 from retina.inference import predictor
 
 
@@ -107,8 +108,9 @@ def loss_chart(ctx: FigureContext, task: str) -> Image.Image:
     """A task's loss, training dashed, validation solid; a line for each run."""
     training = of_runs(ctx, lambda line: line["train"].get(task), dashed=True)
     validation = of_runs(ctx, lambda line: line["val"].get(task, {}).get("loss"))
-    most, limit = (max(v for line in lines for v in line.values if v is not None) for lines in (validation, training))
-    limit = max([2 * limit, *(line.values[line.best] or 0.0 for line in validation)])  # of the axis
+    most, limit = (max((v for line in lines for v in line.values if v is not None), default=0.0)
+                   for lines in (validation, training))
+    limit = max([2 * limit, *(line.values[line.best] or 0.0 for line in validation if line.best is not None)])
     words, high = "training with augmentation and dropout", None
     if most > limit:  # as in the first epochs, before batch norm knows its statistics
         words, high = f"{words}; validation up to {most:.3g}, beyond the axis", limit
@@ -137,15 +139,16 @@ def metric_lines(ctx: FigureContext, task: TaskMetrics) -> list[Line]:
 def metric_chart(ctx: FigureContext, task: TaskMetrics) -> Image.Image:
     """A task's metrics on validation, and the primary one on training photographs."""
     lines, learned = metric_lines(ctx, task), ctx.learned[0]
-    value = learned.metrics()[task.name][task.primary] if task.name in learned.stats else None
+    value = jsonable(learned.metrics()[task.name][task.primary]) if task.name in learned.stats else None
+    colour = lines[0].colour if lines else INK
     ends = [v for v in (task.worst, task.best, value, *(v for line in lines for v in line.values)) if v is not None]
     chart = epochs_chart(ctx, f"{task.name}: {spelled_out(task.primary)}", "validation" +
                          ", lower is better" * (task.best < task.worst), lines, min(ends), max(ends))
     entries = [(line.words, line.colour, "line") for line in lines]
     if value is not None:
-        chart.dots([ctx.run.epoch], [value], lines[0].colour, 5, ring=True)
-        entries.append((f"{len(learned.names[task.name])} training photographs, not augmented: {value:.3f}",
-                        lines[0].colour, "ring"))
+        chart.dots([ctx.run.epoch], [value], colour, 5, ring=True)
+        entries.append((f"{len(learned.names[task.name])} training photographs, not augmented: {value:.3f}", colour,
+                        "ring"))
     return chart.picture(entries)
 
 
@@ -161,7 +164,8 @@ def curves(ctx: FigureContext) -> Image.Image:
         charts.append(epochs_chart(ctx, "load-balancing loss", "0: all experts are used alike", balance, 0.0).picture())
     runs = [legend([(name, colour, "line") for name, colour in zip(ctx.logs, COLOURS)], 800)] \
         if len(ctx.logs) > 1 else []
-    best = ", ".join(f"{name} epoch {log[best_epoch_of(log)]['epoch']}" for name, log in ctx.logs.items())
+    best = ", ".join(f"{name} epoch {log[k]['epoch']}" for name, log in ctx.logs.items()
+                     if (k := best_epoch_of(log)) is not None)
     return titled("Training curves", column([*runs, grid(charts, 2, (28, 18))], 18),
                   f"Dots: best.pt ({best}), the epoch chosen on validation. Ring: the same checkpoint on "
                   "photographs that it learned from.")

@@ -159,9 +159,9 @@ def of_run(ctx: FigureContext) -> str:
 
 # ---- lines over epochs ----
 
-def best_epoch_of(lines: Sequence[Mapping]) -> int:
-    """The place of the epoch that training chose."""
-    return max(i for i, line in enumerate(lines) if line["best"])
+def best_epoch_of(lines: Sequence[Mapping]) -> int | None:
+    """The place of the epoch that training chose; None: it has not chosen one."""
+    return max((i for i, line in enumerate(lines) if line["best"]), default=None)
 
 
 @dataclass

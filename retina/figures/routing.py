@@ -99,6 +99,8 @@ def by_lesion(ctx: FigureContext, experts: Sequence[int]) -> list[Image.Image]:
     heatmaps = []
     for real, mixed in zip(*(uses_of(ctx, x).values() for x in (masked, LabelShuffled(masked)))):
         there = [i for i, n in enumerate(real.tokens) if n]
+        if not there:  # no lesion, and of no photograph all masks are known
+            return []
         a, b = ((use.below[:, 0] / use.tokens[:, None])[there] for use in (real, mixed))
         heatmaps.append(two_heatmaps(("by lesion below the token", "label-shuffled control"),
                                      [routing_.TOKEN_CLASSES[i] for i in there], a, b, experts))

@@ -20,7 +20,7 @@ LEAST = {
                          "{least:.2%}"),
     "sharpness": (0.33, "too blurred: fine detail is {value:.2f} of what is twice as wide, expected at least "
                         "{least:.2f}")}
-MARGIN = 0.9  # new photographs of the same kind are now and then a little below the lowest that was seen
+MARGIN = 0.8  # new photographs of the same kind are now and then a little below the lowest that was seen
 
 
 def refusal(image: Image.Image, seen: Mapping[str, float] = MappingProxyType({})) -> str:

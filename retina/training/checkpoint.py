@@ -203,7 +203,8 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
             name = "config.json"
             return json.loads((folder / name).read_text(encoding="utf-8"))["options"], None
         state = load_tensors(folder / name)
-        return state["options"], {k: state[k] for k in ("data", "machine", "net", "state", "generators")}
+        return state["options"], {k: state[k] for k in ("data", "test", "seen", "machine", "net", "state",
+                                                        "generators")}
     except InputError as error:
         best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
         raise InputError(f"--resume {error}; {best}--name {folder.name} --overwrite, with the flags of its "
@@ -261,7 +262,7 @@ class RunFolder:
 
     def open(self, saved: Mapping | None, findings: Mapping, resume: bool, overwrite: bool) -> None:
         """Begin the run, or resume from `saved`, its last.pt. InputError: it exists already; see `restore`."""
-        self.stored |= {k: findings[k] for k in ("test", "seen")}  # see data.load_datasets
+        self.stored |= {k: (saved or findings)[k] for k in ("test", "seen")}  # see data.load_datasets
         if saved is not None:
             self.restore(saved)
         elif self.world.rank == 0 and not resume:
@@ -391,7 +392,7 @@ class RunFolder:
         if not self.quiet:
             print(message + f"\nwarning: epoch {state.epoch}: {problem}; this epoch is not chosen" * bool(problem))
         if self.ended() and state.epoch < self.config["epochs"] and not self.quiet:
-            print(f"no better validation score for {self.config['patience']} epochs: stopped early")
+            print(f"no better epoch for {self.config['patience']} epochs: stopped early")
 
     def finish(self) -> dict:
         """Write result.json; -> what is in it. RunError: no epoch could be chosen."""

@@ -65,7 +65,7 @@ def test_examination_is_a_page_and_changes_nothing_but_the_cache(troubled, capsy
     text = examined(capsys, troubled, "--pictures", tmp_path / "sheets" / "new")
     for words in ("grading/IDRiD_001 = grading/IDRiD_011", "copies: pairs of files that show one photograph: 3",
                   "training photographs of an eye in the test split: 1; by task: cls (grade) 1, dme (edema_risk) 1",
-                  "labels that contradict each other:", "segmentation/IDRiD_03 OD RGBA 0 #ff0000", "the split of train"):
+                  "labels that contradict each other:", "segmentation/IDRiD_03 OD RGBA 0 #ff0000", "the split of tra"):
         assert words in text
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "sheets" not in p.parts}
     assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}

@@ -120,7 +120,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_a_copy_without_an_age_gets_that_of_its_copy(table):
     found = read_data(table).records
     assert [found[i].age for i in (0, 1, 24)] == [None, 32.0, 71.5] and "age" not in found[0].labels
-    joined, conflicts = leaks.find_eyes(found, 64)
+    joined, conflicts, _ = leaks.find_eyes(found, 64)
     assert len(joined) == 24 and not conflicts
     assert (joined[0].name, joined[0].grade, joined[0].age) == ("0.png", found[0].grade, 71.5)
     assert data.FundusDataset(joined[:1], 64)[0].age == 71.5

@@ -179,7 +179,7 @@ def table(folder: Path, *lines: str) -> list:
 
 def masks_of(records: list, size: int = 64) -> list[np.ndarray]:
     """The masks of each photograph, as training would see them."""
-    found, _ = leaks.find_eyes(records, size)
+    found, *_ = leaks.find_eyes(records, size)
     return [data.FundusDataset([r], size)[0].masks.numpy() for r in found]
 
 
@@ -364,6 +364,28 @@ def test_a_label_map_of_other_numbers_is_no_empty_mask(tmp_path):
         masks_of(table(tmp_path, "image,mask_ex", "9.jpg,9.png=3", "17.jpg,17.png=3"))
 
 
+@pytest.mark.parametrize("value,said", [(2, True), (255, False)])
+def test_a_lesion_has_one_number(tmp_path, value, said):
+    """1 is the lesion here and 2 there: label maps of which each holds one lesion. 1 and 255 both say "there"."""
+    for index, number in ((9, 1), (17, value)):
+        Image.fromarray((eye(tmp_path, index) == 3) * np.uint8(number)).save(tmp_path / f"{index}.png")
+    records = table(tmp_path, "image,mask_ex", "9.jpg,9.png", "17.jpg,17.png")
+    if said:
+        with pytest.raises(InputError, match="17.png: 2 would be EX here, and 1 in .*9.png; expected one number"):
+            leaks.find_eyes(records, 64)
+    else:
+        assert len(leaks.find_eyes(records, 64)[0]) == 2
+
+
+def test_a_mask_halved_by_means_of_four_pixels_is_smooth(tmp_path):
+    """Five values, 0, 64, 128, 191 and 255, as bilinear interpolation leaves them."""
+    y, x = np.mgrid[:200, :200]
+    whole = Image.fromarray((np.hypot(x - 90, y - 110) < 31.3).astype(np.uint8) * 255)
+    half = whole.reduce(2)
+    half.save(tmp_path / "m.png")
+    assert len(np.unique(half)) == 5 and np.array_equal(read(tmp_path / "m.png"), np.asarray(half) > 127)
+
+
 def test_a_mask_belongs_to_one_photograph(tmp_path):
     eye(tmp_path, 9), eye(tmp_path, 17)
     with pytest.raises(InputError, match="labels.csv line 3: 9.jpg is the mask of 9.jpg already, see .* line 2"):
@@ -409,6 +431,15 @@ def test_masks_lie_on_what_a_viewer_shows(tmp_path, orientation, suffix):
         with pytest.raises(InputError, match=f"a mask of 90x120 for a photograph of 120x90 .as EXIF orientation "
                                              f"{orientation} turns it; stored as 90x120.; both must have"):
             sample("stored.png")
+
+
+@pytest.mark.parametrize("image,mask", [("a.jpg", "m.png"), ("a.png", "m.jpg")])
+def test_a_png_that_says_it_was_turned_is_refused(tmp_path, image, mask):
+    """Some viewers turn it, others do not."""
+    spot = Image.fromarray(np.pad(np.full((20, 20), 255, np.uint8), ((10, 60), (10, 90))))
+    turned(spot.convert("RGB"), tmp_path / image, 3), turned(spot, tmp_path / mask, 3)
+    with pytest.raises(InputError, match="[am].png: a PNG with EXIF orientation 3, which .*; save it upright"):
+        data.FundusDataset(table(tmp_path, "image,mask_ex", f"{image},{mask}"), 64)
 
 
 def test_an_upright_photograph_with_a_turned_mask_and_a_square_one(tmp_path):

@@ -33,11 +33,11 @@ def test_stripes_are_measured_as_calculus_says():
 
 
 def test_a_few_odd_photographs_are_not_remembered():
-    """Of 100 two are left out. Of 34 none is: a single one is three in a hundred of them."""
+    """Of 100 two are left out, of fewer one, and of less than five nothing is known."""
     rows = np.arange(100.0)[:, None] * np.ones(len(quality.MEASURES))
     assert quality.lowest_seen(rows[::-1]) == dict.fromkeys(quality.MEASURES, 2.0)
-    assert quality.lowest_seen(rows[:34]) == dict.fromkeys(quality.MEASURES, 0.0)
-    assert quality.lowest_seen([]) == {}
+    assert quality.lowest_seen(rows[:34]) == quality.lowest_seen(rows[:5]) == dict.fromkeys(quality.MEASURES, 1.0)
+    assert quality.lowest_seen(rows[:4]) == quality.lowest_seen([]) == {}
 
 
 @pytest.mark.parametrize("round_field", [True, False])

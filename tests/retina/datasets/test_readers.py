@@ -87,7 +87,7 @@ def test_localization_uses_its_own_images_where_it_has_them(tree):
     found = {r.name: r for r in records_of(tree)}
     assert found["localization/IDRiD_001"].landmarks and found["localization/IDRiD_001"].grade is None
     assert found["grading/IDRiD_001"].landmarks is None
-    joined, _ = leaks.find_eyes(list(found.values()), 64)  # copies by content
+    joined, *_ = leaks.find_eyes(list(found.values()), 64)  # copies by content
     assert len(joined) == 8 and sum(r.grade is not None and r.landmarks is not None for r in joined) == 5
 
 
@@ -345,6 +345,17 @@ def test_the_file_of_a_mask_is_suggested_without_its_values(table):
         read_data(table("image,mask_ma", "images/a.png,MASK.png=255"))
 
 
+@pytest.mark.parametrize("typed,meant", [
+    ("0000", "photos/0000.jpg"), ("0000.JPG", "photos/0000.jpg"), ("Photos/0000.jpg", "photos/0000.jpg"),
+    ("0001.png", "photos/0001.jpg"), ("masks/0000", "masks/0000.png")])
+def test_a_photograph_is_meant_rather_than_its_mask(tmp_path, typed, meant):
+    for name in ("masks/0000.png", "photos/0000.jpg", "photos/0001.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    said = records.did_you_mean(tmp_path, typed)
+    assert said.startswith(f"; did you mean {meant!r}, which differs in ") and not said.endswith(" in ?")
+
+
 def test_a_path_that_is_like_nothing_has_no_suggestion(table):
     with pytest.raises(InputError, match="no such file: .*relative to the table$"):
         read_data(table("image,grade", "images/zebra.png,1"))
@@ -391,7 +402,7 @@ def test_a_photograph_on_its_side_is_read_as_a_viewer_shows_it(tmp_path):
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
     (tmp_path / "t.csv").write_text("image,disc_x,disc_y\nupright.jpg,250,100\nturned.jpg,250,100\n")
     a, b = read_data(tmp_path / "t.csv").records
-    found, _ = leaks.find_eyes([a, b], 64)
+    found, *_ = leaks.find_eyes([a, b], 64)
     assert len(found) == 1 and found[0].landmarks == {"disc": (250, 100)}
     x, y = (data.FundusDataset([r], 64)[0] for r in (a, b))
     assert (x.geometry.width, x.geometry.height) == (y.geometry.width, y.geometry.height) == (300, 260)
@@ -448,13 +459,16 @@ def folders(tmp_path):
 
 
 def test_photographs_of_every_format_count(folders):
-    one = Image.open(folders / "train" / "9" / "0.png")
+    one = Image.fromarray(synthetic.render(synthetic.plan(3, 0), 64)[0])
     for k, suffix in enumerate(readers.IMAGE_SUFFIXES):
         (one.convert("L") if suffix == ".pgm" else one).save(folders / "train" / "9" / f"new{k}{suffix.upper()}")
     found = [r for r in read_data(folders).records if "/9/new" in r.name]
     assert {".ppm", ".gif", ".jfif"} < {r.image.suffix.lower() for r in found} == set(readers.IMAGE_SUFFIXES)
-    photographs = data.FundusDataset(found, 64)
-    assert all(abs(photographs[i].image.float() - photographs[0].image).mean() < 60 for i in range(len(found)))
+    samples = {r.image.suffix.lower(): s.image.float() for r, s in zip(found, data.FundusDataset(found, 64))}
+    assert samples[".png"].std() > 30
+    for suffix, image in samples.items():  # another photograph would be 40 grey levels away
+        gap = abs(image.mean(0) - samples[".png"].mean(0)).mean()
+        assert gap == 0 if suffix in (".tif", ".tiff", ".bmp", ".ppm") else gap < 15, suffix
 
 
 def test_folders_of_classes(folders):

@@ -44,7 +44,7 @@ def test_a_temperature_is_fitted_on_forty_photographs_or_stays_one():
         assert one_more["temperature"] > 3 and "few" not in one_more
     assert "dme temperature 1" in calibration_line({"dme": found})
     assert calibration_line({"dme": found}).endswith(
-        "\nnot fitted, for want of photographs, of which it takes: dme temperature 39 of 40")
+        "\nleft as they were, of so many photographs that it takes: dme temperature 39 of 40")
     assert "\n" not in calibration_line({"dme": one_more})
 
 
