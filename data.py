@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,12 +56,16 @@ AUGMENTATION = v2.Compose([
     v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image)])  # ToDtype would cut off
 
 
-def augment(sample: Sample, seed: int, flips: bool = True) -> Sample:
+def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = None) -> Sample:
     """The sample and its labels, transformed as the seed says: the same in every process and at any time.
 
-    Without `flips` left stays left and up stays up.
+    Without `flips` left stays left and up stays up. With `crop`, what is transformed is a part of so many pixels'
+    side, with those labels that a part can have.
     """
     transform = AUGMENTATION if flips else v2.Compose(AUGMENTATION.transforms[len(FLIPS):])
+    if crop is not None:
+        transform = v2.Compose([v2.RandomCrop(crop), *transform.transforms])
+        sample = replace(sample, labels={name: value for name, value in sample.labels.items() if LABELS[name].local})
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
     threads = torch.get_num_threads()
@@ -82,14 +85,18 @@ def augment(sample: Sample, seed: int, flips: bool = True) -> Sample:
 class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels, from the cache.
 
-    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says, see `augment`.
-    InputError: a file has been removed or replaced since.
+    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says, see `augment`. With
+    `crops` above 1, every second seed gives a part of the sample at `crops` times the size instead, if a label of the
+    photograph tells its parts apart: lesions too small for a whole sample are large enough there. InputError: a file
+    has been removed or replaced since.
     """
 
-    def __init__(self, records: Sequence[Record], size: int, flips: bool = True):
-        self.records, self.size, self.flips = list(records), size, flips
+    def __init__(self, records: Sequence[Record], size: int, flips: bool = True, crops: float = 1):
+        self.records, self.size, self.flips, self.larger = list(records), size, flips, round(crops * size)
         self.paths = cache.ensure_cached(self.records, size)
         self.files = [cache.input_files(r) for r in self.records]
+        cropped = [r for r in self.records if self.larger > size and any(LABELS[name].local for name in r.labels)]
+        self.larger_paths = dict(zip((r.name for r in cropped), cache.ensure_cached(cropped, self.larger)))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -97,7 +104,11 @@ class FundusDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int | None]) -> Sample:
         i, aug_seed = index if isinstance(index, tuple) else (index, None)
         cache.check_files(self.files[i])
-        sample = cache.cached_sample(self.records[i], self.paths[i], self.size)
+        record = self.records[i]
+        if aug_seed is not None and aug_seed % 2 and record.name in self.larger_paths:
+            sample = cache.cached_sample(record, self.larger_paths[record.name], self.larger)
+            return augment(sample, aug_seed, self.flips, self.size)
+        sample = cache.cached_sample(record, self.paths[i], self.size)
         return sample if aug_seed is None else augment(sample, aug_seed, self.flips)
 
     def fingerprint(self) -> str:
@@ -156,11 +167,12 @@ def collate(samples: Sequence[Sample], tasks: Sequence,
 class MultiTaskBatchSampler:
     """Which photographs meet in which training step; a step is a list of (index of the record, aug_seed).
 
-    Records with labels for the same `tasks` form a label pattern; records without any are left out. Every step takes
-    from every pattern, in proportion to the square root of its size: proportional sampling would show too few of the
-    rare photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of Arivazhagan et al.
-    2019, arXiv 1907.05019, section 4.2). Each pass through a pattern has a new order. Everything is a function of
-    (seed, step): a step can be reproduced without those before it.
+    Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for; those without a label
+    are left out. Every step takes from the group of every task, in proportion to the square root of its size:
+    proportional sampling would show too few of the rare photographs with masks, equal sampling would repeat them too
+    often (the temperature T = 2 of Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). Within a group all come
+    equally often, and each pass through it has a new order. Everything is a function of (seed, step): a step can be
+    reproduced without those before it.
 
     `wanted` keeps only the photographs with a label for one of these tasks. A network for one task then sees its
     photographs in the same steps, and augmented in the same way, as a network for all `tasks`.
@@ -168,39 +180,38 @@ class MultiTaskBatchSampler:
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
                  wanted: Sequence | None = None):
-        patterns = defaultdict(list)
-        for i, record in enumerate(records):
-            patterns[tuple(t.name for t in tasks if t.labelled(record))].append(i)
-        patterns.pop((), None)
-        self.patterns = [patterns[labels] for labels in sorted(patterns)]
+        labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
+        groups, left = {}, set().union(*labelled.values())
+        for name in sorted(labelled, key=lambda name: len(labelled[name])):  # the rarest first
+            groups[name], left = sorted(labelled[name] & left), left - labelled[name]
+        self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
         self.seed, self.augmented = seed, augmented
-        if batch < len(self.patterns):
-            raise InputError(f"--batch-size {batch}: every step takes from each of the {len(self.patterns)} groups of "
-                             f"differently labelled photographs; use at least {len(self.patterns)}")
-        weights = np.sqrt([len(s) for s in self.patterns])
-        # one photograph of each pattern, the others of the batch by the largest remainder
-        shares = (batch - len(self.patterns)) * weights / weights.sum()
+        if batch < len(self.groups):
+            raise InputError(f"--batch-size {batch}: every step takes photographs for each of "
+                             f"{' '.join(self.groups)}; use at least {len(self.groups)}")
+        weights = np.sqrt([len(group) for group in self.groups.values()])
+        # one photograph of each group, the others of the batch by the largest remainder
+        shares = (batch - len(self.groups)) * weights / weights.sum()
         self.quota = 1 + np.floor(shares).astype(int)
         for k in np.argsort(np.floor(shares) - shares, kind="stable")[:batch - self.quota.sum()]:
             self.quota[k] += 1
-        # steps of an epoch: until the pattern that takes longest has shown each of its photographs once
-        self.per_epoch = max(math.ceil(len(s) / q) for s, q in zip(self.patterns, self.quota))
-        wanted = {t.name for t in (tasks if wanted is None else wanted)}
-        self.wanted = [bool(wanted & set(labels)) for labels in sorted(patterns)]
-        self.photographs_per_step = int(self.quota[self.wanted].sum())
+        # steps of an epoch: until the group that takes longest has shown each of its photographs once
+        self.per_epoch = max(math.ceil(len(group) / q) for group, q in zip(self.groups.values(), self.quota))
+        self.wanted = sorted(set().union(*(labelled[t.name] for t in (tasks if wanted is None else wanted))))
+        self.photographs_per_step = sum(
+            q * len({*group} & {*self.wanted}) / len(group) for group, q in zip(self.groups.values(), self.quota))
 
     def step(self, number: int) -> list[tuple[int, int | None]]:
         """The photographs of training step `number`, counted from 0."""
         photographs = []
-        for k, (pattern, quota, wanted) in enumerate(zip(self.patterns, self.quota, self.wanted)):
-            if not wanted:
-                continue
+        for k, (group, quota) in enumerate(zip(self.groups.values(), self.quota)):
             for position in range(number * quota, (number + 1) * quota):
-                cycle, place = divmod(position, len(pattern))
-                order = np.random.default_rng((self.seed, k, cycle)).permutation(len(pattern))
+                cycle, place = divmod(position, len(group))
+                order = np.random.default_rng((self.seed, k, cycle)).permutation(len(group))
                 aug_seed = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
-                photographs.append((pattern[order[place]], aug_seed if self.augmented else None))
-        return photographs
+                photographs.append((group[order[place]], aug_seed if self.augmented else None))
+        wanted = [x for x in photographs if x[0] in self.wanted]
+        return wanted or [(self.wanted[number % len(self.wanted)], photographs[0][1])]  # a step learns from something
 
     def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[tuple[int, int | None]]]:
         """Steps start..stop-1; of each step the share of process `rank` of `size`, as even as possible."""
@@ -275,8 +286,8 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
                 "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
                 "notes": notes + (side_notes(tasks) if config.augment and config.flips else [])}
-    datasets = {name: FundusDataset(records, config.image_size, config.flips)
-                for name, records in (("training", training), ("validation", validation))}
+    datasets = {"training": FundusDataset(training, config.image_size, config.flips, config.crops),
+                "validation": FundusDataset(validation, config.image_size)}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}
     for t, counts in findings["counts"]["training"].items():
         if counts and not any(counts.values()):

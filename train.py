@@ -50,6 +50,8 @@ class Config:
                             "README", default_text="data/IDRiD if it exists, else drawn photographs")
     image_size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training split")
+    crops: float = flag(1.0, WHAT, "every second time, a photograph with masks is a part of itself at this many times "
+                        "the size, whose small lesions are larger", real=2.0, lowest=1)
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
                             "literature does")
     epochs: int = flag(5, TRAINING, "at most", real=40, lowest=1)

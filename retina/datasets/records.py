@@ -122,6 +122,7 @@ class Label:
     task: str  # that learns from it, for reports
     columns: tuple[str, ...] = ()  # of tables
     minor: bool = False  # folds are stratified by it only among photographs without a class
+    local = False  # whether a part of a photograph, cut out, has it as well
     section = ""  # of reports
 
     def parse(self, text: str, what: str) -> Any:
@@ -315,6 +316,7 @@ class MaskLabel(Label):
     """
     lesions: tuple[str, ...] = ()
     section = "masks"
+    local = True
 
     def __post_init__(self):
         if self.name != "masks":
