@@ -229,7 +229,7 @@ def what_words(base: Config, folds: Sequence[str], configurations: int, data_fac
     where = "its own validation split" if data_facts["own_validation"] else f"fold{'s' * (len(folds) > 1)} " + \
         " ".join(folds)
     return f"{name}, {base.image_size} px, at most {base.epochs} epochs, {where}, {configurations} configurations, " \
-           f"encoder weights {base.encoder_weights}"
+           f"encoder {base.encoder}, weights {base.encoder_weights}"
 
 
 FOLDS = 5  # of the training split

@@ -192,7 +192,7 @@ def parse() -> argparse.Namespace:
                         help="test: the test split of the data set (default: val, what the run was chosen on)")
     parser.add_argument("--tiles", type=float, metavar="SCALE",
                         help="outline lesions in overlapping tiles of the photograph at SCALE times the size of "
-                             "training, 1 to 16; for small ones")
+                             "training, 1 to 16; for small ones (default: the scale of the run's --crops)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH",
                         help="answer for these photographs, or all in these folders, instead; no labels needed")
     parser.add_argument("--out", type=Path, help="with --images: folder for predictions.csv, overlays and masks")
@@ -249,14 +249,20 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
                              "task in common")
 
 
+def tiles_of(run: Run, args: argparse.Namespace) -> float | None:
+    """The scale of the tiles that a run outlines lesions in; None: it outlines them at once."""
+    scale = args.tiles or run.options["crops"]
+    return scale if args.tiles or scale > 1 else None
+
+
 def score_run(run: Run, photographs: FundusDataset, args: argparse.Namespace,
               device: torch.device) -> tuple[SplitScores, SplitScores | None]:
     """Score one run at the size it was trained with and, where there are masks of files, at theirs."""
     batch = args.batch_size or run.options["batch_size"]
     scores = evaluate_split(run.net, eval_loader(photographs, run.tasks, batch), run.tasks,
                             f"scoring {args.split}")
-    return scores, score_at_full_size(run.net, run.tasks, photographs.records, photographs.size, args.tiles, device,
-                                      batch)
+    return scores, score_at_full_size(run.net, run.tasks, photographs.records, photographs.size, tiles_of(run, args),
+                                      device, batch)
 
 
 def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[SplitScores | None],
@@ -275,9 +281,10 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         print(f"means over {len(runs)} runs, intervals over eyes{over}")
     content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
-        how = "" if args.tiles is None else f", in tiles at {args.tiles:g} times the size of training"
+        tiles = tiles_of(runs[0], args)
+        how = "" if tiles is None else f", in tiles at {tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
-        content["full_size"] = measured(full) | {"tiles": args.tiles}
+        content["full_size"] = measured(full) | {"tiles": tiles}
     print("\n".join(calibration_line(run.calibration) for run in runs))
     print(f"(in brackets: 95 % intervals from {statistics.RESAMPLES} resamples of eyes)")
     return content
@@ -303,7 +310,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     answered for.
     """
     paths, notes = find_photographs(args.images)
-    predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles,
+    predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], tiles_of(run, args),
                           args.batch_size or run.options["batch_size"], device, args.out,
                           None if run.options["classes"] else run.seen, not args.no_quality_check)
     print("\n".join([*notes, calibration_line(run.calibration)]))

@@ -159,6 +159,26 @@ def test_augmentation_moves_image_and_masks_together():
     assert len(moved) > 15
 
 
+def test_crops_are_parts_of_the_larger_photograph(monkeypatch):
+    """Every second time, with masks alone; where a part lies is found by sliding it."""
+    masked, other = drawn_records(2)
+    graded = other.with_labels(masks=None)
+    monkeypatch.setattr(data, "AUGMENTATION", v2.Compose([]))
+    large, photographs = data.FundusDataset([masked], 96)[0], data.FundusDataset([graded, masked], 64, crops=1.5)
+    assert all({*photographs[0, seed].labels} == {*graded.labels} for seed in range(10))
+    samples = [photographs[1, seed] for seed in range(40)]
+    assert {s.image.shape for s in samples} == {(3, 64, 64)}
+    crops = [s for s in samples if {*s.labels} == {"masks"}]
+    assert 10 < len(crops) < 30 and sum({*s.labels} == {*masked.labels} for s in samples) == 40 - len(crops)
+    windows = large.image.unfold(1, 64, 1).unfold(2, 64, 1)  # (3, 33, 33, 64, 64)
+    places = set()
+    for crop in crops:
+        (y, x), = (windows == crop.image[:, None, None]).all(-1).all(-1).all(0).nonzero().tolist()
+        assert torch.equal(crop.masks, large.masks[:, y:y + 64, x:x + 64])
+        places.add((y, x))
+    assert len(places) > 8 and max(places)[0] > 22 > 11 > min(places)[0]
+
+
 def test_masks_that_are_not_known_stay_so(tmp_path):
     photograph(tmp_path / "a.png", 0)
     Image.fromarray(np.pad(np.ones((100, 100), bool), 100)).save(tmp_path / "m.png")
@@ -195,7 +215,7 @@ def test_workers_give_the_same_batches(workers):
 def test_every_step_sees_every_task_and_every_photograph_comes_around():
     records = fake_records(0)
     sampler = data.MultiTaskBatchSampler(records, [CLS, SEG], 16, 0, True)
-    assert sampler.quota.sum() == 16 and len(sampler.patterns) == 2
+    assert sampler.quota.sum() == 16 and list(sampler.groups) == ["cls", "seg"]
     seen = Counter()
     for step in sampler.range(0, 3 * sampler.per_epoch):
         photographs = [records[i] for i, _ in step]
@@ -203,11 +223,39 @@ def test_every_step_sees_every_task_and_every_photograph_comes_around():
         assert any(r.grade is not None for r in photographs) and any(r.masks is not None for r in photographs)
         seen.update(r.name for r in photographs)
     assert set(seen) == {r.name for r in records}
-    for pattern in sampler.patterns:  # evenly: nobody is seen twice more often than another of the same pattern
-        counts = [seen[records[i].name] for i in pattern]
+    for group in sampler.groups.values():  # evenly: nobody is seen twice more often than another of the same group
+        counts = [seen[records[i].name] for i in group]
         assert max(counts) - min(counts) <= 1
-    rare, common = sorted(sampler.patterns, key=len)
+    rare, common = sorted(sampler.groups.values(), key=len)
     assert 1 < seen[records[rare[0]].name] / seen[records[common[0]].name] < len(common) / len(rare)
+
+
+def test_photographs_with_masks_come_equally_often_whatever_else_is_known_of_them():
+    """As in a fold of IDRiD: 293 with a grade, 33 with grade and masks, 10 with masks alone."""
+    kinds = [{"grade": 1}] * 293 + [{"grade": 1, "masks": {}}] * 33 + [{"masks": {}}] * 10
+    records = [Record(str(i), None, labels=labels) for i, labels in enumerate(kinds)]
+    sampler = data.MultiTaskBatchSampler(records, [CLS, SEG], 8, 0, True)
+    assert {name: len(group) for name, group in sampler.groups.items()} == {"cls": 293, "seg": 43}
+    # shares of the six beyond one each: 6 * sqrt(293) / (sqrt(293) + sqrt(43)) = 4.34, and 1.66
+    assert sampler.quota.tolist() == [5, 3] and sampler.per_epoch == 59
+    seen = Counter(i for step in sampler.range(0, 43 * 59) for i, _ in step)
+    assert {seen[i] for i in range(293, 336)} == {3 * 59}
+    # a network for one task is given its part of the same steps, of which each photograph has as many
+    single = data.MultiTaskBatchSampler(records, [CLS, SEG], 8, 0, True, [CLS])
+    for number in range(60):
+        assert single.step(number) == [x for x in sampler.step(number) if x[0] < 326]
+    assert single.photographs_per_step == pytest.approx(5 + 3 * 33 / 43)
+
+
+def test_a_step_is_never_empty():
+    """The photographs with both labels belong to the rarer task; of four, one has a grade, too."""
+    records = [Record(str(i), None, labels={"masks": {}} | ({"grade": 1} if i < 5 else {})) for i in range(9)]
+    records[0] = records[0].with_labels(masks=None)
+    edema = [Record(f"e{i}", None, labels={"edema_risk": 0} | ({"grade": 1} if i < 5 else {})) for i in range(8)]
+    sampler = data.MultiTaskBatchSampler([*records[1:], *edema], [CLS, SEG, TASKS["dme"]], 2, 0, True, [CLS])
+    assert list(sampler.groups) == ["dme", "seg"]  # equally rare as those with a grade, or rarer
+    steps = list(sampler.range(0, 50))
+    assert {len(step) for step in steps} == {1, 2}
 
 
 def test_steps_can_be_repeated_from_the_middle():
@@ -225,7 +273,7 @@ def test_photographs_without_a_wanted_label_are_left_out():
     assert all(records[i].masks is not None and aug_seed is None for s in sampler.range(0, 9) for i, aug_seed in s)
 
 
-def test_batch_must_hold_one_of_each_pattern():
+def test_batch_must_hold_one_of_each_task():
     with pytest.raises(InputError, match="--batch-size 1: .* use at least 2"):
         data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 1, 0, True)
 

