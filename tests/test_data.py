@@ -163,7 +163,7 @@ def test_crops_are_parts_of_the_larger_photograph(monkeypatch):
     """Every second time, with masks alone; where a part lies is found by sliding it."""
     masked, other = drawn_records(2)
     graded = other.with_labels(masks=None)
-    monkeypatch.setattr(data, "AUGMENTATION", v2.Compose([]))
+    monkeypatch.setattr(data, "AUGMENTATION", v2.Compose([v2.Identity()]))
     large, photographs = data.FundusDataset([masked], 96)[0], data.FundusDataset([graded, masked], 64, crops=1.5)
     assert all({*photographs[0, seed].labels} == {*graded.labels} for seed in range(10))
     samples = [photographs[1, seed] for seed in range(40)]
