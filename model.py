@@ -128,8 +128,8 @@ class EfficientNet(nn.Module):
         for kernel, stride, expand, outputs, n in STAGES:
             outputs = round_channels(outputs * width)
             stages.append(nn.Sequential(*[
-                MBConv(outputs if i else inputs, outputs, kernel, 1 if i else stride, expand, next(drops), layer, not lite)
-                for i in range(math.ceil(depth * n))]))
+                MBConv(outputs if i else inputs, outputs, kernel, 1 if i else stride, expand, next(drops), layer,
+                       gated=not lite) for i in range(math.ceil(depth * n))]))
             inputs = outputs
         self.features = nn.Sequential(*stages)
         self.channels = tuple(round_channels(STAGES[i][3] * width) for i in (0, 1, 2, 4, 6))

@@ -61,13 +61,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; run with --slow")
+    config.addinivalue_line("markers", "gpu: wants a CUDA GPU")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes long; pytest --slow runs it"))
+    reasons = {"slow": "" if config.getoption("--slow") else "takes long; pytest --slow runs it",
+               "gpu": "" if torch.cuda.is_available() else "wants a CUDA GPU"}
+    for item in items:
+        for mark, reason in reasons.items():
+            if reason and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def save_palette_mask(path: Path, mask: np.ndarray) -> None:

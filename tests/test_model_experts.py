@@ -339,7 +339,7 @@ def test_compiled_equals_eager(backend):
         torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_cuda_equals_cpu(autocast):
     torch.manual_seed(0)

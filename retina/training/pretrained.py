@@ -53,7 +53,7 @@ def find_package(published: str) -> Path:
 def rename_lite(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of efficientnet-lite-pytorch -> those of torchvision's EfficientNets, without squeeze-and-excitation.
 
-    There, blocks are counted through (`_blocks.3._expand_conv.weight`), here by stage (`features.3.0.block.0.0.weight`).
+    There, blocks are counted through (`_blocks.3._expand_conv`), here by stage (`features.3.0.block.0.0`).
     """
     stages = [(stage, i) for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for i in range(n)]  # of each block
     layers = {"_conv_stem": "features.0.0", "_bn0": "features.0.1", "_conv_head": "features.8.0",

@@ -98,7 +98,7 @@ def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     ended_alike(tmp_path / "run", whole(options))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.gpu
 def test_a_gpu_resumes_exactly_when_it_is_deterministic(tmp_path, monkeypatch):
     options = replace(SHORT, device="cuda", deterministic=True)
     train.fit(options, tmp_path / "whole", quiet=True)

@@ -5,21 +5,23 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, ended_alike
+from conftest import PROGRAM, ROOT, TINY, ended_alike
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
 from retina.training.distributed import SINGLE_PROCESS, World
-from tasks import TASKS
+from tasks import TASKS, build_net
 from train import Config
 
 
@@ -141,6 +143,34 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
             assert apart < 1e-9 * largest, (change, group)
         for name, value in one["others"].items():  # statistics of norms, weights of tasks
             torch.testing.assert_close(value, two["others"][name], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_group_of_one_process_has_the_gradient_of_none(tmp_path, device):
+    """Through DistributedDataParallel, sums over processes and norms over the batch; on a GPU by NCCL."""
+    tasks, gradients = [TASKS["cls"], TASKS["seg"]], []
+    options = replace(TINY, expert_dropout=0.0, stochastic_depth=0.0, device=device)
+    photographs = data.FundusDataset(readers.read_drawn().records[:6], options.image_size)
+    batch = data.collate([photographs[i] for i in range(6)], tasks).to(torch.device(device))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=0, world_size=1,
+                            store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        for world in (SINGLE_PROCESS, World(0, 2)):  # who believes to be one of two takes no shortcut
+            torch.manual_seed(0)
+            net, _ = build_net(asdict(options))
+            for module in net.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            state = train.make_state(net, tasks, options, 10, torch.device(device), world)
+            torch.manual_seed(1)
+            losses = train.task_losses(state, batch, tasks, options, world)
+            state.loss_weights(losses).backward()
+            gradients.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    finally:
+        dist.destroy_process_group()
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    assert all(float((gradients[0][n] - g).abs().max()) < 1e-3 * largest for n, g in gradients[1].items())
 
 
 # ---- who sees what ----

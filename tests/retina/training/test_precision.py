@@ -139,6 +139,15 @@ def test_precision_is_picked_by_the_device(monkeypatch):
         train.configure(["--device", "cpu", "--precision", "fp16"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_half_precision_learns_on_a_gpu(tmp_path, half):
+    """fp16 with its scaler, which may leave out a step or two until it has found its scale."""
+    result = train.fit(replace(TINY, device="cuda", precision=half, epochs=8), tmp_path / "run", quiet=True)
+    first, *_, last = (line["train"] for line in log(tmp_path / "run"))
+    assert all(last[t] < 0.9 * first[t] for t in ("cls", "seg")) and result["skipped_steps"] <= 3
+
+
 # ---- no more work than is needed ----
 
 def entered(net: Net, names: dict[str, nn.Module]) -> dict[str, list[int]]:
