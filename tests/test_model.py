@@ -87,6 +87,8 @@ def test_lite0_equals_the_package(training):
         x = torch.randn(2, 3, height, width)
         torch.testing.assert_close(net.heads["cls"].conv(net.encoder(x)[-1]), oracle.extract_features(x), rtol=1e-5,
                                    atol=1e-5)
+    # training moves the running statistics by as much
+    torch.testing.assert_close(net.encoder.features[0][1].running_var, oracle._bn0.running_var)
 
 
 def test_stochastic_depth_is_a_fair_coin_per_photograph():
