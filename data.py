@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,13 +83,19 @@ def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = No
 
 # ---- samples ----
 
+class Draw(NamedTuple):
+    """A photograph in a training step."""
+    index: int  # of its record
+    aug_seed: int | None  # None: as it is
+    crop: bool  # a part of it, see FundusDataset
+
+
 class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels, from the cache.
 
-    dataset[i] is a sample as it is, dataset[i, seed] the same sample augmented as the seed says, see `augment`. With
-    `crops` above 1, every second seed gives a part of the sample at `crops` times the size instead, if a label of the
-    photograph tells its parts apart: lesions too small for a whole sample are large enough there. InputError: a file
-    has been removed or replaced since.
+    dataset[i] is a sample as it is, dataset[i, seed, False] the same sample augmented as the seed says, see `augment`.
+    dataset[i, seed, True] is a part of the sample at `crops` times the size, augmented likewise: lesions that are too
+    small for a whole sample are large enough there. InputError: a file has been removed or replaced since.
     """
 
     def __init__(self, records: Sequence[Record], size: int, flips: bool = True, crops: float = 1):
@@ -101,11 +108,11 @@ class FundusDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int | tuple[int, int | None]) -> Sample:
-        i, aug_seed = index if isinstance(index, tuple) else (index, None)
+    def __getitem__(self, index: int | Draw) -> Sample:
+        i, aug_seed, crop = (index, None, False) if isinstance(index, int) else index
         cache.check_files(self.files[i])
         record = self.records[i]
-        if aug_seed is not None and aug_seed % 2 and record.name in self.larger_paths:
+        if crop:
             sample = cache.cached_sample(record, self.larger_paths[record.name], self.larger)
             return augment(sample, aug_seed, self.flips, self.size)
         sample = cache.cached_sample(record, self.paths[i], self.size)
@@ -165,7 +172,7 @@ def collate(samples: Sequence[Sample], tasks: Sequence,
 
 
 class MultiTaskBatchSampler:
-    """Which photographs meet in which training step; a step is a list of (index of the record, aug_seed).
+    """Which photographs meet in which training step; a step is a list of Draws.
 
     Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for; those without a label
     are left out. Every step takes from the group of every task, in proportion to the square root of its size:
@@ -174,18 +181,20 @@ class MultiTaskBatchSampler:
     equally often, and each pass through it has a new order. Everything is a function of (seed, step): a step can be
     reproduced without those before it.
 
+    With `crops`, a photograph is a part of itself every second time, if it has a label that its parts have as well.
+
     `wanted` keeps only the photographs with a label for one of these tasks. A network for one task then sees its
     photographs in the same steps, and augmented in the same way, as a network for all `tasks`.
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
-                 wanted: Sequence | None = None):
+                 wanted: Sequence | None = None, crops: bool = False):
         labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
         groups, left = {}, set().union(*labelled.values())
         for name in sorted(labelled, key=lambda name: len(labelled[name])):  # the rarest first
             groups[name], left = sorted(labelled[name] & left), left - labelled[name]
         self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
-        self.seed, self.augmented = seed, augmented
+        self.seed, self.augmented, self.crops = seed, augmented, crops and augmented
         if batch < len(self.groups):
             raise InputError(f"--batch-size {batch}: every step takes photographs for each of "
                              f"{' '.join(self.groups)}; use at least {len(self.groups)}")
@@ -197,11 +206,14 @@ class MultiTaskBatchSampler:
             self.quota[k] += 1
         # steps of an epoch: until the group that takes longest has shown each of its photographs once
         self.per_epoch = max(math.ceil(len(group) / q) for group, q in zip(self.groups.values(), self.quota))
-        self.wanted = sorted(set().union(*(labelled[t.name] for t in (tasks if wanted is None else wanted))))
-        self.photographs_per_step = sum(
-            q * len({*group} & {*self.wanted}) / len(group) for group, q in zip(self.groups.values(), self.quota))
+        def any_of(tasks):  # indices of the photographs with a label for one of them
+            return set().union(*(labelled[t.name] for t in tasks))
 
-    def step(self, number: int) -> list[tuple[int, int | None]]:
+        wanted = tasks if wanted is None else wanted
+        self.wanted, self.wanted_parts, self.divisible = any_of(wanted), *(
+            any_of(t for t in some if LABELS[t.label].local) for some in (wanted, tasks))
+
+    def step(self, number: int) -> list[Draw]:
         """The photographs of training step `number`, counted from 0."""
         photographs = []
         for k, (group, quota) in enumerate(zip(self.groups.values(), self.quota)):
@@ -209,13 +221,20 @@ class MultiTaskBatchSampler:
                 cycle, place = divmod(position, len(group))
                 order = np.random.default_rng((self.seed, k, cycle)).permutation(len(group))
                 aug_seed = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
-                photographs.append((group[order[place]], aug_seed if self.augmented else None))
-        wanted = [x for x in photographs if x[0] in self.wanted]
-        return wanted or [(self.wanted[number % len(self.wanted)], photographs[0][1])]  # a step learns from something
+                crop = self.crops and aug_seed % 2 == 1 and group[order[place]] in self.divisible
+                photographs.append(Draw(group[order[place]], aug_seed if self.augmented else None, crop))
+        kept = [x for x in photographs if x.index in (self.wanted_parts if x.crop else self.wanted)]
+        if not kept:  # a step learns from something
+            kept = [photographs[0]._replace(index=sorted(self.wanted)[number % len(self.wanted)], crop=False)]
+        return kept
 
-    def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[tuple[int, int | None]]]:
+    def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[Draw]]:
         """Steps start..stop-1; of each step the share of process `rank` of `size`, as even as possible."""
         return (self.step(number)[rank::size] for number in range(start, stop))
+
+    def photographs_in(self, epoch: int) -> int:
+        """How many photographs an epoch, counted from 0, takes."""
+        return sum(map(len, self.range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch)))
 
 
 def make_empty_targets(dataset: FundusDataset, tasks: Sequence) -> dict[str, Tensor]:
@@ -286,7 +305,8 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
                 "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
                 "notes": notes + (side_notes(tasks) if config.augment and config.flips else [])}
-    datasets = {"training": FundusDataset(training, config.image_size, config.flips, config.crops),
+    crops = config.crops if any(LABELS[t.label].local for t in tasks) else 1
+    datasets = {"training": FundusDataset(training, config.image_size, config.flips, crops),
                 "validation": FundusDataset(validation, config.image_size)}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}
     for t, counts in findings["counts"]["training"].items():

@@ -200,7 +200,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     if not quiet:
         print(describe_split(train_set.records, val_set.records, findings, tasks, config))
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
-                                         config.batch_size, config.seed, config.augment, tasks)
+                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1)
     steps = config.epochs * sampler.per_epoch
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
         state = failure.state = make_state(net, tasks, config, steps, device, world)
@@ -225,7 +225,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
                 raise KeyboardInterrupt
             val_batches = data.eval_loader(val_set, tasks, config.batch_size, world)
             scores = scoring.evaluate_split(net, val_batches, tasks, world=world, strict=False)
-            run.end_epoch(scores, tasks, telling, sampler.per_epoch * sampler.photographs_per_step)
+            run.end_epoch(scores, tasks, telling, sampler.photographs_in(state.epoch))
         return run.finish()
 
 

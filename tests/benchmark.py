@@ -196,7 +196,7 @@ def trained(folder: str, size: int, speedups: Sequence[str], batch: int = 8) -> 
         indices = list(itertools.islice(order, batch))
         if PLAIN in speedups:
             return as_published([photographs[i] for i in indices], size)
-        return data.collate([dataset[i, i] for i in indices], tasks)
+        return data.collate([dataset[i, i, False] for i in indices], tasks)
 
     def step():
         train_step(net, tasks, optimizer, dtype, load())

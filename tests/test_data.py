@@ -106,7 +106,7 @@ def test_without_flips_a_left_eye_stays_a_left_eye(tmp_path):
         changed = []
         for i, record in enumerate(training.records):
             for seed in range(20):
-                light = v2.functional.gaussian_blur(training[i, seed].image.float().sum(0, keepdim=True), 9)[0]
+                light = v2.functional.gaussian_blur(training[i, seed, False].image.float().sum(0, keepdim=True), 9)[0]
                 changed.append((int(light.argmax()) % 64 < 32) != (record.category == 0))
         return findings["notes"], np.mean(changed), len(changed)
 
@@ -160,16 +160,14 @@ def test_augmentation_moves_image_and_masks_together():
 
 
 def test_crops_are_parts_of_the_larger_photograph(monkeypatch):
-    """Every second time, with masks alone; where a part lies is found by sliding it."""
+    """With masks alone; where a part lies is found by sliding it."""
     masked, other = drawn_records(2)
     graded = other.with_labels(masks=None)
     monkeypatch.setattr(data, "AUGMENTATION", v2.Compose([v2.Identity()]))
     large, photographs = data.FundusDataset([masked], 96)[0], data.FundusDataset([graded, masked], 64, crops=1.5)
-    assert all({*photographs[0, seed].labels} == {*graded.labels} for seed in range(10))
-    samples = [photographs[1, seed] for seed in range(40)]
-    assert {s.image.shape for s in samples} == {(3, 64, 64)}
-    crops = [s for s in samples if {*s.labels} == {"masks"}]
-    assert 10 < len(crops) < 30 and sum({*s.labels} == {*masked.labels} for s in samples) == 40 - len(crops)
+    crops = [photographs[1, seed, True] for seed in range(20)]
+    assert {s.image.shape for s in crops} == {(3, 64, 64)} and all({*s.labels} == {"masks"} for s in crops)
+    assert {*photographs[1, 0, False].labels} == {*masked.labels}
     windows = large.image.unfold(1, 64, 1).unfold(2, 64, 1)  # (3, 33, 33, 64, 64)
     places = set()
     for crop in crops:
@@ -193,7 +191,7 @@ def test_augmentation_is_a_function_of_its_seed_and_leaves_the_generator_alone()
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    a, b, c, whole = (photographs[i] for i in ((0, 5), (0, 5), (0, 6), 0))
+    a, b, c, whole = (photographs[i] for i in ((0, 5, False), (0, 5, False), (0, 6, False), 0))
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(a.image, b.image) and torch.equal(a.masks, b.masks) and torch.equal(a.landmarks, b.landmarks)
     assert not torch.equal(a.image, c.image) and a.grade == whole.grade
@@ -203,7 +201,7 @@ def test_augmentation_is_a_function_of_its_seed_and_leaves_the_generator_alone()
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_give_the_same_batches(workers):
     photographs = data.FundusDataset(drawn_records(6), 64)
-    steps = [[(i, 10 * s + i) for i in range(6)] for s in range(3)]
+    steps = [[(i, 10 * s + i, False) for i in range(6)] for s in range(3)]
     batches = list(data.train_loader(photographs, iter(steps), [SEG, CLS], torch.device("cpu"), workers, {}))
     for step, batch in zip(steps, batches):
         expected = data.collate([photographs[pair] for pair in step], [SEG, CLS])
@@ -218,7 +216,7 @@ def test_every_step_sees_every_task_and_every_photograph_comes_around():
     assert sampler.quota.sum() == 16 and list(sampler.groups) == ["cls", "seg"]
     seen = Counter()
     for step in sampler.range(0, 3 * sampler.per_epoch):
-        photographs = [records[i] for i, _ in step]
+        photographs = [records[i] for i, *_ in step]
         assert len(photographs) == 16
         assert any(r.grade is not None for r in photographs) and any(r.masks is not None for r in photographs)
         seen.update(r.name for r in photographs)
@@ -238,13 +236,28 @@ def test_photographs_with_masks_come_equally_often_whatever_else_is_known_of_the
     assert {name: len(group) for name, group in sampler.groups.items()} == {"cls": 293, "seg": 43}
     # shares of the six beyond one each: 6 * sqrt(293) / (sqrt(293) + sqrt(43)) = 4.34, and 1.66
     assert sampler.quota.tolist() == [5, 3] and sampler.per_epoch == 59
-    seen = Counter(i for step in sampler.range(0, 43 * 59) for i, _ in step)
+    seen = Counter(i for step in sampler.range(0, 43 * 59) for i, *_ in step)
     assert {seen[i] for i in range(293, 336)} == {3 * 59}
     # a network for one task is given its part of the same steps, of which each photograph has as many
     single = data.MultiTaskBatchSampler(records, [CLS, SEG], 8, 0, True, [CLS])
     for number in range(60):
-        assert single.step(number) == [x for x in sampler.step(number) if x[0] < 326]
-    assert single.photographs_per_step == pytest.approx(5 + 3 * 33 / 43)
+        assert single.step(number) == [x for x in sampler.step(number) if x.index < 326]
+    assert sum(map(single.photographs_in, range(43))) == 59 * (43 * 5 + 33 * 3)  # each of the 33 comes 3 * 59 times
+
+
+def test_every_second_photograph_with_masks_is_a_part_of_itself():
+    kinds = [{"grade": 1}] * 20 + [{"grade": 1, "masks": {}}] * 10
+    records = [Record(str(i), None, labels=labels) for i, labels in enumerate(kinds)]
+    samplers = {wanted: data.MultiTaskBatchSampler(records, [CLS, SEG], 6, 0, True, tasks, crops=True)
+                for wanted, tasks in (("both", None), ("cls", [CLS]), ("seg", [SEG]))}
+    steps = {wanted: [draw for step in sampler.range(0, 200) for draw in step] for wanted, sampler in samplers.items()}
+    parts = [draw.crop for draw in steps["both"] if draw.index >= 20]
+    assert 0.4 < np.mean(parts) < 0.6 and not any(draw.crop for draw in steps["both"] if draw.index < 20)
+    # a part has no grade: a network for grades is not given it
+    assert steps["cls"] == [draw for draw in steps["both"] if not draw.crop]
+    assert steps["seg"] == [draw for draw in steps["both"] if draw.index >= 20]
+    as_they_are = data.MultiTaskBatchSampler(records, [CLS, SEG], 6, 0, False, crops=True)
+    assert not any(draw.crop or draw.aug_seed is not None for step in as_they_are.range(0, 50) for draw in step)
 
 
 def test_a_step_is_never_empty():
@@ -262,7 +275,7 @@ def test_steps_can_be_repeated_from_the_middle():
     sampler = data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 8, 3, True)
     whole = list(sampler.range(0, 50))
     assert whole[30:] == list(sampler.range(30, 50))
-    seeds = [aug_seed for step in whole for _, aug_seed in step]
+    seeds = [draw.aug_seed for step in whole for draw in step]
     assert len(set(seeds)) == len(seeds)
     assert whole != list(data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 8, 4, True).range(0, 50))
 
@@ -270,7 +283,7 @@ def test_steps_can_be_repeated_from_the_middle():
 def test_photographs_without_a_wanted_label_are_left_out():
     records = fake_records(0)
     sampler = data.MultiTaskBatchSampler(records, [SEG], 8, 0, False)
-    assert all(records[i].masks is not None and aug_seed is None for s in sampler.range(0, 9) for i, aug_seed in s)
+    assert all(records[i].masks is not None and seed is None for s in sampler.range(0, 9) for i, seed, _ in s)
 
 
 def test_batch_must_hold_one_of_each_task():
