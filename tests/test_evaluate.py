@@ -503,6 +503,17 @@ def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
     run_main(monkeypatch, runs / "e4_s0")
     whole = strict(runs / "e4_s0" / "metrics.json")
     assert tiled["metrics"] == whole["metrics"] and tiled["full_size"] != whole["full_size"]
+    # a run that was trained on crops outlines lesions in tiles of their scale, unless another is typed
+    cropped = shutil.copytree(runs / "e4_s0", tmp_path / "cropped")
+    stored = torch.load(cropped / "best.pt", weights_only=True)
+    torch.save({**stored, "options": stored["options"] | {"crops": 2.0}}, cropped / "best.pt")
+    capsys.readouterr()
+    run_main(monkeypatch, cropped)
+    assert "in tiles at 2 times the size of training" in capsys.readouterr().out
+    assert strict(cropped / "metrics.json")["full_size"] == tiled["full_size"]
+    run_main(monkeypatch, cropped, "--tiles", "1")
+    assert strict(cropped / "metrics_tiles1.json")["full_size"]["metrics"]["seg"]["aupr"] == pytest.approx(
+        whole["full_size"]["metrics"]["seg"]["aupr"], nan_ok=True)
     train.fit(replace(TINY, tasks=("cls",), epochs=1), tmp_path / "cls", quiet=True)
     with pytest.raises(InputError, match="was trained for cls; only seg"):
         run_main(monkeypatch, tmp_path / "cls", "--tiles", "2")
