@@ -191,8 +191,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "test"), default="val",
                         help="test: the test split of the data set (default: val, what the run was chosen on)")
     parser.add_argument("--tiles", type=float, metavar="SCALE",
-                        help="outline lesions in overlapping tiles of the photograph at SCALE times the size of "
-                             "training, 1 to 16; for small ones (default: the scale of the run's --crops)")
+                        help="outline lesions also in overlapping tiles of the photograph at SCALE times the size of "
+                             "training, 1 to 16, and take the mean (default: the scale of the run's --crops)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH",
                         help="answer for these photographs, or all in these folders, instead; no labels needed")
     parser.add_argument("--out", type=Path, help="with --images: folder for predictions.csv, overlays and masks")
@@ -282,7 +282,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
         tiles = tiles_of(runs[0], args)
-        how = "" if tiles is None else f", in tiles at {tiles:g} times the size of training"
+        how = "" if tiles is None else f", also in tiles at {tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
         content["full_size"] = measured(full) | {"tiles": tiles}
     print("\n".join(calibration_line(run.calibration) for run in runs))

@@ -498,7 +498,7 @@ def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
     with pytest.raises(InputError, match="drawn photographs have no files of a larger size"):
         run_main(monkeypatch, run, "--tiles", "2")
     run_main(monkeypatch, runs / "e4_s0", "--tiles", "2")
-    assert "in tiles at 2 times the size of training" in capsys.readouterr().out
+    assert "also in tiles at 2 times the size of training" in capsys.readouterr().out
     tiled = strict(runs / "e4_s0" / "metrics_tiles2.json")
     run_main(monkeypatch, runs / "e4_s0")
     whole = strict(runs / "e4_s0" / "metrics.json")
@@ -509,7 +509,7 @@ def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
     torch.save({**stored, "options": stored["options"] | {"crops": 2.0}}, cropped / "best.pt")
     capsys.readouterr()
     run_main(monkeypatch, cropped)
-    assert "in tiles at 2 times the size of training" in capsys.readouterr().out
+    assert "also in tiles at 2 times the size of training" in capsys.readouterr().out
     assert strict(cropped / "metrics.json")["full_size"] == tiled["full_size"]
     run_main(monkeypatch, cropped, "--tiles", "1")
     assert strict(cropped / "metrics_tiles1.json")["full_size"]["metrics"]["seg"]["aupr"] == pytest.approx(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -66,13 +67,31 @@ def predict_in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int
     return total.div_(weight)
 
 
+def blend(whole: Tensor, tiled: Tensor, of_whole: Geometry, of_tiled: Geometry) -> Tensor:
+    """The mean (L, Z, Z) of masks predicted at once (L, S, S), brought to the larger sample's pixels, and in tiles.
+
+    Tiles show small lesions, the whole photograph what surrounds large ones: the mean has more average precision than
+    either (docs/results.md).
+    """
+    (small, large), theta = (whole.shape[-1], tiled.shape[-1]), torch.zeros(1, 2, 3)
+    for k, axis in enumerate("xy"):  # x_small = ratio * x_large + rest, with both sides of a sample going from -1 to 1
+        ratio = getattr(of_whole, f"scale_{axis}") / getattr(of_tiled, f"scale_{axis}")
+        rest = getattr(of_whole, f"shift_{axis}") - ratio * getattr(of_tiled, f"shift_{axis}")
+        theta[0, k, k], theta[0, k, 2] = ratio * large / small, (ratio * large + 2 * rest) / small - 1
+    grid = F.affine_grid(theta, (1, 1, large, large), align_corners=False)
+    return (F.grid_sample(whole[None], grid, padding_mode="border", align_corners=False)[0] + tiled) / 2
+
+
 def predict_masks(net: nn.Module, task: TaskMetrics, record: Record, size: int, tiles: float | None,
                   device: torch.device, batch: int) -> tuple[np.ndarray, Geometry]:
-    """Masks (L, Z, Z) of a photograph and their geometry: predicted at once, or in tiles of a larger sample."""
-    sample = unlabelled_sample(record, size if tiles is None else round(size * tiles))
-    masks = predict_sample(net, [task], sample.image, device)[task.name] if tiles is None else \
-        predict_in_tiles(net, task, sample.image, size, device, batch)
-    return masks.numpy(), sample.geometry
+    """Masks (L, Z, Z) of a photograph and their geometry; with `tiles`, see `blend`, those of a larger sample."""
+    sample = unlabelled_sample(record, size)
+    masks = predict_sample(net, [task], sample.image, device)[task.name]
+    if tiles is None:
+        return masks.numpy(), sample.geometry
+    large = unlabelled_sample(record, round(size * tiles))
+    tiled = predict_in_tiles(net, task, large.image, size, device, batch)
+    return blend(masks, tiled, sample.geometry, large.geometry).numpy(), large.geometry
 
 
 def to_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -127,8 +146,8 @@ def score_at_full_size(net: nn.Module, tasks: Sequence[TaskMetrics], records: Se
                        tiles: float | None, device: torch.device, batch: int) -> SplitScores | None:
     """Scores of masks in the pixels of their files; None where no masks are files, as with drawn photographs.
 
-    `size` is that of training. With `tiles`, photographs are read at `tiles` times that size and predicted in tiles,
-    `batch` of them at a time.
+    `size` is that of training. With `tiles`, photographs are read at `tiles` times that size as well and predicted in
+    tiles, `batch` of them at a time; see `blend`.
     """
     task = next((t for t in tasks if isinstance(t, MaskMetrics)), None)
     records = [r for r in records if r.masks is not None and r.image is not None]

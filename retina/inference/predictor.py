@@ -25,7 +25,7 @@ from retina.datasets.splits import connected_components
 from retina.drawing import overlay
 from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError, NotFiniteError
-from retina.inference.full_size import predict_in_tiles, predict_sample, to_file_pixels, unlabelled_sample
+from retina.inference.full_size import blend, predict_in_tiles, predict_sample, to_file_pixels, unlabelled_sample
 from retina.inference.quality import refusal
 
 
@@ -158,8 +158,9 @@ class Predictor:
         try:
             predictions = predict_sample(self.net, self.tasks, photo.sample.image, self.device)
             if photo.large is not None:
-                predictions |= {t.name: predict_in_tiles(self.net, t, photo.large.image, self.size, self.device,
-                                                         self.batch) for t in self.tasks if isinstance(t, MaskMetrics)}
+                for t in (t for t in self.tasks if isinstance(t, MaskMetrics)):
+                    tiled = predict_in_tiles(self.net, t, photo.large.image, self.size, self.device, self.batch)
+                    predictions[t.name] = blend(predictions[t.name], tiled, photo.sample.geometry, photo.large.geometry)
         except NotFiniteError as error:
             return replace(photo, row=photo.row | {"status": "failed", "reason": str(error)})
         return replace(photo, predictions=predictions)

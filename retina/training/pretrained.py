@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from retina.files import InputError, load_tensors
 
@@ -128,15 +128,19 @@ def differences(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> list[
               for k in want if k in have and have[k].shape != want[k].shape)]
 
 
+def published_layers(net: Net) -> tuple[nn.Module, list[nn.Module]]:
+    """What published weights are of: the encoder, and the first layers of the classification heads."""
+    heads = net.heads.values() if net.encoder_spec.to_head else []
+    return net.encoder, [getattr(h, h.pretrained) for h in heads if hasattr(h, "pretrained")]
+
+
 def load_pretrained(net: Net, state: Mapping[str, Tensor]) -> None:
     """Load a published state dict into the encoder and all classification heads, see EncoderSpec.
 
     ValueError: keys or shapes do not fit; it names the first few, and nothing is loaded.
     """
-    spec = net.encoder_spec
-    convs = [getattr(h, h.pretrained) for h in net.heads.values() if hasattr(h, "pretrained")]
-    encoder = {k: v for k, v in state.items() if not k.startswith((*spec.to_head, *spec.left_out))}
-    targets = [(net.encoder, "", encoder)]
+    spec, (encoder, convs) = net.encoder_spec, published_layers(net)
+    targets = [(encoder, "", {k: v for k, v in state.items() if not k.startswith((*spec.to_head, *spec.left_out))})]
     targets += [(conv, prefix, {k: v for k, v in state.items() if k.startswith(prefix)})
                 for conv in convs for prefix in spec.to_head]
     wrong = list(dict.fromkeys(d for module, prefix, have in targets for d in differences(

@@ -124,6 +124,22 @@ def test_tiles_overlap_by_half_at_least():
     assert seen.min() >= 1 and seen[16:-16, 16:-16].min() >= 4
 
 
+def test_maps_of_two_sizes_are_blended_where_they_show_the_same(tree):
+    """Each pixel holds its own place in the file, in both maps: then so does the mean, whatever the cropping rounds."""
+    record = next(r for r in readers.read_idrid(tree).records if r.masks)
+    geometries = [full_size.unlabelled_sample(record, size).geometry for size in (64, 149)]
+
+    def places(geometry, size):  # (2, size, size), x and y in pixels of the file
+        at = torch.arange(size) + 0.5
+        grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
+        return torch.from_numpy(geometry.to_file(grid.numpy())).float().permute(2, 0, 1)
+
+    whole, tiled = places(geometries[0], 64), places(geometries[1], 149)
+    found = full_size.blend(whole, tiled, *geometries)
+    assert torch.allclose(found[:, 2:-2, 2:-2], tiled[:, 2:-2, 2:-2], atol=0.01)
+    assert torch.allclose(full_size.blend(0 * whole, tiled, *geometries), tiled / 2)
+
+
 # ---- masks at full size ----
 
 def test_full_size_stats_equal_counting_pixels_of_files(tree):

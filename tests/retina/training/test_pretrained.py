@@ -70,6 +70,20 @@ def offline(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
+def test_what_is_published_learns_more_slowly():
+    """The encoder and the first layer of a classification head; a U-Net's decoder, experts and random weights do not."""
+    for weights, slow in (("none", 1.0), ("imagenet", train.PUBLISHED_LR)):
+        config = replace(TINY, encoder_weights=weights)
+        net, chosen = tasks.build_net(asdict(config))
+        rates = {p: group["lr"] / config.lr for group in train.make_state(
+            net, chosen, config, 10, torch.device("cpu")).optimizer.param_groups for p in group["params"]}
+        assert {*rates} >= {*net.parameters()} and len(rates) == len([*net.parameters()])
+        start = 1 / max(1, 10 // 10)  # the first step of the warm-up
+        for module, rate in ((net.encoder, slow), (net.heads["cls"].conv, slow), (net.heads["cls"].linear, 1.0),
+                             (net.heads["seg"], 1.0), (net.experts, 1.0)):
+            assert {round(rates[p], 6) for p in module.parameters()} == {pytest.approx(rate * start)}
+
+
 def test_real_data_without_any_weights_starts_from_random_ones_with_a_warning(shared_tree, offline):
     options, notes = train.configure(["--data", str(shared_tree)])
     assert options.encoder_weights == "none" and options.encoder == "b0"
