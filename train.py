@@ -27,6 +27,7 @@ from retina.datasets.splits import describe_split, telling_tasks
 from retina.evaluation import routing, scoring, tables
 from retina.evaluation.compare import calibration_line
 from retina.files import load_tensors, run_cli
+from retina.inference.full_size import score_at_full_size
 from retina.training import checkpoint, distributed, precision, pretrained
 from retina.training.checkpoint import RunFolder, TrainState
 from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
@@ -235,7 +236,21 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
             val_batches = data.eval_loader(val_set, tasks, config.batch_size, world)
             scores = scoring.evaluate_split(net, val_batches, tasks, world=world, strict=False)
             run.end_epoch(scores, tasks, telling, sampler.photographs_in(state.epoch))
-        return run.finish()
+        result = run.finish()
+        if config.crops > 1 and world.rank == 0:
+            calibrate_in_tiles(folder, net, tasks, val_set, config)
+        return result
+
+
+def calibrate_in_tiles(folder: Path, net: Net, tasks: Sequence[Task], val_set: data.FundusDataset,
+                       config: Config) -> None:
+    """Fit the thresholds of masks in best.pt to the answers that evaluate.py gives, which are in tiles as well."""
+    best = load_tensors(folder / "best.pt")
+    net.load_state_dict(best["net"])
+    device = next(net.parameters()).device
+    if scores := score_at_full_size(net, tasks, val_set.records, config.image_size, config.crops, device,
+                                    config.batch_size):
+        checkpoint.save(folder / "best.pt", best | {"calibration": best["calibration"] | scores.calibrate()})
 
 
 def configure(argv: Sequence[str]) -> tuple[Config, list[str]]:

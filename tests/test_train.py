@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,26 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert best["score"] == max(line["score"] for line in lines)
     state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert state["epoch"] == best["epoch"]
+
+
+def test_thresholds_fit_the_answers_in_tiles(tmp_path, shared_tree, monkeypatch):
+    """Of a run on crops, those of masks are fitted again, by the best checkpoint, to the mean of whole and tiles."""
+    asked, real = [], train.score_at_full_size
+
+    def scored(net, tasks, records, size, tiles, *rest):
+        asked.append((size, tiles, net.state_dict()["heads.seg.conv.bias"].clone()))
+        scores = real(net, tasks, records, size, tiles, *rest)
+        return SimpleNamespace(calibrate=lambda: {"seg": scores.calibrate()["seg"] | {"MA": 0.123}})
+    monkeypatch.setattr(train, "score_at_full_size", scored)
+    options = replace(TINY, data=str(shared_tree), epochs=1, keep_leaks=True)
+    found = {}
+    for crops in (1.0, 2.0):
+        train.fit(replace(options, crops=crops), tmp_path / f"{crops}", quiet=True)
+        found[crops] = torch.load(tmp_path / f"{crops}" / "best.pt", weights_only=True)
+    (size, tiles, bias), = asked
+    assert (size, tiles) == (32, 2.0) and torch.equal(bias, found[2.0]["net"]["heads.seg.conv.bias"])
+    assert found[2.0]["calibration"]["seg"]["MA"] == 0.123 != found[1.0]["calibration"]["seg"]["MA"]
+    assert found[2.0]["calibration"].keys() == found[1.0]["calibration"].keys()
 
 
 def test_the_best_checkpoint_scores_what_training_said(tmp_path):
