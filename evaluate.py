@@ -54,6 +54,11 @@ class Run:
     fingerprints: dict[str, str]  # split -> of its photographs and labels when the run was trained, see data.py
     seen: dict[str, float]  # what its training photographs looked like, see inference/quality.py
 
+    @property
+    def tiles(self) -> float | None:
+        """The scale of the tiles in which it outlines lesions, beside the whole photograph; None: in none."""
+        return self.options["crops"] if self.options["crops"] > 1 else None
+
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
     """Load a run's best checkpoint. InputError: no run folder, none in it, a damaged one, not one of ours."""
@@ -249,20 +254,14 @@ def check(args: argparse.Namespace, runs: Sequence[Run]) -> None:
                              "task in common")
 
 
-def tiles_of(run: Run, args: argparse.Namespace) -> float | None:
-    """The scale of the tiles that a run outlines lesions in; None: it outlines them at once."""
-    scale = args.tiles or run.options["crops"]
-    return scale if args.tiles or scale > 1 else None
-
-
 def score_run(run: Run, photographs: FundusDataset, args: argparse.Namespace,
               device: torch.device) -> tuple[SplitScores, SplitScores | None]:
     """Score one run at the size it was trained with and, where there are masks of files, at theirs."""
     batch = args.batch_size or run.options["batch_size"]
     scores = evaluate_split(run.net, eval_loader(photographs, run.tasks, batch), run.tasks,
                             f"scoring {args.split}")
-    return scores, score_at_full_size(run.net, run.tasks, photographs.records, photographs.size, tiles_of(run, args),
-                                      device, batch)
+    return scores, score_at_full_size(run.net, run.tasks, photographs.records, photographs.size,
+                                      args.tiles or run.tiles, device, batch)
 
 
 def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[SplitScores | None],
@@ -281,7 +280,7 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
         print(f"means over {len(runs)} runs, intervals over eyes{over}")
     content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
-        tiles = tiles_of(runs[0], args)
+        tiles = args.tiles or runs[0].tiles
         how = "" if tiles is None else f", also in tiles at {tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
         content["full_size"] = measured(full) | {"tiles": tiles}
@@ -310,7 +309,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     answered for.
     """
     paths, notes = find_photographs(args.images)
-    predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], tiles_of(run, args),
+    predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles or run.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
                           None if run.options["classes"] else run.seen, not args.no_quality_check)
     print("\n".join([*notes, calibration_line(run.calibration)]))

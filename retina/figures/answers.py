@@ -9,7 +9,6 @@
 import math
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -34,11 +33,11 @@ def judged(ctx: FigureContext) -> tuple[dict[str, float], str, str]:
     first, *_ = ctx.having((MaskMetrics, LandmarkMetrics), "answers neither with lesions (seg) nor with landmarks "
                            "(loc) that could be laid over a photograph")
     if task := ctx.first(MaskMetrics):
-        stats, thresholds = ctx.stats(task), [ctx.run.calibration[task.name][lesion] for lesion in task.classes]
-        counts = task.at(torch.stack(list(stats.values())), thresholds)  # (n, L, 3)
+        names, stats = ctx.masks.names[task.name], ctx.masks.stats[task.name]
+        counts = task.at(stats, [ctx.run.calibration[task.name][lesion] for lesion in task.classes])  # (n, L, 3)
         disc = bool(counts[:, :-1].isnan().all())  # where nothing but the disc is known, the disc counts
         counts = counts[:, -1:].nansum(1) if disc else counts[:, :-1].nansum(1)  # (n, 3)
-        values = {name: value for name, value, true in zip(stats, metrics.dice(counts).tolist(), counts[:, 2])
+        values = {name: value for name, value, true in zip(names, metrics.dice(counts).tolist(), counts[:, 2])
                   if true > 0}
         if disc:
             return values, "disc Dice {:.2f}", "Dice of the optic disc at the calibrated threshold"
@@ -237,7 +236,7 @@ def reliability_diagram(ctx: FigureContext, task: ClassMetrics) -> Image.Image:
 
 def precision_recall_chart(ctx: FigureContext, task: MaskMetrics) -> Image.Image:
     """Precision-recall curves over all pixels, one for each class of lesion."""
-    stats, values = ctx.here[0].stats[task.name], ctx.here[0].metrics()[task.name]
+    stats, values = ctx.masks.stats[task.name], ctx.masks.metrics()[task.name]
     counts = stats[..., :-1].nansum(0).unflatten(1, (2, metrics.LEVELS))  # (L, 2, K)
     curves_ = zip(*metrics.precision_recall(*counts.unbind(1)))
     chart = Chart(f"lesions and optic disc ({task.name}): precision-recall curves", Axis("recall", 0, 1),

@@ -20,7 +20,7 @@ from retina.datasets.preprocess import Sample
 from retina.drawing import COLOURS
 from retina.evaluation import metrics, scoring
 from retina.evaluation.scoring import SplitScores
-from retina.evaluation.task_metrics import ClassMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, MaskMetrics, TaskMetrics
 from retina.figures import charts
 from retina.figures.charts import Axis, Chart, axis_of
 from retina.inference import full_size
@@ -129,8 +129,21 @@ class FigureContext:
         return preprocess.to_sample(record, preprocess.preprocess(record, size, image_only=True))
 
     def answers(self, name: str) -> dict[str, Tensor]:
-        """What the network says of a photograph: {task: decoded answer, one row}."""
-        return full_size.predict_sample(self.run.net, self.run.tasks, self.sample(name).image, self.device)
+        """What the run says of a photograph: {task: decoded answer, one row}."""
+        answers = full_size.predict_sample(self.run.net, self.run.tasks, self.sample(name).image, self.device)
+        for task in (t for t in self.run.tasks if isinstance(t, MaskMetrics)):
+            masks, _ = full_size.predict_masks(self.run.net, task, self.photographs.records[self.numbers[name]],
+                                               self.photographs.size, self.run.tiles, self.device,
+                                               self.run.options["batch_size"])
+            answers[task.name] = torch.from_numpy(masks)
+        return answers
+
+    @functools.cached_property
+    def masks(self) -> SplitScores:
+        """Scores of the masks: as evaluate.py gives them, in pixels of the files where they are files."""
+        return full_size.score_at_full_size(
+            self.run.net, self.run.tasks, self.photographs.records, self.photographs.size, self.run.tiles, self.device,
+            self.run.options["batch_size"]) or self.here[0]
 
     @property
     def masked(self) -> list[str]:
