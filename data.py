@@ -206,6 +206,7 @@ class MultiTaskBatchSampler:
             self.quota[k] += 1
         # steps of an epoch: until the group that takes longest has shown each of its photographs once
         self.per_epoch = max(math.ceil(len(group) / q) for group, q in zip(self.groups.values(), self.quota))
+
         def any_of(tasks):  # indices of the photographs with a label for one of them
             return set().union(*(labelled[t.name] for t in tasks))
 

@@ -72,7 +72,8 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
-                [k for k in ("calibration", "test", "seen") if k not in state]:
+                [k for k in ("calibration", "test", "seen") if k not in state] + \
+                ["crops"] * ("crops" not in state["options"]):
             raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):

@@ -52,7 +52,7 @@ class Config:
     image_size: int = flag(128, WHAT, "side of the square that the network sees", real=256, lowest=64, multiple=32)
     fold: str = flag("1/5", WHAT, "I/N: validate on fold I of N of the training split")
     crops: float = flag(1.0, WHAT, "every second time, a photograph with masks is a part of itself at this many times "
-                        "the size, whose small lesions are larger", real=2.0, lowest=1)
+                        "the size, in which small lesions are larger", real=2.0, lowest=1, below=8)
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
                             "literature does")
     epochs: int = flag(5, TRAINING, "at most", real=24, lowest=1)
@@ -92,7 +92,7 @@ class Config:
     stochastic_depth: float = field(default=0.05, metadata={"real": 0.1})
     log_gradients: bool = False  # log the cosines of the tasks' gradients at eight steps of each epoch
     ignore_eyes: bool = False  # split as if each photograph showed an eye of its own
-    sampling_tasks: tuple[str, ...] = ()  # label patterns are those of these tasks, of which only some are trained
+    sampling_tasks: tuple[str, ...] = ()  # photographs are sampled for these tasks, of which only some are trained
 
 
 # ---- the loss of several tasks ----
