@@ -1,9 +1,11 @@
 """What tests begin with: a small IDRiD with the quirks of the real one, small runs, one step, a busy network."""
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from retina.datasets import cache, readers, records, synthetic  # noqa: E402
+from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
 from retina.datasets.records import Record  # noqa: E402
 from tasks import build_net  # noqa: E402
 from train import Config  # noqa: E402
@@ -29,7 +31,7 @@ from train import Config  # noqa: E402
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-STAGES = model.STAGES
+SHALLOW = [(*stage[:-1], 1) for stage in model.STAGES]
 TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1, device="cpu")
 
 # train.py as a process of its own, with few drawings, a shallow encoder and another home:
@@ -52,7 +54,7 @@ files.run_cli(lambda: train.main(sys.argv[3:]))
 @pytest.fixture
 def shallow(monkeypatch):
     """One block in each stage of the encoder, for tests that do not depend on how deep it is."""
-    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in STAGES])
+    monkeypatch.setattr(model, "STAGES", SHALLOW)
 
 
 def pytest_addoption(parser):
@@ -171,6 +173,32 @@ def own_cache_and_runs(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.getbasetemp() / "home"
     monkeypatch.setattr(records, "HERE", home)
     monkeypatch.setattr(cache, "CACHE", home / "cache")
+
+
+def remembered(function: Callable, folder: Path) -> Callable:
+    """The same function of arrays, which is asked once for each input, whichever process asks."""
+    def answer(*arrays):
+        digest = hashlib.sha256(repr([(a.shape, a.dtype.str) for a in arrays]).encode())
+        for array in arrays:
+            digest.update(array.tobytes())
+        path = folder / f"{function.__name__}_{digest.hexdigest()}.npy"
+        if not path.exists():
+            np.save(part := path.with_suffix(f".{os.getpid()}.npy"), function(*arrays))
+            part.rename(path)
+        return np.load(path)
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def measured_once(tmp_path_factory, monkeypatch):
+    """Vessels and quality of a photograph, two thirds of the time of reading it, where it lies in another tree again.
+
+    What they are is tested in test_leaks.py and test_quality.py, which ask the functions themselves.
+    """
+    folder = tmp_path_factory.getbasetemp() / "measured"
+    folder.mkdir(exist_ok=True)
+    for function in (preprocess.vessel_map, preprocess.measure_quality):
+        monkeypatch.setattr(preprocess, function.__name__, remembered(function, folder))
 
 
 @pytest.fixture(autouse=True)
