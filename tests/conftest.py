@@ -24,6 +24,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
 from retina.datasets.records import Record  # noqa: E402
+from retina.evaluation import compare, routing, statistics  # noqa: E402
 from tasks import build_net  # noqa: E402
 from train import Config  # noqa: E402
 
@@ -223,6 +224,17 @@ def real_idrid(name: str) -> Path:
 def few_drawings(monkeypatch):
     """Thirty drawn photographs to train and validate on, ten to test on."""
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 30), "test": (1, 10)})
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """A fifth of the resamples and permutations, for tests that do not depend on their number."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    for function in (statistics.bootstrap_weights, statistics.permutations, statistics.p_values, compare.compare,
+                     routing.information):
+        *others, number = function.__defaults__
+        assert number == 1000, function
+        monkeypatch.setattr(function, "__defaults__", (*others, 200))
 
 
 def state_and_batch(config: Config = TINY):

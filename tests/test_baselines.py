@@ -27,7 +27,7 @@ from train import Config
 
 
 CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
-pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+pytestmark = pytest.mark.usefixtures("few_drawings", "few_resamples", "shallow")
 SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
 

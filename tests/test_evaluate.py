@@ -35,7 +35,7 @@ def run_main(monkeypatch, *arguments):
 
 
 @pytest.fixture
-def run(tmp_path, whole):
+def run(tmp_path, whole, few_resamples):
     """A run to damage."""
     return shutil.copytree(whole(TINY), tmp_path / "run")
 
@@ -238,9 +238,10 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_runs(request, monkeypatch):
+def _as_the_runs_are(request, monkeypatch):
     if "runs" in request.fixturenames:
         monkeypatch.setattr(cache, "CACHE", request.getfixturevalue("runs") / "cache")
+        request.getfixturevalue("few_resamples")
 
 
 def strict(path):

@@ -30,7 +30,7 @@ from retina.training import checkpoint
 from tasks import TASKS
 
 
-pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+pytestmark = pytest.mark.usefixtures("few_drawings", "few_resamples", "shallow")
 ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), image_size=64)
 
 

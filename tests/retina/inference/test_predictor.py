@@ -20,8 +20,9 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import data
 import evaluate
+import model
 import train
-from conftest import TINY, official_tree, real_idrid, widen
+from conftest import SHALLOW, TINY, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records, synthetic
 from retina.datasets.masks import read_mask
@@ -34,7 +35,7 @@ from retina.inference.predictor import NOTE, Predictor, predict_all, write_rows
 from tasks import TASKS
 
 
-pytestmark = pytest.mark.usefixtures("few_drawings")
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 CPU = torch.device("cpu")
 
@@ -259,6 +260,7 @@ def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
+    patch.setattr(model, "STAGES", SHALLOW)
     patch.setattr(task_metrics, "FEWEST_FOR_THRESHOLD", 1)  # so that there are masks
     tree = official_tree(home / "IDRiD", segmentation=6, grading=8, test=False)
     options = replace(TINY, tasks=("cls", "dme", "seg", "loc"), data=str(tree), epochs=1)
