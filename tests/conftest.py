@@ -1,9 +1,11 @@
 """What tests begin with: a small IDRiD with the quirks of the real one, small runs, one step, a busy network."""
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from retina.datasets import cache, readers, records, synthetic  # noqa: E402
+from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
 from retina.datasets.records import Record  # noqa: E402
+from retina.evaluation import compare, routing, statistics  # noqa: E402
 from tasks import build_net  # noqa: E402
 from train import Config  # noqa: E402
 
@@ -29,7 +32,7 @@ from train import Config  # noqa: E402
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-STAGES = model.STAGES
+SHALLOW = [(*stage[:-1], 1) for stage in model.STAGES]
 TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1, device="cpu")
 
 # train.py as a process of its own, with few drawings, a shallow encoder and another home:
@@ -52,7 +55,7 @@ files.run_cli(lambda: train.main(sys.argv[3:]))
 @pytest.fixture
 def shallow(monkeypatch):
     """One block in each stage of the encoder, for tests that do not depend on how deep it is."""
-    monkeypatch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in STAGES])
+    monkeypatch.setattr(model, "STAGES", SHALLOW)
 
 
 def pytest_addoption(parser):
@@ -176,6 +179,32 @@ def own_cache_and_runs(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(cache, "CACHE", home / "cache")
 
 
+def remembered(function: Callable, folder: Path) -> Callable:
+    """The same function of arrays, which is asked once for each input, whichever process asks."""
+    def answer(*arrays):
+        digest = hashlib.sha256(repr([(a.shape, a.dtype.str) for a in arrays]).encode())
+        for array in arrays:
+            digest.update(array.tobytes())
+        path = folder / f"{function.__name__}_{digest.hexdigest()}.npy"
+        if not path.exists():
+            np.save(part := path.with_suffix(f".{os.getpid()}.npy"), function(*arrays))
+            part.rename(path)
+        return np.load(path)
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def measured_once(tmp_path_factory, monkeypatch):
+    """Vessels and quality of a photograph, two thirds of the time of reading it, where it lies in another tree again.
+
+    What they are is tested in test_leaks.py and test_quality.py, which ask the functions themselves.
+    """
+    folder = tmp_path_factory.getbasetemp() / "measured"
+    folder.mkdir(exist_ok=True)
+    for function in (preprocess.vessel_map, preprocess.measure_quality):
+        monkeypatch.setattr(preprocess, function.__name__, remembered(function, folder))
+
+
 @pytest.fixture(autouse=True)
 def no_power_cuts(monkeypatch):
     """Checkpoints need not have reached the disk when a test goes on: half of the time of a small run."""
@@ -198,6 +227,17 @@ def real_idrid(name: str) -> Path:
 def few_drawings(monkeypatch):
     """Thirty drawn photographs to train and validate on, ten to test on."""
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 30), "test": (1, 10)})
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """A fifth of the resamples and permutations, for tests that do not depend on their number."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    for function in (statistics.bootstrap_weights, statistics.permutations, statistics.p_values, compare.compare,
+                     routing.information):
+        *others, number = function.__defaults__
+        assert number == 1000, function
+        monkeypatch.setattr(function, "__defaults__", (*others, 200))
 
 
 def state_and_batch(config: Config = TINY):

@@ -27,7 +27,7 @@ from train import Config
 
 
 CPU, CLS, SEG = torch.device("cpu"), TASKS["cls"], TASKS["seg"]
-pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+pytestmark = pytest.mark.usefixtures("few_drawings", "few_resamples", "shallow")
 SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
 
@@ -75,12 +75,11 @@ def test_without_leak_protection_copies_lie_in_both_splits(tmp_path):
         r.name for r in validation.records]
 
 
-def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_ways(tmp_path):
-    root = official_tree(tmp_path / "IDRiD", test=False)
+def test_a_network_for_one_task_sees_the_same_photographs_changed_in_the_same_ways(shared_tree):
     seen = {}
     for name in ("hard", "cls_single", "seg_single"):
         configuration = next(c for c in baselines.configurations_for(("cls", "seg")) if c.name == name)
-        options = replace(SMALL, data=str(root), batch_size=7, **configuration.changes)
+        options = replace(SMALL, data=str(shared_tree), batch_size=7, **configuration.changes)
         tasks = [TASKS[t] for t in options.tasks]
         training, _, _ = data.load_datasets(options, tasks)
         sampled = [TASKS[t] for t in options.sampling_tasks or options.tasks]

@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 
 import data
 import evaluate
+import model
 import train
-from conftest import TINY, official_tree, photograph
+from conftest import SHALLOW, TINY, official_tree, photograph
 from retina.datasets import cache, readers, records, synthetic
 from retina.evaluation import compare, scoring, task_metrics
 from retina.files import InputError
@@ -25,7 +26,7 @@ from retina.training import precision
 from tasks import TASKS, make_tasks
 
 
-pytestmark = pytest.mark.usefixtures("few_drawings")
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 
 def run_main(monkeypatch, *arguments):
@@ -34,9 +35,9 @@ def run_main(monkeypatch, *arguments):
 
 
 @pytest.fixture
-def run(tmp_path):
-    train.fit(TINY, tmp_path / "run", quiet=True)
-    return tmp_path / "run"
+def run(tmp_path, whole, few_resamples):
+    """A run to damage."""
+    return shutil.copytree(whole(TINY), tmp_path / "run")
 
 
 def test_metrics_do_not_depend_on_the_batch(run):
@@ -81,8 +82,7 @@ def test_validation_goes_by_the_names_that_the_run_stored(tmp_path, tree, monkey
 
 
 def test_a_split_without_any_label_is_one_line(tmp_path, tree):
-    train.fit(replace(TINY, tasks=("seg",), epochs=1), tmp_path / "run", quiet=True)
-    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+    run = run_of(tmp_path, "seg")
     shutil.rmtree(tree / "A. Segmentation")
     images = tree / "B. Disease Grading" / "1. Original Images"
     shutil.copytree(images / readers.SPLITS["train"][0], images / readers.SPLITS["test"][0])
@@ -224,6 +224,7 @@ def runs(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
+    patch.setattr(model, "STAGES", SHALLOW)
     for name in ("FEWEST_FOR_TEMPERATURE", "FEWEST_FOR_THRESHOLD"):  # so that something is fitted
         patch.setattr(task_metrics, name, 1)
     tree = official_tree(home / "IDRiD", segmentation=6, grading=20)
@@ -237,9 +238,10 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_runs(request, monkeypatch):
+def _as_the_runs_are(request, monkeypatch):
     if "runs" in request.fixturenames:
         monkeypatch.setattr(cache, "CACHE", request.getfixturevalue("runs") / "cache")
+        request.getfixturevalue("few_resamples")
 
 
 def strict(path):
@@ -494,15 +496,15 @@ def test_runs_on_different_photographs_cannot_be_compared(runs, run, monkeypatch
         run_main(monkeypatch, runs / "e4_s0", run)
 
 
-def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
+def test_tiles_want_files_and_lesions(run, runs, whole, monkeypatch, capsys):
     with pytest.raises(InputError, match="drawn photographs have no files of a larger size"):
         run_main(monkeypatch, run, "--tiles", "2")
     run_main(monkeypatch, runs / "e4_s0", "--tiles", "2")
     assert "also in tiles at 2 times the size of training" in capsys.readouterr().out
     tiled = strict(runs / "e4_s0" / "metrics_tiles2.json")
     run_main(monkeypatch, runs / "e4_s0")
-    whole = strict(runs / "e4_s0" / "metrics.json")
-    assert tiled["metrics"] == whole["metrics"] and tiled["full_size"] != whole["full_size"]
+    at_once = strict(runs / "e4_s0" / "metrics.json")
+    assert tiled["metrics"] == at_once["metrics"] and tiled["full_size"] != at_once["full_size"]
     # a run that was trained on crops outlines lesions in tiles of their scale, unless another is typed
     cropped = shutil.copytree(runs / "e4_s0", tmp_path / "cropped")
     stored = torch.load(cropped / "best.pt", weights_only=True)
@@ -513,10 +515,9 @@ def test_tiles_want_files_and_lesions(run, runs, monkeypatch, tmp_path, capsys):
     assert strict(cropped / "metrics.json")["full_size"] == tiled["full_size"]
     run_main(monkeypatch, cropped, "--tiles", "1")
     assert strict(cropped / "metrics_tiles1.json")["full_size"]["metrics"]["seg"]["aupr"] == pytest.approx(
-        whole["full_size"]["metrics"]["seg"]["aupr"], nan_ok=True)
-    train.fit(replace(TINY, tasks=("cls",), epochs=1), tmp_path / "cls", quiet=True)
+        at_once["full_size"]["metrics"]["seg"]["aupr"], nan_ok=True)
     with pytest.raises(InputError, match="was trained for cls; only seg"):
-        run_main(monkeypatch, tmp_path / "cls", "--tiles", "2")
+        run_main(monkeypatch, whole(replace(TINY, tasks=("cls",), epochs=1)), "--tiles", "2")
 
 
 def test_routes_of_all_tasks_can_be_changed(runs, monkeypatch, capsys):
@@ -607,8 +608,8 @@ def test_seeds_must_be_seeds(runs, monkeypatch, tmp_path):
         run_main(monkeypatch, runs / "e4_s0", tmp_path / "copy1", tmp_path / "copy2")
 
 
-def test_runs_without_a_common_task(runs, monkeypatch, tmp_path):
+def test_runs_without_a_common_task(whole, monkeypatch, tmp_path):
     for task in ("cls", "seg"):
-        train.fit(replace(TINY, tasks=(task,), epochs=1), tmp_path / task, quiet=True)
+        shutil.copytree(whole(replace(TINY, tasks=(task,), epochs=1)), tmp_path / task)
     with pytest.raises(InputError, match="cls was trained for cls, .*seg for seg; expected runs with a task in common"):
         run_main(monkeypatch, tmp_path / "cls", tmp_path / "seg")

@@ -26,7 +26,7 @@ from retina.training import precision, pretrained
 from tasks import make_tasks
 
 
-pytestmark = pytest.mark.usefixtures("few_drawings")
+pytestmark = pytest.mark.usefixtures("few_drawings", "few_resamples")
 
 ALL = ("cls", "dme", "seg", "loc")
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ from tasks import TASKS
 from train import LossWeights
 
 
-pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+pytestmark = pytest.mark.usefixtures("few_drawings", "few_resamples", "shallow")
 
 
 def weights(folder: Path, name: str = "last.pt") -> dict:

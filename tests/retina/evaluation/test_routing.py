@@ -20,7 +20,7 @@ from retina.files import InputError
 from tasks import TASKS
 
 
-pytestmark = pytest.mark.usefixtures("few_drawings")
+pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 
 CPU = torch.device("cpu")
 GRID = (1, 1, 1)
@@ -247,7 +247,7 @@ def test_the_layer_has_its_own_routers_back_afterwards():
     assert layer.routers is own and list(layer.state_dict()) == list(random_layer().state_dict())
 
 
-def test_changes_are_those_of_networks_changed_by_hand():
+def test_changes_are_those_of_networks_changed_by_hand(few_resamples):
     """Every change for each of three tasks: losses, which move more easily than scores, of networks built otherwise."""
     net, tasks, photographs = busy_net(tasks=("cls", "seg", "loc"))
     layer, own = net.experts, dict(net.experts.routers.items())
@@ -284,7 +284,7 @@ def test_changes_are_those_of_networks_changed_by_hand():
         assert all(v == {"change": 0, "standard_error": 0, "loss": 0} for v in change.values())
 
 
-def test_shuffled_routes_meet_the_right_task_and_photograph():
+def test_shuffled_routes_meet_the_right_task_and_photograph(few_resamples):
     """One photograph's routes for all: then every shuffle changes nothing; with others', it does."""
     net, tasks, photographs = busy_net()
 
@@ -296,7 +296,7 @@ def test_shuffled_routes_meet_the_right_task_and_photograph():
     assert all(abs(v["loss"]) < 1e-6 for v in shuffled())
 
 
-def test_a_split_without_a_tasks_labels_still_has_its_router():
+def test_a_split_without_a_tasks_labels_still_has_its_router(few_resamples):
     net, tasks, photographs = busy_net()
     photographs.records = [r.with_labels(masks=None) for r in photographs.records]
     changes = interventions.score_interventions(net, data.eval_loader(photographs, tasks, 4), tasks)
@@ -319,7 +319,7 @@ def test_standard_error_of_a_change_by_hand():
     assert interventions.change(task, before, before, list(map(str, range(400)))) == (0, 0)
 
 
-def test_main_reports_routes(tmp_path, monkeypatch, capsys):
+def test_main_reports_routes(tmp_path, monkeypatch, capsys, few_resamples):
     train.fit(TINY, tmp_path / "run", quiet=True)
     run_main(monkeypatch, tmp_path / "run")
     text = capsys.readouterr().out
@@ -338,7 +338,7 @@ def test_main_reports_routes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run" / "interventions.json").exists()
 
 
-def test_a_run_without_experts_has_no_routing(tmp_path, monkeypatch, capsys):
+def test_a_run_without_experts_has_no_routing(tmp_path, monkeypatch, capsys, few_resamples):
     train.fit(replace(TINY, num_experts=0, epochs=1), tmp_path / "run", quiet=True)
     run_main(monkeypatch, tmp_path / "run")
     assert "of tokens" not in capsys.readouterr().out and not (tmp_path / "run" / "routing.json").exists()

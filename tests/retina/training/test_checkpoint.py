@@ -409,7 +409,7 @@ def finished(status):
     shutil.rmtree(run)
 
 found, sessions = {"at random": 0, "checkpoint": 0, "cache": 0, "half written": 0, "ends": []}, []
-while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 24:
+while sum(found[k] for k in ("at random", "checkpoint", "cache")) < 21:
     moment = ("cache", "at random", "checkpoint")[len(sessions) % 3]
     if moment == "cache":
         shutil.rmtree(cache.CACHE, ignore_errors=True)

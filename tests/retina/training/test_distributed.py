@@ -44,6 +44,7 @@ from retina.training import distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
 model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
 cache.CACHE = Path(sys.argv[2])
+readers.DRAWN = {"train": (0, 22)}
 found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, some grades: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
@@ -74,7 +75,7 @@ def learn(world, options):
 def scored(world):
     torch.manual_seed(0)
     net, task_list = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
-    photographs = data.FundusDataset(readers.read_drawn().records[:22], 64)
+    photographs = data.FundusDataset(readers.read_drawn().records, 64)
     loader = data.eval_loader(photographs, task_list, 4, world=world)
     found = scoring.evaluate_split(net, loader, task_list, world=world)
     return found and {"metrics": jsonable(found.metrics()), "names": found.names, "usage": found.usage,
@@ -87,13 +88,13 @@ with distributed.init_world() as world:
 
 
 def torchrun(processes: int, *arguments) -> subprocess.Popen:
-    """python -c PROGRAM ARGUMENTS in several processes; torchrun itself takes files and modules only."""
+    """python -c PROGRAM ARGUMENTS, in several processes by torchrun, which takes files and modules only."""
     program, *arguments = map(str, arguments)
     file = Path(arguments[1]) / f"program_{abs(hash(program))}.py"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(program)
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                             f"--nproc_per_node={processes}", file, *arguments], stdout=subprocess.PIPE,
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    return subprocess.Popen([sys.executable, *launcher, file, *arguments], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -119,7 +120,7 @@ def learned(tmp_path_factory):
     same = {"tasks": ("cls", "dme", "seg", "loc"), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
-    for n in (1, 2):
+    for n in (1, 2):  # the first without torchrun
         status, _, errors = run(n, STEP, ROOT, home / "cache", home / f"{n}", [same | c for c in CHANGES])
         assert status == 0, errors
     return [torch.load(home / f"{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1")]
@@ -215,8 +216,9 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 
 # ---- a whole run ----
 
+FEW = PROGRAM.replace('"train": (0, 60)', '"train": (0, 30)')
 # rank 1 of a run meets its end, or a fault, at step 5
-FATAL = PROGRAM.replace("files.run_cli", """
+FATAL = FEW.replace("files.run_cli", """
 import os, signal
 whole = train.train_step
 def step(state, batch, tasks, config, world):
@@ -226,30 +228,41 @@ def step(state, batch, tasks, config, world):
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
 files.run_cli""")
+# the same processes resume a run and train another: python -c BOTH ROOT HOME RUN FLAGS
+BOTH = FEW.replace("files.run_cli(lambda: train.main(sys.argv[3:]))", """
+import contextlib
+from retina.training import distributed
+
+def both():
+    with distributed.init_world() as world:
+        distributed.init_world = lambda: contextlib.nullcontext(world)
+        train.main(["--resume", sys.argv[3]])
+        train.main(sys.argv[4:])
+files.run_cli(both)""")
 FLAGS = "--image-size 64 --epochs 2 --batch-size 8".split()
 
 
 def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, shallow):
     """Three add in an order that two do not have."""
-    status, output, errors = run(3, PROGRAM, ROOT, tmp_path, *FLAGS, "--name", "whole")
-    assert status == 0, errors
-    assert output.count("best checkpoint: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
-    whole = tmp_path / "runs" / "whole"
-    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 12
-    stored = torch.load(whole / "last.pt", weights_only=True)
-    first, second, third = (g["torch"] for g in stored["generators"])
-    assert stored["machine"]["processes"] == 3 and not torch.equal(first, second) and not torch.equal(second, third)
-    assert evaluate.load_run(whole, torch.device("cpu")).epoch > 0  # by one process
-
     fatal = FATAL.replace("END", "os.kill(os.getpid(), signal.SIGKILL)")
     status, output, errors = run(3, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed")
     assert status != 0 and "Signal 9 (SIGKILL)" in errors
     assert errors.count("Traceback") == 1 and "Warning" not in errors  # torchrun's own
     killed = tmp_path / "runs" / "killed"
     assert torch.load(killed / "last.pt", weights_only=True)["state"]["step"] == 4
-    status, output, errors = run(3, PROGRAM, ROOT, tmp_path, "--resume", killed)
+
+    status, output, errors = run(3, BOTH, ROOT, tmp_path, killed, *FLAGS, "--name", "whole")
     assert status == 0, errors
+    resumed, output = output.split("best checkpoint: epoch", 1)
+    assert resumed.count("| score") == 1 and f"going on with {killed}\n" in resumed
+    assert output.count("best checkpoint: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
+    whole = tmp_path / "runs" / "whole"
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 6
+    stored = torch.load(whole / "last.pt", weights_only=True)
+    first, second, third = (g["torch"] for g in stored["generators"])
+    assert stored["machine"]["processes"] == 3 and not torch.equal(first, second) and not torch.equal(second, third)
+    assert evaluate.load_run(whole, torch.device("cpu")).epoch > 0  # by one process
     ended_alike(killed, whole)
 
 

@@ -15,7 +15,7 @@ import torchvision
 import model
 import tasks
 import train
-from conftest import STAGES, TINY
+from conftest import TINY
 from retina.files import InputError
 from retina.training import pretrained
 
