@@ -496,7 +496,7 @@ def test_runs_on_different_photographs_cannot_be_compared(runs, run, monkeypatch
         run_main(monkeypatch, runs / "e4_s0", run)
 
 
-def test_tiles_want_files_and_lesions(run, runs, whole, monkeypatch, capsys):
+def test_tiles_want_files_and_lesions(run, runs, whole, monkeypatch, tmp_path, capsys):
     with pytest.raises(InputError, match="drawn photographs have no files of a larger size"):
         run_main(monkeypatch, run, "--tiles", "2")
     run_main(monkeypatch, runs / "e4_s0", "--tiles", "2")

@@ -21,6 +21,7 @@ from retina.training import pretrained
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
+STAGES = model.STAGES  # as deep as they are
 
 
 # ---- weights ----
