@@ -1,7 +1,7 @@
 """Batches of photographs, each with some of the labels. Read in this order:
 
     AUGMENTATION           torchvision's transforms (v2), on photograph, masks and landmarks alike
-    FundusDataset          samples from the cache (retina/datasets), augmented where their index comes with a seed
+    FundusDataset          samples from the cache (retina/datasets), as they are or as a Draw says
     collate                samples -> Batch
     MultiTaskBatchSampler  which photographs meet in which training step
     load_datasets          training and validation photographs of a data set
@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = No
     side, with those labels that a part can have.
     """
     transform = AUGMENTATION if flips else v2.Compose(AUGMENTATION.transforms[len(FLIPS):])
-    if crop is not None:
+    if crop is not None:  # cut before it is turned: its corners may turn black, as those of all photographs are
         transform = v2.Compose([v2.RandomCrop(crop), *transform.transforms])
         sample = replace(sample, labels={name: value for name, value in sample.labels.items() if LABELS[name].local})
     size = sample.image.shape[-1]
@@ -102,7 +102,7 @@ class FundusDataset(Dataset):
         self.records, self.size, self.flips, self.larger = list(records), size, flips, round(crops * size)
         self.paths = cache.ensure_cached(self.records, size)
         self.files = [cache.input_files(r) for r in self.records]
-        cropped = [r for r in self.records if self.larger > size and any(LABELS[name].local for name in r.labels)]
+        cropped = [r for r in self.records if crops > 1 and any(LABELS[name].local for name in r.labels)]
         self.larger_paths = dict(zip((r.name for r in cropped), cache.ensure_cached(cropped, self.larger)))
 
     def __len__(self) -> int:
@@ -189,12 +189,14 @@ class MultiTaskBatchSampler:
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
                  wanted: Sequence | None = None, crops: bool = False):
-        labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
-        groups, left = {}, set().union(*labelled.values())
-        for name in sorted(labelled, key=lambda name: len(labelled[name])):  # the rarest first
-            groups[name], left = sorted(labelled[name] & left), left - labelled[name]
+        self.labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
+        groups, left = {}, set().union(*self.labelled.values())
+        for name, members in sorted(self.labelled.items(), key=lambda item: len(item[1])):  # the rarest first
+            groups[name], left = sorted(members & left), left - members
         self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
         self.seed, self.augmented, self.crops = seed, augmented, crops and augmented
+        self.local = {t.name for t in tasks if LABELS[t.label].local}
+        self.wanted = {t.name for t in (tasks if wanted is None else wanted)}
         if batch < len(self.groups):
             raise InputError(f"--batch-size {batch}: every step takes photographs for each of "
                              f"{' '.join(self.groups)}; use at least {len(self.groups)}")
@@ -206,28 +208,33 @@ class MultiTaskBatchSampler:
             self.quota[k] += 1
         # steps of an epoch: until the group that takes longest has shown each of its photographs once
         self.per_epoch = max(math.ceil(len(group) / q) for group, q in zip(self.groups.values(), self.quota))
+        self.order = lru_cache(2 * len(self.groups))(self.order)
 
-        def any_of(tasks):  # indices of the photographs with a label for one of them
-            return set().union(*(labelled[t.name] for t in tasks))
+    def order(self, k: int, cycle: int) -> np.ndarray:
+        """The order of the k-th group in its pass number `cycle`."""
+        return np.random.default_rng((self.seed, k, cycle)).permutation(len([*self.groups.values()][k]))
 
-        wanted = tasks if wanted is None else wanted
-        self.wanted, self.wanted_parts, self.divisible = any_of(wanted), *(
-            any_of(t for t in some if LABELS[t.label].local) for some in (wanted, tasks))
+    def tasks_of(self, draw: Draw) -> set[str]:
+        """The tasks that learn from a photograph, or from a part of it."""
+        return {name for name, members in self.labelled.items()
+                if draw.index in members and (name in self.local or not draw.crop)}
 
     def step(self, number: int) -> list[Draw]:
-        """The photographs of training step `number`, counted from 0."""
-        photographs = []
+        """The photographs of training step `number`, counted from 0: at least one for every task."""
+        draws = []
         for k, (group, quota) in enumerate(zip(self.groups.values(), self.quota)):
             for position in range(number * quota, (number + 1) * quota):
                 cycle, place = divmod(position, len(group))
-                order = np.random.default_rng((self.seed, k, cycle)).permutation(len(group))
                 aug_seed = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
-                crop = self.crops and aug_seed % 2 == 1 and group[order[place]] in self.divisible
-                photographs.append(Draw(group[order[place]], aug_seed if self.augmented else None, crop))
-        kept = [x for x in photographs if x.index in (self.wanted_parts if x.crop else self.wanted)]
-        if not kept:  # a step learns from something
-            kept = [photographs[0]._replace(index=sorted(self.wanted)[number % len(self.wanted)], crop=False)]
-        return kept
+                draw = Draw(group[self.order(k, cycle)[place]], aug_seed if self.augmented else None, False)
+                crop = self.crops and aug_seed % 2 == 1 and bool(self.tasks_of(draw) & self.local)
+                draws.append(draw._replace(crop=crop))
+        for name, members in self.labelled.items():
+            if not any(name in self.tasks_of(draw) for draw in draws):  # its only ones are parts, or there are none
+                index = next((draw.index for draw in draws if draw.index in members),
+                             sorted(members)[number % len(members)])
+                draws = [draw for draw in draws if draw.index != index] + [Draw(index, draws[0].aug_seed, False)]
+        return [draw for draw in draws if self.tasks_of(draw) & self.wanted]
 
     def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[Draw]]:
         """Steps start..stop-1; of each step the share of process `rank` of `size`, as even as possible."""
@@ -306,7 +313,7 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
                 "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
                 "notes": notes + (side_notes(tasks) if config.augment and config.flips else [])}
-    crops = config.crops if any(LABELS[t.label].local for t in tasks) else 1
+    crops = config.crops if config.augment and any(LABELS[t.label].local for t in tasks) else 1
     datasets = {"training": FundusDataset(training, config.image_size, config.flips, crops),
                 "validation": FundusDataset(validation, config.image_size)}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}

@@ -31,7 +31,7 @@ from retina.evaluation.routing import labels_of
 from retina.evaluation.scoring import SplitScores, align, evaluate_split, summary, write_per_photograph
 from retina.evaluation.tables import few_seeds, table, table_of_changes
 from retina.files import InputError, jsonable, load_tensors, run_cli
-from retina.inference.full_size import score_at_full_size
+from retina.inference.full_size import LARGEST, score_at_full_size
 from retina.inference.predictor import NOTE, Predictor, find_photographs, picture_folders, predict_all
 from retina.training import precision
 from retina.training.precision import check_precision, pick_device
@@ -53,11 +53,7 @@ class Run:
     calibration: dict[str, dict]  # on them: temperatures and thresholds, by task
     fingerprints: dict[str, str]  # split -> of its photographs and labels when the run was trained, see data.py
     seen: dict[str, float]  # what its training photographs looked like, see inference/quality.py
-
-    @property
-    def tiles(self) -> float | None:
-        """The scale of the tiles in which it outlines lesions, beside the whole photograph; None: in none."""
-        return self.options["crops"] if self.options["crops"] > 1 else None
+    tiles: float | None  # the scale of the tiles in which it outlines lesions, beside the whole; None: in none
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
@@ -72,8 +68,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
-                [k for k in ("calibration", "test", "seen") if k not in state] + \
-                ["crops"] * ("crops" not in state["options"]):
+                [k for k in ("calibration", "test", "seen") if k not in state]:
             raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):
@@ -87,7 +82,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
                          f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
                state["calibration"], dict(zip(("train", "val", "test"), (*state["data"], state["test"]))),
-               state["seen"])
+               state["seen"], state.get("tiles"))
 
 
 def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
@@ -185,9 +180,6 @@ def check_same(runs: Sequence[Run], photographs: Sequence[FundusDataset]) -> Non
 
 # ---- command line ----
 
-LARGEST = 4096  # pixels: side of a photograph that is predicted in tiles
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score a run, compare runs, or answer for new photographs.")
@@ -270,8 +262,8 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     """Print the measures of one run, or of several that count as one; -> the same for JSON."""
     calibration = [run.calibration for run in runs]
 
-    def measured(arm):
-        values, limits = summary(arm, calibration)
+    def measured(arm, fitted):
+        values, limits = summary(arm, fitted)
         print(table(values, runs[0].tasks, limits))
         return {"metrics": values, "intervals": limits}
 
@@ -279,12 +271,14 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     if len(runs) > 1:
         over = " and seeds" if len(runs) >= statistics.FEWEST_SEEDS else f", for these networks; {few_seeds(len(runs))}"
         print(f"means over {len(runs)} runs, intervals over eyes{over}")
-    content = measured(scores) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
+    whole = [run.calibration if run.tiles is None else {t: c for t, c in run.calibration.items() if t != "seg"}
+             for run in runs]  # thresholds for answers in tiles do not fit those for the whole
+    content = measured(scores, whole) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):
         tiles = args.tiles or runs[0].tiles
         how = "" if tiles is None else f", also in tiles at {tiles:g} times the size of training"
         print(f"masks in the pixels of the files{how}:")
-        content["full_size"] = measured(full) | {"tiles": tiles}
+        content["full_size"] = measured(full, calibration) | {"tiles": tiles}
     print("\n".join(calibration_line(run.calibration) for run in runs))
     print(f"(in brackets: 95 % intervals from {statistics.RESAMPLES} resamples of eyes)")
     return content

@@ -76,7 +76,7 @@ class Classification(ClassMetrics, Task):
 
     def loss(self, output, target, all_reduce_sum=model.identity):
         number = output.new_tensor(float(len(target)))
-        return all_reduce_sum(F.cross_entropy(output, target, reduction="sum")) / all_reduce_sum(number).clamp(min=1)
+        return all_reduce_sum(F.cross_entropy(output, target, reduction="sum")) / all_reduce_sum(number)
 
     def decode(self, output):
         return output.softmax(1)  # (n, G)
@@ -125,7 +125,7 @@ class Lesions(MaskMetrics, Task):
         overlap, predicted, true = all_reduce_sum(sums)  # (L,) each
         soft_dice = (2 * overlap + 1) / (predicted + true + 1)
         entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
-        return all_reduce_sum(entropy) / all_reduce_sum(known.sum()).clamp(min=1) + 1 - soft_dice.mean()
+        return all_reduce_sum(entropy) / all_reduce_sum(known.sum()) + 1 - soft_dice.mean()
 
     def decode(self, output):
         return output.sigmoid()

@@ -40,6 +40,7 @@ from tasks import TASKS, Task, build_net, make_tasks
 
 # ---- configuration: a field is a flag ----
 
+PUBLISHED = 0.3  # of the learning rate, for what starts from published weights; docs/results.md has what was tried
 WHAT, NETWORK, TRAINING, MACHINE = "what is learned from what", "network", "training", "machine"
 
 
@@ -57,7 +58,8 @@ class Config:
                             "literature does")
     epochs: int = flag(5, TRAINING, "at most", real=24, lowest=1)
     batch_size: int = flag(8, TRAINING, "photographs in a step", lowest=2)
-    lr: float = flag(2.5e-3, TRAINING, "highest learning rate of AdamW", lowest=1e-12)
+    lr: float = flag(2.5e-3, TRAINING, f"highest learning rate of AdamW; {PUBLISHED} of it for published weights",
+                     lowest=1e-12)
     weight_decay: float = flag(0.01, TRAINING, "of AdamW", lowest=0)
     patience: int = flag(20, TRAINING, "epochs to wait for a better validation score", lowest=1)
     loss_weights: tuple[str, ...] = flag(("fixed",), TRAINING, "fixed, uncertainty, or pairs like cls=0.5 seg=1")
@@ -135,8 +137,6 @@ def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], con
 
 # ---- one step ----
 
-PUBLISHED_LR = 0.3  # of the learning rate; see docs/results.md for what was tried
-
 
 def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
                world: World = SINGLE_PROCESS) -> dict[str, float]:
@@ -162,7 +162,7 @@ def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, devi
                world: World = SINGLE_PROCESS) -> TrainState:
     """A network and what trains it for so many steps: AdamW, linear warm-up, then a cosine to zero.
 
-    What started from published weights learns at PUBLISHED_LR of the rate: it has less far to go than the rest.
+    What started from published weights learns at PUBLISHED of the rate: it has less far to go than the rest.
     """
     net.to(device)
     parallel = distributed.parallelize(net, world, device)
@@ -171,7 +171,7 @@ def make_state(net: Net, tasks: Sequence[Task], config: Config, steps: int, devi
     published = {p for m in (encoder, *layers) for p in m.parameters()} if config.encoder_weights != "none" else set()
     # weight decay on matrices and kernels only: on norms and biases it merely fights the data
     groups = [{"params": [p for p in net.parameters() if (p in published) == slow and (p.ndim > 1) == matrix],
-               "weight_decay": config.weight_decay * matrix, "lr": config.lr * (PUBLISHED_LR if slow else 1)}
+               "weight_decay": config.weight_decay * matrix, "lr": config.lr * (PUBLISHED if slow else 1)}
               for slow in (False, True) for matrix in (True, False)]
     groups.append({"params": list(loss_weights.parameters()), "weight_decay": 0.0})
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, fused=device.type == "cuda" or None)
@@ -237,20 +237,21 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
             scores = scoring.evaluate_split(net, val_batches, tasks, world=world, strict=False)
             run.end_epoch(scores, tasks, telling, sampler.photographs_in(state.epoch))
         result = run.finish()
-        if config.crops > 1 and world.rank == 0:
+        if sampler.crops and world.rank == 0:
             calibrate_in_tiles(folder, net, tasks, val_set, config)
         return result
 
 
 def calibrate_in_tiles(folder: Path, net: Net, tasks: Sequence[Task], val_set: data.FundusDataset,
                        config: Config) -> None:
-    """Fit the thresholds of masks in best.pt to the answers that evaluate.py gives, which are in tiles as well."""
+    """Fit the thresholds of masks in best.pt to answers in tiles as well, and say there that it answers so."""
     best = load_tensors(folder / "best.pt")
     net.load_state_dict(best["net"])
     device = next(net.parameters()).device
     if scores := score_at_full_size(net, tasks, val_set.records, config.image_size, config.crops, device,
                                     config.batch_size):
-        checkpoint.save(folder / "best.pt", best | {"calibration": best["calibration"] | scores.calibrate()})
+        calibration = best["calibration"] | scores.calibrate()
+        checkpoint.save(folder / "best.pt", best | {"calibration": calibration, "tiles": config.crops})
 
 
 def configure(argv: Sequence[str]) -> tuple[Config, list[str]]:

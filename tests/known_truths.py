@@ -67,7 +67,7 @@ def write_table(folder: Path, shuffled: bool) -> Path:
 def measure(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Train these configurations; -> tasks, and the Measurements of each."""
     options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE),
-                                  "--encoder-weights", "none", "--epochs", str(epochs), "--lr", "2.5e-3"])
+                                  "--encoder-weights", "none", "--epochs", str(epochs), "--crops", "1"])
     every = {c.name: c for c in baselines.configurations_for(options.tasks)}
     # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
     # the statistics of norms least of all

@@ -35,8 +35,8 @@ from tasks import build_net  # noqa: E402
 NAMES = "cls", "dme", "seg", "loc"
 
 
-def tests(dry: bool) -> None:
-    """AMP in both halves, resume, one process of DDP, the expert layer: everything marked gpu."""
+def tests() -> bool:
+    """AMP in both halves, resume, one process of DDP, the expert layer: everything marked gpu; -> did all pass?"""
     begun = time.perf_counter()
     ended = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
                            cwd=ROOT, capture_output=True, text=True)
@@ -44,6 +44,7 @@ def tests(dry: bool) -> None:
     show("tests that want a GPU", [{"result": last, "seconds": time.perf_counter() - begun}])
     if ended.returncode:
         print(ended.stdout[-4000:], file=sys.stderr)
+    return not ended.returncode
 
 
 # ---- photographs a second ----
@@ -135,7 +136,9 @@ def training(flags: Sequence[str], seconds: float, home: Path) -> None:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        time.sleep(20)  # it saves
+    finally:
+        process.kill()
     log = home / "runs" / "run" / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not lines:
@@ -164,7 +167,7 @@ def main() -> None:
     print(name)
     found = readers.find_data(args.data)
     flags = ["--tasks", *NAMES, "--device", device.type, *(["--data", str(found)] if found else [])]
-    tests(args.dry)
+    passed = tests()
     config, notes = train.configure(flags)
     print("\n".join(notes))
     with tempfile.TemporaryDirectory() as home:
@@ -174,6 +177,8 @@ def main() -> None:
         training([*flags, *(small if args.dry else ["--image-size", "512", "--epochs", "16"])], 300, Path(home))
     args.json.write_text(json.dumps({"machine": name, **TABLES}, indent=1))
     print(f"\nwrote {args.json}")
+    if not passed:
+        raise RunError("tests that want a GPU failed, see above")
 
 
 if __name__ == "__main__":

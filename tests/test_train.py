@@ -76,6 +76,9 @@ def test_thresholds_fit_the_answers_in_tiles(tmp_path, shared_tree, monkeypatch)
     assert (size, tiles) == (32, 2.0) and torch.equal(bias, found[2.0]["net"]["heads.seg.conv.bias"])
     assert found[2.0]["calibration"]["seg"]["MA"] == 0.123 != found[1.0]["calibration"]["seg"]["MA"]
     assert found[2.0]["calibration"].keys() == found[1.0]["calibration"].keys()
+    assert found[2.0]["tiles"] == 2.0 and "tiles" not in found[1.0]
+    train.fit(replace(options, crops=2.0, augment=False), tmp_path / "as they are", quiet=True)
+    assert "tiles" not in torch.load(tmp_path / "as they are" / "best.pt", weights_only=True) and len(asked) == 1
 
 
 def test_the_best_checkpoint_scores_what_training_said(tmp_path):

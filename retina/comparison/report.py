@@ -299,7 +299,9 @@ def circumstances(summary: Mapping) -> dict[str, str]:
     return {
         "start": "random weights" if o["encoder_weights"] == "none" else f"weights {o['encoder_weights']}",
         "failed": "".join(f"\n* {line}" for line in failures(summary)) + "\n" * bool(summary["failed"]),
-        "machine": "; ".join(summary["machine"]), "minutes": summary["seconds"] / 60, "encoder": o["encoder"].upper(),
+        "machine": "; ".join(summary["machine"]), "minutes": summary["seconds"] / 60, "encoder": o["encoder"].capitalize(),
+        "published": ", less for published weights" * (o["encoder_weights"] != "none"),
+        "crops": ", parts of photographs with masks" * (o["crops"] > 1),
         "drawn": " **These are drawings: nothing here is a result on IDRiD.**" * (summary["data"] is None),
         "name": "Drawn photographs" if summary["data"] is None else
         "{} (the first photograph has {}x{} pixels)".format(summary["data"], *summary["pixels"]),

@@ -90,7 +90,8 @@ def show_comparison(runs: Sequence[Sequence], scores: Sequence[Sequence[SplitSco
     at = "training"
     if all(f for arm in full for f in arm):
         compared |= compare(*full)
-        at = "the files"
+        at = "the files" + ", each answered in tiles or not as it was trained" * (
+            len({run.tiles for arm in runs for run in arm}) > 1)
     elif len({run.options["image_size"] for arm in runs for run in arm}) > 1 and "seg" in compared:
         del compared["seg"]
         at = "different sizes: not compared"

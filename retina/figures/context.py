@@ -131,7 +131,7 @@ class FigureContext:
     def answers(self, name: str) -> dict[str, Tensor]:
         """What the run says of a photograph: {task: decoded answer, one row}."""
         answers = full_size.predict_sample(self.run.net, self.run.tasks, self.sample(name).image, self.device)
-        for task in (t for t in self.run.tasks if isinstance(t, MaskMetrics)):
+        for task in (t for t in self.run.tasks if self.run.tiles and isinstance(t, MaskMetrics)):
             masks, _ = full_size.predict_masks(self.run.net, task, self.photographs.records[self.numbers[name]],
                                                self.photographs.size, self.run.tiles, self.device,
                                                self.run.options["batch_size"])

@@ -45,6 +45,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def measured(ctx: FigureContext) -> str:
     """All measures of the split with their intervals, a table for each task."""
     values, limits = scoring.summary([ctx.here[0]], [ctx.run.calibration])
+    for kept, of_masks in zip((values, limits), scoring.summary([ctx.masks], [ctx.run.calibration])):
+        kept |= of_masks
     return "".join(f"<h3>{html.escape(t.name)}: {values[t.name]['photographs']} photographs of "
                    f"{values[t.name]['eyes']} eyes</h3>" +
                    table(tables.measure_rows(t, values[t.name], limits[t.name])) for t in ctx.here[0].scored())
@@ -81,7 +83,8 @@ def page(ctx: FigureContext, drawn: Mapping[str, bytes | str], figures: Mapping[
 <nav>{links}</nav>
 {"".join(sections)}
 <h2 id="measures">Measures</h2>
-<p>On the {ctx.words} photographs; in brackets 95 % intervals, by bootstrap over eyes.{ctx.caution}</p>
+<p>On the {ctx.words} photographs, masks in pixels of their files; in brackets 95 % intervals, by bootstrap over eyes.
+{ctx.caution}</p>
 {measured(ctx)}
 <h2 id="configuration">Configuration</h2>{numbers(options)}
 </body></html>

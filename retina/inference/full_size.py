@@ -19,6 +19,9 @@ from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import MaskMetrics, TaskMetrics
 
 
+LARGEST = 4096  # pixels: side of a photograph that is predicted in tiles
+
+
 def unlabelled_sample(record: Record, size: int, small: Decoded | None = None) -> Sample:
     """A photograph as the network sees it, without labels; `small`: see preprocess.preprocess."""
     unlabelled = replace(record, labels={})
@@ -71,14 +74,12 @@ def blend(whole: Tensor, tiled: Tensor, of_whole: Geometry, of_tiled: Geometry) 
     """The mean (L, Z, Z) of masks predicted at once (L, S, S), brought to the larger sample's pixels, and in tiles.
 
     Tiles show small lesions, the whole photograph what surrounds large ones: the mean has more average precision than
-    either (docs/results.md).
+    either (docs/predict.md).
     """
-    (small, large), theta = (whole.shape[-1], tiled.shape[-1]), torch.zeros(1, 2, 3)
-    for k, axis in enumerate("xy"):  # x_small = ratio * x_large + rest, with both sides of a sample going from -1 to 1
-        ratio = getattr(of_whole, f"scale_{axis}") / getattr(of_tiled, f"scale_{axis}")
-        rest = getattr(of_whole, f"shift_{axis}") - ratio * getattr(of_tiled, f"shift_{axis}")
-        theta[0, k, k], theta[0, k, 2] = ratio * large / small, (ratio * large + 2 * rest) / small - 1
-    grid = F.affine_grid(theta, (1, 1, large, large), align_corners=False)
+    places = np.arange(tiled.shape[-1])[:, None] + 0.5  # of the larger sample's pixels, along both axes
+    places = of_whole.to_sample(of_tiled.to_file(places.repeat(2, 1)))  # in the smaller sample
+    x, y = torch.from_numpy(2 * places / whole.shape[-1] - 1).float().unbind(1)  # from -1 to 1, as grid_sample counts
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
     return (F.grid_sample(whole[None], grid, padding_mode="border", align_corners=False)[0] + tiled) / 2
 
 

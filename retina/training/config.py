@@ -15,7 +15,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, asdict, field, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.datasets import readers, records, splits
 from retina.files import InputError
+from retina.inference.full_size import LARGEST
 from retina.training import checkpoint, precision, pretrained
 
 
@@ -190,20 +191,6 @@ def side_notes(tasks: Sequence) -> list[str]:
             for names in found if names]
 
 
-def pick_weights(encoders: Iterable[str], model: ModuleType) -> tuple[dict[str, str], str]:
-    """The first of the encoders whose ImageNet weights can be had, as values of a configuration; and a note."""
-    lacking = ""
-    for encoder in encoders:
-        try:
-            pretrained.read_weights("imagenet", encoder, model.ENCODERS[encoder].weights)
-            return ({"encoder": encoder, "encoder_weights": "imagenet"},
-                    f"starting from the ImageNet weights of {encoder}{lacking}")
-        except InputError as error:
-            reason = str(error).removeprefix("--encoder-weights imagenet: ").partition("; use ")[0]
-            lacking += f"; those of {encoder}: {reason}"
-    return {}, f"warning: starting from random weights, not from ImageNet's{lacking}"
-
-
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                      model: ModuleType) -> tuple[Config, list[str]]:
     """The typed values, and defaults for the others; -> configuration, notes to print and to store.
@@ -229,10 +216,14 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
     else:
         values |= {f.name: f.metadata["real"] for f in fields(config_class) if f.metadata.get("real") is not None}
         if "encoder_weights" not in given:
-            start, note = pick_weights([given["encoder"]] if "encoder" in given else
-                                       dict.fromkeys((config_class.encoder, "lite0")), model)
+            encoders = (given["encoder"],) if "encoder" in given else (config_class.encoder, "lite0")
+            start, note = pretrained.pick_weights({e: model.ENCODERS[e].weights for e in encoders})
             values |= start
             notes.append(note)
+    size, crops = (given.get(k, values.get(k, getattr(config_class, k))) for k in ("image_size", "crops"))
+    if round(size * crops) > LARGEST:
+        raise InputError(f"--crops {crops:g}: {round(size * crops)} pixels at --image-size {size}; expected at most "
+                         f"{LARGEST}")
     device = precision.pick_device(given.get("device", config_class.device))
     values |= {"precision": precision.default_precision(device),
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}

