@@ -117,15 +117,17 @@ class Lesions(MaskMetrics, Task):
         """Cross-entropy of each pixel, and soft Dice (Milletari et al. 2016, arXiv 1606.04797, section 3).
 
         The Dice of a class is that of the whole batch: most photographs lack some lesion, and their own Dice would
-        jump between 0 and 1 on a single pixel. Unknown masks count in neither term.
+        jump between 0 and 1 on a single pixel. A class without a true pixel in the batch has none: its Dice would
+        push all of its probabilities to zero, and a rare class never came back. Unknown masks count in neither term.
         """
         known, truth = (target != UNKNOWN).to(output.dtype), (target == 1).to(output.dtype)
         p = output.sigmoid() * known
         sums = torch.stack([x.sum((0, 2, 3)) for x in (p * truth, p, truth)])
         overlap, predicted, true = all_reduce_sum(sums)  # (L,) each
-        soft_dice = (2 * overlap + 1) / (predicted + true + 1)
+        soft_dice, present = (2 * overlap + 1) / (predicted + true + 1), true > 0
+        missed = ((1 - soft_dice) * present).sum() / present.sum().clamp(min=1)
         entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
-        return all_reduce_sum(entropy) / all_reduce_sum(known.sum()) + 1 - soft_dice.mean()
+        return all_reduce_sum(entropy) / all_reduce_sum(known.sum()) + missed
 
     def decode(self, output):
         return output.sigmoid()

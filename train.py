@@ -56,7 +56,7 @@ class Config:
                         "the size, in which small lesions are larger", real=2.0, lowest=1, below=8)
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
                             "literature does")
-    epochs: int = flag(5, TRAINING, "at most", real=24, lowest=1)
+    epochs: int = flag(5, TRAINING, "at most", real=16, lowest=1)
     batch_size: int = flag(8, TRAINING, "photographs in a step", lowest=2)
     lr: float = flag(2.5e-3, TRAINING, f"highest learning rate of AdamW; {PUBLISHED} of it for published weights",
                      lowest=1e-12)
