@@ -20,6 +20,21 @@ def test_lesion_loss_by_hand():
     assert float(TASKS["seg"].loss(output, target)) == pytest.approx(cross_entropy + 1 - soft_dice)
 
 
+def test_a_lesion_that_the_batch_lacks_has_cross_entropy_alone():
+    """Its Dice would be that of nothing found: a gradient of about 1 on every pixel, for a class that is rare."""
+    torch.manual_seed(0)
+    output, truth = torch.randn(3, 5, 8, 8, requires_grad=True), torch.zeros(3, 5, 8, 8, dtype=torch.uint8)
+    truth[0, 1, :4] = truth[2, 4, 2:5] = 1  # of two classes there is something
+    TASKS["seg"].loss(output, truth).backward()
+    p = output.detach().sigmoid()
+    assert torch.allclose(output.grad[:, [0, 2, 3]], p[:, [0, 2, 3]] / p.numel())
+    sums = [(p * truth).sum((0, 2, 3)), p.sum((0, 2, 3)), truth.sum((0, 2, 3))]
+    missed = [1 - float((2 * sums[0][k] + 1) / (sums[1][k] + sums[2][k] + 1)) for k in (1, 4)]
+    entropy = float(torch.nn.functional.binary_cross_entropy(p, truth.float()))
+    assert float(TASKS["seg"].loss(output, truth)) == pytest.approx(entropy + sum(missed) / 2, rel=1e-5)
+    assert float(TASKS["seg"].loss(output, 0 * truth)) == pytest.approx(float(-(1 - p).log().mean()), rel=1e-5)
+
+
 def test_masks_that_are_not_known_change_nothing():
     """Loss and metrics with unknown masks are those of the known ones alone, whatever the network says there."""
     torch.manual_seed(0)
