@@ -32,10 +32,11 @@ from train import Config  # noqa: E402
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-SHALLOW = [(*stage[:-1], 1) for stage in model.STAGES]
+STAGES = model.STAGES
+SHALLOW = [(*stage[:3], channels, 1) for stage, channels in zip(STAGES, (8, 8, 16, 16, 24, 24, 32))]
 TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1, device="cpu")
 
-# train.py as a process of its own, with few drawings, a shallow encoder and another home:
+# train.py as a process of its own, with few drawings, the SHALLOW encoder and another home:
 # python -c PROGRAM ROOT HOME FLAGS
 PROGRAM = """
 import sys
@@ -45,16 +46,16 @@ import data, model, train
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.training import checkpoint
-model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
+model.STAGES = SHALLOW
 records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
-readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
+readers.DRAWN = {"train": (0, 30), "test": (1, 5)}
 files.run_cli(lambda: train.main(sys.argv[3:]))
-"""
+""".replace("SHALLOW", repr(SHALLOW))
 
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """One block in each stage of the encoder, for tests that do not depend on how deep it is."""
+    """One block in each stage of the encoder, and few channels, for tests that do not depend on how large it is."""
     monkeypatch.setattr(model, "STAGES", SHALLOW)
 
 

@@ -12,7 +12,7 @@ import torchvision
 import model
 import tasks
 import train
-from conftest import TINY
+from conftest import STAGES, TINY
 from retina.files import InputError
 from retina.training import pretrained
 
