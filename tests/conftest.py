@@ -1,5 +1,6 @@
 """What tests begin with: a small IDRiD with the quirks of the real one, small runs, one step, a busy network."""
 
+import functools
 import hashlib
 import json
 import os
@@ -279,11 +280,16 @@ def busy_net(**controls):
     return net.eval(), tasks, photographs
 
 
+@functools.cache
+def drawn(series: int, index: int, side: int) -> Image.Image:
+    """A drawn eye; not to be changed."""
+    return Image.fromarray(synthetic.render(synthetic.plan(series, index), side)[0])
+
+
 def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
                split="train") -> Record:
     """A drawn eye as a file of its own, the view turned, zoomed and shifted (in pixels of 300), in another light."""
-    image = Image.fromarray(synthetic.render(synthetic.plan(11, index), 300)[0])
-    image = image.rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
+    image = drawn(11, index, 300).rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
     corner = (image.width - 300) // 2
     pixels = np.asarray(image.crop((corner, corner, corner + 300, corner + 300))).astype(float) * exposure
     y, x = (np.arange(300) - 149.5 for _ in range(2))
