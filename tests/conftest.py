@@ -1,5 +1,6 @@
 """What tests begin with: a small IDRiD with the quirks of the real one, small runs, one step, a busy network."""
 
+import functools
 import hashlib
 import json
 import os
@@ -32,10 +33,11 @@ from train import Config  # noqa: E402
 IDRID = [Path(p) for p in os.environ.get("IDRID", "").split(os.pathsep) if p]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-SHALLOW = [(*stage[:-1], 1) for stage in model.STAGES]
+STAGES = model.STAGES
+SHALLOW = [(*stage[:3], channels, 1) for stage, channels in zip(STAGES, (8, 8, 16, 16, 24, 24, 32))]
 TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1, device="cpu")
 
-# train.py as a process of its own, with few drawings, a shallow encoder and another home:
+# train.py as a process of its own, with few drawings, the SHALLOW encoder and another home:
 # python -c PROGRAM ROOT HOME FLAGS
 PROGRAM = """
 import sys
@@ -45,16 +47,16 @@ import data, model, train
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.training import checkpoint
-model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
+model.STAGES = SHALLOW
 records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
-readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
+readers.DRAWN = {"train": (0, 30), "test": (1, 5)}
 files.run_cli(lambda: train.main(sys.argv[3:]))
-"""
+""".replace("SHALLOW", repr(SHALLOW))
 
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """One block in each stage of the encoder, for tests that do not depend on how deep it is."""
+    """One block in each stage of the encoder, and few channels, for tests that do not depend on how large it is."""
     monkeypatch.setattr(model, "STAGES", SHALLOW)
 
 
@@ -281,11 +283,16 @@ def busy_net(**controls):
     return net.eval(), tasks, photographs
 
 
+@functools.cache
+def drawn(series: int, index: int, side: int) -> Image.Image:
+    """A drawn eye; not to be changed."""
+    return Image.fromarray(synthetic.render(synthetic.plan(series, index), side)[0])
+
+
 def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,
                split="train") -> Record:
     """A drawn eye as a file of its own, the view turned, zoomed and shifted (in pixels of 300), in another light."""
-    image = Image.fromarray(synthetic.render(synthetic.plan(11, index), 300)[0])
-    image = image.rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
+    image = drawn(11, index, 300).rotate(turn, Image.BICUBIC).resize((round(300 * zoom),) * 2, Image.LANCZOS)
     corner = (image.width - 300) // 2
     pixels = np.asarray(image.crop((corner, corner, corner + 300, corner + 300))).astype(float) * exposure
     y, x = (np.arange(300) - 149.5 for _ in range(2))

@@ -154,9 +154,12 @@ def written(name: str) -> tuple[dict, str]:
 
 def test_a_comparison_from_the_command_line(here, capsys):
     flags = "--name whole --only constant cls_single learned --seeds 2 --epochs 1".split()
+    baselines.main([*flags[:-3], "1", *flags[-2:]])  # one seed, then another
+    assert here == [f"{name}, seed 0, fold 1/5" for name in ("cls_single", "learned")]
     baselines.main(flags)
     folder, (summary, text) = records.HERE / "runs" / "whole", written("whole")
     assert here == [f"{name}, seed {s}, fold 1/5" for s in (0, 1) for name in ("cls_single", "learned")]
+    assert "2 of 4 runs are finished already" in capsys.readouterr().out
     assert list(summary["configurations"]) == ["constant", "cls_single", "learned"] and not summary["failed"]
     learned = summary["configurations"]["learned"]
     stored = [json.loads((folder / "learned" / f"seed{s}_fold1of5" / "result.json").read_text()) for s in (0, 1)]
@@ -185,8 +188,6 @@ def test_a_comparison_from_the_command_line(here, capsys):
     before = list(here)
     baselines.main(flags)
     assert here == before and "4 of 4 runs are finished already" in capsys.readouterr().out
-    baselines.main([*flags[:-4], "--seeds", "3", "--epochs", "1"])
-    assert here[len(before):] == [f"{name}, seed 2, fold 1/5" for name in ("cls_single", "learned")]
     with pytest.raises(InputError, match="a run with epochs 1, not 2; expected the comparison that is asked for"):
         baselines.main([*flags[:-1], "2"])
 

@@ -81,20 +81,18 @@ def test_thresholds_fit_the_answers_in_tiles(tmp_path, shared_tree, monkeypatch)
     assert "tiles" not in torch.load(tmp_path / "as they are" / "best.pt", weights_only=True) and len(asked) == 1
 
 
-def test_the_best_checkpoint_scores_what_training_said(tmp_path):
-    best = train.fit(TINY, tmp_path / "run", quiet=True)
-    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+def test_the_best_checkpoint_scores_what_training_said(whole):
+    best = json.loads((whole(TINY) / "result.json").read_text())
+    run = evaluate.load_run(whole(TINY), torch.device("cpu"))
     records = evaluate.split_records(run, None, "val")
     loader = data.eval_loader(data.FundusDataset(records, 32), run.tasks, TINY.batch_size)
     again = scoring.evaluate_split(run.net, loader, run.tasks)
-    assert files.jsonable(again.metrics()) == files.jsonable(best["metrics"]) and run.epoch == best["epoch"]
+    assert files.jsonable(again.metrics()) == best["metrics"] and run.epoch == best["epoch"]
 
 
-def test_same_seed_same_weights_whatever_the_workers(tmp_path):
+def test_same_seed_same_weights_whatever_the_workers(whole):
     options = replace(TINY, epochs=1)
-    for name, o in (("a", options), ("b", replace(options, workers=2)), ("c", replace(options, seed=1))):
-        train.fit(o, tmp_path / name, quiet=True)
-    a, b, c = (weights(tmp_path / name) for name in "abc")
+    a, b, c = (weights(whole(o)) for o in (options, replace(options, workers=2), replace(options, seed=1)))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
@@ -127,7 +125,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
 
     monkeypatch.setitem(TASKS, "side", Side())
     monkeypatch.setattr(readers, "DRAWN", {"train": (0, 150), "test": (1, 40)})
-    options = train.configure(["--tasks", "side", "--image-size", "64", "--epochs", "8", "--lr", "3e-3"])[0]
+    options = train.configure(["--tasks", "side", "--image-size", "64", "--epochs", "6", "--lr", "6e-3"])[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
     assert evaluate.load_run(tmp_path / "run", torch.device("cpu")).tasks[0].name == "side"
@@ -200,7 +198,7 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
                 pixels = np.clip(rng.normal(level, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "sky" / split / name / f"{i}.png")
     train.main(["--data", str(tmp_path / "sky"), "--name", f"sky_{tmp_path.name}",
-                *"--tasks cls --image-size 64 --encoder-weights none --lr 3e-3 --epochs 15".split()])
+                *"--tasks cls --image-size 64 --encoder-weights none --lr 1e-2 --epochs 10".split()])
     run = records.HERE / "runs" / f"sky_{tmp_path.name}"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--split", "test"])
     evaluate.main()
@@ -362,9 +360,8 @@ def test_a_run_without_a_finite_epoch_ends_in_one_line(tmp_path, not_finite):
     assert (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_network_without_finite_outputs_is_not_scored(tmp_path):
-    train.fit(TINY, tmp_path / "run", quiet=True)
-    run = evaluate.load_run(tmp_path / "run", torch.device("cpu"))
+def test_a_network_without_finite_outputs_is_not_scored(whole):
+    run = evaluate.load_run(whole(TINY), torch.device("cpu"))
     photographs = data.FundusDataset(readers.read_drawn().records[:3], 32)
     batches = data.eval_loader(photographs, run.tasks, 2)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import baselines
-from conftest import ROOT, TINY
+from conftest import ROOT, SHALLOW, TINY
 from retina.comparison import jobs
 from retina.comparison.jobs import Job
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import baselines, model
 from retina import files
 from retina.datasets import cache, readers, records
-model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
+model.STAGES = {shallow}
 records.HERE = Path({home!r}); cache.CACHE = records.HERE / "cache"
 readers.DRAWN = {{"train": (0, 30), "test": (1, 10)}}
 files.run_cli(baselines.main)
@@ -35,7 +35,7 @@ files.run_cli(baselines.main)
 @pytest.fixture
 def script(tmp_path) -> Path:
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(root=str(ROOT), home=str(tmp_path)))
+    path.write_text(SCRIPT.format(root=str(ROOT), home=str(tmp_path), shallow=SHALLOW))
     return path
 
 

@@ -1,8 +1,8 @@
 """Reading data sets: IDRiD's quirks, tables, folders of classes; bad input is one line that names the file."""
 
+import runpy
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -417,11 +417,14 @@ def test_a_table_that_is_not_utf8_is_one_line(table):
 
 
 @pytest.mark.parametrize("arguments", [["train.py", "--tasks", "cls", "--data"], ["data.py"]])
-def test_a_bad_table_ends_the_program_with_status_2(table, arguments):
+def test_a_bad_table_ends_the_program_with_status_2(table, arguments, monkeypatch, capfd):
     path = table("image,grade", "images/a.png,9")
-    result = subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:], path], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == f"error: {path} line 2: grade of images/a.png is '9', expected a whole number from 0 to 4\n"
+    monkeypatch.setattr(sys, "argv", [*arguments, str(path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+    said = capfd.readouterr()
+    assert ended.value.code == 2 and said.out == ""
+    assert said.err == f"error: {path} line 2: grade of images/a.png is '9', expected a whole number from 0 to 4\n"
 
 
 def test_a_folder_without_permission_is_one_line(tree, monkeypatch, capsys):

@@ -22,9 +22,9 @@ import data
 import evaluate
 import model
 import train
-from conftest import SHALLOW, TINY, official_tree, real_idrid, widen
+from conftest import SHALLOW, TINY, drawn, official_tree, real_idrid, widen
 from retina import drawing, files
-from retina.datasets import cache, preprocess, readers, records, synthetic
+from retina.datasets import cache, preprocess, readers, records
 from retina.datasets.masks import read_mask
 from retina.datasets.quality import lowest_seen
 from retina.datasets.report import EXAMINED_SIZE
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 def picture(index: int, side: int = 300) -> Image.Image:
     """A drawn photograph with black borders left and right."""
-    return widen(synthetic.render(synthetic.plan(5, index), side)[0])
+    return widen(np.asarray(drawn(5, index, side)))
 
 
 class Fake(torch.nn.Module):

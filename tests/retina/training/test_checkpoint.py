@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -21,7 +22,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, TINY, ended_alike, log, state_and_batch
+from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike, log, state_and_batch
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
@@ -32,6 +33,7 @@ from retina.training.checkpoint import RunFolder
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 SHORT = replace(TINY, epochs=2, batch_size=6)
+FORK = multiprocessing.get_context("fork")  # processes that need not import torch again
 
 
 @pytest.fixture(autouse=True)
@@ -383,7 +385,7 @@ import data, model, train
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.training import checkpoint
-model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
+model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]  # so large that files are caught half written
 home, chance = Path(sys.argv[2]), random.Random(int(sys.argv[3]))
 records.HERE, cache.CACHE = home, home / "cache"
 readers.DRAWN = {"train": (0, 60), "test": (1, 5)}
@@ -454,7 +456,9 @@ def test_killed_at_least_20_times_a_run_ends_as_if_it_had_not_been(tmp_path):
     """At random instants, while a checkpoint is written, while the cache is built; helpers die with their parent."""
     (tmp_path / "a").mkdir()
     flags_ = "--name=whole --image-size=64 --epochs=3 --batch-size=12".split()
-    whole = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tmp_path / "b", *flags_], capture_output=True,
+    as_large = "model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]"
+    program = PROGRAM.replace(f"model.STAGES = {SHALLOW}", as_large).replace('"train": (0, 30)', '"train": (0, 60)')
+    whole = subprocess.run([sys.executable, "-c", program, ROOT, tmp_path / "b", *flags_], capture_output=True,
                            text=True)
     assert whole.returncode == 0, whole.stderr
     killed = subprocess.run([sys.executable, "-c", KILLS, ROOT, tmp_path / "a", "0"], capture_output=True, text=True,
@@ -595,13 +599,12 @@ def test_a_spoiled_cache_is_made_anew(tmp_path, monkeypatch, whole, capsys, spoi
     assert len(lines) < 60
 
 
-def test_two_processes_build_one_cache(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import data; from pathlib import Path; from "
-            "retina.datasets import cache, readers; cache.CACHE = Path(sys.argv[2]); "
-            "print(len(data.FundusDataset(readers.read_drawn().records[:120], 64)))")
-    both = [subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "cache"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [p.communicate(timeout=120)[0].strip() for p in both] == ["120", "120"]
+def test_two_processes_build_one_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 120)})
+    both = [FORK.Process(target=data.FundusDataset, args=(readers.read_drawn().records, 64)) for _ in range(2)]
+    [p.start() for p in both], [p.join(120) for p in both]
+    assert [p.exitcode for p in both] == [0, 0]
     made = list((tmp_path / "cache").rglob("*"))
     assert sum(p.suffix == ".npz" for p in made) == 120 and not [p for p in made if p.suffix == ".part"]
     assert all(cache.read_arrays(p, "image")[0].shape == (3, 64, 64) for p in made if p.suffix == ".npz")
@@ -617,16 +620,21 @@ def test_a_killed_process_of_the_cache_is_one_line(monkeypatch, tmp_path):
 def test_a_run_that_is_going_on_is_left_alone(tmp_path, whole):
     """Another process holds it, as long as it lives."""
     run = shutil.copytree(whole(SHORT), tmp_path / "run")
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from retina import files; "\
-           f"held = files.lock_folder(Path({str(run)!r})); print(1, flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    here, there = FORK.Pipe()
+
+    def hold():
+        held = files.lock_folder(run)
+        there.send(held.closed)
+        time.sleep(60)
+    other = FORK.Process(target=hold)
+    other.start()
     try:
-        assert other.stdout.readline() == b"1\n"
+        assert here.poll(60) and here.recv() is False
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(InputError, match="run: another process is training in it; wait for its end"):
                 train.fit(SHORT, run, quiet=True, **how)
     finally:
-        other.kill(), other.wait()
+        other.kill(), other.join()
     train.fit(SHORT, run, quiet=True, resume=True)
     assert (run / "result.json").exists() and [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -730,13 +738,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch,
     run = tmp_path / "disk" / "run"
     (tmp_path / "disk").mkdir()
     if how == "small file system" and subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+            ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
         pytest.skip("mounting a file system is not allowed here")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill():
         if how == "limited file size":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (30 << 20, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * (run / "last.pt").stat().st_size, before[1]))
         else:
             room = shutil.disk_usage(tmp_path / "disk").free
             (tmp_path / "disk" / "ballast").write_bytes(bytes(room - (1 << 20)))
@@ -771,7 +779,8 @@ def step(state, *rest):
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 2 == 0
 files.run_cli""")
-    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, "--image-size=64", "--name=a"],
+    flags_ = "--image-size=64 --batch-size=4 --name=a".split()
+    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, *flags_],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while "slow" not in (process.stdout.readline() or "slow"):
         pass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from conftest import PROGRAM, ROOT, official_tree
+from conftest import ROOT, SHALLOW, official_tree
 from retina import files
 from retina.datasets import records
 from retina.evaluation import scoring
@@ -120,7 +120,7 @@ def test_data_and_runs_can_lie_elsewhere(tmp_path):
     home = tmp_path / "h\u00f6me"
     official_tree(home / "data" / "IDRiD", segmentation=5, grading=10, test=False)
     program = "import sys; sys.path.insert(0, sys.argv[1]); import model, train; from retina import files; " \
-        "model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]; files.run_cli(lambda: train.main(sys.argv[2:]))"
+        f"model.STAGES = {SHALLOW}; files.run_cli(lambda: train.main(sys.argv[2:]))"
     flags = "--tasks cls --image-size 64 --epochs 1 --encoder-weights none --name r".split()
     result = subprocess.run([sys.executable, "-c", program, ROOT, *flags], capture_output=True, text=True,
                             env=os.environ | {"RETINA_HOME": str(home), "PYTHONIOENCODING": "ascii"})
@@ -145,12 +145,14 @@ def test_a_home_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, n
 
 # ---- data and runs ----
 
-def test_bad_data_stops_the_program_with_status_2(tree):
+def test_bad_data_stops_the_program_with_status_2(tree, capfd):
     next((tree / "B. Disease Grading" / "1. Original Images" / "a. Training Set").iterdir()).write_bytes(b"\xff\xd8no")
     flags = [f"--data={tree}", "--encoder-weights=none"]
-    result = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tree.parent, *flags], capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: ") and ".jpg: not a readable image" in result.stderr
+    with pytest.raises(SystemExit) as ended:
+        files.run_cli(lambda: train.main(flags))
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ") and ".jpg: not a readable image" in said
 
 
 def test_a_task_without_labels_names_those_that_work(tree):

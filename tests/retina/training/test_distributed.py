@@ -16,7 +16,7 @@ import torch.distributed as dist
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, TINY, ended_alike
+from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
@@ -42,7 +42,7 @@ from retina.evaluation import scoring
 from retina.files import jsonable
 from retina.training import distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
-model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]
+model.STAGES = SHALLOW
 cache.CACHE = Path(sys.argv[2])
 readers.DRAWN = {"train": (0, 22)}
 found = readers.read_drawn().records[:8]
@@ -84,7 +84,7 @@ def scored(world):
 with distributed.init_world() as world:
     learned = [learn(world, Config(**changed)) for changed in eval(sys.argv[4])]
     torch.save({"learned": learned, "scores": scored(world)}, f"{sys.argv[3]}_{world.rank}.pt")
-"""
+""".replace("SHALLOW", repr(SHALLOW))
 
 
 def torchrun(processes: int, *arguments) -> subprocess.Popen:
@@ -216,9 +216,8 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 
 # ---- a whole run ----
 
-FEW = PROGRAM.replace('"train": (0, 60)', '"train": (0, 30)')
 # rank 1 of a run meets its end, or a fault, at step 5
-FATAL = FEW.replace("files.run_cli", """
+FATAL = PROGRAM.replace("files.run_cli", """
 import os, signal
 whole = train.train_step
 def step(state, batch, tasks, config, world):
@@ -229,7 +228,7 @@ train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
 files.run_cli""")
 # the same processes resume a run and train another: python -c BOTH ROOT HOME RUN FLAGS
-BOTH = FEW.replace("files.run_cli(lambda: train.main(sys.argv[3:]))", """
+BOTH = PROGRAM.replace("files.run_cli(lambda: train.main(sys.argv[3:]))", """
 import contextlib
 from retina.training import distributed
 

@@ -15,13 +15,12 @@ import torchvision
 import model
 import tasks
 import train
-from conftest import TINY
+from conftest import STAGES, TINY
 from retina.files import InputError
 from retina.training import pretrained
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
-STAGES = model.STAGES  # as deep as they are
 
 
 # ---- weights ----
