@@ -554,7 +554,7 @@ def test_overlays_of_real_photographs(tmp_path, monkeypatch):
     whole = readers.read_idrid
     monkeypatch.setattr(readers, "read_idrid", lambda root: replace(  # every fifth will do
         found := whole(root), records=found.records[::5]))
-    options = replace(ALL, data=str(real_idrid("idrid")), epochs=1, batch_size=8)
+    options = replace(ALL, data=str(real_idrid("idrid")), epochs=1, batch_size=8, crops=2.0)
     train.fit(options, tmp_path / "run", quiet=True)
     visualize.main([str(tmp_path / "run")])
     found = {p.name: Image.open(p) for p in (tmp_path / "run" / "pictures").glob("*.*g")}
