@@ -20,6 +20,7 @@ from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
+from retina.training import distributed
 from retina.training.distributed import SINGLE_PROCESS, World
 from tasks import TASKS, build_net
 from train import Config
@@ -279,7 +280,10 @@ def test_each_process_needs_a_photograph(tmp_path):
         train.fit(Config(batch_size=2), tmp_path / "run", world=World(0, 3))
 
 
-def test_without_torchrun_there_is_one_process():
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    assert distributed.init_world() is SINGLE_PROCESS
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run"), monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun's, for one
+    assert distributed.init_world() is SINGLE_PROCESS
     one, x, cuda = SINGLE_PROCESS, torch.ones(2), torch.device("cuda", 1)
     assert one.gather(3) == [3] and one.broadcast(4) == 4 and one.any([False], None) == [False]
     assert one.all_reduce_sum(x) is x and one.device(cuda) == cuda
