@@ -53,7 +53,7 @@ class Run:
     calibration: dict[str, dict]  # on them: temperatures and thresholds, by task
     fingerprints: dict[str, str]  # split -> of its photographs and labels when the run was trained, see data.py
     seen: dict[str, float]  # what its training photographs looked like, see inference/quality.py
-    tiles: float | None  # the scale of the tiles in which it outlines lesions, beside the whole; None: in none
+    tiles: float | None = None  # the scale of the tiles in which it outlines lesions, beside the whole; None: in none
 
 
 def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") -> Run:
