@@ -157,7 +157,8 @@ def main() -> None:
     """Everything, in this order; a table each, and one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="IDRiD's folder to train on (default: data/IDRiD if it exists, else drawings)")
-    parser.add_argument("--json", type=Path, default=Path("on_gpu.json"), help="file to write (default: on_gpu.json)")
+    parser.add_argument("--json", type=Path, default=ROOT / "runs" / "on_gpu.json",
+                        help="file to write (default: runs/on_gpu.json)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, everything small")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.dry:
@@ -175,6 +176,7 @@ def main() -> None:
         augmentation((64,) if args.dry else (512, 1024))
         small = ["--image-size", "64", "--epochs", "1"]
         training([*flags, *(small if args.dry else ["--image-size", "512", "--epochs", "16"])], 300, Path(home))
+    args.json.parent.mkdir(exist_ok=True)
     args.json.write_text(json.dumps({"machine": name, **TABLES}, indent=1))
     print(f"\nwrote {args.json}")
     if not passed:
