@@ -271,7 +271,8 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     if len(runs) > 1:
         over = " and seeds" if len(runs) >= statistics.FEWEST_SEEDS else f", for these networks; {few_seeds(len(runs))}"
         print(f"means over {len(runs)} runs, intervals over eyes{over}")
-    whole = [run.calibration if run.tiles is None else {t: c for t, c in run.calibration.items() if t != "seg"}
+    masks = {t for x in full if x for t in x.stats}
+    whole = [{t: c for t, c in run.calibration.items() if run.tiles is None or t not in masks}
              for run in runs]  # thresholds for answers in tiles do not fit those for the whole
     content = measured(scores, whole) | {"calibration": calibration[0] if len(runs) == 1 else calibration}
     if all(full):

@@ -137,7 +137,6 @@ def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], con
 
 # ---- one step ----
 
-
 def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
                world: World = SINGLE_PROCESS) -> dict[str, float]:
     """Learn from one batch; -> its losses (on a GPU, those of the step before). RunError: see LossMonitor.check."""

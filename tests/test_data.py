@@ -262,7 +262,8 @@ def test_every_second_photograph_with_masks_is_a_part_of_itself():
 
 @pytest.mark.parametrize("kinds,tasks", [
     ([{"masks": {}, "grade": 1}] * 20, [CLS, SEG]),  # one group, in which a step may be of parts alone
-    ([{"masks": {}}] * 4 + [{"masks": {}, "grade": 1}] * 4 + [{"edema_risk": 0}] * 4 + [{"edema_risk": 0, "grade": 1}] * 4,
+    ([{"masks": {}}] * 4 + [{"masks": {}, "grade": 1}] * 4 + [{"edema_risk": 0}] * 4 +
+     [{"edema_risk": 0, "grade": 1}] * 4,
      [CLS, SEG, TASKS["dme"]])], ids=["all labels", "no group of its own"])
 def test_every_step_has_every_task(kinds, tasks):
     """Also where the photographs with a grade belong to rarer tasks, or come as parts, which have none."""

