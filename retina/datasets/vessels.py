@@ -107,15 +107,17 @@ def standardise(maps: Tensor) -> Tensor:
 def rotate_and_zoom(maps: Tensor, degrees: float, zoom: float) -> Tensor:
     """(n, V, V) turned and zoomed about the centre, of the same energy as before."""
     cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
-    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(maps), 2, 3)
-    grid = F.affine_grid(matrix, (len(maps), 1, *maps.shape[1:]), align_corners=False)
-    turned = F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
+    matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]])
+    grid = F.affine_grid(matrix, (1, 1, *maps.shape[1:]), align_corners=False)
+    turned = F.grid_sample(maps[None], grid, align_corners=False)[0]  # as channels: where to look is computed once
     energy, before = (x.square().sum((1, 2), keepdim=True) for x in (turned, maps))
     return turned * (before / energy.clamp(min=1e-6)).sqrt()
 
 
 def shrink(maps: Tensor, factor: int) -> Tensor:
     """(n, V, V) -> (n, V / factor, V / factor) of the same mean square."""
+    if factor == 1:
+        return maps
     small = F.avg_pool2d(maps[:, None], factor)[:, 0]
     before, energy = (x.square().mean((1, 2), keepdim=True) for x in (maps, small))
     return small * (before / energy.clamp(min=1e-6)).sqrt()
