@@ -28,7 +28,7 @@ REACH = 0.2  # largest shift between two photographs of one eye, as share of the
 COARSE_VIEWS = tuple(itertools.product((-12, -6, 0, 6, 12), (0.93, 1.0, 1.07)))  # degrees, zoom
 FINE_VIEWS = tuple(itertools.product(range(-12, 13, 3), (0.92, 0.96, 1.0, 1.04, 1.08)))
 PERIODS = 16  # a map is described by its waves of up to so many periods in a side
-NEAREST = 8  # so many earlier photographs, those described most alike, each is compared with
+NEAREST = 5  # so many earlier photographs, those described most alike, each is compared with
 SCREENING_SCORE = 0.33  # pairs whose reduced maps score less are not compared again in full
 BLOCK = 64  # photographs or pairs at a time: what is in work stays in the processor's cache, and memory small
 
