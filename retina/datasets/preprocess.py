@@ -1,5 +1,6 @@
 """From a photograph's files to the square sample that a network sees: preprocess(), then to_sample()."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -68,13 +69,13 @@ def foreground_mask(image: Image.Image) -> np.ndarray:
     return brightest > max(12, 0.1 * np.percentile(brightest, 98))
 
 
-def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
+def field_of_view(image: Image.Image, foreground: np.ndarray | None = None) -> tuple[float, ...] | None:
     """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
 
-    A row or column belongs to it when more than 2 % of its pixels are foreground. It is a circle, perhaps cut off at
+    `foreground` is its foreground_mask, where the caller has it. A row or column belongs to it when more than 2 % of its pixels are foreground. It is a circle, perhaps cut off at
     two sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
     """
-    foreground = foreground_mask(image)
+    foreground = foreground_mask(image) if foreground is None else foreground
     columns, rows = (np.flatnonzero(foreground.mean(axis) > 0.02) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
         return None
@@ -96,9 +97,11 @@ def quality(image: Image.Image, field: tuple[float, float, float, float] | None)
                      *measure_quality(np.asarray(picture), foreground_mask(picture))])
 
 
-def lit_field(image: Image.Image, field: Sequence[float] | None) -> np.ndarray:
-    """Where the retina is in a photograph with this `field_of_view`, dark spots included; all of it without one."""
-    lit = foreground_mask(image)
+def lit_field(lit: np.ndarray, field: Sequence[float] | None) -> np.ndarray:
+    """Where the retina is in a photograph with this foreground_mask and field_of_view, dark spots included; all of it
+
+    without a field.
+    """
     if field is None:
         return np.ones_like(lit)
     return np.logical_or.accumulate(lit, 1) & np.logical_or.accumulate(lit[:, ::-1], 1)[:, ::-1]
@@ -111,6 +114,11 @@ class Decoded:
     extent: tuple[float, float]  # width and height in its own pixels: a reduced JPEG may end in a fraction of one
     size: tuple[int, int]  # width and height of the file, as a viewer shows it
     orientation: int  # EXIF's, 1 where the file is upright
+
+    @functools.cached_property
+    def foreground(self) -> np.ndarray:
+        """See foreground_mask; made once, since several ask for it."""
+        return foreground_mask(self.image)
 
 
 def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Decoded:
@@ -143,7 +151,7 @@ def check_landmarks(points: Mapping[str, Sequence[float]], path: Path, small: De
     It must lie in the `box` of the field (left, top, right, bottom), with light on both sides in its row and in its
     column, each taken as 4 % of the picture's width thick: a fovea is dark, and a disc may lie at the edge.
     """
-    lit = foreground_mask(small.image)
+    lit = small.foreground
     reach, size = round(0.02 * lit.shape[1]), lit.shape[::-1]
     scale = np.divide(small.extent, small.size) * np.divide(size, small.image.size)
     for name, point in points.items():
@@ -179,7 +187,7 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     # copies, eyes and the field of view must not depend on `size`, or the split would
     small = small or read_image(record.image, 512)
     picture, full = small if size <= 256 else read_image(record.image, 2 * size, small), small.size
-    field = field_of_view(small.image)
+    field = field_of_view(small.image, small.foreground)
     share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
     if field:
@@ -200,7 +208,7 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
     masks, stored = np.zeros((0 if record.masks is None else len(LESIONS), size, size), bool), []
-    lit = lit_field(small.image, field) if record.masks else None
+    lit = lit_field(small.foreground, field) if record.masks else None
     for lesion, file in (record.masks or {}).items():
         if file is not None:
             mask, meaning = read_mask(file, full, small.orientation)
