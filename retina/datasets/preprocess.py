@@ -72,8 +72,9 @@ def foreground_mask(image: Image.Image) -> np.ndarray:
 def field_of_view(image: Image.Image, foreground: np.ndarray | None = None) -> tuple[float, ...] | None:
     """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
 
-    `foreground` is its foreground_mask, where the caller has it. A row or column belongs to it when more than 2 % of its pixels are foreground. It is a circle, perhaps cut off at
-    two sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
+    `foreground` is its foreground_mask, where the caller has it. A row or column belongs to the box when more than 2 %
+    of its pixels are foreground. It holds a circle, perhaps cut off at two sides, if it is large, about as wide as
+    high, filled, and dark in its corners.
     """
     foreground = foreground_mask(image) if foreground is None else foreground
     columns, rows = (np.flatnonzero(foreground.mean(axis) > 0.02) for axis in (0, 1))
@@ -98,10 +99,7 @@ def quality(image: Image.Image, field: tuple[float, float, float, float] | None)
 
 
 def lit_field(lit: np.ndarray, field: Sequence[float] | None) -> np.ndarray:
-    """Where the retina is in a photograph with this foreground_mask and field_of_view, dark spots included; all of it
-
-    without a field.
-    """
+    """Where the retina is, dark spots included, from a photograph's foreground_mask; all of it without a `field`."""
     if field is None:
         return np.ones_like(lit)
     return np.logical_or.accumulate(lit, 1) & np.logical_or.accumulate(lit[:, ::-1], 1)[:, ::-1]
@@ -139,7 +137,9 @@ def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Dec
         zoom = min_side / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
         extent = drafted[1][2:] if drafted else size
-        image = (ImageOps.exif_transpose(image) if turned > 1 else image).convert("RGB")
+        image.load()
+        image = ImageOps.exif_transpose(image) if turned > 1 else image
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which copies in any case
         return Decoded(image, *(v[::-1] if turned in SIDEWAYS else v for v in (extent, size)), held)
 
 
@@ -175,9 +175,9 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     Meaning of each mask file. The field of view is cut out, padded to a square with black, and reduced to `size` pixels
     with antialiasing; a pixel of a mask is set if at least half of what it covers is. A picture without a field of view
     is taken whole. The vessel map is zero where the field's shorter side has less than SMALLEST_FIELD pixels.
-    `image_only` leaves vessels zero and quality out; `small` is the photograph, decoded for 512 pixels, where the
-    caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of its field
-    of view.
+    `image_only` leaves vessels zero, and thumbnail and quality out; `small` is the photograph, decoded for 512 pixels,
+    where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of
+    its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -216,12 +216,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
             masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
             stored.append((lesion, *astuple(meaning)))
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    measures = {} if image_only else {"quality": quality(small.image, field)}
+    measures = {} if image_only else {
+        "quality": quality(small.image, field),
+        "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent)))}
     if field and measures and measures["quality"][1] >= SMALLEST_FIELD:  # of the picture that the map is made from
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
-            "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
             "stored": np.array(stored, str).reshape(-1, 4), **measures}
 
 
