@@ -114,7 +114,7 @@ def save_mask(path: Path, mask: np.ndarray) -> None:
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    rows = np.packbits(np.pad(mask, ((0, 0), (8, 0))), 1)  # before each row a byte that says that it is not filtered
+    rows = np.pad(np.packbits(mask, 1), ((0, 0), (1, 0)))  # before each row a byte that says that it is not filtered
     header = struct.pack(">IIBBBBB", *mask.shape[::-1], 1, 0, 0, 0, 0)  # width, height, one bit of grey
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) +
                      chunk(b"IEND", b""))
