@@ -698,6 +698,7 @@ def test_few_photographs_are_held_at_once():
     begun, written, held, untaken, taken = [], [], [], [], 0
 
     def write(number):
+        time.sleep(0.002)
         held.append(len(begun) - len(written))
         written.append(number)
     fake = FakePredictor(read=begun.append, write=write)
@@ -841,6 +842,26 @@ def test_overlays_show_the_masks():
     assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == records.LESION_COLOURS["OD"]
     marked = np.asarray(drawing.overlay(image, {}, [(300, 50), (50, 250)], [], 0.5))
     assert tuple(marked[50, 300]) == (255, 255, 255) == tuple(marked[250, 50])
+
+
+@pytest.mark.parametrize("side", [(37, 23), (1100, 1060)])
+def test_tints_and_outlines_are_those_of_the_whole_picture(side):
+    """Masks of blots, some all over the picture, against shifting them by the width of an outline in all directions."""
+    rng, (width, height), s = np.random.default_rng(0), side, max(1, round(min(side) / 700))
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for share in (0, 0.3, 0.7, 1):
+        masks = {lesion: np.asarray(Image.fromarray(rng.random((9, 7)) < share).resize(side))
+                 for lesion in records.LESION_NAMES}
+        expected = pixels.astype(float)
+        for lesion, mask in masks.items():
+            wide, colour = np.pad(mask, s), np.array(records.LESION_COLOURS[lesion])
+            inner = np.all([wide[s + y:s + y + height, s + x:s + x + width]
+                            for y, x in ((0, 0), (-s, 0), (s, 0), (0, -s), (0, s))], 0)
+            expected[mask & ~inner] = colour
+            if lesion != "OD":
+                expected[inner] = 0.7 * expected[inner] + 0.3 * colour
+        found = np.asarray(drawing.tinted(Image.fromarray(pixels), masks))
+        assert np.abs(found - expected).max() < 2.5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file names are text there")
