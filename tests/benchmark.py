@@ -145,7 +145,7 @@ def ours(size: int, graded: int, masked: int, speedups: Sequence[str], names: Se
          experts: int = 8) -> tuple[Callable, Callable]:
     """Our network -> step, forward of one photograph. The first `graded` photographs have all labels but masks."""
     net, tasks = build(speedups, names, experts)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4) if FUSED not in speedups else None
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=PLAIN not in speedups) if FUSED not in speedups else None
     number = graded + masked
     images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
     first, last = torch.arange(number)[:graded or number], torch.arange(number)[graded:]
@@ -179,7 +179,7 @@ def as_published(photographs: Sequence[records.Record], size: int) -> data.Batch
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
             sample["masks"] = tv_tensors.Mask(masks)
-        labels = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(sample).items()} | {"grade": r.grade or 0}
+        labels = {k: x.as_subclass(Tensor) for k, x in v2.Compose([*data.FLIPS, *data.augmentation()])(sample).items()} | {"grade": r.grade or 0}
         samples.append(preprocess.Sample(r.name, labels.pop("image"), labels, None, r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
 
