@@ -606,10 +606,10 @@ def three_cores():
 def test_nothing_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, three_cores, tiles):
     """Files are equal, masks in their pixels."""
     loaded, paths = evaluate.load_run(run, CPU), sorted(mixed_files.iterdir())
-    sample = full_size.unlabelled_sample(records.Record("x", paths[-1]), 64)
-    maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
+    record = records.Record("x", paths[-1])
+    maps, _ = full_size.predict_masks(loaded.net.eval(), TASKS["seg"], record, 64, tiles, CPU, 8)
     for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
-        loaded.calibration["seg"][lesion] = float(map_.quantile(0.5 if lesion == "OD" else 0.9))
+        loaded.calibration["seg"][lesion] = float(np.quantile(map_, 0.5 if lesion == "OD" else 0.9))
     predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", {})
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
