@@ -1,6 +1,7 @@
 """How fast is it, and by what? Medians of interleaved repetitions: whatever else the machine does slows all alike.
 
-    python tests/benchmark.py step | data | inference | experts | evaluation | scaling | all [--json FILE] [--data PATH]
+    python tests/benchmark.py step | data | inference | experts | evaluation | scaling | eyes | all [--json FILE]
+        [--data PATH]
 
 Each way of running the network is a process of its own, since how memory is kept belongs to a process; they take turns,
 and each tells the most memory that it has held. "plain" is the same network as anyone would write it: eager, float32,
@@ -13,6 +14,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -38,9 +40,9 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from conftest import save_palette_mask  # noqa: E402
+from conftest import save_palette_mask, vessel_drawings  # noqa: E402
 from model import MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
-from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
+from retina.datasets import cache, leaks, preprocess, readers, records, synthetic, vessels  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, run_cli  # noqa: E402
 from retina.inference import full_size  # noqa: E402
@@ -222,6 +224,12 @@ def reading(number: int) -> tuple[Callable]:
     return read,
 
 
+def most_memory() -> float:
+    """The most memory that this process has held since it began, or since it was told to forget, in GiB."""
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0 kB"
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2 ** 20
+
+
 def work(how: str) -> None:
     """One of the processes: for each line that comes, run once, answer with seconds and the peak of memory in GiB."""
     spec = json.loads(how)
@@ -232,9 +240,7 @@ def work(how: str) -> None:
         begun = time.perf_counter()
         job()
         seconds = time.perf_counter() - begun
-        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0 kB"
-        peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-        print(seconds, int(peak) / 2 ** 20, flush=True)
+        print(seconds, most_memory(), flush=True)
 
 
 def race(ways: Mapping[str, Mapping], repetitions: int) -> dict[str, tuple[float, float]]:
@@ -509,11 +515,37 @@ def evaluation() -> None:
               f"photograph, of which {times['network'] / 4:.2f} s in the network")
 
 
+def eyes(numbers: Sequence[int] = (1000, 3000, 10000)) -> None:
+    """Copies and photographs of one eye among so many; one in twenty shows an eye for the second time.
+
+    Vessel maps are drawn as such, thumbnails are made of them: photographs would take much longer to make.
+    """
+    drawings, rows = vessel_drawings(numbers[-1], numbers[-1] // 20), []
+    for number in numbers:
+        again = number // 20
+        maps = np.concatenate([drawings[:number - again], drawings[-(numbers[-1] // 20):][:again]])
+        thumbnails = np.stack([maps, maps // 2, maps // 4], 3)
+        if (forget := Path("/proc/self/clear_refs")).exists():
+            forget.write_text("5")  # the most memory that was held before
+        begun = time.perf_counter()
+        copies, turned = leaks.find_copies(thumbnails)
+        compared = time.perf_counter()
+        pairs, scores = vessels.same_eye_scores(maps)
+        seconds, copying = time.perf_counter() - begun, compared - begun
+        found = {*copies, *turned, *map(tuple, pairs[scores >= leaks.SAME_EYE].tolist())}
+        hidden = {(i, number - again + i) for i in range(again)}
+        exponent = math.log(seconds / rows[-1]["s"], number / rows[-1]["photographs"]) if rows else "-"
+        rows.append({"photographs": number, "s": seconds, "of it copies": copying, "exponent": exponent,
+                     "peak GiB": most_memory(), "hidden pairs": again, "found": len(found & hidden),
+                     "false": len(found - hidden)})
+    show("copies and eyes among many photographs, once they are decoded", rows)
+
+
 def main() -> None:
     """Measure what is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="all",
-                        choices=("step", "data", "inference", "experts", "evaluation", "scaling", "all"))
+                        choices=("step", "data", "inference", "experts", "evaluation", "scaling", "eyes", "all"))
     parser.add_argument("--json", type=Path, help="write all tables to this file as well")
     parser.add_argument("--data", type=Path, help="with data: measure on this data set, not on drawn photographs")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -522,7 +554,7 @@ def main() -> None:
         return work(args.work)
     print(machine())
     jobs = {"step": step, "data": partial(epoch, args.data), "inference": inference, "scaling": scaling,
-            "experts": experts, "evaluation": evaluation}
+            "experts": experts, "evaluation": evaluation, "eyes": eyes}
     for name, job in jobs.items():
         if args.what in (name, "all"):
             job()
