@@ -372,7 +372,7 @@ class UpBlock(nn.Module):
         return self.conv2(self.conv1(torch.cat([x, skip], 1)))
 
 
-WIDTHS = (128, 64, 32, 16)  # of the decoder's maps at strides 16, 8, 4, 2
+WIDTHS = (128, 64, 32, 32)  # of the decoder's maps at strides 16, 8, 4, 2
 
 
 class Decoder(nn.Module):
