@@ -321,7 +321,7 @@ def test_steps_can_be_repeated_from_the_middle():
 
 def test_sizes_grow_in_thirds_of_the_epochs():
     assert data.growing_sizes(256, 6) == [128, 128, 192, 192, 256, 256]
-    assert data.growing_sizes(512, 4) == [256, 384, 512, 512] and data.growing_sizes(224, 3) == [128, 160, 224]
+    assert data.growing_sizes(512, 4) == [256, 256, 384, 512] and data.growing_sizes(224, 3) == [128, 160, 224]
     assert data.growing_sizes(128, 3) == [128] * 3 and data.growing_sizes(32, 2) == [32, 32]
     assert data.growing_sizes(256, 1) == [256] and data.growing_sizes(256, 2) == [128, 256]
 
