@@ -326,8 +326,8 @@ def vessel_drawings(number: int, again: int) -> np.ndarray:
                                         max(1, round(side * zoom * stroke.widths.mean())))
         noise = np.abs(10 * rng.standard_normal((side // 2, side // 2))).repeat(2, 0).repeat(2, 1)
         lines = 1 + np.asarray(canvas.reduce(2), float) + noise
-        maps.append(np.where(np.hypot(x, y) < 0.46 * side, lines.clip(1, 255), 0))
-    return np.array(maps, np.uint8)
+        maps.append(np.where(np.hypot(x, y) < 0.46 * side, lines.clip(1, 255), 0).astype(np.uint8))
+    return np.stack(maps)
 
 
 def fake_records(seed: int, number: int = 200) -> list[Record]:

@@ -152,7 +152,7 @@ def correlate(maps: Tensor, pairs: Tensor, views: Sequence[tuple[float, float]],
 
     The views are those of the second of a pair.
     """
-    field = ((maps > 0).sum(0) > len(maps) / 2).float()
+    field = torch.from_numpy((maps.numpy() > 0).mean(0) > 0.5).float()  # by numpy, which makes no copy in int64
     correlation, best = Correlation((F.avg_pool2d(field[None], factor)[0] > 0.5).float()), torch.zeros(len(pairs))
     for k in tqdm(range(0, len(pairs), BLOCK), desc="comparing vessels, once", leave=False, disable=None):
         chunk = slice(k, k + BLOCK)
