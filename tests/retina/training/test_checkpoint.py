@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike, log, state_and_batch
+from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike, log, start, state_and_batch
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
@@ -369,9 +369,10 @@ process.join()
 """
 
 
-def test_a_helper_says_nothing_when_its_main_process_is_killed_as_it_takes_a_tensor():
-    lost = subprocess.run([sys.executable, "-c", LOST, ROOT], capture_output=True, text=True, timeout=60)
-    assert lost.returncode == 0 and lost.stderr == ""
+def test_a_helper_says_nothing_when_its_main_process_is_killed_as_it_takes_a_tensor(tmp_path):
+    lost = start(LOST, ROOT, output=tmp_path / "output")
+    lost.join(60)
+    assert lost.exitcode == 0 and (tmp_path / "output").read_text() == ""
 
 
 # forks a process for each of many starts of train.py, without the seconds that the imports take, and kills it:
@@ -780,14 +781,14 @@ train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 2 == 0
 files.run_cli""")
     flags_ = "--image-size=64 --batch-size=4 --name=a".split()
-    process = subprocess.Popen([sys.executable, "-c", slow, ROOT, tmp_path, *flags_],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while "slow" not in (process.stdout.readline() or "slow"):
-        pass
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    assert "interrupted; go on with: python train.py --resume" in process.stdout.read()
+    process, output = start(slow, ROOT, tmp_path, *flags_, output=tmp_path / "output"), tmp_path / "output"
+    while process.is_alive() and not (output.exists() and "slow" in output.read_text()):
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130
+    assert "interrupted; go on with: python train.py --resume" in output.read_text()
     assert torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)["state"]["step"] == 2
