@@ -218,9 +218,9 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
         run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet)
         run.open(saved, {**findings, "notes": [*notes, *findings["notes"]]}, resume, overwrite)
         failure.begun = True
+        empty_targets = data.make_empty_targets(train_set, tasks, {*sizes, config.image_size}) if world.size > 1 else {}
         batches = data.train_loader(train_set, sampler.range(state.step, steps, world.rank, world.size), tasks, device,
-                                    config.workers, data.make_empty_targets(train_set, tasks, {*sizes, config.image_size})
-                                    if world.size > 1 else {})
+                                    config.workers, empty_targets)
         run.start(saved)  # after the loader, which draws from torch's generator
         while not run.ended():
             net.train()

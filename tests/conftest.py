@@ -3,11 +3,8 @@
 import functools
 import hashlib
 import json
-<<<<<<< HEAD
 import math
-=======
 import multiprocessing
->>>>>>> 408fccc18f59e5289e4b1167cb1794fac9f423e5
 import os
 import shutil
 import sys
@@ -357,7 +354,8 @@ def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, b
 def vessel_drawings(number: int, again: int) -> np.ndarray:
     """Vessel maps (number, V, V), drawn as such, with noise; the last `again` show the first eyes in another view.
 
-    A tenth of the time of photographs; scores are a little lower. Shifts are up to 15 % of the side, turns up to 11 degrees, zooms up to 7 %.
+    A tenth of the time of photographs; scores are a little lower. Shifts are up to 15 % of the side, turns up to 11
+    degrees, zooms up to 7 %.
     """
     rng, side, maps = np.random.default_rng(0), VESSEL_SIDE, []
     y, x = np.mgrid[:side, :side] - side / 2 + 0.5

@@ -84,7 +84,7 @@ def test_gradients_of_the_fast_network_are_the_plain_ones():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padded", [True, False])
 def test_depthwise_convolution_in_bf16(kernel, stride, padded):
-    """Against float64 on the same numbers: nothing is lost but what bf16 cannot hold. Lite variants pad by themselves."""
+    """Against float64 on the same numbers: nothing is lost but what bf16 cannot hold. Lite variants pad themselves."""
     torch.manual_seed(0)
     x = torch.randn(3, 8, 12, 15 - padded).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     padding = kernel // 2 if padded else 0
