@@ -54,14 +54,13 @@ readers.DRAWN = {"train": (0, 30), "test": (1, 5)}
 files.run_cli(lambda: train.main(sys.argv[3:]))
 """.replace("SHALLOW", repr(SHALLOW))
 
-# a process from which others are forked, as each would import torch for three seconds
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed.run", "torchvision"])
-
 
 def start(program: str, *words, output: Path, errors: Path | None = None, cwd: Path = ROOT):
-    """As python -c PROGRAM WORDS, with one thread, in a session of its own; -> multiprocessing's Process, started."""
-    begin = f"""
+    """As python -c PROGRAM WORDS, with one thread, in a session of its own; -> multiprocessing's Process, started.
+
+    It is forked from a process that has imported torch, for which each would take three seconds.
+    """
+    whole = f"""
 import os, sys, torch
 os.setsid()
 for stream, path in ((1, {str(output)!r}), (2, {str(errors or output)!r})):
@@ -69,8 +68,16 @@ for stream, path in ((1, {str(output)!r}), (2, {str(errors or output)!r})):
 os.chdir({str(cwd)!r})
 sys.argv, sys.path = ["-c", *{[str(word) for word in words]!r}], ["", *sys.path]
 torch.set_num_threads(1)
+status = 0
+try:
+    exec({program!r}, {{"__name__": "__main__"}})
+except SystemExit as ended:
+    status = ended.code
+sys.exit(status)  # when what the program held, such as a loader with its processes, is gone
 """
-    process = FORKS.Process(target=exec, args=(begin + program, {"__name__": "__main__"}))
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["torch.distributed.run", "torchvision"])
+    process = forks.Process(target=exec, args=(whole, {}))
     process.start()
     return process
 
@@ -232,12 +239,13 @@ def remembered(function: Callable, folder: Path) -> Callable:
 
 
 @pytest.fixture(autouse=True)
-def measured_once(tmp_path_factory, monkeypatch):
+def measured_once(request, tmp_path_factory, monkeypatch):
     """Vessels and quality of a photograph, two thirds of the time of reading it, where it lies in another tree again.
 
     What they are is tested in test_leaks.py and test_quality.py, which ask the functions themselves.
     """
-    folder = tmp_path_factory.getbasetemp() / "measured"
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "measured"
     folder.mkdir(exist_ok=True)
     for function in (preprocess.vessel_map, preprocess.measure_quality):
         monkeypatch.setattr(preprocess, function.__name__, remembered(function, folder))

@@ -256,7 +256,7 @@ FLAGS = "--image-size 64 --epochs 2 --batch-size 8".split()
 def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, shallow):
     """Three add in an order that two do not have."""
     fatal = FATAL.replace("END", "os.kill(os.getpid(), signal.SIGKILL)")
-    status, output, errors = run(tmp_path, 3, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed")
+    status, output, errors = run(tmp_path, 3, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed", launcher=TORCHRUN)
     assert status != 0 and "Signal 9 (SIGKILL)" in errors
     assert errors.count("Traceback") == 1 and "Warning" not in errors  # torchrun's own
     killed = tmp_path / "runs" / "killed"
@@ -277,12 +277,11 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     ended_alike(killed, whole)
 
 
-@pytest.mark.parametrize("launcher,program,flags,reason", [
-    (FORKED, FATAL.replace("END", "raise files.RunError('the reason')"), FLAGS, "error: the reason"),
-    (TORCHRUN, PROGRAM, ["--tasks", "fly"], "error: --tasks fly: no such task")],
-    ids=["in a step", "on the command line"])
-def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, launcher, program, flags, reason):
-    status, _, errors = run(tmp_path, 2, program, ROOT, tmp_path, *flags, launcher=launcher)
+@pytest.mark.parametrize("program,flags,reason", [
+    (FATAL.replace("END", "raise files.RunError('the reason')"), FLAGS, "error: the reason"),
+    (PROGRAM, ["--tasks", "fly"], "error: --tasks fly: no such task")], ids=["in a step", "on the command line"])
+def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, reason):
+    status, _, errors = run(tmp_path, 2, program, ROOT, tmp_path, *flags)
     assert status != 0 and errors.count(reason) == 1 and errors.count("Traceback") == 1  # torchrun's own
 
 
