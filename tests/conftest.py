@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
@@ -56,6 +57,33 @@ files.run_cli(lambda: train.main(sys.argv[3:]))
 """.replace("SHALLOW", repr(SHALLOW))
 
 
+def start(program: str, *words, output: Path, errors: Path | None = None, cwd: Path = ROOT):
+    """As python -c PROGRAM WORDS, with one thread, in a session of its own; -> multiprocessing's Process, started.
+
+    It is forked from a process that has imported torch, for which each would take three seconds.
+    """
+    whole = f"""
+import os, sys, torch
+os.setsid()
+for stream, path in ((1, {str(output)!r}), (2, {str(errors or output)!r})):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+os.chdir({str(cwd)!r})
+sys.argv, sys.path = ["-c", *{[str(word) for word in words]!r}], ["", *sys.path]
+torch.set_num_threads(1)
+status = 0
+try:
+    exec({program!r}, {{"__name__": "__main__"}})
+except SystemExit as ended:
+    status = ended.code
+sys.exit(status)  # when what the program held, such as a loader with its processes, is gone
+"""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["torch.distributed.run", "torchvision"])
+    process = forks.Process(target=exec, args=(whole, {}))
+    process.start()
+    return process
+
+
 @pytest.fixture
 def shallow(monkeypatch):
     """One block in each stage of the encoder, and few channels, for tests that do not depend on how large it is."""
@@ -64,6 +92,17 @@ def shallow(monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests that take long")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Where pytest-xdist is there, a process for each core, at most eight, tests whole folders; -n0: this one alone."""
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist") or config.option.usepdb:
+        return
+    if config.option.numprocesses is None and all(map(os.path.isdir, config.args)):
+        config.option.numprocesses, config.option.dist = min(8, os.cpu_count()), "worksteal"
+    if config.option.numprocesses:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
 
 
 def pytest_configure(config):
@@ -101,8 +140,7 @@ def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bo
             (masks / name).mkdir(parents=True)
         for i in range(segmentation):
             name = f"IDRiD_{i + 1 + (54 if split == 'test' else 0):02d}"
-            eye = ill_eye(series, 100 * i + (10000 if split == "test" else 0))
-            picture, truth = synthetic.render(eye, 96)
+            picture, truth = rendered(series, ill_eye(series, 100 * i + (10000 if split == "test" else 0)), 96)
             widen(picture).save(images / f"{name}.jpg", quality=92)
             for lesion, mask in zip(synthetic.LESIONS, truth):
                 if mask.any():
@@ -114,8 +152,9 @@ def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bo
         points = {name: ["Image No,X- Coordinate,Y - Coordinate,,,"] for name in records.LANDMARKS}
         for i in range(grading):
             name = f"IDRiD_{i + 1:03d}"  # the same names in both splits
-            eye = synthetic.plan(series + 1, i + (1000 if split == "test" else 0))
-            widen(synthetic.render(eye, 96)[0]).save(images / f"{name}.jpg", quality=92)
+            number = i + (1000 if split == "test" else 0)
+            eye = synthetic.plan(series + 1, number)
+            widen(rendered(series + 1, number, 96)[0]).save(images / f"{name}.jpg", quality=92)
             grades.append(f"{name},{eye.grade},{eye.edema_risk},,,")
             for landmark, (x, y) in zip(records.LANDMARKS, (eye.disc, eye.fovea)):
                 points[landmark].append(f"{name},{24 + 96 * x:.2f},{96 * y:.2f},,,")
@@ -130,13 +169,17 @@ def official_tree(root: Path, segmentation: int = 6, grading: int = 15, test: bo
     return root
 
 
-def ill_eye(series: int, start: int) -> synthetic.Eye:
-    """The next drawn eye with haemorrhages and hard exudates."""
-    while True:
-        eye = synthetic.plan(series, start)
-        if {"HE", "EX"} <= {lesion.lesion_class for lesion in eye.lesions}:
-            return eye
+def ill_eye(series: int, start: int) -> int:
+    """The index of the next drawn eye with haemorrhages and hard exudates."""
+    while not {"HE", "EX"} <= {lesion.lesion_class for lesion in synthetic.plan(series, start).lesions}:
         start += 1
+    return start
+
+
+@functools.cache
+def rendered(series: int, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and masks of a drawn eye, drawn once; not to be changed."""
+    return synthetic.render(synthetic.plan(series, index), side)
 
 
 def widen(pixels: np.ndarray) -> Image.Image:
@@ -198,12 +241,13 @@ def remembered(function: Callable, folder: Path) -> Callable:
 
 
 @pytest.fixture(autouse=True)
-def measured_once(tmp_path_factory, monkeypatch):
+def measured_once(request, tmp_path_factory, monkeypatch):
     """Vessels and quality of a photograph, two thirds of the time of reading it, where it lies in another tree again.
 
     What they are is tested in test_leaks.py and test_quality.py, which ask the functions themselves.
     """
-    folder = tmp_path_factory.getbasetemp() / "measured"
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "measured"
     folder.mkdir(exist_ok=True)
     for function in (preprocess.vessel_map, preprocess.measure_quality):
         monkeypatch.setattr(preprocess, function.__name__, remembered(function, folder))
@@ -288,7 +332,7 @@ def busy_net(**controls):
 @functools.cache
 def drawn(series: int, index: int, side: int) -> Image.Image:
     """A drawn eye; not to be changed."""
-    return Image.fromarray(synthetic.render(synthetic.plan(series, index), side)[0])
+    return Image.fromarray(rendered(series, index, side)[0])
 
 
 def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, blur=0.0, turn=0.0, zoom=1.0,

@@ -11,13 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 import baselines
 import data
 import evaluate
 import train
-from conftest import TINY, official_tree
+from conftest import TINY, drawn, official_tree
 from retina.comparison import jobs, measurements
 from retina.datasets import readers, records, synthetic
 from retina.files import InputError, RunError
@@ -222,7 +221,7 @@ def test_of_several_folds_a_seed_that_lacks_one_is_left_out(here, monkeypatch):
 
 def test_one_task_of_a_table_with_its_own_validation_split(here, tmp_path):
     for i in range(24):
-        Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+        drawn(3, i, 64).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(
         f"{i}.png,{synthetic.plan(3, i).grade},{'val' if i > 16 else ''}\n" for i in range(24)))
     flags = "--tasks cls --only constant cls_single dense leaky --seeds 1 --epochs 1 --image-size 64"

@@ -8,7 +8,6 @@ import contextlib
 import io
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -18,7 +17,6 @@ import known_truths
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import baselines
@@ -26,7 +24,7 @@ import data
 import evaluate
 import train
 import visualize
-from conftest import ROOT
+from conftest import ROOT, drawn, start
 from retina.datasets import synthetic
 
 
@@ -57,12 +55,12 @@ def pasted(page: str, home: Path) -> str:
 
 
 def run_there(home: Path, program: str) -> str:
-    """Run a program in a copy of the project, with few layers and one thread; -> what it prints."""
-    program = "import torch, model\ntorch.set_num_threads(1)\nmodel.STAGES = [(*s[:-1], 1) for s in model.STAGES]\n" + \
-        textwrap.dedent(program)
-    result = subprocess.run([sys.executable, "-c", program], cwd=home, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    """Run a program in a copy of the project, with few layers; -> what it prints."""
+    program = "import torch, model\nmodel.STAGES = [(*s[:-1], 1) for s in model.STAGES]\n" + textwrap.dedent(program)
+    process = start(program, output=home / "output", errors=home / "errors", cwd=home)
+    process.join()
+    assert process.exitcode == 0, (home / "errors").read_text()
+    return (home / "output").read_text()
 
 
 TRAIN_AND_SCORE = """
@@ -80,7 +78,7 @@ def write_labels(home: Path) -> None:
     lines = ["image,grade,edema_risk,age,split"]
     for i in range(12):
         eye = synthetic.plan(3, i)
-        Image.fromarray(synthetic.render(eye, 96)[0]).save(home / f"{i}.png")
+        drawn(3, i, 96).save(home / f"{i}.png")
         lines.append(f"{i}.png,{eye.grade},{eye.edema_risk},{30 + 3 * i},{'val' if i % 3 == 0 else 'train'}")
     (home / "labels.csv").write_text("\n".join(lines))
 

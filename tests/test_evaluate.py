@@ -18,8 +18,8 @@ import data
 import evaluate
 import model
 import train
-from conftest import SHALLOW, TINY, official_tree, photograph
-from retina.datasets import cache, readers, records, synthetic
+from conftest import SHALLOW, TINY, drawn, official_tree, photograph
+from retina.datasets import cache, readers, records
 from retina.evaluation import compare, scoring, task_metrics
 from retina.files import InputError
 from retina.training import precision
@@ -104,7 +104,7 @@ def run_of(tmp_path: Path, task: str, classes=()) -> evaluate.Run:
 def write_eyes(folder: Path, number: int, first: int = 0) -> None:
     folder.mkdir(parents=True)
     for i in range(number):
-        Image.fromarray(synthetic.render(synthetic.plan(5, first + i), 64)[0]).save(folder / f"{first + i}.png")
+        drawn(5, first + i, 64).save(folder / f"{first + i}.png")
 
 
 def test_folders_with_a_test_part_alone_are_scored_by_the_classes_of_the_run(tmp_path):
@@ -300,7 +300,10 @@ def test_opening_the_test_split_is_written_down(runs, monkeypatch, capsys):
 
 # ---- other data ----
 
-def other_tree(runs, home, change=lambda image: image.point(lambda v: v * 2 // 3), which="*.jpg"):
+TRAINING, TESTING = "a. Training Set/*.jpg", "b. Testing Set/*.jpg"
+
+
+def other_tree(runs, home, change=lambda image: image.point(lambda v: v * 2 // 3), which="-"):
     """The tree of the runs once more, with some of its photographs changed; names and labels are the same."""
     root = shutil.copytree(runs / "IDRiD", home / "IDRiD")
     for path in root.rglob(which):
@@ -320,7 +323,7 @@ def test_other_photographs_of_the_same_names_do_not_replace_results(runs, monkey
                                                                         "routing.json"]
     for name in official:
         (run / name).write_text("official")
-    root = other_tree(runs, tmp_path / "a")
+    root = other_tree(runs, tmp_path / "a", which=TRAINING)
     run_main(monkeypatch, run, "--data", root)
     said = capsys.readouterr().out
     assert f"val split of {root}\nnot the pixels, or not the labels, that the run was chosen on" in said
@@ -328,13 +331,14 @@ def test_other_photographs_of_the_same_names_do_not_replace_results(runs, monkey
     stored, = (strict(p) for p in run.glob("metrics_IDRiD_*.json"))
     assert stored["data"] == str(root) and not stored["own"]
     assert all(len(list(run.glob(f"{name}_IDRiD_*"))) == 1 for name in ("per_photograph", "routing"))
-    loaded, second = evaluate.load_run(run, torch.device("cpu")), other_tree(runs, tmp_path / "b", ImageOps.mirror)
+    second = other_tree(runs, tmp_path / "b", ImageOps.mirror, TRAINING)
+    loaded = evaluate.load_run(run, torch.device("cpu"))
     assert len({told_apart(loaded, x, "val") for x in (root, second, runs / "IDRiD")}) == 3
 
 
 def test_an_external_test_split_does_not_replace_the_official_one(runs, monkeypatch, tmp_path, capsys):
     run = shutil.copytree(runs / "e0_s0", tmp_path / "run")
-    for words in ([], ["--data", other_tree(runs, tmp_path)]):
+    for words in ([], ["--data", other_tree(runs, tmp_path, which=TESTING)]):
         run_main(monkeypatch, run, "--split", "test", *words)
         said = capsys.readouterr().out
         assert ("not the test split beside which the run was trained" in said) == bool(words)
@@ -355,10 +359,10 @@ def test_the_same_data_are_the_runs_own_wherever_they_lie(runs, tmp_path):
 def test_one_other_label_or_photograph_makes_other_data_of_the_split_that_has_it(runs, tmp_path):
     """An external test split in the place of the official one, beside the same validation photographs."""
     run = evaluate.load_run(runs / "e4_s0", torch.device("cpu"))
-    root = other_tree(runs, tmp_path / "a", which="*b. Testing Set/IDRiD_003.jpg")
+    root = other_tree(runs, tmp_path / "a", which="b. Testing Set/IDRiD_003.jpg")
     assert told_apart(run, root, "val") == "" and told_apart(run, root, "test").startswith("_IDRiD_")
     name = next(name for name in run.validation if name.startswith("grading/"))
-    table = next((root := other_tree(runs, tmp_path / "b", which="-")).rglob("*Grading_Training*.csv"))
+    table = next((root := other_tree(runs, tmp_path / "b")).rglob("*Grading_Training*.csv"))
     table.write_text("\n".join(
         f"{line[:10]}{(int(line[10]) + 1) % 5}{line[11:]}" if line.startswith(name[-9:]) else line
         for line in table.read_text().splitlines()))
@@ -387,7 +391,7 @@ def test_a_run_of_drawings_on_real_data_says_so(run, monkeypatch, shared_tree, c
 @pytest.mark.parametrize("change", ["photographs", "labels"])
 def test_runs_on_other_data_of_the_same_names_are_not_compared(runs, monkeypatch, tmp_path, change):
     """The second was trained on other data, here made believe: it is scored on those."""
-    root, second = other_tree(runs, tmp_path, which="*.jpg" if change == "photographs" else "-"), tmp_path / "second"
+    root, second = other_tree(runs, tmp_path, which=TESTING if change == "photographs" else "-"), tmp_path / "second"
     if change == "labels":
         for table in root.rglob("*Center*.csv"):
             table.write_text(re.sub(r"(\d)\.\d\d", r"\1.99", table.read_text()))

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -21,7 +20,7 @@ import data
 import evaluate
 import tasks
 import train
-from conftest import PROGRAM, ROOT, TINY, state_and_batch
+from conftest import PROGRAM, ROOT, TINY, drawn, rendered, start, state_and_batch
 from retina import files
 from retina.datasets import readers, records, splits, synthetic
 from retina.evaluation import scoring
@@ -147,7 +146,7 @@ def test_all_folds_together_validate_on_every_photograph_once(tmp_path):
 
 def test_a_run_says_where_labels_contradict_each_other(tmp_path, capsys):
     for i in range(8):
-        Image.fromarray(synthetic.render(synthetic.plan(3, i // 2 if i < 2 else i), 64)[0]).save(tmp_path / f"{i}.png")
+        drawn(3, i // 2 if i < 2 else i, 64).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,grade\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(8)))
     train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"), epochs=1), tmp_path / "run")
     assert "1 times copies of one photograph carry different labels" in capsys.readouterr().out
@@ -157,7 +156,7 @@ def test_a_run_says_where_labels_contradict_each_other(tmp_path, capsys):
 
 def test_why_nothing_is_left_to_validate_on_is_said(tmp_path):
     for i in range(4):
-        Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+        drawn(3, i, 64).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,grade,group,split\n0.png,1,a,\n1.png,1,b,\n2.png,1,b,test\n3.png,1,b,test\n")
     options = replace(TINY, tasks=("cls",), data=str(tmp_path / "t.csv"))
     with pytest.raises(InputError, match="1 for training, 0 for validation|0 for training, 1 for validation") as error:
@@ -226,7 +225,7 @@ def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
 
 def test_a_validation_split_of_ones_own_is_no_fold(tmp_path):
     for i in range(4):
-        Image.fromarray(synthetic.render(synthetic.plan(3, i), 64)[0]).save(tmp_path / f"{i}.png")
+        drawn(3, i, 64).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("image,grade,split\n" + "".join(
         f"{i}.png,{i % 2},{'val' if i > 2 else ''}\n" for i in range(4)))
     options = train.configure(["--data", str(tmp_path / "t.csv"), "--tasks", "cls", "--encoder-weights", "none"])[0]
@@ -376,8 +375,7 @@ def test_a_table_with_few_labels_trains_and_scores(tmp_path, monkeypatch):
     """Grades here, masks of one lesion there, points elsewhere; groups stay together."""
     lines = ["image,grade,mask_ex,mask_se,disc_x,disc_y,fovea_x,fovea_y,split,group"]
     for i in range(24):
-        eye = synthetic.plan(3, i)
-        picture, masks = synthetic.render(eye, 96)
+        eye, (picture, masks) = synthetic.plan(3, i), rendered(3, i, 96)
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
         Image.fromarray(masks[synthetic.LESIONS.index("EX")]).save(tmp_path / f"{i}_ex.png")
         points = [f"{96 * v:.1f}" for v in (*eye.disc, *eye.fovea)]
@@ -473,17 +471,16 @@ def test_uncertainty_finds_the_loss_as_its_variance():
 def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
     """The whole process group hears it, as at a terminal; loader processes must not answer."""
     run = tmp_path / "runs" / "stopped"
-    with open(tmp_path / "output", "w") as output:
-        flags = f"--image-size=64 --batch-size=4 --epochs=200 --name=stopped --workers={workers}".split()
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, ROOT, tmp_path, *flags], stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        while not (run / "best.pt").exists() and process.poll() is None:
-            time.sleep(0.1)
-        os.killpg(process.pid, word)
-        try:
-            assert process.wait(60) == 130
-        finally:
-            process.kill()
+    flags = f"--image-size=64 --batch-size=4 --epochs=200 --name=stopped --workers={workers}".split()
+    process = start(PROGRAM, ROOT, tmp_path, *flags, output=tmp_path / "output")
+    while not (run / "best.pt").exists() and process.is_alive():
+        time.sleep(0.1)
+    os.killpg(process.pid, word)
+    try:
+        process.join(60)
+        assert process.exitcode == 130
+    finally:
+        process.kill()
     text = (tmp_path / "output").read_text()
     assert "DRAWN" in text.splitlines()[0] and "interrupted; go on with: python" in text and "Traceback" not in text
     assert evaluate.load_run(run, torch.device("cpu")).epoch >= 1

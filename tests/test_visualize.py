@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw
 import evaluate
 import train
 import visualize
-from conftest import TINY, busy_net, real_idrid
+from conftest import TINY, busy_net, real_idrid, rendered
 from model import Routing
 from retina import drawing
-from retina.datasets import readers, records, synthetic
+from retina.datasets import readers, records
 from retina.evaluation import metrics, scoring, tables
 from retina.figures import answers, charts, context, internals, routing
 from retina.files import InputError
@@ -468,7 +468,7 @@ def table_of(folder: Path, cells: list[str], header: str) -> Path:
     """Drawn photographs with the disc's mask and one of microaneurysms; -> a table with these cells."""
     folder.mkdir(exist_ok=True)
     for i in range(len(cells)):
-        picture, masks = synthetic.render(synthetic.plan(5, i), 64)
+        picture, masks = rendered(5, i, 64)
         Image.fromarray(picture).save(folder / f"{i}.png")
         for k, kind in ((0, "ma"), (4, "od")):
             Image.fromarray(255 * np.pad(masks[k], 0).astype(np.uint8)).save(folder / f"{i}_{kind}.png")

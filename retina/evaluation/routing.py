@@ -106,14 +106,14 @@ def one_hot(keys: Sequence, dtype: torch.dtype) -> tuple[Tensor, list]:
 
 
 def mutual_information(shares: Tensor, labels: Tensor) -> Tensor:
-    """I(expert; label) in bits for shares (..., n, E), rows of which sum to 1, and one-hot labels (n, G).
+    """I(expert; label) in bits for shares (..., n, E), rows of which sum to 1, and one-hot labels (..., n, G).
 
     I = sum_g p_g sum_e q_ge log2(q_ge / q_e): p_g share of the rows with label g, q_ge mean share of expert e in them,
     q_e in all (Cover & Thomas, Elements of Information Theory, eq. 2.28); here as entropy of q_e minus that of q_ge.
     """
-    p = labels.sum(0) / len(labels)  # (G,)
-    q = (labels.T / labels.sum(0)[:, None]) @ shares  # (..., G, E)
-    return (entropy((p[:, None] * q).sum(-2)) - (p * entropy(q)).sum(-1)).clamp(min=0)
+    p = labels.mean(-2)  # (..., G)
+    q = (labels / labels.sum(-2, keepdim=True)).mT @ shares  # (..., G, E)
+    return (entropy((p[..., None] * q).sum(-2)) - (p * entropy(q)).sum(-1)).clamp(min=0)
 
 
 def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None = None,
@@ -129,10 +129,12 @@ def information(shares: Tensor, labels: Sequence, blocks: Sequence[int] | None =
     blocks = torch.zeros(len(labels)) if blocks is None else torch.as_tensor(blocks)
     generator = torch.Generator().manual_seed(0)
     bits = float(mutual_information(shares, labelled).mean())
-    chance = torch.empty(resamples, dtype=torch.float64)
-    for i in range(resamples):
-        order = (blocks.double() + torch.rand(len(blocks), dtype=torch.float64, generator=generator)).argsort()
-        chance[i] = mutual_information(shares, labelled[order]).mean()
+    chance = []
+    for some in torch.arange(resamples).split(20):  # as many at once as is fast
+        lots = torch.rand(len(some), len(blocks), dtype=torch.float64, generator=generator)
+        permuted = labelled[(blocks.double() + lots).argsort()]  # (20, n, G)
+        chance.append(mutual_information(shares, permuted[:, None]).mean(1))
+    chance = torch.cat(chance)
     return Information(bits, float(chance.mean()), (1 + int((chance > bits - 1e-12).sum())) / (1 + resamples),
                        len(labels))
 

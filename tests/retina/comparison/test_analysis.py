@@ -166,7 +166,7 @@ def test_seeds_count_as_new_seeds_would():
     assert degrees == pytest.approx(error ** 4 / (sum((v / 5) ** 2 / 4 for v in variances) + of_eyes ** 2 / 399))
 
 
-def test_fewer_than_five_seeds_a_side_claim_nothing_and_evaluate_says_the_same():
+def test_fewer_than_five_seeds_a_side_claim_nothing_and_evaluate_says_the_same(few_resamples):
     """The same seed several times does not differ; the sentence of both commands differs in names and numbers alone."""
     first, second = right(0.3, 300, 1), right(0.8, 300, 2)
     for seeds, claimed in ((1, False), (2, False), (4, False), (5, True)):

@@ -12,12 +12,13 @@ import baselines
 from conftest import ROOT, SHALLOW, TINY
 from retina.comparison import jobs
 from retina.comparison.jobs import Job
+from retina.datasets import cache
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
-# baselines.py with few drawings, a shallow encoder and another home
+# baselines.py with few drawings, a shallow encoder, another home and the cache of the test
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
@@ -26,7 +27,7 @@ import baselines, model
 from retina import files
 from retina.datasets import cache, readers, records
 model.STAGES = {shallow}
-records.HERE = Path({home!r}); cache.CACHE = records.HERE / "cache"
+records.HERE, cache.CACHE = Path({home!r}), Path({cache!r})
 readers.DRAWN = {{"train": (0, 30), "test": (1, 10)}}
 files.run_cli(baselines.main)
 """
@@ -35,7 +36,7 @@ files.run_cli(baselines.main)
 @pytest.fixture
 def script(tmp_path) -> Path:
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(root=str(ROOT), home=str(tmp_path), shallow=SHALLOW))
+    path.write_text(SCRIPT.format(root=str(ROOT), home=str(tmp_path), cache=str(cache.CACHE), shallow=SHALLOW))
     return path
 
 
@@ -68,9 +69,6 @@ def test_two_runs_at_once_come_to_what_they_come_to_single(tmp_path, monkeypatch
     base = replace(SMALL, data=str(shared_tree))
     configurations = [c for c in baselines.configurations_for(base.tasks) if c.name in ("hard", "cls_single")]
     both, single = (baselines.jobs_for(configurations, base, 1, ["1/5"], tmp_path / name) for name in ("both", "one"))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        assert jobs.run_all(both, script, 2) == {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,6 +76,9 @@ def test_two_runs_at_once_come_to_what_they_come_to_single(tmp_path, monkeypatch
             baselines.finish(job)
     finally:
         torch.set_num_threads(threads)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        assert jobs.run_all(both, script, 2) == {}
     for one, other in zip(*([job.measured() for job in asked] for asked in (both, single)), strict=True):
         assert one["threads"] == other["threads"] == 1
         assert torch.equal(one["scores"]["stats"]["cls"], other["scores"]["stats"]["cls"])

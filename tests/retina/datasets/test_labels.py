@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_baselines import here  # noqa: F401 (a fixture)
 
 import baselines
@@ -24,6 +23,7 @@ import data
 import evaluate
 import train
 import visualize
+from conftest import drawn
 from model import ClassifierHead
 from retina.datasets import leaks, records, splits, synthetic
 from retina.datasets.readers import read_data
@@ -82,9 +82,9 @@ def written(folder: Path, **changed: str) -> Path:
     lines = ["image,grade,age,split"]
     for i in range(24):
         eye = synthetic.plan(3, i)
-        Image.fromarray(synthetic.render(eye, 96)[0]).save(folder / f"{i}.png")
+        drawn(3, i, 96).save(folder / f"{i}.png")
         lines.append(f"{i}.png,{eye.grade},{f'{30 + 2 * i}' if i % 3 else ''},{'test' if i > 20 else ''}")
-    Image.fromarray(synthetic.render(synthetic.plan(3, 0), 96)[0]).save(folder / "again.png", compress_level=1)
+    drawn(3, 0, 96).save(folder / "again.png", compress_level=1)
     lines.append("again.png,,71.5,")
     cells = {line.split(".")[0]: line for line in lines} | changed
     (folder / "t.csv").write_text("\n".join(cells.values()))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 import data
-from conftest import photograph, real_idrid, save_palette_mask
+from conftest import photograph, real_idrid, rendered, save_palette_mask
 from retina.datasets import cache, leaks, readers, synthetic
 from retina.datasets.masks import MaskFile, read_mask, stored_values
 from retina.files import InputError
@@ -167,7 +167,7 @@ def eye(folder: Path, index: int) -> np.ndarray:
     """A drawn photograph of 300 pixels, folder/INDEX.jpg; -> its labels (300, 300), 0, or 1 and up as in LESIONS."""
     photograph(folder / f"{index}.jpg", index)
     labels = np.zeros((300, 300), np.uint8)
-    for k, mask in enumerate(synthetic.render(synthetic.plan(11, index), 300)[1]):
+    for k, mask in enumerate(rendered(11, index, 300)[1]):
         labels[mask] = k + 1
     return labels
 

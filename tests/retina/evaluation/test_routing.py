@@ -121,6 +121,23 @@ def test_chance_takes_the_bias_out():
     assert known.bits == pytest.approx(math.log2(5), abs=0.01) and known.p == pytest.approx(1 / 101)
 
 
+def test_permutations_at_once_are_those_one_by_one():
+    """Of two tables, within blocks of three photographs; the last of 50 are fewer at once than the others."""
+    torch.manual_seed(0)
+    shares, labels = torch.rand(2, 30, 6, dtype=torch.float64).softmax(2), torch.randint(0, 4, (30,))
+    blocks, generator = torch.arange(30) // 3, torch.Generator().manual_seed(0)
+    chance = []
+    for _ in range(50):
+        order = (blocks + torch.rand(30, dtype=torch.float64, generator=generator)).argsort()
+        assert torch.equal(blocks[order], blocks)
+        each = [float(routing.mutual_information(table, one_hot(labels[order], 4))) for table in shares]
+        chance.append(sum(each) / 2)
+    found = routing.information(shares, labels.tolist(), blocks, resamples=50)
+    reached = sum(c > found.bits for c in chance)
+    assert found.by_chance == pytest.approx(sum(chance) / 50, rel=1e-12) and 0 < reached < 50
+    assert found.p == (1 + reached) / 51
+
+
 def test_permutation_stays_within_blocks():
     """Photographs differ in their experts, tasks do not: nothing about the task, in any permutation within them."""
     torch.manual_seed(0)

@@ -1,9 +1,6 @@
 """Several processes learn what one would: gradients, streams, scores, and what happens when one of them dies."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +13,7 @@ import torch.distributed as dist
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike
+from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike, start
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
@@ -64,7 +61,7 @@ def learn(world, options):
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
     photographs = data.FundusDataset(found, options.image_size)
-    empty_targets = data.make_empty_targets(photographs, task_list) if world.size > 1 else {}
+    empty_targets = data.make_empty_targets(photographs, task_list, [options.image_size]) if world.size > 1 else {}
     state = train.make_state(net, task_list, options, 10, torch.device("cpu"), world)
     net.train()
     share = [photographs[i] for i in range(8)][world.rank::world.size]
@@ -88,25 +85,39 @@ with distributed.init_world() as world:
 """.replace("SHALLOW", repr(SHALLOW))
 
 
-def torchrun(processes: int, *arguments) -> subprocess.Popen:
-    """python -c PROGRAM ARGUMENTS, in several processes by torchrun, which takes files and modules only."""
-    program, *arguments = map(str, arguments)
-    file = Path(arguments[1]) / f"program_{abs(hash(program))}.py"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(program)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    return subprocess.Popen([sys.executable, *launcher, file, *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+# as torchrun, but its processes are forked and need not import torch: python -c FORKED PROCESSES PROGRAM ARGUMENTS
+FORKED = """
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+_, processes, program, *sys.argv[1:] = sys.argv
+config, *_ = run.config_from_args(run.parse_args(
+    ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", f"--nproc_per_node={processes}", "--start_method=fork", ""]))
+try:
+    run.elastic_launch(config, exec)(program, {})
+except ChildFailedError as error:
+    sys.exit(str(error))
+"""
+# torchrun itself
+TORCHRUN = """
+import sys
+from torch.distributed import run
+run.main(["--standalone", f"--nproc_per_node={sys.argv[1]}", "--no_python", sys.executable, "-c", *sys.argv[2:]])
+"""
 
 
-def run(processes: int, *arguments) -> tuple[int, str, str]:
-    process = torchrun(processes, *arguments)
+def run(folder: Path, processes: int, program: str, *words, launcher: str = FORKED) -> tuple[int, str, str]:
+    """python -c PROGRAM WORDS in several processes; -> its status, output and errors."""
+    output, errors = folder / "output", folder / "errors"
+    words = (launcher, processes, program, *words) if processes > 1 else (program, *words)
+    process = start(*words, output=output, errors=errors)
     try:
-        output, errors = process.communicate(timeout=120)
+        process.join(120)
     finally:  # torchrun ends what it has started
         process.terminate()
-    return process.returncode, output, errors
+    texts = [path.read_text() for path in (output, errors)]
+    output.unlink(), errors.unlink()
+    return process.exitcode, *texts
 
 
 # ---- gradients ----
@@ -122,7 +133,7 @@ def learned(tmp_path_factory):
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):  # the first without torchrun
-        status, _, errors = run(n, STEP, ROOT, home / "cache", home / f"{n}", [same | c for c in CHANGES])
+        status, _, errors = run(home, n, STEP, ROOT, home / "cache", home / f"{n}", [same | c for c in CHANGES])
         assert status == 0, errors
     return [torch.load(home / f"{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1")]
 
@@ -245,13 +256,13 @@ FLAGS = "--image-size 64 --epochs 2 --batch-size 8".split()
 def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, shallow):
     """Three add in an order that two do not have."""
     fatal = FATAL.replace("END", "os.kill(os.getpid(), signal.SIGKILL)")
-    status, output, errors = run(3, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed")
+    status, output, errors = run(tmp_path, 3, fatal, ROOT, tmp_path, *FLAGS, "--name", "killed", launcher=TORCHRUN)
     assert status != 0 and "Signal 9 (SIGKILL)" in errors
     assert errors.count("Traceback") == 1 and "Warning" not in errors  # torchrun's own
     killed = tmp_path / "runs" / "killed"
     assert torch.load(killed / "last.pt", weights_only=True)["state"]["step"] == 4
 
-    status, output, errors = run(3, BOTH, ROOT, tmp_path, killed, *FLAGS, "--name", "whole")
+    status, output, errors = run(tmp_path, 3, BOTH, ROOT, tmp_path, killed, *FLAGS, "--name", "whole")
     assert status == 0, errors
     resumed, output = output.split("best checkpoint: epoch", 1)
     assert resumed.count("| score") == 1 and f"going on with {killed}\n" in resumed
@@ -270,7 +281,7 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     (FATAL.replace("END", "raise files.RunError('the reason')"), FLAGS, "error: the reason"),
     (PROGRAM, ["--tasks", "fly"], "error: --tasks fly: no such task")], ids=["in a step", "on the command line"])
 def test_a_fault_in_one_process_is_told_and_ends_all(tmp_path, program, flags, reason):
-    status, _, errors = run(2, program, ROOT, tmp_path, *flags)
+    status, _, errors = run(tmp_path, 2, program, ROOT, tmp_path, *flags)
     assert status != 0 and errors.count(reason) == 1 and errors.count("Traceback") == 1  # torchrun's own
 
 
