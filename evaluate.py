@@ -307,7 +307,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     paths, notes = find_photographs(args.images)
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles or run.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
-                          None if run.options["classes"] else run.seen, not args.no_quality_check)
+                          None if run.options["classes"] else run.seen, args.precision, not args.no_quality_check)
     print("\n".join([*notes, calibration_line(run.calibration)]))
     try:
         rows = predict_all(predictor, paths)
@@ -335,9 +335,9 @@ def main() -> None:
     check(args, runs)
     for run in runs:
         run.net = precision.fuse_conv_bn(run.net)
+    if args.images is not None:
+        return answer_for_new(runs[0], args, device)
     with precision.autocast(device, args.precision):
-        if args.images is not None:
-            return answer_for_new(runs[0], args, device)
         score_and_write(runs, args, device)
 
 

@@ -268,9 +268,11 @@ def masks_of(sample: Sample) -> dict[str, np.ndarray]:
     return {lesion: (mask == 1).numpy() for lesion, mask in known if (mask != records.UNKNOWN).all()}
 
 
-def mark(picture: Image.Image, points: Sequence | None) -> None:
-    """Draw the disc's centre as + and the fovea's as x; points (2, 2), nan where not known, or None."""
-    pen, reach = ImageDraw.Draw(picture), max(8, min(picture.size) / 60)  # pixels to each side
+def mark(pen: ImageDraw.ImageDraw, points: Sequence | None, reach: float) -> None:
+    """Draw the disc's centre as + and the fovea's as x; points (2, 2), nan where not known, or None.
+
+    `reach`: pixels to each side.
+    """
     for (x, y), angle in zip(() if points is None else points, (0, math.pi / 4)):
         for colour, width in (("black", 0.55), ("white", 0.22)) if math.isfinite(x + y) else ():
             for turn in (angle, angle + math.pi / 2):
@@ -278,24 +280,26 @@ def mark(picture: Image.Image, points: Sequence | None) -> None:
                 pen.line((x - dx, y - dy, x + dx, y + dy), colour, max(1, round(width * reach)))
 
 
-def tinted(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None = None) -> Image.Image:
+def tinted(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequence | None = None,
+           canvas: tuple[int, int] | None = None) -> Image.Image:
     """A photograph with its lesions tinted and outlined, the optic disc outlined, points marked; see `mark`.
 
-    masks {lesion: (H, W) bool}.
+    masks {lesion: (H, W) bool}. With `canvas`, a width and height, it lies at the left and top of a larger picture.
     """
-    pixels, s = np.array(image), max(1, round(min(image.size) / 700))  # s: width of an outline
-    flat, middle = pixels.reshape(-1, 3), slice(s, -s)
+    (width, height), short = image.size, min(image.size)
+    picture, s = image.crop((0, 0, *(canvas or image.size))), max(1, round(short / 700))  # s: width of an outline
+    pen = ImageDraw.Draw(picture, "RGBA")
     for lesion, mask in masks.items():
-        inner = np.zeros_like(mask)  # less an outline on all sides
-        inner[middle, middle] = mask[middle, middle] & mask[:-2 * s, middle] & mask[2 * s:, middle] & \
-            mask[middle, :-2 * s] & mask[middle, 2 * s:]
-        colour = np.array(records.LESION_COLOURS[lesion], np.float32)
+        inside = np.flatnonzero(mask)  # numbers of pixels: the few of a mask are drawn one by one
+        y, x = np.divmod(inside, width)
+        inner = (x >= s) & (x < width - s) & (y >= s) & (y < height - s)  # less an outline on all sides
+        for step in (-s * width, -s, s, s * width):
+            inner &= mask.ravel().take(inside + step, mode="clip")
+        at = np.stack([x, y], 1).astype(np.float32)
         if lesion != "OD":
-            inside = np.flatnonzero(inner)  # numbers of pixels find the few of a mask faster than truth values do
-            flat[inside] = (0.7 * flat[inside] + 0.3 * colour).astype(np.uint8)
-        flat[np.flatnonzero(mask & ~inner)] = colour
-    picture = Image.fromarray(pixels)
-    mark(picture, points)
+            pen.point(at[inner], (*records.LESION_COLOURS[lesion], round(0.3 * 255)))
+        pen.point(at[~inner], records.LESION_COLOURS[lesion])
+    mark(pen, points, max(8, short / 60))
     return picture
 
 
@@ -311,4 +315,8 @@ def overlay(image: Image.Image, masks: Mapping[str, np.ndarray], points: Sequenc
     if masks:
         parts += [found_legend(masks, retina * image.width * image.height, width, size),
                   text("areas in percent of the retina", size, PALE, width)]
-    return column([tinted(image, masks, points), padded(column(parts, 4), *[size // 2] * 4)], 0)
+    strip = padded(column(parts, 4), *[size // 2] * 4)
+    picture = tinted(image, masks, points, (max(image.width, strip.width), image.height + strip.height))
+    picture.paste(PAPER, (0, image.height, *picture.size))
+    picture.paste(strip, (0, image.height))
+    return picture

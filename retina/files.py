@@ -205,14 +205,18 @@ def load_tensors(path: Path | str, device: str | torch.device = "cpu"):
                          f"({type(error).__name__})") from error
 
 
+OPENING = threading.Lock()  # filters of warnings belong to the process: two threads would undo them for each other
+
+
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file, lazily. InputError: whatever is wrong with it, now or while the caller decodes it."""
     try:
-        with warnings.catch_warnings():
+        with OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+            image = Image.open(path)
+        with image:
+            yield image
     except InputError:
         raise
     except FileNotFoundError:

@@ -1,7 +1,9 @@
 """How fast is it, and by what? Medians of interleaved repetitions: whatever else the machine does slows all alike.
 
-    python tests/benchmark.py step | data | inference | experts | evaluation | scaling | all [--json FILE] [--data PATH]
+    python tests/benchmark.py [step | data | inference | experts | evaluation | scaling | eyes] [--quick]
+        [--json FILE] [--data PATH]
 
+Without a name it measures everything, with --quick the main things, once and in about two minutes.
 Each way of running the network is a process of its own, since how memory is kept belongs to a process; they take turns,
 and each tells the most memory that it has held. "plain" is the same network as anyone would write it: eager, float32,
 channels first. Where segmentation_models_pytorch is installed, its U-Net with the same encoder runs beside ours.
@@ -13,6 +15,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -38,12 +41,12 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from conftest import save_palette_mask  # noqa: E402
+from conftest import save_palette_mask, vessel_drawings  # noqa: E402
 from model import MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
-from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
+from retina.datasets import cache, leaks, preprocess, readers, records, synthetic, vessels  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, run_cli  # noqa: E402
-from retina.inference import full_size  # noqa: E402
+from retina.inference import full_size, predictor  # noqa: E402
 from retina.training import precision  # noqa: E402
 from tasks import TASKS, make_tasks  # noqa: E402
 
@@ -51,6 +54,7 @@ from tasks import TASKS, make_tasks  # noqa: E402
 CPU, SEG = torch.device("cpu"), TASKS["seg"]
 LIBRARY = "segmentation_models_pytorch"
 TABLES: dict[str, list] = {}  # title -> lines, for --json
+QUICK = "--quick" in sys.argv  # once instead of again and again
 
 
 def machine() -> str:
@@ -64,7 +68,7 @@ def machine() -> str:
 
 def medians(jobs: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
     """Seconds of each job; one after the other, again and again, after two rounds that do not count."""
-    times = {name: [] for name in jobs}
+    times, repetitions = {name: [] for name in jobs}, 1 if QUICK else repetitions
     for i in range(repetitions + 2):
         for name, job in jobs.items():
             begun = time.perf_counter()
@@ -145,7 +149,7 @@ def ours(size: int, graded: int, masked: int, speedups: Sequence[str], names: Se
          experts: int = 8) -> tuple[Callable, Callable]:
     """Our network -> step, forward of one photograph. The first `graded` photographs have all labels but masks."""
     net, tasks = build(speedups, names, experts)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4) if FUSED not in speedups else None
+    optimizer = None if FUSED in speedups else torch.optim.AdamW(net.parameters(), 1e-4, fused=PLAIN not in speedups)
     number = graded + masked
     images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
     first, last = torch.arange(number)[:graded or number], torch.arange(number)[graded:]
@@ -179,7 +183,8 @@ def as_published(photographs: Sequence[records.Record], size: int) -> data.Batch
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
             sample["masks"] = tv_tensors.Mask(masks)
-        labels = {k: x.as_subclass(Tensor) for k, x in data.AUGMENTATION(sample).items()} | {"grade": r.grade or 0}
+        sample = v2.Compose([*data.FLIPS, *data.augmentation()])(sample)
+        labels = {k: x.as_subclass(Tensor) for k, x in sample.items()} | {"grade": r.grade or 0}
         samples.append(preprocess.Sample(r.name, labels.pop("image"), labels, None, r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
 
@@ -222,6 +227,12 @@ def reading(number: int) -> tuple[Callable]:
     return read,
 
 
+def most_memory() -> float:
+    """The most memory that this process has held since it began, or since it was told to forget, in GiB."""
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0 kB"
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2 ** 20
+
+
 def work(how: str) -> None:
     """One of the processes: for each line that comes, run once, answer with seconds and the peak of memory in GiB."""
     spec = json.loads(how)
@@ -232,9 +243,7 @@ def work(how: str) -> None:
         begun = time.perf_counter()
         job()
         seconds = time.perf_counter() - begun
-        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0 kB"
-        peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-        print(seconds, int(peak) / 2 ** 20, flush=True)
+        print(seconds, most_memory(), flush=True)
 
 
 def race(ways: Mapping[str, Mapping], repetitions: int) -> dict[str, tuple[float, float]]:
@@ -243,15 +252,15 @@ def race(ways: Mapping[str, Mapping], repetitions: int) -> dict[str, tuple[float
         processes = {name: stack.enter_context(subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True)) for name, spec in ways.items()}
-        times, peaks = {name: [] for name in ways}, {}
-        for i in range(repetitions + 4):
+        times, peaks, first = {name: [] for name in ways}, {}, 2 if QUICK else 4
+        for i in range(first + (1 if QUICK else repetitions)):
             for name, process in processes.items():
                 process.stdin.write("\n"), process.stdin.flush()
                 answer = process.stdout.readline().split()
                 if not answer:
                     raise RunError(f"{name}: its process ended, perhaps for want of memory ({len(ways)} hold theirs)")
                 seconds, peaks[name] = map(float, answer)
-                times[name] += [seconds] * (i > 3)
+                times[name] += [seconds] * (i >= first)
         for process in processes.values():
             process.stdin.close()
     return {name: (statistics.median(times[name]), peaks[name]) for name in ways}
@@ -290,19 +299,24 @@ def step() -> None:
                  "+ freed memory kept": {"speedups": [MEMORY]},
                  "+ channels_last": {"speedups": [MEMORY, LAYOUT]},
                  "+ bf16": {"speedups": [MEMORY, LAYOUT, BF16]},
-                 "+ own depthwise backward": {"speedups": [MEMORY, LAYOUT, BF16, DEPTHWISE]}}
-        if size > 256:  # all at once would be 30 GiB
+                 "+ own depthwise backward": {"speedups": BEST}}
+        if QUICK or size > 256:  # all at 512 pixels at once would be 30 GiB
             ways = {name: ways[name] for name in ("library", "plain", "+ own depthwise backward") if name in ways}
         ways = {name: {"kind": "ours", "size": size, "graded": graded, "masked": masked} | spec
                 for name, spec in ways.items()}
         table(f"training step, {size} px, {graded} graded and {masked} masked photographs", race(ways, repetitions),
               graded + masked)
-    shared("step of 8 photographs with all labels", {"graded": 0, "masked": 8, "speedups": BEST}, 5)
+    ways = {f"{size} px": {"kind": "ours", "size": size, "graded": 5, "masked": 3, "names": ["cls", "dme", "seg"],
+                           "speedups": BEST} for size in data.growing_sizes(256, 3)}
+    table("training step while photographs grow, 5 graded and 3 masked", race(ways, 5), 8)
+    if not QUICK:
+        shared("step of 8 photographs with all labels", {"graded": 0, "masked": 8, "speedups": BEST}, 5)
 
 
 def inference() -> None:
-    """One photograph through the network."""
-    for size in (256, 512):
+    """One photograph through the network, and from its file to its pictures."""
+    predicting()
+    for size in (256, 512)[QUICK:]:
         ways = {"library": {"kind": "library"}} if importlib.util.find_spec(LIBRARY) else {}
         ways |= {"plain": {"speedups": [PLAIN]},
                  "+ freed memory kept": {"speedups": [MEMORY]},
@@ -312,8 +326,33 @@ def inference() -> None:
         ways = {name: {"kind": "ours", "size": size, "graded": 1, "masked": 1, "job": 1} | spec
                 for name, spec in ways.items()}
         table(f"forward pass of one photograph, {size} px", race(ways, 20), 1)
-    shared("forward pass of one photograph",
-           {"graded": 0, "masked": 1, "job": 1, "speedups": [MEMORY, LAYOUT, FUSED]}, 20)
+    if not QUICK:
+        shared("forward pass of one photograph",
+               {"graded": 0, "masked": 1, "job": 1, "speedups": [MEMORY, LAYOUT, FUSED]}, 20)
+
+
+def predicting() -> None:
+    """Answers for photographs of 4288x2848: four tasks, tiles, pictures; one by stages, and twelve on all cores."""
+    tasks, number = make_tasks(FOUR), 4 if QUICK else 12
+    net = precision.fuse_conv_bn(Net(NetConfig("lite0"), tasks))
+    with tempfile.TemporaryDirectory() as place:
+        photographs = originals(Path(place), number)
+        maps, _ = full_size.predict_masks(net, SEG, photographs[0], 256, 2.0, CPU, 8)
+        calibration = {"cls": {"temperature": 1.0, "referable": 0.5}, "dme": {"temperature": 1.0}, "loc": {},
+                       "seg": {k: float(np.quantile(m, 0.99)) for k, m in zip(SEG.classes, maps)}}  # some is found
+        asked = predictor.Predictor(net, tasks, calibration, 256, 2.0, 8, CPU, Path(place) / "out", {})
+
+        def together():
+            shutil.rmtree(asked.out, ignore_errors=True)
+            rows = predictor.predict_all(asked, [r.image for r in photographs])
+            assert {row["status"] for row in rows} == {"answered"}
+        together()
+        first = photographs[0].image
+        photo = asked.predict(asked.read(first, "a"))
+        times = medians({"read": lambda: asked.read(first, "a"), "predict": lambda: asked.predict(photo),
+                         "write": lambda: asked.write(photo), f"each of {number}": together}, 3)
+    times[f"each of {number}"] /= number
+    show("an answer for a photograph of 4288x2848", [{"": k, "ms": 1e3 * s} for k, s in times.items()])
 
 
 def scaling() -> None:
@@ -509,11 +548,38 @@ def evaluation() -> None:
               f"photograph, of which {times['network'] / 4:.2f} s in the network")
 
 
+def eyes(numbers: Sequence[int] = (300, 1000) if QUICK else (1000, 3000, 10000)) -> None:
+    """Copies and photographs of one eye among so many; one in twenty shows an eye for the second time.
+
+    Vessel maps are drawn as such, thumbnails are made of them: photographs would take much longer to make.
+    """
+    drawings, rows = vessel_drawings(numbers[-1], numbers[-1] // 20), []
+    for number in numbers:
+        again = number // 20
+        maps = np.concatenate([drawings[:number - again], drawings[-(numbers[-1] // 20):][:again]])
+        thumbnails = np.stack([maps, maps // 2, maps // 4], 3)
+        if (forget := Path("/proc/self/clear_refs")).exists():
+            forget.write_text("5")  # the most memory that was held before
+        begun = time.perf_counter()
+        copies, turned = leaks.find_copies(thumbnails)
+        compared = time.perf_counter()
+        pairs, scores = vessels.same_eye_scores(maps)
+        seconds, copying = time.perf_counter() - begun, compared - begun
+        found = {*copies, *turned, *map(tuple, pairs[scores >= leaks.SAME_EYE].tolist())}
+        hidden = {(i, number - again + i) for i in range(again)}
+        exponent = math.log(seconds / rows[-1]["s"], number / rows[-1]["photographs"]) if rows else "-"
+        rows.append({"photographs": number, "s": seconds, "of it copies": copying, "exponent": exponent,
+                     "peak GiB": most_memory(), "hidden pairs": again, "found": len(found & hidden),
+                     "false": len(found - hidden)})
+    show("copies and eyes among many photographs, once they are decoded", rows)
+
+
 def main() -> None:
     """Measure what is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="all",
-                        choices=("step", "data", "inference", "experts", "evaluation", "scaling", "all"))
+                        choices=("step", "data", "inference", "experts", "evaluation", "scaling", "eyes", "all"))
+    parser.add_argument("--quick", action="store_true", help="the main things, once")
     parser.add_argument("--json", type=Path, help="write all tables to this file as well")
     parser.add_argument("--data", type=Path, help="with data: measure on this data set, not on drawn photographs")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -522,9 +588,9 @@ def main() -> None:
         return work(args.work)
     print(machine())
     jobs = {"step": step, "data": partial(epoch, args.data), "inference": inference, "scaling": scaling,
-            "experts": experts, "evaluation": evaluation}
+            "experts": experts, "evaluation": evaluation, "eyes": eyes}
     for name, job in jobs.items():
-        if args.what in (name, "all"):
+        if args.what == name or args.what == "all" and not (QUICK and name in ("data", "scaling")):
             job()
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine(), **TABLES}, indent=1))

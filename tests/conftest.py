@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from retina.datasets import cache, preprocess, readers, records, synthetic  # noqa: E402
 from retina.datasets.records import Record  # noqa: E402
+from retina.datasets.vessels import VESSEL_SIDE  # noqa: E402
 from retina.evaluation import compare, routing, statistics  # noqa: E402
 from tasks import build_net  # noqa: E402
 from train import Config  # noqa: E402
@@ -347,6 +349,30 @@ def photograph(path: Path, index: int, shift=(0, 0), exposure=1.0, quality=92, b
     picture.save(path, quality=quality)
     grade = synthetic.plan(11, index).grade
     return Record(path.stem, path, split, {"grade": grade})
+
+
+def vessel_drawings(number: int, again: int) -> np.ndarray:
+    """Vessel maps (number, V, V), drawn as such, with noise; the last `again` show the first eyes in another view.
+
+    A tenth of the time of photographs; scores are a little lower. Shifts are up to 15 % of the side, turns up to 11
+    degrees, zooms up to 7 %.
+    """
+    rng, side, maps = np.random.default_rng(0), VESSEL_SIDE, []
+    y, x = np.mgrid[:side, :side] - side / 2 + 0.5
+    for i in range(number):
+        first = i < number - again
+        turn, zoom, shift = (0, 1, 0) if first else (rng.uniform(-11, 11), rng.uniform(0.93, 1.07),
+                                                     rng.uniform(-0.15, 0.15, 2))
+        cos, sin = zoom * math.cos(math.radians(turn)), zoom * math.sin(math.radians(turn))
+        canvas = Image.new("L", (2 * side, 2 * side))
+        for stroke in synthetic.grow_vessels(synthetic.plan(11, i if first else i - number + again)):
+            points = (stroke.points - 0.5) @ [[cos, sin], [-sin, cos]] + 0.5 + shift
+            ImageDraw.Draw(canvas).line((2 * side * points).ravel().tolist(), 255,
+                                        max(1, round(side * zoom * stroke.widths.mean())))
+        noise = np.abs(10 * rng.standard_normal((side // 2, side // 2))).repeat(2, 0).repeat(2, 1)
+        lines = 1 + np.asarray(canvas.reduce(2), float) + noise
+        maps.append(np.where(np.hypot(x, y) < 0.46 * side, lines.clip(1, 255), 0).astype(np.uint8))
+    return np.stack(maps)
 
 
 def fake_records(seed: int, number: int = 200) -> list[Record]:

@@ -1,5 +1,7 @@
 """The network against independent oracles: torchvision's EfficientNet and its transforms, heads map by map."""
 
+import itertools
+
 import pytest
 import torch
 import torchvision
@@ -256,11 +258,23 @@ def test_heads_go_on_from_the_decoders_map_where_that_is_routed():
 def test_decoder_joins_the_map_of_each_step():
     """Against the U-Net written out: double by repeating pixels, concatenate, two convolutions."""
     torch.manual_seed(0)
-    decoder = model.Decoder((3, 5, 7), (6, 4, 2)).eval()
+    decoder = model.Decoder((3, 5, 7), (6, 4)).eval()
     maps = [torch.randn(1, c, 8 >> i, 8 >> i) for i, c in enumerate((3, 5, 7))]
     x = maps[2]
-    for block, skip in zip(decoder.blocks, (maps[1], maps[0], torch.zeros(1, 0, 16, 16))):
+    for block, skip in zip(decoder.blocks, (maps[1], maps[0])):
         x = torch.cat([x.repeat_interleave(2, 2).repeat_interleave(2, 3), skip], 1)
         x = block.conv2(block.conv1(x))
     torch.testing.assert_close(decoder(maps), x)
-    assert x.shape == (1, 2, 16, 16)
+    assert x.shape == (1, 4, 8, 8)
+
+
+def test_the_last_convolution_gives_the_four_pixels_of_each_place():
+    """Sub-pixel convolution: channel 4 l + 2 dy + dx at (y, x) is the pixel (2 y + dy, 2 x + dx) of mask l."""
+    torch.manual_seed(0)
+    encoder = EfficientNet("b0")
+    head = MaskHead(model.FeatureSpec(encoder.channels, 4, **encoder.classifier_head), 3).eval()
+    maps = [torch.randn(1, c, 16 >> i, 32 >> i) for i, c in enumerate(encoder.channels)]
+    quarters, masks = head.conv(head.decoder(maps)), head(maps)
+    assert quarters.shape == (1, 12, 16, 32) and masks.shape == (1, 3, 32, 64)
+    for lesion, dy, dx in itertools.product(range(3), range(2), range(2)):
+        assert torch.equal(masks[:, lesion, dy::2, dx::2], quarters[:, 4 * lesion + 2 * dy + dx])

@@ -12,7 +12,8 @@ from retina.datasets.cache import cached_arrays, ensure_cached, read_or_none, wr
 from retina.datasets.masks import Meaning, check_meanings
 from retina.datasets.readers import DRAWN_SIDE
 from retina.datasets.records import Conflict, Record
-from retina.datasets.vessels import COARSE_VIEWS, FINE_VIEWS, REACH, SCREENING_SCORE, SMALLEST_FIELD, same_eye_scores
+from retina.datasets.vessels import (COARSE_VIEWS, FINE_VIEWS, NEAREST, PERIODS, REACH, SCREENING_SCORE, SMALLEST_FIELD,
+                                     same_eye_scores)
 
 
 COPY_RMSE = 2.5  # grey levels between thumbnails: re-encoded copies in IDRiD reach 1.2, the next closest pair 4.9; the
@@ -94,7 +95,7 @@ def compare(records: Sequence[Record], size: int) -> Comparison:
     if all(r.drawing is not None for r in records):
         return Comparison(none, none, none, np.zeros(0), np.full((len(records), 2), DRAWN_SIDE), np.zeros(0, str))
     paths, grouped = ensure_cached(records, size), all(r.eye for r in records)
-    settings = COPY_RMSE, SCREENING_SCORE, REACH, COARSE_VIEWS, FINE_VIEWS, grouped
+    settings = COPY_RMSE, PERIODS, NEAREST, SCREENING_SCORE, REACH, COARSE_VIEWS, FINE_VIEWS, grouped
     key = hashlib.sha256(repr((settings, [p.name for p in paths])).encode()).hexdigest()
     stored, names = cache.CACHE / f"eyes_{key[:32]}.npz", [f.name for f in fields(Comparison)]
     if stored.exists() and (arrays := read_or_none(stored, *names)) is not None:

@@ -1,5 +1,6 @@
 """From a photograph's files to the square sample that a network sees: preprocess(), then to_sample()."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -68,13 +69,14 @@ def foreground_mask(image: Image.Image) -> np.ndarray:
     return brightest > max(12, 0.1 * np.percentile(brightest, 98))
 
 
-def field_of_view(image: Image.Image) -> tuple[float, float, float, float] | None:
+def field_of_view(image: Image.Image, foreground: np.ndarray | None = None) -> tuple[float, ...] | None:
     """Box (left, top, right, bottom), in pixels, around the lit circle of a fundus photograph; None without one.
 
-    A row or column belongs to it when more than 2 % of its pixels are foreground. It is a circle, perhaps cut off at
-    two sides, if it is large, about as wide as high, fills its box, and leaves the corners of the box dark.
+    `foreground` is its foreground_mask, where the caller has it. A row or column belongs to the box when more than 2 %
+    of its pixels are foreground. It holds a circle, perhaps cut off at two sides, if it is large, about as wide as
+    high, filled, and dark in its corners.
     """
-    foreground = foreground_mask(image)
+    foreground = foreground_mask(image) if foreground is None else foreground
     columns, rows = (np.flatnonzero(foreground.mean(axis) > 0.02) for axis in (0, 1))
     if len(columns) == 0 or len(rows) == 0:
         return None
@@ -96,9 +98,8 @@ def quality(image: Image.Image, field: tuple[float, float, float, float] | None)
                      *measure_quality(np.asarray(picture), foreground_mask(picture))])
 
 
-def lit_field(image: Image.Image, field: Sequence[float] | None) -> np.ndarray:
-    """Where the retina is in a photograph with this `field_of_view`, dark spots included; all of it without one."""
-    lit = foreground_mask(image)
+def lit_field(lit: np.ndarray, field: Sequence[float] | None) -> np.ndarray:
+    """Where the retina is, dark spots included, from a photograph's foreground_mask; all of it without a `field`."""
     if field is None:
         return np.ones_like(lit)
     return np.logical_or.accumulate(lit, 1) & np.logical_or.accumulate(lit[:, ::-1], 1)[:, ::-1]
@@ -111,6 +112,11 @@ class Decoded:
     extent: tuple[float, float]  # width and height in its own pixels: a reduced JPEG may end in a fraction of one
     size: tuple[int, int]  # width and height of the file, as a viewer shows it
     orientation: int  # EXIF's, 1 where the file is upright
+
+    @functools.cached_property
+    def foreground(self) -> np.ndarray:
+        """See foreground_mask; made once, since several ask for it."""
+        return foreground_mask(self.image)
 
 
 def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Decoded:
@@ -131,7 +137,9 @@ def read_image(path: Path, min_side: int, decoded: Decoded | None = None) -> Dec
         zoom = min_side / min(size)
         drafted = image.draft("RGB", (math.ceil(size[0] * zoom), math.ceil(size[1] * zoom)))
         extent = drafted[1][2:] if drafted else size
-        image = (ImageOps.exif_transpose(image) if turned > 1 else image).convert("RGB")
+        image.load()
+        image = ImageOps.exif_transpose(image) if turned > 1 else image
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which copies in any case
         return Decoded(image, *(v[::-1] if turned in SIDEWAYS else v for v in (extent, size)), held)
 
 
@@ -143,7 +151,7 @@ def check_landmarks(points: Mapping[str, Sequence[float]], path: Path, small: De
     It must lie in the `box` of the field (left, top, right, bottom), with light on both sides in its row and in its
     column, each taken as 4 % of the picture's width thick: a fovea is dark, and a disc may lie at the edge.
     """
-    lit = foreground_mask(small.image)
+    lit = small.foreground
     reach, size = round(0.02 * lit.shape[1]), lit.shape[::-1]
     scale = np.divide(small.extent, small.size) * np.divide(size, small.image.size)
     for name, point in points.items():
@@ -167,9 +175,9 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     Meaning of each mask file. The field of view is cut out, padded to a square with black, and reduced to `size` pixels
     with antialiasing; a pixel of a mask is set if at least half of what it covers is. A picture without a field of view
     is taken whole. The vessel map is zero where the field's shorter side has less than SMALLEST_FIELD pixels.
-    `image_only` leaves vessels zero and quality out; `small` is the photograph, decoded for 512 pixels, where the
-    caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of its field
-    of view.
+    `image_only` leaves vessels zero, and thumbnail and quality out; `small` is the photograph, decoded for 512 pixels,
+    where the caller has it. InputError: a file that cannot be read, no mask of this photograph, a landmark outside of
+    its field of view.
     """
     if record.drawing is not None:
         image, masks = synthetic.render(synthetic.plan(*record.drawing), size)
@@ -179,7 +187,7 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     # copies, eyes and the field of view must not depend on `size`, or the split would
     small = small or read_image(record.image, 512)
     picture, full = small if size <= 256 else read_image(record.image, 2 * size, small), small.size
-    field = field_of_view(small.image)
+    field = field_of_view(small.image, small.foreground)
     share = np.clip(np.divide(field or (0, 0, *small.extent), (*small.extent, *small.extent)), 0, 1)
     box = share * (*full, *full)  # left, top, right, bottom in pixels of the file
     if field:
@@ -200,7 +208,7 @@ def preprocess(record: Record, size: int, image_only: bool = False,
     scale_x, scale_y = width / (box[2] - box[0]), height / (box[3] - box[1])
     geometry = (*full, scale_x, scale_y, left - box[0] * scale_x, top - box[1] * scale_y)
     masks, stored = np.zeros((0 if record.masks is None else len(LESIONS), size, size), bool), []
-    lit = lit_field(small.image, field) if record.masks else None
+    lit = lit_field(small.foreground, field) if record.masks else None
     for lesion, file in (record.masks or {}).items():
         if file is not None:
             mask, meaning = read_mask(file, full, small.orientation)
@@ -208,12 +216,13 @@ def preprocess(record: Record, size: int, image_only: bool = False,
             masks[LESIONS.index(lesion)] = fit(mask, full, size, Image.BOX) >= 128
             stored.append((lesion, *astuple(meaning)))
     vessels = np.zeros((VESSEL_SIDE, VESSEL_SIDE), np.uint8)
-    measures = {} if image_only else {"quality": quality(small.image, field)}
+    measures = {} if image_only else {
+        "quality": quality(small.image, field),
+        "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent)))}
     if field and measures and measures["quality"][1] >= SMALLEST_FIELD:  # of the picture that the map is made from
         vessels = vessel_map(fit(small.image, small.extent, 2 * VESSEL_SIDE, Image.LANCZOS))
     return {"image": fit(picture.image, picture.extent, size, Image.LANCZOS).transpose(2, 0, 1),
             "masks": np.packbits(masks), "geometry": np.array(geometry, np.float64), "vessels": vessels,
-            "thumbnail": np.asarray(small.image.resize((THUMBNAIL_SIDE,) * 2, Image.BOX, (0, 0, *small.extent))),
             "stored": np.array(stored, str).reshape(-1, 4), **measures}
 
 

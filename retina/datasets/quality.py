@@ -22,12 +22,13 @@ def measure_quality(pixels: np.ndarray, lit: np.ndarray) -> tuple[float, float, 
     """
     padded = QUALITY_SIDE + 32  # so that nothing wraps around
     blurs = np.float32([low_pass(padded, sigma) for sigma in (1.0, 2.5, 6.0, 4.0)])
-    spectra = np.fft.rfft2(np.float32([lit, lit * pixels[..., 1]]), (padded, padded))
-    blurred = np.fft.irfft2(spectra[:, None] * blurs, (padded, padded))[..., :QUALITY_SIDE, :QUALITY_SIDE]
-    inside = blurred[0, 3] > 0.99
+    of_lit, of_green = np.fft.rfft2(np.float32([lit, lit * pixels[..., 1]]), (padded, padded))
+    blurred = np.fft.irfft2(np.concatenate([of_lit * blurs, of_green * blurs[:3]]), (padded, padded))
+    blurred = blurred[:, :QUALITY_SIDE, :QUALITY_SIDE]
+    inside = blurred[3] > 0.99
     if not inside.any():
         return 0.0, 0.0, 0.0, 0.0
-    fine, middle, coarse = (blurred[1] / np.maximum(blurred[0], 1e-3))[:3]  # means of green over the lit pixels around
+    fine, middle, coarse = blurred[4:] / np.maximum(blurred[:3], 1e-3)  # means of green over the lit pixels around
     red, green, _ = np.maximum(pixels[inside].mean(0), 1e-3)
     structure = (middle - coarse)[inside].std()
     return (float(np.median(pixels[inside].max(1))), float(red / green), float(structure / green),

@@ -1,11 +1,14 @@
 """Photographs of one eye are known by their vessels, whatever light and view.
 
-Normalised correlation by Fourier transform: Lewis 1995, "Fast normalized cross-correlation"
+Each photograph is compared in full with the few whose spectrum is most like its own: the size of a Fourier coefficient
+does not change when a picture is shifted. Normalised correlation by Fourier transform: Lewis 1995, "Fast normalized
+cross-correlation".
 """
 
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-# V side of a vessel map, n photographs
+# V side of a vessel map, n photographs, D numbers that describe one, p pairs
 
 VESSEL_SIDE = 108  # pixels of a vessel map
 # Shorter side of a field of view in pixels, as decoded. Of IDRiD's photographs reduced to fields of 80 x 67, those of
@@ -24,7 +27,10 @@ SMALLEST_FIELD = 66
 REACH = 0.2  # largest shift between two photographs of one eye, as share of the side
 COARSE_VIEWS = tuple(itertools.product((-12, -6, 0, 6, 12), (0.93, 1.0, 1.07)))  # degrees, zoom
 FINE_VIEWS = tuple(itertools.product(range(-12, 13, 3), (0.92, 0.96, 1.0, 1.04, 1.08)))
+PERIODS = 16  # a map is described by its waves of up to so many periods in a side
+NEAREST = 8  # so many earlier photographs, those described most alike, each is compared with
 SCREENING_SCORE = 0.33  # pairs whose reduced maps score less are not compared again in full
+BLOCK = 64  # photographs or pairs at a time: what is in work stays in the processor's cache, and memory small
 
 
 # ---- vessels of one photograph ----
@@ -91,8 +97,8 @@ def vessel_map(picture: np.ndarray) -> np.ndarray:
 # ---- vessels of two photographs ----
 
 def standardise(maps: Tensor) -> Tensor:
-    """(n, V, V) with 0 outside the retina -> mean 0 and variance 1 inside, 0 outside."""
-    inside = (maps > 0).float()
+    """(n, V, V) uint8, 0 outside the retina -> mean 0 and variance 1 inside, 0 outside."""
+    maps, inside = maps.float(), (maps > 0).float()
     pixels = inside.sum((1, 2), keepdim=True).clamp(min=1)
     centred = (maps - maps.sum((1, 2), keepdim=True) / pixels) * inside
     return centred / (centred.square().sum((1, 2), keepdim=True) / pixels).sqrt().clamp(min=1e-6)
@@ -101,16 +107,18 @@ def standardise(maps: Tensor) -> Tensor:
 def rotate_and_zoom(maps: Tensor, degrees: float, zoom: float) -> Tensor:
     """(n, V, V) turned and zoomed about the centre, of the same energy as before."""
     cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
-    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(maps), 2, 3)
-    grid = F.affine_grid(matrix, (len(maps), 1, *maps.shape[1:]), align_corners=False)
-    turned = F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
+    matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]])
+    grid = F.affine_grid(matrix, (1, 1, *maps.shape[1:]), align_corners=False)
+    turned = F.grid_sample(maps[None], grid, align_corners=False)[0]  # as channels: where to look is computed once
     energy, before = (x.square().sum((1, 2), keepdim=True) for x in (turned, maps))
     return turned * (before / energy.clamp(min=1e-6)).sqrt()
 
 
-def shrink(maps: Tensor) -> Tensor:
-    """(n, V, V) -> (n, V / 3, V / 3) of the same mean square."""
-    small = F.avg_pool2d(maps[:, None], 3)[:, 0]
+def shrink(maps: Tensor, factor: int) -> Tensor:
+    """(n, V, V) -> (n, V / factor, V / factor) of the same mean square."""
+    if factor == 1:
+        return maps
+    small = F.avg_pool2d(maps[:, None], factor)[:, 0]
     before, energy = (x.square().mean((1, 2), keepdim=True) for x in (maps, small))
     return small * (before / energy.clamp(min=1e-6)).sqrt()
 
@@ -121,7 +129,8 @@ class Correlation:
     def __init__(self, field: Tensor):
         """`field` (V, V) is 1 where a map usually has values: how many pixels overlap decides what a shift weighs."""
         reach = round(REACH * len(field))
-        self.side = (len(field) + reach + 1,) * 2
+        # nothing wraps around; a multiple of 12, since a transform of 131 pixels, a prime, takes twice as long
+        self.side = (12 * math.ceil((len(field) + reach + 1) / 12),) * 2
         spectrum = self.spectra(field)
         overlap = torch.fft.irfft2(spectrum.conj() * spectrum, s=self.side)
         allowed = torch.zeros(self.side)
@@ -138,37 +147,78 @@ class Correlation:
         return (torch.fft.irfft2(a.conj() * b, s=self.side) * self.weight).flatten(1).amax(1)
 
 
+def correlate(maps: Tensor, pairs: Tensor, views: Sequence[tuple[float, float]], factor: int) -> Tensor:
+    """Highest correlation (p,) of pairs (p, 2) of maps (n, V, V) uint8, reduced by `factor`, over shifts and views.
+
+    The views are those of the second of a pair.
+    """
+    field = torch.from_numpy((maps.numpy() > 0).mean(0) > 0.5).float()  # by numpy, which makes no copy in int64
+    correlation, best = Correlation((F.avg_pool2d(field[None], factor)[0] > 0.5).float()), torch.zeros(len(pairs))
+    for k in tqdm(range(0, len(pairs), BLOCK), desc="comparing vessels, once", leave=False, disable=None):
+        chunk = slice(k, k + BLOCK)
+        first, second = pairs[chunk].unbind(1)
+        second, place = second.unique(return_inverse=True)
+        spectra, second = correlation.spectra(shrink(standardise(maps[first]), factor)), standardise(maps[second])
+        for view in views:
+            turned = correlation.spectra(shrink(rotate_and_zoom(second, *view), factor))
+            best[chunk] = best[chunk].maximum(correlation.best(spectra, turned[place]))
+    return best
+
+
+# ---- vessels of many photographs ----
+
+def describe(maps: Tensor) -> Tensor:
+    """(n, V / 2, V / 2) -> (n, D): how strong each wave is, less the mean over the waves of its length.
+
+    A shift of the map changes their phases only. Blur and noise change all waves of a length alike.
+    """
+    side = maps.shape[-1]
+    y, x = torch.fft.fftfreq(side, 1 / side)[:, None], torch.fft.rfftfreq(side, 1 / side)
+    periods = torch.hypot(x, y)  # (V / 2, V / 4 + 1)
+    kept = (periods > 1) & (periods <= PERIODS) & ((x > 0) | (y > 0))  # of two conjugates one
+    strength = torch.fft.rfft2(maps).abs()[:, kept].sqrt()  # (n, D); the root, so that no few waves decide
+    lengths = F.one_hot(periods[kept].round().long()).float()  # (D, PERIODS + 1)
+    return strength - strength @ (lengths / lengths.sum(0).clamp(min=1)) @ lengths.T
+
+
+def nearest(maps: Tensor) -> Tensor:
+    """Pairs (p, 2) of maps (n, V, V) uint8, i < j: for each j the NEAREST i before it that are described most alike.
+
+    p grows with n. All descriptions are multiplied with each other, in blocks, but that is a small part of the time.
+    """
+    def halved(start):
+        return shrink(standardise(maps[start:start + BLOCK]), 2)
+
+    starts, pairs = range(0, len(maps), BLOCK), []
+    known = torch.cat([describe(halved(start)) for start in starts])
+    mean = known.mean(0)
+    known = F.normalize(known - mean)
+    for start in tqdm(starts, desc="looking for eyes, once", leave=False, disable=None):
+        block, before = halved(start), known[:start + BLOCK].T
+        alike = torch.full((len(block), before.shape[1]), -1.0)
+        for view in FINE_VIEWS:
+            turned = F.normalize(describe(rotate_and_zoom(block, *view)) - mean)
+            torch.maximum(alike, turned @ before, out=alike)
+        alike[torch.ones_like(alike, dtype=torch.bool).triu(start)] = -2  # i >= j
+        values, i = alike.topk(min(NEAREST, len(before.T)))
+        j, place = (values > -2).nonzero().unbind(1)
+        pairs.append(torch.stack([i[j, place], j + start], 1))
+    return torch.cat(pairs)
+
+
 @torch.inference_mode()
 def same_eye_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (p, 2) of vessel maps (n, V, V) that may show one eye, i < j, and their scores (p,).
 
-    The score is the highest correlation over shifts, turns and zooms of the second map. All pairs are compared on maps
-    reduced to a third (15 views, each a twentieth of the time of a full one), those that reach SCREENING_SCORE once
-    more in full (45 views). Maps without a retina are left out.
+    The score is the highest correlation over shifts, turns and zooms of the second map. Pairs that `nearest` finds are
+    compared on maps reduced to a third (15 views), those that reach SCREENING_SCORE once more in full (45 views). Of an
+    eye with more than NEAREST photographs not all pairs are found, but enough to connect them. Maps without a retina
+    are left out.
     """
-    usable = np.flatnonzero((maps > 0).any((1, 2)))
-    none = np.zeros((0, 2), int), np.zeros(0, np.float32)
+    usable = np.flatnonzero(maps.any((1, 2)))
     if len(usable) < 2:
-        return none
-    full = standardise(torch.from_numpy(maps[usable]).float())
-    field = (torch.from_numpy(maps[usable] > 0).float().mean(0) > 0.5).float()
-    coarse = Correlation((F.avg_pool2d(field[None], 3)[0] > 0.5).float())
-    spectra, scores = coarse.spectra(shrink(full)), torch.zeros(len(full), len(full))
-    for view in tqdm(COARSE_VIEWS, desc="comparing vessels, once", leave=False, disable=None):
-        turned = coarse.spectra(shrink(rotate_and_zoom(full, *view)))
-        for i in range(len(full) - 1):
-            for j in range(i + 1, len(full), 512):
-                best_so_far = scores[i, j:j + 512]
-                torch.maximum(best_so_far, coarse.best(spectra[i], turned[j:j + 512]), out=best_so_far)
-    first, second = (scores >= SCREENING_SCORE).triu(1).nonzero().unbind(1)
-    if not len(first):
-        return none
-    fine, best = Correlation(field), torch.zeros(len(first))
-    spectra = fine.spectra(full)
-    seconds, place = second.unique(return_inverse=True)
-    for view in tqdm(FINE_VIEWS, desc="looking again", leave=False, disable=None):
-        turned = fine.spectra(rotate_and_zoom(full[seconds], *view))
-        for k in range(0, len(first), 128):
-            chunk = slice(k, k + 128)
-            best[chunk] = best[chunk].maximum(fine.best(spectra[first[chunk]], turned[place[chunk]]))
-    return usable[torch.stack([first, second], 1).numpy()], best.numpy()
+        return np.zeros((0, 2), int), np.zeros(0, np.float32)
+    maps = torch.from_numpy(maps[usable])
+    pairs = nearest(maps)
+    pairs = pairs[correlate(maps, pairs, COARSE_VIEWS, 3) >= SCREENING_SCORE]
+    return usable[pairs.numpy()], correlate(maps, pairs, FINE_VIEWS, 1).numpy()

@@ -1,5 +1,6 @@
 """Predictions in the pixels of the photograph's own file, and masks scored there."""
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -48,12 +49,15 @@ def predict_sample(net: nn.Module, tasks: Sequence[TaskMetrics], image: Tensor,
 @torch.inference_mode()
 def predict_in_tiles(net: nn.Module, task: TaskMetrics, image: Tensor, size: int, device: torch.device,
                      batch: int = 8) -> Tensor:
-    """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles (size, size) that overlap by half.
+    """Masks (L, Z, Z) of a sample (3, Z, Z) larger than the network's, from tiles that overlap by half.
 
-    Where tiles overlap, their probabilities are averaged with weights that fall towards a tile's border, where the
-    network sees least of the surroundings.
+    A tile has twice the `size` of training, where there is as much: lesions look no larger in it, and fewer pixels are
+    seen again and again. `batch` counts what is of the size of training. Where tiles overlap, their probabilities are
+    averaged with weights that fall towards a tile's border, where the network sees least of the surroundings.
     """
     side = image.shape[-1]
+    if side >= 2 * size:
+        size, batch = 2 * size, max(1, batch // 4)
     number = -(-2 * (side - size) // size) + 1
     starts = [round(k * (side - size) / max(1, number - 1)) for k in range(number)]
     corners = [(y, x) for y in starts for x in starts]
@@ -95,30 +99,37 @@ def predict_masks(net: nn.Module, task: TaskMetrics, record: Record, size: int, 
     return blend(masks, tiled, sample.geometry, large.geometry).numpy(), large.geometry
 
 
-def to_file_pixels(map_: np.ndarray, geometry: Geometry) -> np.ndarray:
+def to_file_pixels(map_: np.ndarray, geometry: Geometry, threshold: float | None = None) -> np.ndarray:
     """A map of the sample (Z, Z) float32 -> of the file (H, W), bilinear; 0 outside of the sample.
 
+    With a `threshold`: where that is reached, (H, W) bool; what lies between four values below it is not computed.
     Equal to Pillow's Image.transform to the last bit, in a fifth of the time: Pillow interpolates along x for every
     pixel of the file, this for every row of the sample.
     """
     g, side = geometry, len(map_)
 
-    def places(number, scale, shift):  # of the file's pixels: the sample's pixel before, the fraction, inside?
+    def places(number, scale, shift):  # of the file's pixels: those inside; for each the map's pixel before, a fraction
         at = (np.arange(number) + 0.5) * scale + shift
-        before = np.floor(at - 0.5)
-        return before.astype(int), at - 0.5 - before, (at >= 0) & (at < side)
+        inside = slice(*np.searchsorted(at, (0, side)))
+        before = np.floor(at[inside] - 0.5)
+        return inside, before.astype(int) + 1, at[inside] - 0.5 - before
 
-    x, dx, inside_x = places(g.width, g.scale_x, g.shift_x)
-    y, dy, inside_y = places(g.height, g.scale_y, g.shift_y)
-
-    def along_x(row):
-        left, right = (map_[min(max(row, 0), side - 1)].take(x + i, mode="clip") for i in (0, 1))
-        return np.where(inside_x, left + (right - left) * dx, 0)  # (W,)
-
-    filled = np.zeros((g.height, g.width), np.float32)
-    for row in np.unique(y[inside_y]):
-        upper, lower, here = along_x(row), along_x(row + 1), np.flatnonzero(inside_y & (y == row))
-        filled[here] = upper + (lower - upper) * dy[here, None]
+    (columns, x, dx), (rows, y, dy) = places(g.width, g.scale_x, g.shift_x), places(g.height, g.scale_y, g.shift_y)
+    padded = np.pad(map_, 1, mode="edge")  # (Z + 2, Z + 2), whose pixels x and y count
+    filled = np.zeros((g.height, g.width), np.float32) if threshold is None else \
+        np.full((g.height, g.width), 0 >= threshold)
+    high = padded >= (-np.inf if threshold is None else threshold)
+    some = high[1:, 1:] | high[1:, :-1] | high[:-1, 1:] | high[:-1, :-1]  # of a pixel, the next, the two below
+    starts = np.flatnonzero(np.diff(y, prepend=-1))
+    for begin, end in itertools.pairwise([*starts.tolist(), len(y)]):  # rows of the file between two rows of the map
+        row = y[begin]
+        if not some[row].any():
+            continue
+        at = slice(None) if threshold is None else np.flatnonzero(some[row].take(x))
+        left, right = padded[row:row + 2].take(x[at], 1), padded[row:row + 2].take(x[at] + 1, 1)
+        upper, lower = left + (right - left) * dx[at]  # (w,) each
+        values = upper + (lower - upper) * dy[begin:end, None]
+        filled[rows, columns][begin:end, at] = values if threshold is None else np.float32(values) >= threshold
     return filled
 
 

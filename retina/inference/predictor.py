@@ -27,10 +27,11 @@ from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMet
 from retina.files import InputError, NotFiniteError
 from retina.inference.full_size import blend, predict_in_tiles, predict_sample, to_file_pixels, unlabelled_sample
 from retina.inference.quality import refusal
+from retina.training.precision import autocast
 
 
 NOTE = "research use only, no medical device"
-AHEAD, BEHIND = 2, 2  # photographs read before the network is at them, and still written after it: see overlapped
+MOST = 8  # photographs at once: each holds 0.3 GiB, if it has 12 million pixels
 
 
 def find_photographs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -119,7 +120,7 @@ class Photo:
 
 @dataclass
 class Predictor:
-    """Turns photographs into rows of predictions.csv and pictures: write(predict(read(path, name))) for each."""
+    """Turns photographs into rows of predictions.csv and pictures, see `answer`; several threads may share it."""
     net: nn.Module
     tasks: Sequence[TaskMetrics]
     calibration: Mapping[str, Mapping[str, float]]  # task -> temperature and thresholds, from validation
@@ -129,7 +130,12 @@ class Predictor:
     device: torch.device
     out: Path
     seen: Mapping[str, float] | None  # see quality.refusal; None: of folders of classes, which may show anything
+    precision: str = "fp32"  # one of precision.DTYPES
     check: bool = True  # False: answer for pictures that would be refused, too, and say why they would be
+
+    def answer(self, path: Path, name: str) -> dict:
+        """The row of a photograph, whose pictures are written under this name."""
+        return self.write(self.predict(self.read(path, name)))
 
     def read(self, path: Path, name: str) -> Photo:
         """Decode a file for each purpose: a JPEG once for each size, others once; see read_image."""
@@ -138,12 +144,12 @@ class Predictor:
         try:
             small = preprocess.read_image(path, 512)
             row |= dict(zip(("width", "height"), small.size))
-            if self.seen is not None and (reason := refusal(small.image, self.seen)):
+            if self.seen is not None and (reason := refusal(small.image, self.seen, small.foreground)):
                 if self.check:
                     return Photo(row | {"status": "refused", "reason": reason})
                 row["reason"] = f"would be refused: {reason}"
             record, tiles = Record(name, path), self.tiles if "masks" in folders else None
-            return Photo(row, float(preprocess.foreground_mask(small.image).mean()) or 1.0,  # 1: nothing is lit
+            return Photo(row, float(small.foreground.mean()) or 1.0,  # 1: nothing is lit
                          unlabelled_sample(record, self.size, small),
                          None if tiles is None else unlabelled_sample(record, round(self.size * tiles), small),
                          preprocess.read_image(path, 1 << 30, small).image if folders else None)
@@ -156,9 +162,9 @@ class Predictor:
         if photo.sample is None:
             return photo
         try:
-            predictions = predict_sample(self.net, self.tasks, photo.sample.image, self.device)
-            if photo.large is not None:
-                for t in (t for t in self.tasks if isinstance(t, MaskMetrics)):
+            with autocast(self.device, self.precision):
+                predictions = predict_sample(self.net, self.tasks, photo.sample.image, self.device)
+                for t in (t for t in self.tasks if photo.large is not None and isinstance(t, MaskMetrics)):
                     tiled = predict_in_tiles(self.net, t, photo.large.image, self.size, self.device, self.batch)
                     predictions[t.name] = blend(predictions[t.name], tiled, photo.sample.geometry, photo.large.geometry)
         except NotFiniteError as error:
@@ -166,7 +172,7 @@ class Predictor:
         return replace(photo, predictions=predictions)
 
     def write(self, photo: Photo) -> dict:
-        """The row of a photograph, with columns of all tasks; writes its pictures, masks as PNG of 0 and 255."""
+        """The row of a photograph, with columns of all tasks; writes its pictures."""
         if photo.predictions is None:
             return photo.row
         row, masks, points, lines = photo.row, {}, None, []
@@ -180,9 +186,8 @@ class Predictor:
                     threshold = self.calibration[task.name][lesion]
                     if lesion == "OD":
                         map_ = only_disc(map_, threshold, None if centre is None else (len(map_) * centre).tolist())
-                    masks[lesion] = mask = to_file_pixels(map_, geometry) >= threshold  # (H, W)
-                    Image.fromarray(mask).convert("L").save(self.out / "masks" / f"{row['name']}_{lesion}.png",
-                                                            compress_level=1)
+                    masks[lesion] = mask = to_file_pixels(map_, geometry, threshold)  # (H, W)
+                    Image.fromarray(mask).save(self.out / "masks" / f"{row['name']}_{lesion}.png", compress_level=1)
                     row[f"area_{lesion}"] = round(np.count_nonzero(mask) / mask.size / photo.retina_share, 6)
                 continue
             columns = task.predicted_columns(prediction, photo.sample, self.calibration[task.name])
@@ -193,7 +198,7 @@ class Predictor:
         if photo.picture is not None:
             lines += [*filter(None, [row["reason"]]), NOTE]
             overlay(photo.picture, masks, points, lines, photo.retina_share).save(
-                self.out / "overlays" / f"{row['name']}.png", compress_level=1)
+                self.out / "overlays" / f"{row['name']}.jpg", quality=90, subsampling=0)
         return row
 
 
@@ -230,28 +235,24 @@ def write_rows(path: Path, rows: Iterator[Mapping]) -> list[Mapping]:
     return done
 
 
-def overlapped(predictor: Predictor, photographs: Iterable[tuple[Path, str]]) -> Iterator[Mapping]:
-    """Rows in order; while the network has one photograph, threads read the next ones and write the last ones.
+def in_threads(predictor: Predictor, photographs: Iterable[tuple[Path, str]], threads: int) -> Iterator[Mapping]:
+    """Rows in order; each of the threads takes a photograph from its file to its pictures, then the next one.
 
-    After an error or Ctrl-C, photographs that are being written are finished and have their rows.
+    So all are busy whatever takes longest. After an error or Ctrl-C, what was begun is finished and has its row.
     """
-    waiting, reading, writing = iter(photographs), deque(), deque()
-    # one reader: open_image turns a warning into an error, and two threads would undo that for each other
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(BEHIND) as writers:
+    waiting, begun = iter(photographs), deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
             while True:
-                reading += [reader.submit(predictor.read, *p) for p in islice(waiting, 1 + AHEAD - len(reading))]
-                if not reading:
+                begun += [pool.submit(predictor.answer, *p) for p in islice(waiting, 2 * threads - len(begun))]
+                if not begun:
                     break
-                writing.append(writers.submit(predictor.write, predictor.predict(reading.popleft().result())))
-                while len(writing) > (BEHIND if reading else 0) or writing and writing[0].done():
-                    row = writing[0].result()  # Ctrl-C may end the wait: not taken out before
-                    writing.popleft()
-                    yield row
+                row = begun[0].result()  # Ctrl-C may end the wait: not taken out before
+                begun.popleft()
+                yield row
         except (Exception, KeyboardInterrupt):
-            for unwanted in reading:
-                unwanted.cancel()
-            yield from (w.result() for w in writing if w.exception() is None)
+            left = [future for future in begun if not future.cancel()]
+            yield from (future.result() for future in left if future.exception() is None)
             raise
 
 
@@ -266,6 +267,12 @@ def predict_all(predictor: Predictor, paths: Sequence[Path]) -> list[Mapping]:
     for folder in (".", *picture_folders(predictor.tasks)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     predictor.net.eval()
-    rows = overlapped(predictor, zip(paths, names_for(paths)))
+    cores = torch.get_num_threads()
+    threads = min(len(paths), cores, MOST)
+    rows = in_threads(predictor, zip(paths, names_for(paths)), threads)
     bar = tqdm(rows, total=len(paths), desc="predicting", unit="photo", leave=False, disable=None)
-    return write_rows(out / "predictions.csv", bar)
+    torch.set_num_threads(cores // threads)  # for each: several on one core would wait for each other
+    try:
+        return write_rows(out / "predictions.csv", bar)
+    finally:
+        torch.set_num_threads(cores)

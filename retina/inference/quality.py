@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
 from PIL import Image
 
 from retina.datasets import preprocess
@@ -23,14 +24,16 @@ LEAST = {
 MARGIN = 0.8  # new photographs of the same kind are now and then a little below the lowest that was seen
 
 
-def refusal(image: Image.Image, seen: Mapping[str, float] = MappingProxyType({})) -> str:
+def refusal(image: Image.Image, seen: Mapping[str, float] = MappingProxyType({}),
+            foreground: np.ndarray | None = None) -> str:
     """Why a picture cannot be graded, or "". What a run has `seen` in training, see lowest_seen, is enough for it.
 
     Noise passes for detail, and whatever is lit, round, red and structured passes for a retina. Of IDRiD's 467 training
     photographs none is refused: their brightness is 61 to 233, redness 1.5 to 3.9, structure 1.1 to 8.1 %, sharpness
     0.39 to 1.17. Blurred with a sigma of 1.6 % of the field's width, all that were tried are: sharpness 0.26 to 0.32.
     """
-    for name, value in zip(MEASURES, preprocess.quality(image, preprocess.field_of_view(image)), strict=True):
+    measures = preprocess.quality(image, preprocess.field_of_view(image, foreground))
+    for name, value in zip(MEASURES, measures, strict=True):
         least, reason = LEAST[name]
         least = min(least, MARGIN * seen.get(name, math.inf))
         if value < least:

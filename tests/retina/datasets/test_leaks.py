@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from conftest import fake_records, photograph, real_idrid
+from conftest import fake_records, photograph, real_idrid, vessel_drawings
 from retina.datasets import cache, leaks, preprocess, splits, vessels
 from retina.datasets.leaks import find_eyes
 from retina.datasets.masks import MaskFile
@@ -92,6 +92,45 @@ def test_pictures_without_a_field_of_view_have_no_eye(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     records = [Record(str(i), tmp_path / f"{i}.png") for i in range(2)]
     assert not prepared(records, "vessels").any() and scores(records) == {}
+
+
+def found_eyes(maps: np.ndarray) -> dict[tuple[int, int], float]:
+    pairs, values = vessels.same_eye_scores(maps)
+    return {(i, j): v for (i, j), v in zip(pairs.tolist(), values.tolist()) if v >= leaks.SAME_EYE}
+
+
+def test_pairs_of_like_spectrum_hold_those_that_comparing_all_pairs_finds(monkeypatch):
+    """Eight eyes twice among forty maps, each of which is compared with three others, not thirty-nine."""
+    monkeypatch.setattr(vessels, "NEAREST", 3)
+    maps, every = torch.from_numpy(vessel_drawings(40, 8)), torch.tril_indices(40, 40, -1).flip(0).T
+    every = every[vessels.correlate(maps, every, vessels.COARSE_VIEWS, 3) >= vessels.SCREENING_SCORE]
+    values = vessels.correlate(maps, every, vessels.FINE_VIEWS, 1).tolist()
+    expected = {(i, j): v for (i, j), v in zip(every.tolist(), values) if v >= leaks.SAME_EYE}
+    assert set(expected) == {(i, i + 32) for i in range(8)}
+    assert found_eyes(maps.numpy()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_few_are_compared_and_hidden_pairs_are_among_them(monkeypatch):
+    """Two candidates for each of 160 maps: a pair is found by what is alike in it, not by chance."""
+    monkeypatch.setattr(vessels, "NEAREST", 2)
+    pairs = vessels.nearest(torch.from_numpy(vessel_drawings(160, 40))).tolist()
+    assert {(i, i + 120) for i in range(40)} <= set(map(tuple, pairs)) and all(i < j for i, j in pairs)
+    assert Counter(j for _, j in pairs) == Counter({j: min(j, 2) for j in range(160)})
+
+
+def test_what_is_found_does_not_depend_on_how_many_are_in_work_at_once(monkeypatch):
+    maps = vessel_drawings(16, 4)
+    expected = found_eyes(maps)
+    monkeypatch.setattr(vessels, "BLOCK", 7)
+    assert len(expected) == 4 and found_eyes(maps) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_eye_with_more_photographs_than_are_compared_is_one_eye(monkeypatch):
+    """Five views of each of four eyes, of which each is compared with two."""
+    monkeypatch.setattr(vessels, "NEAREST", 2)
+    maps = vessel_drawings(8, 4)
+    maps = np.concatenate([maps] + [np.roll(maps[:4], shift, (1, 2)) for shift in ((5, 3), (-6, 4), (2, -8))])
+    assert splits.connected_components(found_eyes(maps), len(maps)) == [i % 4 for i in range(20)]
 
 
 # ---- copies ----

@@ -25,7 +25,7 @@ import train
 from conftest import SHALLOW, TINY, drawn, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records
-from retina.datasets.masks import read_mask
+from retina.datasets.masks import MaskFile, read_mask
 from retina.datasets.quality import lowest_seen
 from retina.datasets.report import EXAMINED_SIZE
 from retina.evaluation import metrics, scoring, task_metrics
@@ -72,9 +72,12 @@ def test_to_file_pixels_equals_interpolation_by_hand():
     assert found.shape == (17, 23) and np.abs(found - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("geometry", [
+GEOMETRIES = [
     preprocess.Geometry(301, 203, 0.2, 0.31, -3.7, 1.2), preprocess.Geometry(23, 17, 2.5, 3.1, 0.0, -4.0),
-    preprocess.Geometry(40, 64, 1.0, 1.0, 12.0, 0.0), preprocess.Geometry(30, 30, 0.1, 0.1, 60.9, 70.0)])
+    preprocess.Geometry(40, 64, 1.0, 1.0, 12.0, 0.0), preprocess.Geometry(30, 30, 0.1, 0.1, 60.9, 70.0)]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_to_file_pixels_equals_pillow(geometry):
     """Enlarged, reduced, shifted by whole pixels, and all but outside; one bit for processors that fuse + and *."""
     g, map_ = geometry, np.random.default_rng(0).random((64, 64)).astype(np.float32)
@@ -83,6 +86,18 @@ def test_to_file_pixels_equals_pillow(geometry):
     found = full_size.to_file_pixels(map_, g)
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_array_max_ulp(found, expected, 1)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7, 0.97, 1.0])
+def test_a_mask_of_the_file_is_its_map_at_a_threshold(geometry, threshold):
+    """Spots and noise; a threshold of 0 is reached outside of the sample, too."""
+    rng = np.random.default_rng(0)
+    spots = np.kron(rng.random((8, 8)) > 0.8, np.ones((8, 8)))
+    for map_ in (rng.random((64, 64)), spots * rng.random((64, 64)) ** 0.1, spots):
+        map_ = map_.astype(np.float32)
+        found = full_size.to_file_pixels(map_, geometry, threshold)
+        assert found.dtype == bool and np.array_equal(found, full_size.to_file_pixels(map_, geometry) >= threshold)
 
 
 def test_a_mask_that_was_prepared_comes_back_to_its_place(tree):
@@ -112,18 +127,22 @@ def test_one_tile_is_the_whole(run):
     assert torch.allclose(tile, full_size.predict_sample(loaded.net, [TASKS["seg"]], image, CPU)["seg"], atol=1e-6)
 
 
-def test_tiles_overlap_by_half_at_least():
-    seen = torch.zeros(100, 100)
+@pytest.mark.parametrize("size,tile", [(32, 64), (64, 64), (16, 32)])
+def test_tiles_of_twice_the_size_overlap_by_half_at_least(size, tile):
+    """Of once the size where a photograph is less than twice as large: the network wants multiples of 32."""
+    seen, sides = torch.zeros(100, 100), set()
 
     class Counts(Fake):
         def forward(self, images, indices):
             for x, y in zip(images[:, 0, 0, 0].tolist(), images[:, 1, 0, 0].tolist()):
-                seen[y:y + 32, x:x + 32] += 1
+                seen[y:y + images.shape[2], x:x + images.shape[3]] += 1
+                sides.add(images.shape[2])
             return super().forward(images, indices)
     at = torch.arange(100, dtype=torch.uint8)
     image = torch.stack([at.expand(100, 100), at[:, None].expand(100, 100), at.expand(100, 100)])
-    full_size.predict_in_tiles(Counts(), TASKS["seg"], image, 32, CPU)
-    assert seen.min() >= 1 and seen[16:-16, 16:-16].min() >= 4
+    full_size.predict_in_tiles(Counts(), TASKS["seg"], image, size, CPU)
+    half = tile // 2
+    assert sides == {tile} and seen.min() >= 1 and seen[half:-half, half:-half].min() >= 4
 
 
 def test_maps_of_two_sizes_are_blended_where_they_show_the_same(tree):
@@ -341,11 +360,11 @@ def test_new_photographs_get_rows_overlays_and_masks(run, pictures, tmp_path, mo
         assert row["edema_risk"] in ("0", "1", "2") and row["grade"] in ("0", "1", "2", "3", "4")
         assert 0 <= float(row["disc_x"]) <= size[0] and 0 <= float(row["fovea_y"]) <= size[1]
         assert "no medical device" in row["note"]
-        wide, high = Image.open(out / "overlays" / f"{row['name']}.png").size
+        wide, high = Image.open(out / "overlays" / f"{row['name']}.jpg").size
         assert wide == size[0] and high > size[1]  # words lie below
         foreground = float(preprocess.foreground_mask(Image.open(pictures / f"{row['name']}.png")).mean())
         for lesion in TASKS["seg"].classes:
-            mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{lesion}.png"))
+            mask = np.asarray(Image.open(out / "masks" / f"{row['name']}_{lesion}.png").convert("L"))
             assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
             assert float(row[f"area_{lesion}"]) == pytest.approx((mask > 0).mean() / foreground, abs=1e-6)
     text = capsys.readouterr().out
@@ -549,7 +568,7 @@ def predict_sequentially(predictor, path: Path, name: str) -> dict:
                 if lesion == "OD":
                     masks[lesion] &= kept_component(masks[lesion], map_, answers["loc"][0] * len(map_), g,
                                                     p.calibration["seg"]["OD"])
-                Image.fromarray(masks[lesion]).convert("L").save(p.out / f"masks/{name}_{lesion}.png", compress_level=1)
+                Image.fromarray(masks[lesion]).save(p.out / f"masks/{name}_{lesion}.png")
                 row[f"area_{lesion}"] = round(float(masks[lesion].mean()) / float(foreground.mean()), 6)
         else:
             columns = task.predicted_columns(answers[task.name], sample, p.calibration[task.name])
@@ -557,7 +576,7 @@ def predict_sequentially(predictor, path: Path, name: str) -> dict:
     points = [(row["disc_x"], row["disc_y"]), (row["fovea_x"], row["fovea_y"])]
     image = preprocess.read_image(path, 1 << 30).image
     drawing.overlay(image, masks, points, [*lines, NOTE], float(foreground.mean())).save(
-        p.out / f"overlays/{name}.png", compress_level=1)
+        p.out / f"overlays/{name}.jpg", quality=90, subsampling=0)
     return row
 
 
@@ -575,13 +594,22 @@ def mixed_files(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def three_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("tiles", [None, 4.5])
-def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, tiles):
+def test_nothing_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, three_cores, tiles):
+    """Files are equal, masks in their pixels."""
     loaded, paths = evaluate.load_run(run, CPU), sorted(mixed_files.iterdir())
-    sample = full_size.unlabelled_sample(records.Record("x", paths[-1]), 64)
-    maps = full_size.predict_sample(loaded.net.eval(), loaded.tasks, sample.image, CPU)["seg"]
+    record = records.Record("x", paths[-1])
+    maps, _ = full_size.predict_masks(loaded.net.eval(), TASKS["seg"], record, 64, tiles, CPU, 8)
     for lesion, map_ in zip(TASKS["seg"].classes, maps):  # of a network that knows nothing: so that there are masks
-        loaded.calibration["seg"][lesion] = float(map_.quantile(0.5 if lesion == "OD" else 0.9))
+        loaded.calibration["seg"][lesion] = float(np.quantile(map_, 0.5 if lesion == "OD" else 0.9))
     predictor = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, tiles, 8, CPU, tmp_path / "out", {})
     found = predict_all(predictor, paths)
     assert Counter(row["status"] for row in found) == {"answered": 3, "refused": 1, "unreadable": 1}
@@ -590,11 +618,12 @@ def test_no_byte_depends_on_what_is_done_at_once(run, mixed_files, tmp_path, til
     if not tiles:  # of tiles the one component may be a pixel of the map, between those of the file
         assert any(row["area_OD"] > 0 for row in answered)
     sequential = replace(predictor, out=tmp_path / "sequential")
+    torch.set_num_threads(1)  # as each of the three has
     for folder in ("overlays", "masks"):
         (sequential.out / folder).mkdir(parents=True)
     write_rows(sequential.out / "predictions.csv", (predict_sequentially(sequential, p, p.stem) for p in paths))
-    files, expected = ({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")}
-                       for out in (predictor.out, sequential.out))
+    files, expected = ({p.relative_to(out): p.read_bytes() if p.suffix != ".png" else np.asarray(Image.open(p)).tolist()
+                        for p in out.rglob("*.*")} for out in (predictor.out, sequential.out))
     assert len(expected) == 1 + 3 * 6 and files == expected
 
 
@@ -636,12 +665,18 @@ class FakePredictor:
     def write(self, number):
         return {"status": "answered", "number": self.step("write", number)}
 
+    def answer(self, number):
+        return self.write(self.predict(self.read(number)))
+
+    def begun_numbers(self) -> list[int]:
+        return sorted(number for name, number in self.events if name == "read")
+
 
 def numbers(count: int) -> list[tuple[int]]:
     return [(number,) for number in range(count)]
 
 
-def test_the_next_is_read_and_the_last_is_written_meanwhile():
+def test_one_is_read_and_one_is_written_meanwhile():
     """Each step waits for one that a loop over photographs would take only after it."""
     def predict(number):
         assert number == 5 or fake.begun("read", number + 1).wait(60)
@@ -649,74 +684,113 @@ def test_the_next_is_read_and_the_last_is_written_meanwhile():
     def write(number):
         assert number == 5 or fake.begun("predict", number + 1).wait(60)
     fake = FakePredictor(predict=predict, write=write)
-    assert [row["number"] for row in predictor.overlapped(fake, numbers(6))] == [*range(6)]
+    assert [row["number"] for row in predictor.in_threads(fake, numbers(6), 2)] == [*range(6)]
 
 
 def test_rows_come_in_order_though_a_later_photograph_is_written_first():
-    """Of two writers one is busy with photograph 0 until the other is through with 1 and at 2."""
+    """Of two threads one is busy with photograph 0 until the other is through with 1 and at 2."""
     fake = FakePredictor(write=lambda number: number != 0 or fake.begun("write", 2).wait(60))
-    assert [row["number"] for row in predictor.overlapped(fake, numbers(4))] == [*range(4)]
+    assert [row["number"] for row in predictor.in_threads(fake, numbers(4), 2)] == [*range(4)]
 
 
 def test_few_photographs_are_held_at_once():
-    """However slow the writing, or whoever takes the rows: of 30, those begun and not yet handed on."""
-    begun, most, taken = [], [], 0
-    fake = FakePredictor(read=begun.append, write=lambda number: most.append(len(begun) - taken))
-    for row in predictor.overlapped(fake, numbers(30)):
+    """Of 30, however slow whoever takes the rows: those that are begun and not yet written, or not yet handed on."""
+    begun, written, held, untaken, taken = [], [], [], [], 0
+
+    def write(number):
+        time.sleep(0.002)
+        held.append(len(begun) - len(written))
+        written.append(number)
+    fake = FakePredictor(read=begun.append, write=write)
+    for row in predictor.in_threads(fake, numbers(30), 3):
         time.sleep(0.002)  # time to begin more than is allowed
-        most.append(len(begun) - taken)
+        untaken.append(len(begun) - taken)
         taken += 1
-    assert taken == 30 and max(most) <= predictor.AHEAD + 1 + predictor.BEHIND
+    assert taken == 30 and max(held) <= 3 and max(untaken) <= 6
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_what_is_being_written_has_its_row_when_the_network_is_stopped(error):
-    """At photograph 3, while 1 and 2 are being written and 4 is being read: nothing else is begun."""
-    stopped, rows_taken, taken = threading.Event(), threading.Event(), []
+def test_what_was_begun_has_its_row_when_the_network_is_stopped(error):
+    """At photograph 3, while 2 is being written."""
+    stopped = threading.Event()
 
     def predict(number):
         if number == 3:
-            assert fake.begun("write", 2).wait(60) and fake.begun("read", 4).wait(60)
+            assert fake.begun("write", 2).wait(60)
             stopped.set()
             raise error
-    fake = FakePredictor(read=lambda number: number != 4 or rows_taken.wait(60), predict=predict,
-                                  write=lambda number: number == 0 or stopped.wait(60))
+    fake, taken = FakePredictor(predict=predict, write=lambda number: number != 2 or stopped.wait(60)), []
     with pytest.raises(error):
-        for row in predictor.overlapped(fake, numbers(9)):
+        for row in predictor.in_threads(fake, numbers(30), 2):
             taken.append(row["number"])
-            if row["number"] == 2:
-                rows_taken.set()
-    assert taken == [0, 1, 2] and not {("predict", 4), ("write", 3), ("read", 5)} & set(fake.events)
+    assert taken == [number for number in fake.begun_numbers() if number != 3] and {0, 1, 2} <= {*taken}
+    assert max(fake.begun_numbers()) <= 3 + 2 * 2  # and little else is begun
 
 
-def test_ctrl_c_while_waiting_for_a_file_to_be_written(tmp_path, monkeypatch):
-    """Interrupted where it waits longest: for photograph 0, while 1 is being written too."""
+def test_ctrl_c_while_waiting_for_a_photograph(tmp_path, monkeypatch):
+    """Interrupted while 0 and 1 are being written."""
     interrupted, really = threading.Event(), Future.result
 
     def result(future):
-        if fake.begun("predict", 1).is_set() and not interrupted.is_set():
-            assert fake.begun("write", 1).wait(60)
+        if not interrupted.is_set():
+            assert fake.begun("write", 0).wait(60) and fake.begun("write", 1).wait(60)
             interrupted.set()
             raise KeyboardInterrupt
         return really(future)
     monkeypatch.setattr(Future, "result", result)
     fake = FakePredictor(write=lambda number: interrupted.wait(60))
     with pytest.raises(KeyboardInterrupt):
-        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(fake, numbers(2)))
-    assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,1"]
+        predictor.write_rows(tmp_path / "t.csv", predictor.in_threads(fake, numbers(9), 2))
+    assert (tmp_path / "t.csv").read_text().split() == ["status,number", *(
+        f"answered,{number}" for number in fake.begun_numbers())]
+    assert {0, 1} <= {*fake.begun_numbers()} and max(fake.begun_numbers()) < 4
 
 
-def test_an_error_of_writing_is_raised_and_what_else_is_being_written_has_its_row(tmp_path):
-    """A file that cannot be written, of photograph 1, while 0 and 2 are being written."""
+def test_an_error_of_writing_is_raised_and_what_else_was_begun_has_its_row(tmp_path):
+    """A file that cannot be written, of photograph 1, while 0 is being written."""
     def write(number):
         if number == 1:
+            assert fake.begun("write", 0).wait(60)
             raise OSError(28, "No space left on device", "1.png")
-        assert fake.begun("write", 2).wait(60)
+        assert fake.begun("write", 1).wait(60)
     fake = FakePredictor(write=write)
     with pytest.raises(OSError, match="No space left on device: '1.png'"):
-        predictor.write_rows(tmp_path / "t.csv", predictor.overlapped(fake, numbers(9)))
-    assert (tmp_path / "t.csv").read_text().split() == ["status,number", "answered,0", "answered,2"]
-    assert ("predict", 3) not in fake.events
+        predictor.write_rows(tmp_path / "t.csv", predictor.in_threads(fake, numbers(30), 2))
+    assert (tmp_path / "t.csv").read_text().split() == ["status,number", *(
+        f"answered,{number}" for number in fake.begun_numbers() if number != 1)]
+    assert max(fake.begun_numbers()) <= 1 + 2 * 2
+
+
+@pytest.mark.parametrize("number,threads", [(1, 3), (2, 1), (5, 1)])
+def test_the_cores_are_shared(run, tmp_path, monkeypatch, three_cores, number, threads):
+    """Among as many photographs as there are; each in the precision that was asked for, in whatever thread."""
+    for i in range(number):
+        picture(i, 150).save(tmp_path / f"{i}.png")
+    found, loaded, really = [], evaluate.load_run(run, CPU), predictor.predict_sample
+
+    def predict_sample(*arguments):
+        found.append((torch.get_num_threads(), torch.is_autocast_enabled("cpu")))
+        return really(*arguments)
+    monkeypatch.setattr(predictor, "predict_sample", predict_sample)
+    for precision in ("fp32", "bf16"):
+        asked = Predictor(loaded.net, loaded.tasks, loaded.calibration, 64, None, 8, CPU, tmp_path / precision, {},
+                          precision)
+        predict_all(asked, sorted(tmp_path.glob("*.png")))
+    assert found == number * [(threads, False)] + number * [(threads, True)] and torch.get_num_threads() == 3
+
+
+def test_masks_can_be_read_as_labels(tmp_path):
+    """All sizes of the last byte of a row; empty and full ones."""
+    rng = np.random.default_rng(0)
+    for width in (1, 7, 8, 9, 30):
+        for share in (0, 0.5, 1):
+            mask = rng.random((5, width)) < share
+            predictor.save_mask(tmp_path / "mask.png", mask)
+            with Image.open(tmp_path / "mask.png") as file:
+                assert file.mode == "1" and np.array_equal(file, mask)
+            if 0 < mask.mean() < 1:
+                found, _ = read_mask(MaskFile(tmp_path / "mask.png"), (width, 5))
+                assert np.array_equal(np.asarray(found) > 0, mask)
 
 
 def test_two_files_of_one_name_do_not_overwrite_each_other(run, pictures, tmp_path, monkeypatch):
@@ -768,6 +842,26 @@ def test_overlays_show_the_masks():
     assert tuple(drawn[220, 220]) == (100, 50, 20) and tuple(drawn[200, 220]) == records.LESION_COLOURS["OD"]
     marked = np.asarray(drawing.overlay(image, {}, [(300, 50), (50, 250)], [], 0.5))
     assert tuple(marked[50, 300]) == (255, 255, 255) == tuple(marked[250, 50])
+
+
+@pytest.mark.parametrize("side", [(37, 23), (1100, 1060)])
+def test_tints_and_outlines_are_those_of_the_whole_picture(side):
+    """Masks of blots, some all over the picture, against shifting them by the width of an outline in all directions."""
+    rng, (width, height), s = np.random.default_rng(0), side, max(1, round(min(side) / 700))
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for share in (0, 0.3, 0.7, 1):
+        masks = {lesion: np.asarray(Image.fromarray(rng.random((9, 7)) < share).resize(side))
+                 for lesion in records.LESION_NAMES}
+        expected = pixels.astype(float)
+        for lesion, mask in masks.items():
+            wide, colour = np.pad(mask, s), np.array(records.LESION_COLOURS[lesion])
+            inner = np.all([wide[s + y:s + y + height, s + x:s + x + width]
+                            for y, x in ((0, 0), (-s, 0), (s, 0), (0, -s), (0, s))], 0)
+            expected[mask & ~inner] = colour
+            if lesion != "OD":
+                expected[inner] = 0.7 * expected[inner] + 0.3 * colour
+        found = np.asarray(drawing.tinted(Image.fromarray(pixels), masks))
+        assert np.abs(found - expected).max() < 2.5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file names are text there")
