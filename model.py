@@ -449,7 +449,9 @@ class MaskHead(nn.Module):
         nn.init.constant_(self.conv.bias, math.log(0.01 / 0.99))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return F.pixel_shuffle(self.conv(self.decoder(maps[self.reads])), 2)  # (n_t, 4 L, H/2, W/2) -> (n_t, L, H, W)
+        x = self.conv(self.decoder(maps[self.reads]))  # (n_t, 4 L, H/2, W/2)
+        # a process may have no photograph: torch's pixel_shuffle has no backward pass then, see findings/
+        return F.pixel_shuffle(x, 2) if len(x) else x.reshape(0, x.shape[1] // 4, 2 * x.shape[2], 2 * x.shape[3])
 
 
 class LandmarkHead(nn.Module):

@@ -278,3 +278,6 @@ def test_the_last_convolution_gives_the_four_pixels_of_each_place():
     assert quarters.shape == (1, 12, 16, 32) and masks.shape == (1, 3, 32, 64)
     for lesion, dy, dx in itertools.product(range(3), range(2), range(2)):
         assert torch.equal(masks[:, lesion, dy::2, dx::2], quarters[:, 4 * lesion + 2 * dy + dx])
+    none = head([m[:0] for m in maps])  # of no photograph: a gradient, as DistributedDataParallel wants it
+    none.sum().backward()
+    assert none.shape == (0, 3, 32, 64) and all(p.grad is not None for p in head.parameters())
