@@ -126,12 +126,11 @@ class FundusDataset(Dataset):
         i, aug_seed, crop, size = Draw(index) if isinstance(index, int) else Draw(*index)
         cache.check_files(self.files[i])
         record = self.records[i]
-        if crop:
-            sample = cache.cached_sample(record, self.larger_paths[record.name], self.larger)
-            return augment(sample, aug_seed, self.flips, self.size, size)
-        sample = cache.cached_sample(record, self.paths[i], self.size)
-        return sample if aug_seed is None and size in (None, self.size) else \
-            augment(sample, aug_seed, self.flips, None, size)
+        path, stored = (self.larger_paths[record.name], self.larger) if crop else (self.paths[i], self.size)
+        sample = cache.cached_sample(record, path, stored)
+        if aug_seed is None and not crop and size in (None, self.size):
+            return sample
+        return augment(sample, aug_seed, self.flips, self.size if crop else None, size)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""

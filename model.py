@@ -436,7 +436,7 @@ class MaskHead(nn.Module):
     """A U-Net decoder up to stride 2, then the image; maps -> logits (n_t, outputs, H, W), a yes/no per pixel and mask.
 
     The last step is a sub-pixel convolution (Shi et al. 2016, arXiv 1609.05158, eq. 4): at stride 2 it computes the
-    four pixels of each place. Convolutions at the image's own resolution would take a fifth of a training step more.
+    four pixels of each place. Convolutions at the image's own resolution would take more time and memory.
     """
 
     def __init__(self, spec: FeatureSpec, outputs: int):

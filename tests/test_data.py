@@ -179,7 +179,7 @@ def test_crops_are_parts_of_the_larger_photograph(monkeypatch):
     assert len(places) > 8 and max(places)[0] > 22 > 11 > min(places)[0]
 
 
-def test_a_reduced_sample_is_the_same_eye(tmp_path):
+def test_a_reduced_sample_is_the_same_eye():
     """A marked spot of 16 pixels: its image, mask and point lie at half the place, and are moved alike when turned."""
     sample = marked(torch.tensor([[20.0, 45.5]]))
     small = data.augment(sample, None, size=64)

@@ -3,7 +3,7 @@
     tune_malloc          freed memory is kept for the next step                       2.5 times as fast
     channels_last        the channels of a pixel lie side by side in memory           1.3 times
     default_precision    half precision, where the device has units for it            0.9 times, and with
-    DepthwiseConv        a faster backward pass in bf16                               1.6 times more
+    DepthwiseConv        a faster backward pass in bf16                               1.5 times more
     fuse_conv_bn         for evaluation: norms inside the convolutions before them    1.1 times
     fetch                results of a GPU are read once they have been computed       not measured
 
