@@ -293,8 +293,9 @@ def state_and_batch(config: Config = TINY):
     torch.manual_seed(0)
     net, tasks = build_net(asdict(config))
     photographs = data.FundusDataset(readers.read_drawn().records[:6], config.image_size)
-    batch = data.collate([photographs[i] for i in range(6)], tasks)
-    state = train.make_state(net, tasks, config, 100, torch.device("cpu"))
+    device = torch.device(config.device)
+    batch = data.collate([photographs[i] for i in range(6)], tasks).to(device)
+    state = train.make_state(net, tasks, config, 100, device)
     return state, batch, partial(train.train_step, tasks=tasks, config=config)
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its tests, photographs a second, one training. At most eight minutes on one GPU.
+"""What only a GPU can show: its tests, photographs a second, one training. At most five minutes on one GPU.
 
     python tests/on_gpu.py [--data PATH/TO/IDRiD] [--json FILE]
     python tests/on_gpu.py --dry     # the same on a CPU, with everything small: does it still run?
@@ -175,7 +175,7 @@ def main() -> None:
         throughput(config, (64,) if args.dry else (512, 1024), (2, 4) if args.dry else (8, 16, 32, 64), device)
         augmentation((64,) if args.dry else (512, 1024))
         small = ["--image-size", "64", "--epochs", "1"]
-        training([*flags, *(small if args.dry else ["--image-size", "512", "--epochs", "16"])], 300, Path(home))
+        training([*flags, *(small if args.dry else ["--image-size", "512", "--epochs", "16"])], 150, Path(home))
     args.json.parent.mkdir(exist_ok=True)
     args.json.write_text(json.dumps({"machine": name, **TABLES}, indent=1))
     print(f"\nwrote {args.json}")

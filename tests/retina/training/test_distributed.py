@@ -159,8 +159,9 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_group_of_one_process_has_the_gradient_of_none(tmp_path, device):
+def test_a_group_of_one_process_has_the_gradient_of_none(tmp_path, monkeypatch, device):
     """Through DistributedDataParallel, sums over processes and norms over the batch; on a GPU by NCCL."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it rounds to ten bits
     tasks, gradients = [TASKS["cls"], TASKS["seg"]], []
     options = replace(TINY, expert_dropout=0.0, stochastic_depth=0.0, device=device)
     photographs = data.FundusDataset(readers.read_drawn().records[:6], options.image_size)
@@ -183,7 +184,8 @@ def test_a_group_of_one_process_has_the_gradient_of_none(tmp_path, device):
         dist.destroy_process_group()
     assert gradients[0].keys() == gradients[1].keys()
     largest = max(float(g.abs().max()) for g in gradients[0].values())
-    assert all(float((gradients[0][n] - g).abs().max()) < 1e-3 * largest for n, g in gradients[1].items())
+    apart = {n: float((gradients[0][n] - g).abs().max()) / largest for n, g in gradients[1].items()}
+    assert max(apart.values()) < 1e-3, sorted(apart.items(), key=lambda item: -item[1])[:5]
 
 
 # ---- who sees what ----
