@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import model
 import tasks
 import train
-from conftest import TINY, state_and_batch
+from conftest import TINY, log, state_and_batch
 from model import Net, NetConfig
 from retina.files import InputError, RunError
 from retina.training import diagnostics, precision
