@@ -38,9 +38,11 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 STAGES = model.STAGES
 SHALLOW = [(*stage[:3], channels, 1) for stage, channels in zip(STAGES, (8, 8, 16, 16, 24, 24, 32))]
+NARROW = (16, 8, 8, 8)  # of the decoder
+SMALL_NET = f"model.STAGES, model.WIDTHS = {SHALLOW}, {NARROW}"  # in a program
 TINY = Config(image_size=32, epochs=2, batch_size=6, num_experts=4, lr=1.5e-3, stochastic_depth=0.1, device="cpu")
 
-# train.py as a process of its own, with few drawings, the SHALLOW encoder and another home:
+# train.py as a process of its own, with few drawings, a small network and another home:
 # python -c PROGRAM ROOT HOME FLAGS
 PROGRAM = """
 import sys
@@ -50,11 +52,11 @@ import data, model, train
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.training import checkpoint
-model.STAGES = SHALLOW
+SMALL_NET
 records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
 readers.DRAWN = {"train": (0, 30), "test": (1, 5)}
 files.run_cli(lambda: train.main(sys.argv[3:]))
-""".replace("SHALLOW", repr(SHALLOW))
+""".replace("SMALL_NET", SMALL_NET)
 
 
 def start(program: str, *words, output: Path, errors: Path | None = None, cwd: Path = ROOT):
@@ -86,8 +88,9 @@ sys.exit(status)  # when what the program held, such as a loader with its proces
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """One block in each stage of the encoder, and few channels, for tests that do not depend on how large it is."""
+    """One block in each stage of the encoder, and few channels, for tests that do not depend on how many there are."""
     monkeypatch.setattr(model, "STAGES", SHALLOW)
+    monkeypatch.setattr(model, "WIDTHS", NARROW)
 
 
 def pytest_addoption(parser):

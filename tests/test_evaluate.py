@@ -18,7 +18,7 @@ import data
 import evaluate
 import model
 import train
-from conftest import SHALLOW, TINY, drawn, official_tree, photograph
+from conftest import NARROW, SHALLOW, TINY, drawn, official_tree, photograph
 from retina.datasets import cache, readers, records
 from retina.evaluation import compare, scoring, task_metrics
 from retina.files import InputError
@@ -225,6 +225,7 @@ def runs(tmp_path_factory):
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
     patch.setattr(model, "STAGES", SHALLOW)
+    patch.setattr(model, "WIDTHS", NARROW)
     for name in ("FEWEST_FOR_TEMPERATURE", "FEWEST_FOR_THRESHOLD"):  # so that something is fitted
         patch.setattr(task_metrics, name, 1)
     tree = official_tree(home / "IDRiD", segmentation=6, grading=20)

@@ -282,21 +282,23 @@ def test_shares_of_heat():
     assert float(heat.sum()) == pytest.approx(5, rel=0.15) and heat.argmax() == 0 and not heat[6:, 6:].any()
 
 
-def test_principal_colours_are_those_of_a_singular_value_decomposition():
+def test_principal_colours_are_those_of_the_covariance():
     torch.manual_seed(0)
     x = torch.randn(6, 9, 7) * torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]).view(6, 1, 1)
     colours, share = internals.principal_colours(x)
     flat = x.flatten(1).T.numpy().astype(float)
-    u, s, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    assert share == pytest.approx((s[:3] ** 2).sum() / (s ** 2).sum())
+    values, vectors = np.linalg.eigh(np.cov(flat.T))  # ascending
+    assert share == pytest.approx(values[-3:].sum() / values.sum())
+    components = (flat @ vectors[:, :-4:-1]).reshape(9, 7, 3)
     for k in range(3):
         middle = (colours[..., k] > 0) & (colours[..., k] < 255)  # percentiles cut the ends off
-        fit = np.corrcoef(colours[..., k][middle], (u[:, k]).reshape(9, 7)[middle])[0, 1]
+        fit = np.corrcoef(colours[..., k][middle], components[..., k][middle])[0, 1]
         assert abs(fit) > 0.9999
     constant, _ = internals.principal_colours(torch.ones(4, 3, 3))
     assert len(np.unique(constant)) == 1
-    one, share = internals.principal_colours(torch.randn(1, 3, 3))
-    assert one.shape == (3, 3, 3) and not one[..., 1:].any() and share == pytest.approx(1)
+    for few in (torch.randn(1, 3, 3), torch.randn(9, 2, 1)):  # one channel, two positions
+        one, share = internals.principal_colours(few)
+        assert one.shape == (*few.shape[1:], 3) and not one[..., 1:].any() and share == pytest.approx(1)
 
 
 @pytest.mark.parametrize("side,chosen,second", [(8, 2, True), (8, 1, False), (64, 2, False), (256, 2, False)])

@@ -201,17 +201,17 @@ def principal_colours(x: Tensor) -> tuple[np.ndarray, float]:
 
     of the variance (Pearson 1901; Hotelling 1933). Components run from their 1st to their 99th percentile.
     """
-    c, h, w = x.shape
+    _, h, w = x.shape
     flat = x.double().flatten(1).T  # (h * w, C)
     flat = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(flat.T @ flat)  # ascending
-    vectors = vectors.flip(1)[:, :3]
+    _, values, vectors = torch.linalg.svd(flat, full_matrices=False)  # descending
+    vectors = vectors[:3].T
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # or signs are a toss
     components = flat @ vectors  # (h * w, at most 3)
     low, high = components.quantile(0.01, 0), components.quantile(0.99, 0)
-    colours = F.pad(((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), (0, max(0, 3 - c)))
-    values = values.clamp(min=0).flip(0)
-    return (255 * colours).round().to(torch.uint8).view(h, w, 3).numpy(), float(values[:3].sum() / values.sum())
+    colours = F.pad(((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1), (0, 3 - vectors.shape[1]))
+    share = float(values[:3].square().sum() / values.square().sum())
+    return (255 * colours).round().to(torch.uint8).view(h, w, 3).numpy(), share
 
 
 def panel(colours: np.ndarray, words: str) -> Image.Image:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import baselines
-from conftest import ROOT, SHALLOW, TINY
+from conftest import ROOT, SMALL_NET, TINY
 from retina.comparison import jobs
 from retina.comparison.jobs import Job
 from retina.datasets import cache
@@ -18,7 +18,7 @@ from retina.datasets import cache
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
 SMALL = replace(TINY, image_size=64, epochs=1, log_gradients=True)
 
-# baselines.py with few drawings, a shallow encoder, another home and the cache of the test
+# baselines.py with few drawings, a small network, another home and the cache of the test
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
@@ -26,7 +26,7 @@ from pathlib import Path
 import baselines, model
 from retina import files
 from retina.datasets import cache, readers, records
-model.STAGES = {shallow}
+{small_net}
 records.HERE, cache.CACHE = Path({home!r}), Path({cache!r})
 readers.DRAWN = {{"train": (0, 30), "test": (1, 10)}}
 files.run_cli(baselines.main)
@@ -36,7 +36,7 @@ files.run_cli(baselines.main)
 @pytest.fixture
 def script(tmp_path) -> Path:
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(root=str(ROOT), home=str(tmp_path), cache=str(cache.CACHE), shallow=SHALLOW))
+    path.write_text(SCRIPT.format(root=str(ROOT), home=str(tmp_path), cache=str(cache.CACHE), small_net=SMALL_NET))
     return path
 
 

@@ -22,7 +22,7 @@ import data
 import evaluate
 import model
 import train
-from conftest import SHALLOW, TINY, drawn, official_tree, real_idrid, widen
+from conftest import NARROW, SHALLOW, TINY, drawn, official_tree, real_idrid, widen
 from retina import drawing, files
 from retina.datasets import cache, preprocess, readers, records
 from retina.datasets.masks import MaskFile, read_mask
@@ -296,6 +296,7 @@ def run(tmp_path_factory):
     patch.setattr(records, "HERE", home)
     patch.setattr(cache, "CACHE", home / "cache")
     patch.setattr(model, "STAGES", SHALLOW)
+    patch.setattr(model, "WIDTHS", NARROW)
     patch.setattr(task_metrics, "FEWEST_FOR_THRESHOLD", 1)  # so that there are masks
     tree = official_tree(home / "IDRiD", segmentation=6, grading=8, test=False)
     options = replace(TINY, tasks=("cls", "dme", "seg", "loc"), data=str(tree), epochs=1)

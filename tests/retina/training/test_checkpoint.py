@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike, log, start, state_and_batch
+from conftest import PROGRAM, ROOT, SMALL_NET, TINY, ended_alike, log, start, state_and_batch
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
@@ -295,7 +295,7 @@ def change(run: Path, how) -> None:
 
 
 @pytest.mark.parametrize("spoil,message", [
-    (lambda run: (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:10 ** 6]),
+    (lambda run: (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:10 ** 5]),
      "last.pt: damaged, or no file .*python evaluate.py .*run still scores its best.pt; --name run --overwrite, with"),
     (lambda run: torch.save({"options": {}}, run / "last.pt"), "its last.pt was made by another version .*'data'"),
     (lambda run: torch.save([1], run / "last.pt"), "its last.pt was made by another version"),
@@ -458,7 +458,7 @@ def test_killed_at_least_20_times_a_run_ends_as_if_it_had_not_been(tmp_path):
     (tmp_path / "a").mkdir()
     flags_ = "--name=whole --image-size=64 --epochs=3 --batch-size=12".split()
     as_large = "model.STAGES = [(*stage[:-1], 1) for stage in model.STAGES]"
-    program = PROGRAM.replace(f"model.STAGES = {SHALLOW}", as_large).replace('"train": (0, 30)', '"train": (0, 60)')
+    program = PROGRAM.replace(SMALL_NET, as_large).replace('"train": (0, 30)', '"train": (0, 60)')
     whole = subprocess.run([sys.executable, "-c", program, ROOT, tmp_path / "b", *flags_], capture_output=True,
                            text=True)
     assert whole.returncode == 0, whole.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, SHALLOW, official_tree
+from conftest import ROOT, SMALL_NET, official_tree
 from retina import files
 from retina.datasets import records
 from retina.evaluation import scoring
@@ -120,7 +120,7 @@ def test_data_and_runs_can_lie_elsewhere(tmp_path):
     home = tmp_path / "h\u00f6me"
     official_tree(home / "data" / "IDRiD", segmentation=5, grading=10, test=False)
     program = "import sys; sys.path.insert(0, sys.argv[1]); import model, train; from retina import files; " \
-        f"model.STAGES = {SHALLOW}; files.run_cli(lambda: train.main(sys.argv[2:]))"
+        f"{SMALL_NET}; files.run_cli(lambda: train.main(sys.argv[2:]))"
     flags = "--tasks cls --image-size 64 --epochs 1 --encoder-weights none --name r".split()
     result = subprocess.run([sys.executable, "-c", program, ROOT, *flags], capture_output=True, text=True,
                             env=os.environ | {"RETINA_HOME": str(home), "PYTHONIOENCODING": "ascii"})

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, SHALLOW, TINY, ended_alike, start
+from conftest import PROGRAM, ROOT, SMALL_NET, TINY, ended_alike, start
 from retina.datasets import readers
 from retina.evaluation import metrics
 from retina.files import InputError
@@ -40,7 +40,7 @@ from retina.evaluation import scoring
 from retina.files import jsonable
 from retina.training import distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
-model.STAGES = SHALLOW
+SMALL_NET
 cache.CACHE = Path(sys.argv[2])
 readers.DRAWN = {"train": (0, 22)}
 found = readers.read_drawn().records[:8]
@@ -82,7 +82,7 @@ def scored(world):
 with distributed.init_world() as world:
     learned = [learn(world, Config(**changed)) for changed in eval(sys.argv[4])]
     torch.save({"learned": learned, "scores": scored(world)}, f"{sys.argv[3]}_{world.rank}.pt")
-""".replace("SHALLOW", repr(SHALLOW))
+""".replace("SMALL_NET", SMALL_NET)
 
 
 # as torchrun, but its processes are forked and need not import torch: python -c FORKED PROCESSES PROGRAM ARGUMENTS
