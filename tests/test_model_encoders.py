@@ -1,4 +1,4 @@
-"""Another encoder is one class and one line: torchvision's ResNet-50, random weights, through every command."""
+"""Another encoder is one class and one line: a ResNet of torchvision's, random weights, through every command."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from test_train import weights
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 import evaluate
 import model
@@ -32,13 +33,18 @@ ALL = ("cls", "dme", "seg", "loc")
 CPU = torch.device("cpu")
 
 
-class ResNet50(nn.Module):
+def shallow_resnet() -> torchvision.models.ResNet:
+    """A ResNet-18 with one block in each stage."""
+    return torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
+
+
+class ResNet(nn.Module):
     """(B, 3, H, W) -> five maps; names mirror torchvision's."""
-    channels = (64, 256, 512, 1024, 2048)
+    channels = (64, 64, 128, 256, 512)
 
     def __init__(self, stochastic_depth: float):
         super().__init__()
-        resnet = torchvision.models.resnet50(weights=None)
+        resnet = shallow_resnet()
         self.conv1, self.bn1 = resnet.conv1, resnet.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = \
             resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
@@ -71,21 +77,21 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True)
 def encoders(monkeypatch):
-    monkeypatch.setitem(ENCODERS, "resnet50", EncoderSpec(ResNet50))
+    monkeypatch.setitem(ENCODERS, "resnet", EncoderSpec(ResNet))
     monkeypatch.setitem(ENCODERS, "tiny", EncoderSpec(Tiny))
 
 
 def begin(name: str, *flags: str) -> Path:
-    """python train.py with ResNet-50, few drawings and small experts; -> the run's folder."""
-    train.main(["--tasks", *ALL, "--encoder", "resnet50", "--image-size", "64", "--epochs", "1", "--batch-size", "8",
+    """python train.py with a ResNet, few drawings and small experts; -> the run's folder."""
+    train.main(["--tasks", *ALL, "--encoder", "resnet", "--image-size", "64", "--epochs", "1", "--batch-size", "8",
                 "--num-experts", "4", "--expert-ratio", "0.1", "--precision", "fp32", "--name", name, *flags])
     return records.HERE / "runs" / name
 
 
 @pytest.fixture
 def run() -> Path:
-    """A run with ResNet-50, trained once for this file."""
-    folder = records.HERE / "runs" / "resnet50"
+    """A run with a ResNet, trained once for this file."""
+    folder = records.HERE / "runs" / "resnet"
     return folder if folder.exists() else begin(folder.name)
 
 
@@ -104,7 +110,7 @@ def net_of(variant: str, tasks=ALL, **config) -> Net:
 # ---- every command ----
 
 def test_it_trains_and_is_scored(run, monkeypatch, capsys):
-    assert {k for k in weights(run, "best.pt") if k.startswith("encoder.layer4.2.")}
+    assert {k for k in weights(run, "best.pt") if k.startswith("encoder.layer4.0.")}
     said = evaluated(monkeypatch, capsys, run)
     found, log = json.loads((run / "metrics.json").read_text()), json.loads((run / "log.jsonl").read_text())
     assert set(found["metrics"]) == {*ALL, "joint"} and "wrote per_photograph.csv" in said
@@ -132,7 +138,7 @@ def test_its_pictures_are_drawn(run, capsys):
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(run, monkeypatch):
-    whole, calls = ResNet50.forward, []
+    whole, calls = ResNet.forward, []
 
     def stopped(self, x):
         calls.append(len(x))
@@ -140,7 +146,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return whole(self, x)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(ResNet50, "forward", stopped)
+        patch.setattr(ResNet, "forward", stopped)
         begin("paused")
     folder = records.HERE / "runs" / "paused"
     assert len(calls) == 2 and not (folder / "best.pt").exists()
@@ -152,7 +158,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, monkeypatch):
 # ---- its maps, and what heads make of them ----
 
 @pytest.mark.parametrize("place", model.MOE_PLACES)
-@pytest.mark.parametrize("variant", ["resnet50", "tiny"])
+@pytest.mark.parametrize("variant", ["resnet", "tiny"])
 def test_maps_and_outputs_have_the_right_shapes(variant, place):
     net = net_of(variant, moe_at=place).eval()
     x = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -166,8 +172,8 @@ def test_maps_and_outputs_have_the_right_shapes(variant, place):
 
 
 def test_the_first_convolution_of_a_head_is_as_the_encoder_says_or_a_sane_one():
-    conv, dropout = net_of("resnet50").heads["cls"].conv, net_of("resnet50").heads["cls"].dropout
-    assert conv[0].weight.shape == (1280, 2048, 1, 1) and type(conv[1]) is nn.BatchNorm2d and dropout.p == 0.2
+    conv, dropout = net_of("resnet").heads["cls"].conv, net_of("resnet").heads["cls"].dropout
+    assert conv[0].weight.shape == (1280, 512, 1, 1) and type(conv[1]) is nn.BatchNorm2d and dropout.p == 0.2
     conv, dropout = net_of("tiny").heads["cls"].conv, net_of("tiny").heads["cls"].dropout
     assert conv[0].weight.shape == (24, 12, 1, 1) and type(conv[1]) is nn.InstanceNorm2d and dropout.p == 0.5
 
@@ -176,7 +182,7 @@ def test_an_encoder_is_told_of_stochastic_depth():
     assert net_of("tiny", stochastic_depth=0.3).encoder.drop == 0.3
 
 
-@pytest.mark.parametrize("variant", ["resnet50", "tiny"])
+@pytest.mark.parametrize("variant", ["resnet", "tiny"])
 def test_what_makes_it_faster_changes_no_answer(variant):
     """In float64, where rounding does not hide a mistake."""
     net = net_of(variant).double().eval()
@@ -213,7 +219,7 @@ def test_torchvision_publishes_what_is_listed(variant):
 
 
 def test_weights_that_are_not_published_are_one_line():
-    with pytest.raises(InputError, match="^--encoder-weights imagenet: model.py names none for --encoder resnet50; use "
+    with pytest.raises(InputError, match="^--encoder-weights imagenet: model.py names none for --encoder resnet; use "
                                          "--encoder-weights none, or --encoder-weights FILE") as caught:
         begin("none_published", "--encoder-weights", "imagenet")
     assert "\n" not in str(caught.value) and not (records.HERE / "runs" / "none_published").exists()
@@ -226,22 +232,22 @@ def test_the_model_that_is_listed_is_asked_for(monkeypatch):
         asked.append(name)
         raise KeyError
     monkeypatch.setattr(torchvision.models, "get_model_weights", look)
-    monkeypatch.setitem(ENCODERS, "resnet50", EncoderSpec(ResNet50, "resnet50", left_out=("fc.",)))
+    monkeypatch.setitem(ENCODERS, "resnet", EncoderSpec(ResNet, "resnet", left_out=("fc.",)))
     with pytest.raises(KeyError):
-        pretrained.start_from(net_of("resnet50"), "imagenet", "resnet50")
-    assert asked == ["resnet50"]
+        pretrained.start_from(net_of("resnet"), "imagenet", "resnet")
+    assert asked == ["resnet"]
 
 
 def test_a_file_of_weights_loads_but_for_what_is_left_out(tmp_path, monkeypatch):
     torch.manual_seed(1)
-    oracle, path = torchvision.models.resnet50(weights=None), tmp_path / "resnet50.pth"
+    oracle, path = shallow_resnet(), tmp_path / "resnet.pth"
     torch.save(oracle.state_dict(), path)
-    with pytest.raises(InputError, match="resnet50.pth, --encoder resnet50: not the weights of this ResNet50: "
+    with pytest.raises(InputError, match="resnet.pth, --encoder resnet: not the weights of this ResNet: "
                                          "fc.weight is not part of this network; fc.bias is not part of this network$"):
-        pretrained.start_from(net_of("resnet50"), str(path), "resnet50")
-    monkeypatch.setitem(ENCODERS, "resnet50", EncoderSpec(ResNet50, left_out=("fc.",)))
-    net = net_of("resnet50")
-    pretrained.start_from(net, str(path), "resnet50")
+        pretrained.start_from(net_of("resnet"), str(path), "resnet")
+    monkeypatch.setitem(ENCODERS, "resnet", EncoderSpec(ResNet, left_out=("fc.",)))
+    net = net_of("resnet")
+    pretrained.start_from(net, str(path), "resnet")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():  # torchvision's own classifier says the same of our bottleneck
         bottleneck = net.eval().encoder(x)[-1]
@@ -278,8 +284,8 @@ def test_weights_that_do_not_fit_leave_the_network_as_it_was(spoil, message):
 # ---- an encoder that is not there (any more) ----
 
 def test_a_run_of_an_unknown_encoder_is_one_line(run, monkeypatch):
-    monkeypatch.delitem(ENCODERS, "resnet50")
-    said = "trained with the encoder 'resnet50', which model.py does not list \\(b0, b1, .*\\)"
+    monkeypatch.delitem(ENCODERS, "resnet")
+    said = "trained with the encoder 'resnet', which model.py does not list \\(b0, b1, .*\\)"
     with pytest.raises(InputError, match=f"best.pt: {said}") as caught:
         evaluate.load_run(run, CPU)
     assert "\n" not in str(caught.value)
@@ -288,5 +294,5 @@ def test_a_run_of_an_unknown_encoder_is_one_line(run, monkeypatch):
 
 
 def test_an_unknown_encoder_on_the_command_line_is_told_what_there_is():
-    with pytest.raises(InputError, match="--encoder b9: no such encoder; there are b0, .*, resnet50"):
+    with pytest.raises(InputError, match="--encoder b9: no such encoder; there are b0, .*, resnet"):
         begin("unknown", "--encoder", "b9")
