@@ -53,7 +53,7 @@ from retina import files
 from retina.datasets import cache, readers, records
 from retina.training import checkpoint
 SMALL_NET
-records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE / "cache"
+records.HERE = Path(sys.argv[2]); cache.CACHE = records.HERE.parent / "home" / "cache"  # of all tests
 readers.DRAWN = {"train": (0, 30), "test": (1, 5)}
 files.run_cli(lambda: train.main(sys.argv[3:]))
 """.replace("SMALL_NET", SMALL_NET)

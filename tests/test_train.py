@@ -123,7 +123,7 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
             return (columns > sample.masks.shape[2] / 2).long()
 
     monkeypatch.setitem(TASKS, "side", Side())
-    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 150), "test": (1, 40)})
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 120), "test": (1, 1)})
     options = train.configure(["--tasks", "side", "--image-size", "64", "--epochs", "6", "--lr", "6e-3"])[0]
     best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5

@@ -41,7 +41,7 @@ from retina.files import jsonable
 from retina.training import distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
 SMALL_NET
-cache.CACHE = Path(sys.argv[2])
+cache.CACHE = Path(sys.argv[2]).parent / "home" / "cache"
 readers.DRAWN = {"train": (0, 22)}
 found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, some grades: each share of two lacks a task
@@ -133,7 +133,7 @@ def learned(tmp_path_factory):
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):  # the first without torchrun
-        status, _, errors = run(home, n, STEP, ROOT, home / "cache", home / f"{n}", [same | c for c in CHANGES])
+        status, _, errors = run(home, n, STEP, ROOT, home, home / f"{n}", [same | c for c in CHANGES])
         assert status == 0, errors
     return [torch.load(home / f"{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1")]
 
