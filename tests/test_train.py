@@ -123,9 +123,9 @@ def test_a_new_task_is_one_class(tmp_path, monkeypatch):
             return (columns > sample.masks.shape[2] / 2).long()
 
     monkeypatch.setitem(TASKS, "side", Side())
-    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 120), "test": (1, 1)})
-    options = train.configure(["--tasks", "side", "--image-size", "64", "--epochs", "6", "--lr", "6e-3"])[0]
-    best = train.fit(replace(options, stochastic_depth=0.0), tmp_path / "run", quiet=True)
+    monkeypatch.setattr(readers, "DRAWN", {"train": (0, 100), "test": (1, 1)})
+    options = train.configure(["--tasks", "side", "--no-augment", "--epochs", "6", "--lr", "1e-2"])[0]
+    best = train.fit(replace(options, image_size=32, stochastic_depth=0.0), tmp_path / "run", quiet=True)
     assert best["metrics"]["side"]["accuracy"] > 0.85  # a coin gives 0.5
     assert evaluate.load_run(tmp_path / "run", torch.device("cpu")).tasks[0].name == "side"
 
@@ -190,14 +190,15 @@ def test_a_run_says_what_it_did_with_photographs_of_test_eyes(tmp_path, shared_t
 def test_folders_of_classes_train_and_score(tmp_path, monkeypatch, capsys):
     """Bright against dark; no retina anywhere."""
     rng = np.random.default_rng(0)
-    for split, number in (("train", 20), ("test", 6)):
+    for split, number in (("train", 10), ("test", 6)):
         for name, level in (("night", 40), ("dusk", 110), ("day", 200)):
             (tmp_path / "sky" / split / name).mkdir(parents=True)
             for i in range(number):
                 pixels = np.clip(rng.normal(level, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "sky" / split / name / f"{i}.png")
     train.main(["--data", str(tmp_path / "sky"), "--name", f"sky_{tmp_path.name}",
-                *"--tasks cls --image-size 64 --encoder-weights none --lr 1e-2 --epochs 10".split()])
+                *"--tasks cls --image-size 64 --encoder-weights none --lr 1e-2 --epochs 10 --batch-size 4".split(),
+                "--no-augment"])
     run = records.HERE / "runs" / f"sky_{tmp_path.name}"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--split", "test"])
     evaluate.main()
@@ -471,7 +472,7 @@ def test_uncertainty_finds_the_loss_as_its_variance():
 def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
     """The whole process group hears it, as at a terminal; loader processes must not answer."""
     run = tmp_path / "runs" / "stopped"
-    flags = f"--image-size=64 --batch-size=4 --epochs=200 --name=stopped --workers={workers}".split()
+    flags = f"--image-size=64 --batch-size=12 --epochs=200 --name=stopped --workers={workers}".split()
     process = start(PROGRAM, ROOT, tmp_path, *flags, output=tmp_path / "output")
     while not (run / "best.pt").exists() and process.is_alive():
         time.sleep(0.1)
