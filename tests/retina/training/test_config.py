@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, SMALL_NET, official_tree
+from conftest import ROOT, SMALL_NET, official_tree, start
 from retina import files
 from retina.datasets import records
 from retina.evaluation import scoring
@@ -119,14 +118,22 @@ def test_data_and_runs_can_lie_elsewhere(tmp_path):
     """With RETINA_HOME, in a process of its own: the run, the cache, and data/IDRiD, which is found there."""
     home = tmp_path / "h\u00f6me"
     official_tree(home / "data" / "IDRiD", segmentation=5, grading=10, test=False)
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import model, train; from retina import files; " \
-        f"{SMALL_NET}; files.run_cli(lambda: train.main(sys.argv[2:]))"
+    program = f"""
+import os, sys
+os.environ["RETINA_HOME"] = sys.argv[2]
+sys.path.insert(0, sys.argv[1]), sys.stdout.reconfigure(encoding="ascii")
+import model, train
+from retina import files
+{SMALL_NET}
+files.run_cli(lambda: train.main(sys.argv[3:]))
+"""
     flags = "--tasks cls --image-size 64 --epochs 1 --encoder-weights none --name r".split()
-    result = subprocess.run([sys.executable, "-c", program, ROOT, *flags], capture_output=True, text=True,
-                            env=os.environ | {"RETINA_HOME": str(home), "PYTHONIOENCODING": "ascii"})
-    assert result.returncode == 0, result.stderr
+    process = start(program, ROOT, home, *flags, output=tmp_path / "output", errors=tmp_path / "errors")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
+    said = (tmp_path / "output").read_text()
     assert (home / "runs" / "r" / "best.pt").is_file() and len(list((home / "data" / "cache").rglob("*.npz"))) >= 15
-    assert "validation split of " in result.stdout and "h\\xf6me/data/IDRiD" in result.stdout
+    assert "validation split of " in said and "h\\xf6me/data/IDRiD" in said
 
 
 @pytest.mark.parametrize("name,problem", [("nowhere", "no such folder"), ("a file", "no such folder"),
