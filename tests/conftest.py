@@ -29,6 +29,7 @@ from retina.datasets import cache, preprocess, readers, records, synthetic  # no
 from retina.datasets.records import Record  # noqa: E402
 from retina.datasets.vessels import VESSEL_SIDE  # noqa: E402
 from retina.evaluation import compare, routing, statistics  # noqa: E402
+from retina.figures import tsne  # noqa: E402
 from tasks import build_net  # noqa: E402
 from train import Config  # noqa: E402
 
@@ -282,10 +283,10 @@ def few_drawings(monkeypatch):
 
 @pytest.fixture
 def few_resamples(monkeypatch):
-    """A fifth of the resamples and permutations, for tests that do not depend on their number."""
+    """A fifth of the resamples, permutations and steps of t-SNE, for tests that do not depend on their number."""
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
     for function in (statistics.bootstrap_weights, statistics.permutations, statistics.p_values, compare.compare,
-                     routing.information):
+                     routing.information, tsne.tsne.__wrapped__):
         *others, number = function.__defaults__
         assert number == 1000, function
         monkeypatch.setattr(function, "__defaults__", (*others, 200))

@@ -33,6 +33,12 @@ def net(request):
         return build_net(asdict(replace(TINY, **{"tasks": ALL, **request.param})))[0]
 
 
+@pytest.fixture(scope="module")
+def folded(net):
+    """The picture of the network with norms in its convolutions."""
+    return architecture.diagram(precision.fuse_conv_bn(net.eval()), 64)
+
+
 def climbed(decoder, maps):
     """{stride: map} of a decoder for photographs of 64 pixels."""
     *skips, x = maps
@@ -110,8 +116,8 @@ def test_words_of_routers():
     assert fixed.startswith("fixed router of each task") and fixed.endswith("g = 1/4 each") and not told
 
 
-def test_nothing_overlaps_and_nothing_is_cut_off(net):
-    made, picture = architecture.Layout(net, 64), architecture.diagram(net, 64)
+def test_nothing_overlaps_and_nothing_is_cut_off(net, folded):
+    made, picture = architecture.Layout(net, 64), folded
     assert {name for name, lines in made.lines.items() if lines} - set(made.boxes) <= {"decoder", "skips", "shared"}
     for box in made.boxes.values():
         assert 0 <= box.left < box.right <= picture.width and 0 <= box.top < box.bottom <= picture.height
@@ -126,10 +132,10 @@ def test_nothing_overlaps_and_nothing_is_cut_off(net):
                 assert not any(b.left < x < b.right and b.top < y < b.bottom for b in made.boxes.values())
 
 
-def test_a_network_is_left_as_it_was_and_folding_changes_nothing(net):
+def test_a_network_is_left_as_it_was_and_folding_changes_nothing(net, folded):
     before = {k: v.clone() for k, v in net.train().state_dict().items()}
     state = torch.get_rng_state()
     drawn = architecture.diagram(net, 64)
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert torch.equal(state, torch.get_rng_state()) and not any(m._forward_hooks for m in net.modules())
-    assert drawn.tobytes() == architecture.diagram(precision.fuse_conv_bn(net.eval()), 64).tobytes()
+    assert drawn.tobytes() == folded.tobytes()
