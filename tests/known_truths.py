@@ -106,9 +106,9 @@ WIDTH, TOKENS, JUDGED_TOKENS, NOISE = 32, 20_000, 4_000, 0.3
 def seen_by_cameras(cameras: int, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens as an encoder that knows nothing of cameras might hand them over; -> them (n, WIDTH), camera, answer.
 
-    An eye has WIDTH / 2 findings, present or absent. A token holds them all (+1 or -1), its camera (2) and noise, turned
-    by a rotation, so that no channel is one of them. The answer to camera k is finding k: the same features, another
-    function of them for each camera (compare Chen et al. 2022, arXiv 2208.02813, definition 3.1).
+    An eye has WIDTH / 2 findings, present or absent. A token holds them all (+1 or -1), its camera (2) and noise, and is
+    rotated, so that no channel is one of them. The answer to camera k is finding k: the same features, another function
+    of them for each camera (compare Chen et al. 2022, arXiv 2208.02813, definition 3.1).
     """
     rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
     generator = torch.Generator().manual_seed(seed)
@@ -154,10 +154,10 @@ def measure_routing(cameras: int, seeds: int) -> tuple[list, dict, list[float]]:
         measured[name].scores.append(SplitScores([task], {"cls": names}, {"cls": task.image_stats(
             task.decode(logits), truth)}, eyes=dict(zip(names, names))))
 
+    layouts = {"dense": {"num_experts": 1, "top_k": 1, "ratio": 1.0}, "cls_single": {"router": "random"}, "learned": {}}
     bits = []
     for seed in range(seeds):
-        for name, layout in (("dense", {"num_experts": 1, "top_k": 1, "ratio": 1.0}), ("cls_single", {"router": "random"}),
-                             ("learned", {})):
+        for name, layout in layouts.items():
             with torch.enable_grad():
                 layer, head = train_layer(cameras, seed, **layout)
             logits, routing = answer(layer, head, tokens)
