@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -198,8 +199,7 @@ def parse() -> argparse.Namespace:
                         help="with --images: answer for pictures that would be refused, too, and say why they would be")
     parser.add_argument("--routing", action="store_true",
                         help="also: which experts see which grade and lesion, and what becomes of the scores without "
-                             "an expert, with the routes of other photographs, with the routers of other tasks (E + T "
-                             "+ 2 passes more)")
+                             "an expert, with the routes of other photographs, with the routers of other tasks")
     parser.add_argument("--data", help="the data set, if it has moved since the run was trained")
     parser.add_argument("--batch-size", type=int, help="photographs, or tiles, at a time (default: as in training)")
     parser.add_argument("--precision", choices=precision.DTYPES, default="fp32",
@@ -288,12 +288,15 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
 def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
+    begun = time.monotonic()
     uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch))
+    seconds = time.monotonic() - begun
     usage = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                              "class" if run.options["classes"] else "grade")
     print(routing.table(usage, details=args.routing))
     write("routing", usage)
     if args.routing:
+        print(f"scoring with other routes takes about {8 * seconds:.0f} seconds")
         changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch), run.tasks)
         print(table_of_changes(changes, run.tasks))
         write("interventions", changes)

@@ -1,34 +1,44 @@
-"""Does the comparison find what is known to be there, and nothing where nothing is? Three experiments on drawings.
+"""Does the comparison find what is known to be there, and nothing where nothing is? Does routing help where it must?
 
-    python tests/known_truths.py [few shuffled equal] [--epochs 12] [--seeds 5]
+    python tests/known_truths.py [few shuffled equal routing] [--epochs 12] [--seeds 5]
 
     few         24 photographs with a grade and 400 with masks, which tell what grades follow from: a network that
                 shares its encoder with the masks must grade better than the same whose masks have no weight
     shuffled    the same with grades dealt out by lot: nobody can do better than chance
     equal       the same network with other seeds: no difference
+    routing     the expert layer alone, on eyes as eight cameras see them, each of which asks for another finding:
+                learned routes must answer better than a dense layer of equal cost and than frozen random ones
 
 Each takes minutes; runs lie below a temporary folder, or below --folder, where they are gone on with.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor, nn
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import train  # noqa: E402
+from model import MoELayer, NetConfig, Routing, load_balancing_loss  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
+from retina.evaluation.interventions import RerouteWrapper, routed_by  # noqa: E402
+from retina.evaluation.routing import mutual_information  # noqa: E402
+from retina.evaluation.scoring import SplitScores  # noqa: E402
 from retina.files import run_cli  # noqa: E402
-from tasks import make_tasks  # noqa: E402
+from tasks import Categories, make_tasks  # noqa: E402
 
 
 SIDE, GRADED, MASKED, JUDGED = 64, 24, 400, 240
@@ -88,16 +98,98 @@ def print_report(tasks: list, measured: dict) -> None:
     print(report.screen(analysis.summarize(measured, tasks[:1], {"what": "", "asked": asked, "failed": {}})))
 
 
+# ---- routing ----
+
+WIDTH, TOKENS, JUDGED_TOKENS, NOISE = 32, 20_000, 4_000, 0.3
+
+
+def seen_by_cameras(cameras: int, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens as an encoder that knows nothing of cameras might hand them over; -> them (n, WIDTH), camera, answer.
+
+    An eye has WIDTH / 2 findings, present or absent. A token holds them all (+1 or -1), its camera (2) and noise, and is
+    rotated, so that no channel is one of them. The answer to camera k is finding k: the same features, another function
+    of them for each camera (compare Chen et al. 2022, arXiv 2208.02813, definition 3.1).
+    """
+    rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(seed)
+    camera = torch.randint(cameras, (number,), generator=generator)
+    findings = torch.randint(2, (number, WIDTH // 2), generator=generator)
+    tokens = torch.cat([2.0 * findings - 1, 2.0 * F.one_hot(camera, WIDTH // 2)], 1)
+    noise = NOISE * torch.randn(number, WIDTH, generator=generator)
+    return (tokens + noise) @ rotation, camera, findings.gather(1, camera[:, None])[:, 0]
+
+
+def answer(layer: MoELayer, head: nn.Linear, tokens: Tensor) -> tuple[Tensor, Routing]:
+    """The layer as it stands in the network, and a linear head: nothing else could tell cameras apart."""
+    maps, routing = layer({"cls": tokens[:, :, None, None]})
+    return head(maps["cls"].flatten(1)), routing["cls"]
+
+
+def train_layer(cameras: int, seed: int, **layout) -> tuple[MoELayer, nn.Linear]:
+    """1000 steps of 256 tokens, by AdamW."""
+    torch.manual_seed(seed)
+    layer, head = MoELayer(WIDTH, ["cls"], dropout=0.0, **layout), nn.Linear(WIDTH, 2)
+    optimizer = torch.optim.AdamW([*layer.parameters(), *head.parameters()], 3e-3)
+    tokens, _, truth = seen_by_cameras(cameras, TOKENS, 1)
+    for _ in range(1000):
+        some = torch.randint(TOKENS, (256,))
+        logits, routing = answer(layer, head, tokens[some])
+        optimizer.zero_grad()
+        (F.cross_entropy(logits, truth[some]) + 0.1 * load_balancing_loss({"cls": routing})).backward()
+        optimizer.step()
+    return layer.eval(), head
+
+
+@torch.no_grad()
+def measure_routing(cameras: int, seeds: int) -> tuple[list, dict, list[float]]:
+    """Train and judge all layers; -> tasks, the Measurements of each, I(expert; camera) of each seed in bits."""
+    task = Categories(["absent", "present"])
+    tokens, camera, truth = seen_by_cameras(cameras, JUDGED_TOKENS, 2)
+    names = [str(i) for i in range(JUDGED_TOKENS)]
+    measured = {name: analysis.Measurements(words, list(range(seeds)), [], [], [], [{"seconds": 0.0}], [])
+                for name, words in (("dense", "dense layer of equal cost"), ("learned", "learned routes"),
+                                    ("cls_single", "frozen random routes"), ("swapped", "routes of another camera"))}
+
+    def judge(name, logits):
+        measured[name].scores.append(SplitScores([task], {"cls": names}, {"cls": task.image_stats(
+            task.decode(logits), truth)}, eyes=dict(zip(names, names))))
+
+    layouts = {"dense": {"num_experts": 1, "top_k": 1, "ratio": 1.0}, "cls_single": {"router": "random"}, "learned": {}}
+    bits = []
+    for seed in range(seeds):
+        for name, layout in layouts.items():
+            with torch.enable_grad():
+                layer, head = train_layer(cameras, seed, **layout)
+            logits, routing = answer(layer, head, tokens)
+            judge(name, logits)
+        weights = routing.to_dense(routing.gates)
+        bits.append(float(mutual_information(weights, F.one_hot(camera).to(weights.dtype))))
+        # routes of a token that the next camera took
+        lender = torch.stack([torch.where(camera == (c + 1) % cameras)[0][0] for c in range(cameras)])[camera]
+        swapped = RerouteWrapper(layer.routers["cls"], lambda r: r._replace(
+            experts=r.experts[lender], gates=r.gates[lender]))
+        with routed_by(layer, {"cls": swapped}):
+            judge("swapped", answer(layer, head, tokens)[0])
+    return [task], measured, bits
+
+
 def main() -> None:
     """Run the experiments that are named."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal"])
+    parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal", "routing"])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None)
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
+    if "routing" in args.which:
+        for cameras, words in ((WIDTH // 2, "learned routes must win"), (1, "nothing must be claimed")):
+            print(f"routing: {cameras} camera{'s' * (cameras > 1)}; {words}")
+            tasks, measured, bits = measure_routing(cameras, args.seeds)
+            print_report(tasks, measured)
+            most = math.log2(min(cameras, NetConfig.num_experts))
+            print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {most:.0f} bit")
     both = ["cls_single", "hard"]
     for experiment, words, place, configurations, seeds in (
             ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", both, args.seeds),

@@ -107,23 +107,47 @@ def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes: Sequence[str]
     return float(difference[0]), float(difference[1:].std())
 
 
+class EncodeOnce(nn.Module):
+    """An encoder that computes the maps of the same photographs once, if they are asked for several times in a row."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.last = encoder, torch.empty(0)
+
+    def forward(self, x):
+        if self.last.shape != x.shape or not torch.equal(self.last, x):
+            self.last, self.maps = x, self.encoder(x)
+        return self.maps
+
+
 def score_interventions(net: nn.Module, batches: Iterable,
                         tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
     """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
 
-    Nothing is trained again; see `interventions`. `batches` are passed once for each.
+    Nothing is trained again; see `interventions`. `batches` are passed twice, first to record the routes. Then each is
+    encoded once, and passes through experts and heads for every change.
     """
     recorders = {t: RouteRecorder() for t in net.experts.routers}
     with routed_by(net.experts, {t: RerouteWrapper(router, recorders[t].record)
                                  for t, router in net.experts.routers.items()}):
         before = evaluate_split(net, batches, tasks)
-    by_name, changes = {t.name: t for t in tasks}, {}
     passes = list(interventions(net.experts, {t: recorders[t] for t in recorders if t in before.stats}))
-    for titles, routers in tqdm(passes, desc="scoring with other routes", leave=False, disable=None):
-        with routed_by(net.experts, routers):
-            after = evaluate_split(net, batches, tasks)
+    after, encoder = [[] for _ in passes], net.encoder
+    net.encoder = EncodeOnce(encoder)
+    try:
+        for batch in tqdm(batches, desc="scoring with other routes", leave=False, disable=None, unit="batch"):
+            for (_, routers), scores in zip(passes, after):
+                with routed_by(net.experts, routers):
+                    scores.append(evaluate_split(net, [batch], tasks))
+    finally:
+        net.encoder = encoder
+    by_name, changes = {t.name: t for t in tasks}, {}
+    for (titles, _), scores in zip(passes, after):
         for t, title in titles.items():
-            value, error = change(by_name[t], before.stats[t], after.stats[t], before.eyes_of(t))
+            parts = [s for s in scores if t in s.stats]
+            loss = sum(len(s.names[t]) * s.losses[t] for s in parts) / len(before.names[t])
+            value, error = change(by_name[t], before.stats[t], torch.cat([s.stats[t] for s in parts]),
+                                  before.eyes_of(t))
             changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
-                                                "loss": after.losses[t] - before.losses[t]}
+                                                "loss": loss - before.losses[t]}
     return changes

@@ -172,9 +172,18 @@ def table_of_differences(compared: Mapping[str, Mapping]) -> str:
 
 
 def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[TaskMetrics]) -> str:
-    """What score_interventions() found, as lines of text."""
+    """What score_interventions() found, as lines of text, and in a sentence.
+
+    It asks for three standard errors: two are passed by one in twenty of the changes that are none.
+    """
     scored = [t for t in tasks if any(t.name in by_task for by_task in changes.values())]
-    return aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in scored)]] + [
+    table = aligned([["change (standard error) of", *(f"{t.name}: {spelled_out(t.primary)}" for t in scored)]] + [
         [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (
             v := by_task.get(t.name)) and not math.isnan(v["change"]) else "-"
                   for t in scored)] for title, by_task in changes.items()])
+    moved = {t: title for title, by_task in reversed(changes.items()) for t, v in by_task.items()
+             if abs(v["change"]) > 3 * v["standard_error"]}
+    if not moved:
+        return (f"{table}\n   no score moves by more than three standard errors: routes do not matter to this network on "
+                "these photographs; python tests/known_truths.py routing shows where they do")
+    return f"{table}\n   by more than three standard errors move: " + ", ".join(f"{t} {k}" for t, k in moved.items())

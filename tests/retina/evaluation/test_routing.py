@@ -15,7 +15,7 @@ import train
 from conftest import TINY, busy_net
 from model import MoELayer, Routing
 from retina.datasets.records import UNKNOWN
-from retina.evaluation import interventions, routing, scoring
+from retina.evaluation import interventions, routing, scoring, tables
 from retina.files import InputError
 from tasks import TASKS
 
@@ -334,6 +334,17 @@ def test_standard_error_of_a_change_by_hand():
     value, error = interventions.change(task, before, after, list(map(str, range(400))))
     assert value == pytest.approx(-0.1) and error == pytest.approx(math.sqrt(0.1 * 0.9 / 400), rel=0.2)
     assert interventions.change(task, before, before, list(map(str, range(400)))) == (0, 0)
+
+
+def test_the_table_says_whether_routes_matter():
+    """Three standard errors are asked for, and where there is none, any change."""
+    changes = {"without the experts": {"cls": {"change": -0.02, "standard_error": 0.01},
+                                       "loc": {"change": 0.0, "standard_error": 0.0}},
+               "without expert 0": {"cls": {"change": 0.03, "standard_error": 0.0101}}}
+    assert "do not matter to this network" in tables.table_of_changes(changes, [TASKS["cls"], TASKS["loc"]])
+    changes["without expert 0"]["cls"]["standard_error"] = 0.009
+    text = tables.table_of_changes(changes, [TASKS["cls"], TASKS["loc"]])
+    assert text.endswith("by more than three standard errors move: cls without expert 0")
 
 
 def test_main_reports_routes(tmp_path, monkeypatch, capsys, few_resamples):
