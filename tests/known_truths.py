@@ -106,7 +106,7 @@ WIDTH, TOKENS, JUDGED_TOKENS, NOISE = 32, 20_000, 4_000, 0.3
 def seen_by_cameras(cameras: int, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens as an encoder that knows nothing of cameras might hand them over; -> them (n, WIDTH), camera, answer.
 
-    An eye has WIDTH / 2 findings, present or absent. A token holds them all (+1 or -1), its camera (2) and noise, and is
+    An eye has WIDTH / 2 findings, present or absent. A token holds all (+1 or -1), its camera (2) and noise, and is
     rotated, so that no channel is one of them. The answer to camera k is finding k: the same features, another function
     of them for each camera (compare Chen et al. 2022, arXiv 2208.02813, definition 3.1).
     """
