@@ -44,6 +44,7 @@ import data  # noqa: E402
 from conftest import save_palette_mask, vessel_drawings  # noqa: E402
 from model import MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
 from retina.datasets import cache, leaks, preprocess, readers, records, synthetic, vessels  # noqa: E402
+from retina.datasets.masks import MaskFile  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, run_cli  # noqa: E402
 from retina.inference import full_size, predictor  # noqa: E402
@@ -67,13 +68,13 @@ def machine() -> str:
 
 
 def medians(jobs: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
-    """Seconds of each job; one after the other, again and again, after two rounds that do not count."""
-    times, repetitions = {name: [] for name in jobs}, 1 if QUICK else repetitions
-    for i in range(repetitions + 2):
+    """Seconds of each job; one after the other, again and again, after two rounds (--quick: one) that do not count."""
+    times, (repetitions, first) = {name: [] for name in jobs}, (1, 1) if QUICK else (repetitions, 2)
+    for i in range(first + repetitions):
         for name, job in jobs.items():
             begun = time.perf_counter()
             job()
-            if i > 1:
+            if i >= first:
                 times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(t) for name, t in times.items()}
 
@@ -468,6 +469,7 @@ def experts() -> None:
             y = module({"a": inputs})[0]["a"] if sparse else module(inputs)
             y.square().sum().backward()
         return run
+    precision.tune_malloc()  # as in training
     one, layers = layer(1, 1, 1.0), {e: layer(e) for e in (4, 8, 16, 32, 64)}
     times = medians({"dense": job(Dense(), False), "E = 1": job(one), **{e: job(made) for e, made in layers.items()},
                      **{f"all {e}": job(AllExperts(made), False) for e, made in layers.items()}}, 30)
@@ -505,8 +507,9 @@ def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -
         Image.fromarray(np.pad(picture, (*border, (0, 0)))).resize(size).save(folder / f"{i}.jpg", quality=92)
         paths = {}
         for lesion, mask in zip(synthetic.LESIONS, masks):
-            paths[lesion] = folder / f"{i}_{lesion}.tif"
-            save_palette_mask(paths[lesion], np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
+            path = folder / f"{i}_{lesion}.tif"
+            paths[lesion] = MaskFile(path)
+            save_palette_mask(path, np.asarray(Image.fromarray(np.pad(mask, border)).resize(size)))
         photographs.append(records.Record(str(i), folder / f"{i}.jpg", labels={"masks": paths}))
     return photographs
 
