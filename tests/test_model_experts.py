@@ -4,6 +4,7 @@ import copy
 import math
 
 import benchmark
+import known_truths
 import pytest
 import torch
 import torch._inductor.config
@@ -357,6 +358,16 @@ def test_cuda_equals_cpu(autocast):
         same = (there["a"].experts.cpu() == routing["a"].experts).all(1).view(4, 5, 5)
         pair = (v["a"].cpu().permute(0, 2, 3, 1)[same] for v in (z, y))
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_routes_are_learned_where_only_the_layer_can_tell_cameras_apart():
+    """One of the five seeds of docs/experts.md, within four standard deviations of their mean."""
+    _, measured, bits = known_truths.measure_routing(16, 1)
+    accuracy = {name: m.scores[0].metrics()["cls"]["accuracy"] for name, m in measured.items()}
+    expected = {"learned": 0.973, "dense": 0.893, "cls_single": 0.876, "swapped": 0.589}
+    assert all(abs(accuracy[name] - value) < (0.1 if name == "swapped" else 0.03) for name, value in expected.items())
+    assert bits[0] > 1
 
 
 # ---- controls ----
