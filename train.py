@@ -282,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))
-        tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}")
+        experts = ", and see what its experts do: add --routing" if config.num_experts else ""
+        tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}{experts}")
 
 
 if __name__ == "__main__":
