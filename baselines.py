@@ -164,7 +164,7 @@ def finish_single(words: str) -> None:
     job = json.loads(words)
     jobs.init_job(job["threads"])
     options = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
-    options = replace(options, workers=min(options.workers, job["threads"]))  # its share of the cores, again
+    options = replace(options, workers=min(options.workers, job["threads"]))  # several runs share the cores
     with interrupt.stopped_by_sigterm(SINGLE_PROCESS):
         finish(Job(job["configuration"], options, Path(job["folder"]), job["photographs"]))
 

@@ -296,7 +296,7 @@ def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, 
     print(routing.table(usage, details=args.routing))
     write("routing", usage)
     if args.routing:
-        layer = run.net.experts  # each change passes through experts and heads alone
+        layer = run.net.experts  # two whole passes; then, for each change, what comes after the encoder
         passes = 2 + (len(layer.experts.w1) + len(layer.routers)) / 3
         print(f"scoring with other routes takes about {passes * seconds:.0f} seconds")
         changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch), run.tasks)

@@ -282,8 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))
-        experts = ", and see what its experts do: add --routing" if config.num_experts else ""
-        tell(f"{(time.perf_counter() - begun) / 60:.1f} minutes. Score it again: python evaluate.py {folder}{experts}")
+        minutes = (time.perf_counter() - begun) / 60
+        again = "Score it again, and see what its experts do" if config.num_experts else "Score it again"
+        tell(f"{minutes:.1f} minutes. {again}: python evaluate.py {folder}" + " --routing" * (config.num_experts > 0))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/benchmark.py [step | data | inference | experts | evaluation | scaling | eyes] [--quick]
         [--json FILE] [--data PATH]
 
-Without a name it measures everything, with --quick the main things, once and in about two minutes.
+Without a name it measures everything, with --quick the main things, once and in three minutes.
 Each way of running the network is a process of its own, since how memory is kept belongs to a process; they take turns,
 and each tells the most memory that it has held. "plain" is the same network as anyone would write it: eager, float32,
 channels first. Where segmentation_models_pytorch is installed, its U-Net with the same encoder runs beside ours.

@@ -6,8 +6,8 @@
                 shares its encoder with the masks must grade better than the same whose masks have no weight
     shuffled    the same with grades dealt out by lot: nobody can do better than chance
     equal       the same network with other seeds: no difference
-    routing     the expert layer alone, on eyes as eight cameras see them, each of which asks for another finding:
-                learned routes must answer better than a dense layer of equal cost and than frozen random ones
+    routing     the expert layer alone, on eyes as sixteen cameras see them, each of which asks for another finding:
+                learned routes must answer better than dense layers and than frozen random routes
 
 Each takes minutes; runs lie below a temporary folder, or below --folder, where they are gone on with.
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import train  # noqa: E402
-from model import MoELayer, NetConfig, Routing, load_balancing_loss  # noqa: E402
+from model import MoELayer, Routing, load_balancing_loss  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
 from retina.evaluation.interventions import RerouteWrapper, routed_by  # noqa: E402
@@ -146,15 +146,20 @@ def measure_routing(cameras: int, seeds: int) -> tuple[list, dict, list[float]]:
     task = Categories(["absent", "present"])
     tokens, camera, truth = seen_by_cameras(cameras, JUDGED_TOKENS, 2)
     names = [str(i) for i in range(JUDGED_TOKENS)]
-    measured = {name: analysis.Measurements(words, list(range(seeds)), [], [], [], [{"seconds": 0.0}], [])
-                for name, words in (("dense", "dense layer of equal cost"), ("learned", "learned routes"),
-                                    ("cls_single", "frozen random routes"), ("swapped", "routes of another camera"))}
+    # learned routes are compared with those whose names analysis.pairs_of compares with: dense and cls_single
+    measured = {name: analysis.Measurements(words, list(range(seeds)), scores=[], gaps=[], shifts=[],
+                                            costs=[{"seconds": 0.0}], epochs=[])
+                for name, words in [("dense", "dense layer of equal cost"), ("large", "one of equal parameters"),
+                                    ("cls_single", "frozen random routes"), ("learned", "learned routes"),
+                                    *[("swapped", "routes of another camera")] * (cameras > 1)]}
 
     def judge(name, logits):
         measured[name].scores.append(SplitScores([task], {"cls": names}, {"cls": task.image_stats(
             task.decode(logits), truth)}, eyes=dict(zip(names, names))))
 
-    layouts = {"dense": {"num_experts": 1, "top_k": 1, "ratio": 1.0}, "cls_single": {"router": "random"}, "learned": {}}
+    one = {"num_experts": 1, "top_k": 1}
+    layouts = {"dense": {**one, "ratio": 1.0}, "large": {**one, "ratio": 4.0}, "cls_single": {"router": "random"},
+               "learned": {}}  # the last one's routes are looked at
     bits = []
     for seed in range(seeds):
         for name, layout in layouts.items():
@@ -164,6 +169,8 @@ def measure_routing(cameras: int, seeds: int) -> tuple[list, dict, list[float]]:
             judge(name, logits)
         weights = routing.to_dense(routing.gates)
         bits.append(float(mutual_information(weights, F.one_hot(camera).to(weights.dtype))))
+        if cameras == 1:
+            continue
         # routes of a token that the next camera took
         lender = torch.stack([torch.where(camera == (c + 1) % cameras)[0][0] for c in range(cameras)])[camera]
         swapped = RerouteWrapper(layer.routers["cls"], lambda r: r._replace(
@@ -181,6 +188,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None)
     args = parser.parse_args()
+    if unknown := set(args.which) - {"few", "shuffled", "equal", "routing"}:
+        parser.error(f"{', '.join(sorted(unknown))}: expected few, shuffled, equal or routing")
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
     if "routing" in args.which:
@@ -188,7 +197,7 @@ def main() -> None:
             print(f"routing: {cameras} camera{'s' * (cameras > 1)}; {words}")
             tasks, measured, bits = measure_routing(cameras, args.seeds)
             print_report(tasks, measured)
-            most = math.log2(min(cameras, NetConfig.num_experts))
+            most = math.log2(min(cameras, len(MoELayer(WIDTH, ["cls"]).experts.w1)))
             print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {most:.0f} bit")
     both = ["cls_single", "hard"]
     for experiment, words, place, configurations, seeds in (

@@ -362,12 +362,12 @@ def test_cuda_equals_cpu(autocast):
 
 @pytest.mark.slow
 def test_routes_are_learned_where_only_the_layer_can_tell_cameras_apart():
-    """One of the five seeds of docs/experts.md, within four standard deviations of their mean."""
+    """One of the five seeds of docs/experts.md. Their means are 0.973, 0.893, 0.876 and 0.589, 0.01 apart or less, and
+    0.03 with the routes of other cameras."""
     _, measured, bits = known_truths.measure_routing(16, 1)
     accuracy = {name: m.scores[0].metrics()["cls"]["accuracy"] for name, m in measured.items()}
-    expected = {"learned": 0.973, "dense": 0.893, "cls_single": 0.876, "swapped": 0.589}
-    assert all(abs(accuracy[name] - value) < (0.1 if name == "swapped" else 0.03) for name, value in expected.items())
-    assert bits[0] > 1
+    assert accuracy["learned"] > 0.94 and max(accuracy[name] for name in ("dense", "large", "cls_single")) < 0.93
+    assert accuracy["swapped"] < 0.7 and bits[0] > 1
 
 
 # ---- controls ----

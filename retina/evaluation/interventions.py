@@ -112,10 +112,10 @@ class EncodeOnce(nn.Module):
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.encoder, self.last = encoder, torch.empty(0)
+        self.encoder, self.last, self.maps = encoder, None, None
 
     def forward(self, x):
-        if self.last.shape != x.shape or not torch.equal(self.last, x):
+        if self.last is None or not torch.equal(self.last, x):
             self.last, self.maps = x, self.encoder(x)
         return self.maps
 
@@ -124,30 +124,30 @@ def score_interventions(net: nn.Module, batches: Iterable,
                         tasks: Sequence[TaskMetrics]) -> dict[str, dict[str, dict[str, float]]]:
     """{what is changed: {task: change of its primary metric, its standard error, change of its loss}}.
 
-    Nothing is trained again; see `interventions`. `batches` are passed twice, first to record the routes. Then each is
-    encoded once, and passes through experts and heads for every change.
+    Nothing is trained again; see `interventions`. `batches` are passed twice, first to record the routes. Each batch is
+    then encoded once; what comes after the encoder is computed for every change.
     """
     recorders = {t: RouteRecorder() for t in net.experts.routers}
     with routed_by(net.experts, {t: RerouteWrapper(router, recorders[t].record)
                                  for t, router in net.experts.routers.items()}):
         before = evaluate_split(net, batches, tasks)
     passes = list(interventions(net.experts, {t: recorders[t] for t in recorders if t in before.stats}))
-    after, encoder = [[] for _ in passes], net.encoder
+    after, encoder = [{t: [] for t in titles} for titles, _ in passes], net.encoder
     net.encoder = EncodeOnce(encoder)
     try:
         for batch in tqdm(batches, desc="scoring with other routes", leave=False, disable=None, unit="batch"):
-            for (_, routers), scores in zip(passes, after):
+            for (_, routers), parts in zip(passes, after):
                 with routed_by(net.experts, routers):
-                    scores.append(evaluate_split(net, [batch], tasks))
+                    scores = evaluate_split(net, [batch], tasks)
+                for t in parts.keys() & scores.stats.keys():  # nothing else of them is kept
+                    parts[t].append((scores.stats[t], len(scores.names[t]) * scores.losses[t]))
     finally:
         net.encoder = encoder
     by_name, changes = {t.name: t for t in tasks}, {}
-    for (titles, _), scores in zip(passes, after):
+    for (titles, _), parts in zip(passes, after):
         for t, title in titles.items():
-            parts = [s for s in scores if t in s.stats]
-            loss = sum(len(s.names[t]) * s.losses[t] for s in parts) / len(before.names[t])
-            value, error = change(by_name[t], before.stats[t], torch.cat([s.stats[t] for s in parts]),
-                                  before.eyes_of(t))
+            stats, losses = zip(*parts[t])
+            value, error = change(by_name[t], before.stats[t], torch.cat(stats), before.eyes_of(t))
             changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
-                                                "loss": loss - before.losses[t]}
+                                                "loss": sum(losses) / len(before.names[t]) - before.losses[t]}
     return changes
