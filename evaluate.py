@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -288,17 +287,12 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
 def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
-    begun = time.monotonic()
     uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch))
-    seconds = time.monotonic() - begun
     usage = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
                              "class" if run.options["classes"] else "grade")
     print(routing.table(usage, details=args.routing))
     write("routing", usage)
     if args.routing:
-        layer = run.net.experts  # two whole passes; then, for each change, what comes after the encoder
-        passes = 2 + (len(layer.experts.w1) + len(layer.routers)) / 3
-        print(f"scoring with other routes takes about {passes * seconds:.0f} seconds")
         changes = score_interventions(run.net, eval_loader(photographs, run.tasks, batch), run.tasks)
         print(table_of_changes(changes, run.tasks))
         write("interventions", changes)
@@ -313,6 +307,8 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles or run.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
                           None if run.options["classes"] else run.seen, args.precision, not args.no_quality_check)
+    if run.options["data"] is None:
+        notes.append("warning: this run learned from drawn photographs alone; of real ones its answers mean nothing")
     print("\n".join([*notes, calibration_line(run.calibration)]))
     try:
         rows = predict_all(predictor, paths)

@@ -190,6 +190,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.which) - {"few", "shuffled", "equal", "routing"}:
         parser.error(f"{', '.join(sorted(unknown))}: expected few, shuffled, equal or routing")
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: expected at least 1")
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
     if "routing" in args.which:

@@ -4,6 +4,7 @@ Routes are those of model.Routing, the layer is a model.MoELayer.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -127,11 +128,12 @@ def score_interventions(net: nn.Module, batches: Iterable,
     Nothing is trained again; see `interventions`. `batches` are passed twice, first to record the routes. Each batch is
     then encoded once; what comes after the encoder is computed for every change.
     """
-    recorders = {t: RouteRecorder() for t in net.experts.routers}
+    begun, recorders = time.monotonic(), {t: RouteRecorder() for t in net.experts.routers}
     with routed_by(net.experts, {t: RerouteWrapper(router, recorders[t].record)
                                  for t, router in net.experts.routers.items()}):
         before = evaluate_split(net, batches, tasks)
     passes = list(interventions(net.experts, {t: recorders[t] for t in recorders if t in before.stats}))
+    print(f"scoring with {len(passes)} other routes: at most {len(passes) * (time.monotonic() - begun):.0f} seconds")
     after, encoder = [{t: [] for t in titles} for titles, _ in passes], net.encoder
     net.encoder = EncodeOnce(encoder)
     try:

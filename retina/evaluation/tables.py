@@ -181,9 +181,8 @@ def table_of_changes(changes: Mapping[str, Mapping[str, dict]], tasks: Sequence[
         [title, *(f"{v['change']:+.3f} ({v['standard_error']:.3f})" if (
             v := by_task.get(t.name)) and not math.isnan(v["change"]) else "-"
                   for t in scored)] for title, by_task in changes.items()])
-    moved = [f"{t} {title}" for title, by_task in changes.items() for t, v in by_task.items()
-             if abs(v["change"]) > 3 * v["standard_error"] > 0]
-    if moved:
-        return f"{table}\n   by more than three standard errors move: {', '.join(moved)}"
-    return (f"{table}\n   no score moves by more than three standard errors: nothing shows that routes matter to this "
-            "network\n   on these photographs; python tests/known_truths.py routing shows where they do")
+    every = [(f"{t} {v['change']:+.3f} {title}", v) for title, by_task in changes.items() for t, v in by_task.items()]
+    if moved := [words for words, v in every if abs(v["change"]) > 3 * v["standard_error"] > 0]:
+        return f"{table}\n   of {len(every)} changes these exceed three standard errors: {', '.join(moved)}"
+    return (f"{table}\n   none of {len(every)} changes exceeds three standard errors: nothing shows that routes matter "
+            "to this network\n   on these photographs; python tests/known_truths.py routing shows where they do")

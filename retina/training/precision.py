@@ -1,14 +1,14 @@
 """What makes the same network faster. Each measure can be used alone.
 
-    tune_malloc          freed memory is kept for the next step                       2.5 times as fast
-    channels_last        the channels of a pixel lie side by side in memory           1.3 times
-    default_precision    half precision, where the device has units for it            0.9 times, and with
+    tune_malloc          freed memory is kept for the next step                       1.5 times as fast
+    channels_last        the channels of a pixel lie side by side in memory           1.2 times
+    default_precision    half precision, where the device has units for it            0.8 times, and with
     DepthwiseConv        a faster backward pass in bf16                               1.5 times more
     fuse_conv_bn         for evaluation: norms inside the convolutions before them    1.1 times
     fetch                results of a GPU are read once they have been computed       not measured
 
 Measured on a training step at 256 pixels (`fuse_conv_bn`: a forward pass at 512), two cores of a Xeon with AMX, torch
-2.15; `python tests/benchmark.py` measures it again.
+2.14; `python tests/benchmark.py` measures it again.
 """
 
 from __future__ import annotations

@@ -345,7 +345,8 @@ def test_the_table_says_whether_routes_matter():
     for by_task in changes.values():
         by_task["cls"]["standard_error"] = 0.006
     text = tables.table_of_changes(changes, [TASKS["cls"], TASKS["loc"]])
-    assert text.endswith("standard errors move: cls without the experts, cls without expert 0")
+    assert text.endswith("of 3 changes these exceed three standard errors: cls -0.020 without the experts, "
+                         "cls +0.030 without expert 0")
 
 
 def test_main_reports_routes(tmp_path, monkeypatch, capsys, few_resamples):
