@@ -37,7 +37,8 @@ class StopSignal:
     def __exit__(self, error_class, error, trace) -> None:
         for name, handler in self.before.items():
             signal.signal(name, handler)
-        if self.heard and isinstance(error, RuntimeError):  # the loader's processes received it too, and ended
+        # the loader's processes received it too, and ended
+        if self.heard and isinstance(error, RuntimeError | ConnectionError | EOFError):
             raise KeyboardInterrupt from None
 
     def hear(self, *_) -> None:
@@ -78,9 +79,11 @@ def explain_failures(folder: Path, config: Config, world: World) -> Iterator[Fai
         raise KeyboardInterrupt(command if failure.begun else "") from None
     except InputError as error:
         raise InputError(f"{error}; then go on with: {command}" if failure.begun else str(error)) from None
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         first = (str(error).splitlines() or [""])[0]
-        if "is killed by signal" in first or "exited unexpectedly" in first:
+        # killed as it hands over a batch, and not yet known to be dead: torch lets the pipe's error through
+        in_a_pipe = isinstance(error, ConnectionError | EOFError) and config.workers > 0
+        if in_a_pipe or "is killed by signal" in first or "exited unexpectedly" in first:
             raise RunError(f"a process that loads photographs was killed after step {failure.step}, perhaps for want "
                            f"of memory; try fewer --workers (now {config.workers}); go on with: {command} "
                            f"({first[:160]})") from error

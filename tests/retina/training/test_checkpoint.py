@@ -27,8 +27,9 @@ from retina import files
 from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
-from retina.training import checkpoint, pretrained
+from retina.training import checkpoint, interrupt, pretrained
 from retina.training.checkpoint import RunFolder
+from retina.training.distributed import SINGLE_PROCESS
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
@@ -539,6 +540,15 @@ def test_a_killed_loader_process_ends_the_run_with_a_checkpoint(tmp_path, monkey
         train.fit(options, tmp_path / "run", quiet=True)
     train.fit(options, tmp_path / "run", quiet=True, resume=True)
     ended_alike(tmp_path / "run", whole(SHORT))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_loader_process_that_is_killed_as_it_hands_over_a_batch(tmp_path, error):
+    with pytest.raises(RunError, match="process that loads photographs was killed"), \
+            interrupt.explain_failures(tmp_path, replace(SHORT, workers=1), SINGLE_PROCESS):
+        raise error
+    with pytest.raises(type(error)), interrupt.explain_failures(tmp_path, SHORT, SINGLE_PROCESS):
+        raise error
 
 
 def halve(path: Path) -> None:
