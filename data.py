@@ -46,7 +46,8 @@ from tasks import TASKS, Task, make_tasks
 
 # Each photograph with its masks and landmarks
 FLIPS = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()  # both together are half a turn: labels bear both or neither
-# torchvision 0.29 flips key points about pixel centres and turns them about pixel edges: see findings/
+# torchvision 0.29 flips key points about pixel centres and turns them about pixel edges, see
+# findings/torchvision_keypoints_half_turn.sh
 TO_EDGES = v2.Lambda(lambda points: tv_tensors.wrap(points + 0.5, like=points), tv_tensors.KeyPoints)
 
 

@@ -450,7 +450,7 @@ class MaskHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         x = self.conv(self.decoder(maps[self.reads]))  # (n_t, 4 L, H/2, W/2)
-        # a process may have no photograph: torch's pixel_shuffle has no backward pass then, see findings/
+        # a process may have no photograph: pixel_shuffle has no backward pass then (findings/torch_pixel_shuffle*)
         return F.pixel_shuffle(x, 2) if len(x) else x.reshape(0, x.shape[1] // 4, 2 * x.shape[2], 2 * x.shape[3])
 
 

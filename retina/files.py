@@ -101,6 +101,9 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+LOST_PIPE = EOFError, ConnectionError  # what a process sees when the one at the other end of a pipe was killed
+
+
 def init_worker(*worker) -> None:
     """For helper processes: they leave Ctrl-C to the main process, and end when it does, even if it is killed.
 
@@ -112,7 +115,7 @@ def init_worker(*worker) -> None:
 
     def lost(error_class, error, trace):
         # multiprocessing's thread that hands over tensors calls this when the main process is killed meanwhile
-        if not isinstance(error, (EOFError, ConnectionError)):
+        if not isinstance(error, LOST_PIPE):
             sys.__excepthook__(error_class, error, trace)
     sys.excepthook = lost
 

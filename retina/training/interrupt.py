@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retina.files import InputError, RunError
+from retina.files import LOST_PIPE, InputError, RunError
 from retina.training.distributed import SINGLE_PROCESS, World
 
 
@@ -38,7 +38,7 @@ class StopSignal:
         for name, handler in self.before.items():
             signal.signal(name, handler)
         # the loader's processes received it too, and ended
-        if self.heard and isinstance(error, RuntimeError | ConnectionError | EOFError):
+        if self.heard and isinstance(error, (RuntimeError, *LOST_PIPE)):
             raise KeyboardInterrupt from None
 
     def hear(self, *_) -> None:
@@ -79,10 +79,10 @@ def explain_failures(folder: Path, config: Config, world: World) -> Iterator[Fai
         raise KeyboardInterrupt(command if failure.begun else "") from None
     except InputError as error:
         raise InputError(f"{error}; then go on with: {command}" if failure.begun else str(error)) from None
-    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
+    except (RuntimeError, MemoryError, *LOST_PIPE) as error:
         first = (str(error).splitlines() or [""])[0]
         # killed as it hands over a batch, and not yet known to be dead: torch lets the pipe's error through
-        in_a_pipe = isinstance(error, ConnectionError | EOFError) and config.workers > 0
+        in_a_pipe = isinstance(error, LOST_PIPE) and config.workers > 0
         if in_a_pipe or "is killed by signal" in first or "exited unexpectedly" in first:
             raise RunError(f"a process that loads photographs was killed after step {failure.step}, perhaps for want "
                            f"of memory; try fewer --workers (now {config.workers}); go on with: {command} "
