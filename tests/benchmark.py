@@ -460,7 +460,7 @@ def experts() -> None:
         made = MoELayer(C, ["a"], num_experts, top_k, ratio=ratio, dropout=0.0)
         for p in made.parameters():
             nn.init.normal_(p, std=0.05)  # not its neutral start: tokens differ in their experts
-        return made.train()
+        return precision.channels_last(made.train())
 
     def job(module, sparse=True):
         def run():

@@ -13,6 +13,7 @@ from benchmark import multiply_adds
 
 import model
 from model import Experts, MoELayer, NoisyTopKRouter, Routing, load_balancing_loss
+from retina.training import precision
 
 
 C, E = 24, 6
@@ -174,9 +175,13 @@ def dense_loop(experts: Experts, u, indices, weights):
     (17, 6, 2, True), (1, 6, 2, True), (5, 1, 1, True), (9, 4, 4, True), (3, 32, 2, True), (12, 6, 1, True),
     (12, 6, 1, False), (12, 6, 2, False)], ids=["usual", "one token", "E = 1", "K = E", "empty experts", "K = 1",
                                                 "all to one expert", "all to the same two"])
-def test_sparse_dispatch_equals_dense_loop(n, e, k, random):
+@pytest.mark.parametrize("fast", [False, True])
+def test_sparse_dispatch_equals_dense_loop(fast, n, e, k, random):
     torch.manual_seed(n)
     experts = Experts(C, e, 10, 0.0).double()
+    if fast:
+        precision.channels_last(experts)
+        assert experts.multiply == precision.GroupedMatmul.apply
     torch.nn.init.normal_(experts.w2)
     u = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
     indices = torch.stack([torch.randperm(e)[:k] if random else e - 1 - torch.arange(k) for _ in range(n)])

@@ -4,6 +4,7 @@
     channels_last        the channels of a pixel lie side by side in memory           1.2 times
     default_precision    half precision, where the device has units for it            0.8 times, and with
     DepthwiseConv        a faster backward pass in bf16                               1.5 times more
+    GroupedMatmul        a faster backward pass of experts                            1.4 times the layer, of 64 2.3
     fuse_conv_bn         for evaluation: norms inside the convolutions before them    1.1 times
     fetch                results of a GPU are read once they have been computed       not measured
 
@@ -17,7 +18,7 @@ import contextlib
 import copy
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,12 +125,42 @@ class DepthwiseConv(nn.Conv2d):
             return DepthwiseBackward.apply(x, self.weight, self.stride[0], self.padding[0])
 
 
+# ---- experts ----
+
+class GroupedMatmul(torch.autograd.Function):
+    """Experts.multiply, which see, as one node of the graph, where torch makes three for each expert.
+
+    Every product is written where it belongs. torch would copy the gradients of all w_i once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, ends: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.ends = ends
+        y = x.new_empty(len(x), w.shape[2])
+        for x_i, y_i, w_i in zip(x.tensor_split(ends), y.tensor_split(ends), w):
+            torch.mm(x_i, w_i, out=y_i)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, w = ctx.saved_tensors
+        of_x, of_w = torch.empty_like(x), torch.empty_like(w)
+        parts = (t.tensor_split(ctx.ends) for t in (x, gradient, of_x))
+        for x_i, g_i, of_x_i, w_i, of_w_i in zip(*parts, w, of_w):
+            torch.mm(g_i, w_i.T, out=of_x_i)
+            torch.mm(x_i.T, g_i, out=of_w_i)
+        return of_x, of_w, None
+
+
 def channels_last(net: Net) -> Net:
-    """Lay out a network's weights for speed, and with them every map; give it our DepthwiseConv."""
+    """Lay out a network's weights for speed, and with them every map; give it our DepthwiseConv and GroupedMatmul."""
     for module in net.modules():
         if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels \
                 and module.bias is None and module.dilation == (1, 1):  # what DepthwiseBackward computes
             module.__class__ = DepthwiseConv
+        elif hasattr(module, "multiply"):  # Experts
+            module.multiply = GroupedMatmul.apply
     return net.to(memory_format=torch.channels_last)
 
 
