@@ -20,24 +20,27 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import train  # noqa: E402
-from model import MoELayer, Routing, load_balancing_loss  # noqa: E402
+from model import MoELayer, Net, NetConfig, Routing, load_balancing_loss  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
 from retina.evaluation.interventions import RerouteWrapper, routed_by  # noqa: E402
 from retina.evaluation.routing import mutual_information  # noqa: E402
 from retina.evaluation.scoring import SplitScores  # noqa: E402
 from retina.files import run_cli  # noqa: E402
+from retina.training import precision, pretrained  # noqa: E402
 from tasks import Categories, make_tasks  # noqa: E402
 
 
@@ -100,15 +103,22 @@ def print_report(tasks: list, measured: dict) -> None:
 
 # ---- routing ----
 
-WIDTH, TOKENS, JUDGED_TOKENS, NOISE = 32, 20_000, 4_000, 0.3
+CAMERAS = 16
+WIDTH, NOISE = 32, 0.3  # of made-up tokens
 
 
-def seen_by_cameras(cameras: int, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens as an encoder that knows nothing of cameras might hand them over; -> them (n, WIDTH), camera, answer.
+class Seen(NamedTuple):
+    """What an encoder that knows nothing of cameras hands over, and what is asked of it."""
+    maps: Tensor  # (n, C, h, w)
+    camera: Tensor  # (n,)
+    answer: Tensor  # (n,) 0 or 1
+    eyes: list[str]  # n
 
-    An eye has WIDTH / 2 findings, present or absent. A token holds all (+1 or -1), its camera (2) and noise, and is
-    rotated, so that no channel is one of them. The answer to camera k is finding k: the same features, another function
-    of them for each camera (compare Chen et al. 2022, arXiv 2208.02813, definition 3.1).
+
+def tokens_seen(cameras: int, number: int, seed: int) -> Seen:
+    """Tokens, made up. An eye has WIDTH / 2 findings, present or absent. A token holds all (+1 or -1), its camera (2)
+    and noise, and is rotated, so that no channel is one of them. The answer to camera k is finding k: the same
+    features, another function of them for each camera (compare Chen et al. 2022, arXiv 2208.02813, definition 3.1).
     """
     rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
     generator = torch.Generator().manual_seed(seed)
@@ -116,67 +126,103 @@ def seen_by_cameras(cameras: int, number: int, seed: int) -> tuple[Tensor, Tenso
     findings = torch.randint(2, (number, WIDTH // 2), generator=generator)
     tokens = torch.cat([2.0 * findings - 1, 2.0 * F.one_hot(camera, WIDTH // 2)], 1)
     noise = NOISE * torch.randn(number, WIDTH, generator=generator)
-    return (tokens + noise) @ rotation, camera, findings.gather(1, camera[:, None])[:, 0]
+    return Seen(((tokens + noise) @ rotation)[:, :, None, None], camera, findings.gather(1, camera[:, None])[:, 0],
+                [str(i) for i in range(number)])
 
 
-def answer(layer: MoELayer, head: nn.Linear, tokens: Tensor) -> tuple[Tensor, Routing]:
+@torch.no_grad()
+def photographs_seen(cameras: int, number: int, seed: int) -> Seen:
+    """Drawn eyes, each by two cameras, which mix red, green and blue in their own ways, through lite0 as published.
+
+    There are four findings: microaneurysms, haemorrhages, hard exudates, a disc on the left. The answer to camera k is
+    finding k mod 4, for every second four cameras its absence: eight questions. Channels have mean 0, variance 1.
+    """
+    net = Net(NetConfig("lite0", num_experts=0), make_tasks(["cls"])).eval()
+    pretrained.start_from(net, "imagenet", "lite0")
+    net, rng, images, seen = precision.fuse_conv_bn(net), np.random.default_rng(seed), [], []
+    mix = [np.linalg.qr(m)[0] for m in np.random.default_rng(0).normal(size=(CAMERAS, 3, 3))]
+    for i in tqdm(range(number), "photographs", leave=False, disable=None):
+        eye = synthetic.plan(seed, i)
+        picture, _ = synthetic.render(eye, 128)
+        has = {lesion.lesion_class for lesion in eye.lesions}
+        findings = [*(lesion in has for lesion in ("MA", "HE", "EX")), eye.left_disc]
+        for k in rng.integers(cameras, size=min(2, cameras)).tolist():
+            images.append(np.clip(127 + 80 * ((picture - 90.0) / 90 @ mix[k]), 0, 255).astype(np.uint8))
+            seen.append((k, findings[k % 4] ^ (k // 4 % 2), str(i)))
+    maps = torch.cat([net.routed_maps(x.permute(0, 3, 1, 2))[0]["cls"][-1]
+                      for x in torch.tensor(np.stack(images)).split(64)])
+    camera, answers, eyes = zip(*seen)
+    return Seen((maps - maps.mean((0, 2, 3), True)) / maps.std((0, 2, 3), keepdim=True), torch.tensor(camera), torch.tensor(answers).long(), list(eyes))
+
+
+def answer(layer: MoELayer, head: nn.Linear, maps: Tensor) -> tuple[Tensor, Routing]:
     """The layer as it stands in the network, and a linear head: nothing else could tell cameras apart."""
-    maps, routing = layer({"cls": tokens[:, :, None, None]})
-    return head(maps["cls"].flatten(1)), routing["cls"]
+    maps_of, routing = layer({"cls": maps})
+    return head(maps_of["cls"].mean((2, 3))), routing["cls"]
 
 
-def train_layer(cameras: int, seed: int, **layout) -> tuple[MoELayer, nn.Linear]:
-    """1000 steps of 256 tokens, by AdamW."""
+def train_layer(seen: Seen, seed: int, **layout) -> tuple[MoELayer, nn.Linear]:
+    """1000 steps of 64 photographs or 256 made-up tokens, by AdamW."""
     torch.manual_seed(seed)
-    layer, head = MoELayer(WIDTH, ["cls"], dropout=0.0, **layout), nn.Linear(WIDTH, 2)
+    channels, tokens = seen.maps.shape[1], seen.maps[0, 0].numel()
+    layer, head = MoELayer(channels, ["cls"], dropout=0.0, **layout), nn.Linear(channels, 2)
+    precision.channels_last(layer)
     optimizer = torch.optim.AdamW([*layer.parameters(), *head.parameters()], 3e-3)
-    tokens, _, truth = seen_by_cameras(cameras, TOKENS, 1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for _ in range(1000):
-        some = torch.randint(TOKENS, (256,))
-        logits, routing = answer(layer, head, tokens[some])
+        some = torch.randint(len(seen.maps), (min(256, 1024 // tokens),))
+        logits, routing = answer(layer, head, seen.maps[some])
         optimizer.zero_grad()
-        (F.cross_entropy(logits, truth[some]) + 0.1 * load_balancing_loss({"cls": routing})).backward()
+        (F.cross_entropy(logits, seen.answer[some]) + 0.1 * load_balancing_loss({"cls": routing})).backward()
         optimizer.step()
+        schedule.step()
     return layer.eval(), head
 
 
 @torch.no_grad()
-def measure_routing(cameras: int, seeds: int) -> tuple[list, dict, list[float]]:
+def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, list[float]]:
     """Train and judge all layers; -> tasks, the Measurements of each, I(expert; camera) of each seed in bits."""
-    task = Categories(["absent", "present"])
-    tokens, camera, truth = seen_by_cameras(cameras, JUDGED_TOKENS, 2)
-    names = [str(i) for i in range(JUDGED_TOKENS)]
+    task, cameras = Categories(["absent", "present"]), int(learn.camera.max()) + 1
+    names = [str(i) for i in range(len(judge.eyes))]
     # learned routes are compared with those whose names analysis.pairs_of compares with: dense and cls_single
     measured = {name: analysis.Measurements(words, list(range(seeds)), scores=[], gaps=[], shifts=[],
                                             costs=[{"seconds": 0.0}], epochs=[])
                 for name, words in [("dense", "dense layer of equal cost"), ("large", "one of equal parameters"),
                                     ("cls_single", "frozen random routes"), ("learned", "learned routes"),
-                                    *[("swapped", "routes of another camera")] * (cameras > 1)]}
+                                    ("swapped", "routes of another camera")]}
 
-    def judge(name, logits):
+    def score(name, layer, head):
+        logits, routing = answer(layer, head, judge.maps)
         measured[name].scores.append(SplitScores([task], {"cls": names}, {"cls": task.image_stats(
-            task.decode(logits), truth)}, eyes=dict(zip(names, names))))
+            task.decode(logits), judge.answer)}, eyes=dict(zip(names, judge.eyes))))
+        return routing
 
     one = {"num_experts": 1, "top_k": 1}
     layouts = {"dense": {**one, "ratio": 1.0}, "large": {**one, "ratio": 4.0}, "cls_single": {"router": "random"},
                "learned": {}}  # the last one's routes are looked at
+    layouts, measured = ({k: v for k, v in x.items() if cameras > 1 or k not in ("large", "swapped")}
+                         for x in (layouts, measured))
     bits = []
     for seed in range(seeds):
         for name, layout in layouts.items():
             with torch.enable_grad():
-                layer, head = train_layer(cameras, seed, **layout)
-            logits, routing = answer(layer, head, tokens)
-            judge(name, logits)
+                layer, head = train_layer(learn, seed, **layout)
+            routing = score(name, layer, head)
         weights = routing.to_dense(routing.gates)
+        camera = judge.camera.repeat_interleave(len(weights) // len(names))
         bits.append(float(mutual_information(weights, F.one_hot(camera).to(weights.dtype))))
         if cameras == 1:
             continue
-        # routes of a token that the next camera took
-        lender = torch.stack([torch.where(camera == (c + 1) % cameras)[0][0] for c in range(cameras)])[camera]
+        # routes of what the next camera took
+        first = torch.stack([torch.where(judge.camera == (c + 1) % cameras)[0][0] for c in range(cameras)])
+        lender = first[judge.camera]
+
+        def lent(x, lender=lender):
+            return x.view(len(names), -1, x.shape[1])[lender].flatten(0, 1)
         swapped = RerouteWrapper(layer.routers["cls"], lambda r: r._replace(
-            experts=r.experts[lender], gates=r.gates[lender]))
+            experts=lent(r.experts), gates=lent(r.gates)))
         with routed_by(layer, {"cls": swapped}):
-            judge("swapped", answer(layer, head, tokens)[0])
+            score("swapped", layer, head)
     return [task], measured, bits
 
 
@@ -194,13 +240,17 @@ def main() -> None:
         parser.error(f"--seeds {args.seeds}: expected at least 1")
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
-    if "routing" in args.which:
-        for cameras, words in ((WIDTH // 2, "learned routes must win"), (1, "nothing must be claimed")):
-            print(f"routing: {cameras} camera{'s' * (cameras > 1)}; {words}")
-            tasks, measured, bits = measure_routing(cameras, args.seeds)
+    for name, see, numbers in (("tokens", tokens_seen, (20_000, 4_000)),
+                               ("photographs", photographs_seen, (5_000, 1_000))):
+        if "routing" not in args.which:
+            break
+        for cameras, words in ((CAMERAS, "learned routes must win"), (1, "nothing must be claimed")):
+            print(f"{name}: {cameras} camera{'s' * (cameras > 1)}; {words}", flush=True)
+            tasks, measured, bits = measure_routing(*(see(cameras, number, seed)
+                                                      for seed, number in enumerate(numbers, 1)), args.seeds)
             print_report(tasks, measured)
-            most = math.log2(min(cameras, len(MoELayer(WIDTH, ["cls"]).experts.w1)))
-            print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {most:.0f} bit")
+            bound = math.log2(min(cameras, len(MoELayer(WIDTH, ["cls"]).experts.w1)))
+            print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {bound:.0f} bit", flush=True)
     both = ["cls_single", "hard"]
     for experiment, words, place, configurations, seeds in (
             ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", both, args.seeds),

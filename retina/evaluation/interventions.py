@@ -97,15 +97,12 @@ def interventions(layer: nn.Module, recorders: Mapping[str, RouteRecorder]) -> I
         yield {t: f"by the router of {o}" for t, o in other.items()}, {t: own[o] for t, o in other.items()}
 
 
-def change(task: TaskMetrics, before: Tensor, after: Tensor, eyes: Sequence[str]) -> tuple[float, float]:
-    """Change of a task's primary metric between two statistics of the same photographs (n, ...), and its standard error
+def resampled(task: TaskMetrics, stats: Tensor, eyes: Sequence[str]) -> Tensor:
+    """A task's primary metric of statistics (n, ...), and of D resamples of the eyes, the same whenever it is asked:
 
-    from a paired bootstrap over eyes.
+    (1 + D,). The standard deviation of the difference between two of them is the standard error of a paired bootstrap.
     """
-    one, other = (statistics.bootstrap([partial(task.compute, stats, calibration={})], eyes)[task.primary]
-                  for stats in (before, after))
-    difference = other - one
-    return float(difference[0]), float(difference[1:].std())
+    return statistics.bootstrap([partial(task.compute, stats, calibration={})], eyes)[task.primary]
 
 
 class EncodeOnce(nn.Module):
@@ -146,10 +143,12 @@ def score_interventions(net: nn.Module, batches: Iterable,
     finally:
         net.encoder = encoder
     by_name, changes = {t.name: t for t in tasks}, {}
+    unchanged = {t: resampled(by_name[t], stats, before.eyes_of(t)) for t, stats in before.stats.items()}
     for (titles, _), parts in zip(passes, after):
         for t, title in titles.items():
             stats, losses = zip(*parts[t])
-            value, error = change(by_name[t], before.stats[t], torch.cat(stats), before.eyes_of(t))
-            changes.setdefault(title, {})[t] = {"change": value, "standard_error": error,
+            difference = resampled(by_name[t], torch.cat(stats), before.eyes_of(t)) - unchanged[t]
+            changes.setdefault(title, {})[t] = {"change": float(difference[0]),
+                                                "standard_error": float(difference[1:].std()),
                                                 "loss": sum(losses) / len(before.names[t]) - before.losses[t]}
     return changes

@@ -141,12 +141,12 @@ def test_precision_is_picked_by_the_device(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_half_precision_learns_on_a_gpu(half):
-    """One batch over and over; fp16's scaler may leave out a step or two until it has found its scale."""
+    """One batch over and over; fp16's scaler begins at 2^16, leaves out steps that overflow, and halves at each."""
     state, batch, learn = state_and_batch(replace(TINY, image_size=64, device="cuda", precision=half))
     state.net.train()
     _, first, *_, last = (learn(state, batch) for _ in range(40))  # on a GPU the losses of the step before
     assert all(last[t] < 0.7 * first[t] for t in ("cls", "seg")), (first, last)
-    assert state.monitor.skipped <= 3
+    assert state.monitor.skipped <= (16 if half == "fp16" else 0)  # beyond, gradients overflow without any scale
 
 
 # ---- no more work than is needed ----
