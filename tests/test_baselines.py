@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +258,17 @@ def test_ctrl_c_is_handed_on_once_and_waited_for(monkeypatch, capsys):
         baselines.main(["--name", "stopped", "--only", "hard", "dense", "--seeds", "1", "--jobs", "2"])
     assert ended.value.code == 130 and happened == ["terminate", "terminate", "wait", "wait"]
     assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_runs_that_share_the_cores_share_them_among_their_loaders(monkeypatch):
+    monkeypatch.setattr(jobs, "init_job", lambda threads: None)
+    finished = []
+    monkeypatch.setattr(baselines, "finish", finished.append)
+    for workers in (8, 1):
+        job = jobs.Job("hard", replace(SMALL, workers=workers), Path("run"), ["print"])
+        baselines.finish_single(json.dumps({**asdict(job), "threads": 3}, default=str))
+    assert [job.options.workers for job in finished] == [3, 1]
+    assert finished[0].options == replace(SMALL, workers=3) and finished[0].folder == Path("run")
 
 
 def test_other_photographs_are_not_taken_for_the_same(here, monkeypatch):
