@@ -44,51 +44,38 @@ from tasks import TASKS, Task, make_tasks
 
 # ---- augmentation ----
 
-# Each photograph with its masks and landmarks
+# Each photograph with its masks and landmarks. Colours are float32: bytes would be cut off after each of three steps.
 FLIPS = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()  # both together are half a turn: labels bear both or neither
-# torchvision 0.29 flips key points about pixel centres and turns them about pixel edges, see
-# findings/torchvision_keypoints_half_turn.sh
-TO_EDGES = v2.Lambda(lambda points: tv_tensors.wrap(points + 0.5, like=points), tv_tensors.KeyPoints)
+AUGMENTATION = v2.Compose([
+    *FLIPS,
+    # torchvision 0.29 flips key points about pixel centres and turns them about pixel edges, see
+    # findings/torchvision_keypoints_half_turn.sh
+    v2.Lambda(lambda points: tv_tensors.wrap(points + 0.5, like=points), tv_tensors.KeyPoints),
+    v2.RandomAffine(30, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
+    v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+    v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+    v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], p=0.2),
+    v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image)])  # ToDtype would cut off
 
 
-@lru_cache
-def augmentation(strength: float = 1.0) -> tuple[v2.Transform, ...]:
-    """What changes a photograph at random after it was flipped, in proportion to `strength`.
-
-    Colours are float32: bytes would be cut off after each of three steps.
-    """
-    light, zoom = 0.2 * strength, 0.1 * strength
-    return (v2.RandomAffine(30 * strength, translate=(0.05 * strength,) * 2, scale=(1 - zoom, 1 + zoom),
-                            interpolation=v2.InterpolationMode.BILINEAR),
-            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-            v2.ColorJitter(brightness=light, contrast=light, saturation=light),
-            v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.0))], p=light),
-            v2.Lambda(lambda image: (255 * image).round().to(torch.uint8), tv_tensors.Image))  # ToDtype would cut off
-
-
-def augment(sample: Sample, seed: int | None, flips: bool = True, crop: int | None = None,
-            size: int | None = None) -> Sample:
+def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = None) -> Sample:
     """The sample and its labels, transformed as the seed says: the same in every process and at any time.
 
     Without `flips` left stays left and up stays up. With `crop`, what is transformed is a part of so many pixels'
-    side, with those labels that a part can have. With `size`, it is reduced to that side, and changed less in
-    proportion. Without a seed it is reduced alone.
+    side, with those labels that a part can have.
     """
-    if crop is not None:
+    transform = AUGMENTATION if flips else v2.Compose(AUGMENTATION.transforms[len(FLIPS):])
+    if crop is not None:  # cut before it is turned: its corners may turn black, as those of all photographs are
+        transform = v2.Compose([v2.RandomCrop(crop), *transform.transforms])
         sample = replace(sample, labels={name: value for name, value in sample.labels.items() if LABELS[name].local})
-    side = crop or sample.image.shape[-1]
-    steps = [*([v2.RandomCrop(crop)] if crop else []),  # before it is turned: its corners may turn black, as all do
-             *(FLIPS if flips and seed is not None else []), TO_EDGES,
-             *([v2.Resize(size)] if size not in (None, side) else []),
-             *(augmentation((size or side) / side) if seed is not None else [])]
-    before = sample.image.shape[-1]
-    known = {name: LABELS[name].to_tv_tensor(value, before) for name, value in sample.labels.items()}
+    size = sample.image.shape[-1]
+    known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the mean that contrast takes depends on their number, and a loader's worker has one
     try:
         with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
-            torch.default_generator.manual_seed(seed or 0)
-            image, moved = v2.Compose(steps)(tv_tensors.Image(sample.image), known)
+            torch.default_generator.manual_seed(seed)
+            image, moved = transform(tv_tensors.Image(sample.image), known)
     finally:
         torch.set_num_threads(threads)
     return replace(sample, image=image.as_subclass(Tensor), labels={
@@ -100,17 +87,16 @@ def augment(sample: Sample, seed: int | None, flips: bool = True, crop: int | No
 class Draw(NamedTuple):
     """A photograph in a training step."""
     index: int  # of its record
-    aug_seed: int | None = None  # None: as it is
-    crop: bool = False  # a part of it, see FundusDataset
-    size: int | None = None  # side that it is reduced to; None: that of the data set
+    aug_seed: int | None  # None: as it is
+    crop: bool  # a part of it, see FundusDataset
 
 
 class FundusDataset(Dataset):
     """Samples of `records` at `size` pixels, from the cache.
 
-    dataset[i] is a sample as it is, dataset[Draw(i, seed)] the same sample augmented as the seed says, see `augment`.
-    dataset[Draw(i, seed, crop=True)] is a part of the sample at `crops` times the size, augmented likewise: lesions
-    that are too small for a whole sample are large enough there. InputError: a file was removed or replaced since.
+    dataset[i] is a sample as it is, dataset[i, seed, False] the same sample augmented as the seed says, see `augment`.
+    dataset[i, seed, True] is a part of the sample at `crops` times the size, augmented likewise: lesions that are too
+    small for a whole sample are large enough there. InputError: a file has been removed or replaced since.
     """
 
     def __init__(self, records: Sequence[Record], size: int, flips: bool = True, crops: float = 1):
@@ -124,14 +110,14 @@ class FundusDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int | Draw) -> Sample:
-        i, aug_seed, crop, size = Draw(index) if isinstance(index, int) else Draw(*index)
+        i, aug_seed, crop = (index, None, False) if isinstance(index, int) else index
         cache.check_files(self.files[i])
         record = self.records[i]
-        path, stored = (self.larger_paths[record.name], self.larger) if crop else (self.paths[i], self.size)
-        sample = cache.cached_sample(record, path, stored)
-        if aug_seed is None and not crop and size in (None, self.size):
-            return sample
-        return augment(sample, aug_seed, self.flips, self.size if crop else None, size)
+        if crop:
+            sample = cache.cached_sample(record, self.larger_paths[record.name], self.larger)
+            return augment(sample, aug_seed, self.flips, self.size)
+        sample = cache.cached_sample(record, self.paths[i], self.size)
+        return sample if aug_seed is None else augment(sample, aug_seed, self.flips)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, labels and contents of all samples."""
@@ -173,10 +159,9 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence,
-            empty_targets: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({})) -> Batch:
+            empty_targets: Mapping[str, Tensor] = MappingProxyType({})) -> Batch:
     """Stack samples, and for each task the targets of those that carry its label; see `make_empty_targets`."""
     indices, targets = {}, {}
-    empty_targets = empty_targets.get(samples[0].image.shape[-1], {})
     for t in tasks:
         if labelled := [i for i, s in enumerate(samples) if t.labelled(s)]:
             indices[t.name] = torch.tensor(labelled)
@@ -185,16 +170,6 @@ def collate(samples: Sequence[Sample], tasks: Sequence,
             indices[t.name], targets[t.name] = torch.zeros(0, dtype=torch.int64), empty_targets[t.name]
     return Batch(torch.stack([s.image for s in samples]), targets, indices, [s.name for s in samples],
                  [s.eye for s in samples])
-
-
-def growing_sizes(size: int, epochs: int) -> list[int]:
-    """The side of photographs in each epoch: a third of them at half of `size`, at three quarters, at all of it.
-
-    What is large is learned from small photographs, in less time (Tan & Le 2021, arXiv 2104.00298, section 4). Sides
-    are multiples of 32 and at least 128: smaller ones hardly save time, and lesions vanish. The last epoch has all.
-    """
-    stages = [2 if epoch == epochs - 1 else 3 * epoch // epochs for epoch in range(epochs)]
-    return [min(size, max(128, size * (2 + stage) // 4 // 32 * 32)) for stage in stages]
 
 
 class MultiTaskBatchSampler:
@@ -208,20 +183,19 @@ class MultiTaskBatchSampler:
     reproduced without those before it.
 
     With `crops`, a photograph is a part of itself every second time, if it has a label that its parts have as well.
-    `sizes` has the side that photographs are reduced to in each epoch, see growing_sizes; without it they are not.
 
     `wanted` keeps only the photographs with a label for one of these tasks. A network for one task then sees its
     photographs in the same steps, and augmented in the same way, as a network for all `tasks`.
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
-                 wanted: Sequence | None = None, crops: bool = False, sizes: Sequence[int] = ()):
+                 wanted: Sequence | None = None, crops: bool = False):
         self.labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
         groups, left = {}, set().union(*self.labelled.values())
         for name, members in sorted(self.labelled.items(), key=lambda item: len(item[1])):  # the rarest first
             groups[name], left = sorted(members & left), left - members
         self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
-        self.seed, self.augmented, self.crops, self.sizes = seed, augmented, crops and augmented, sizes
+        self.seed, self.augmented, self.crops = seed, augmented, crops and augmented
         self.local = {t.name for t in tasks if LABELS[t.label].local}
         self.wanted = {t.name for t in (tasks if wanted is None else wanted)}
         if batch < len(self.groups):
@@ -248,19 +222,19 @@ class MultiTaskBatchSampler:
 
     def step(self, number: int) -> list[Draw]:
         """The photographs of training step `number`, counted from 0: at least one for every task."""
-        draws, size = [], self.sizes[number // self.per_epoch] if self.sizes else None
+        draws = []
         for k, (group, quota) in enumerate(zip(self.groups.values(), self.quota)):
             for position in range(number * quota, (number + 1) * quota):
                 cycle, place = divmod(position, len(group))
                 aug_seed = int(np.random.SeedSequence((self.seed, k, position)).generate_state(1)[0])
-                draw = Draw(group[self.order(k, cycle)[place]], aug_seed if self.augmented else None, size=size)
+                draw = Draw(group[self.order(k, cycle)[place]], aug_seed if self.augmented else None, False)
                 crop = self.crops and aug_seed % 2 == 1 and bool(self.tasks_of(draw) & self.local)
                 draws.append(draw._replace(crop=crop))
         for name, members in self.labelled.items():
             if not any(name in self.tasks_of(draw) for draw in draws):  # its only ones are parts, or there are none
                 index = next((draw.index for draw in draws if draw.index in members),
                              sorted(members)[number % len(members)])
-                draws = [draw for draw in draws if draw.index != index] + [Draw(index, draws[0].aug_seed, size=size)]
+                draws = [draw for draw in draws if draw.index != index] + [Draw(index, draws[0].aug_seed, False)]
         return [draw for draw in draws if self.tasks_of(draw) & self.wanted]
 
     def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[Draw]]:
@@ -272,11 +246,10 @@ class MultiTaskBatchSampler:
         return sum(map(len, self.range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch)))
 
 
-def make_empty_targets(dataset: FundusDataset, tasks: Sequence, sizes: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-    """{size: {task: target of no photograph (0, ...)}}, for a process whose share of a step has no label of a task."""
+def make_empty_targets(dataset: FundusDataset, tasks: Sequence) -> dict[str, Tensor]:
+    """{task: target of no photograph (0, ...)}, for a process whose share of a step has no label of the task."""
     firsts = {t: next(i for i, r in enumerate(dataset.records) if t.labelled(r)) for t in tasks}
-    return {size: {t.name: t.target(dataset[Draw(i, size=size)])[None][:0] for t, i in firsts.items()}
-            for size in sizes}
+    return {t.name: t.target(dataset[i])[None][:0] for t, i in firsts.items()}
 
 
 def eval_loader(dataset: Dataset, tasks: Sequence[Task], batch: int, world: World = SINGLE_PROCESS) -> DataLoader:
@@ -286,7 +259,7 @@ def eval_loader(dataset: Dataset, tasks: Sequence[Task], batch: int, world: Worl
 
 
 def train_loader(dataset: FundusDataset, batches, tasks: Sequence[Task], device: torch.device,
-                 workers: int, empty_targets: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Batch]:
+                 workers: int, empty_targets: Mapping[str, Tensor]) -> Iterator[Batch]:
     """Batches on a device; `batches` are lists of indices of `dataset`, see MultiTaskBatchSampler.range."""
     loader = iter(DataLoader(  # before anything else: it takes a number from torch's generator
         dataset, batch_sampler=batches, collate_fn=partial(collate, tasks=tasks, empty_targets=empty_targets),

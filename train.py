@@ -56,8 +56,7 @@ class Config:
                         "the size, in which small lesions are larger", real=2.0, lowest=1, below=8)
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
                             "literature does")
-    epochs: int = flag(5, TRAINING, "at most", real=16, lowest=1)
-    progressive: bool = flag(True, TRAINING, "train at the full image size from the first epoch on, not at half of it")
+    epochs: int = flag(5, TRAINING, "at most", real=11, lowest=1)
     batch_size: int = flag(8, TRAINING, "photographs in a step", lowest=2)
     lr: float = flag(2.5e-3, TRAINING, f"highest learning rate of AdamW; {PUBLISHED} of it for published weights",
                      lowest=1e-12)
@@ -209,18 +208,16 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     telling = telling_tasks(findings["counts"], tasks)
     if not quiet:
         print(describe_split(train_set.records, val_set.records, findings, tasks, config))
-    sizes = data.growing_sizes(config.image_size, config.epochs) if config.progressive else []
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
-                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1, sizes)
+                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1)
     steps = config.epochs * sampler.per_epoch
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
         state = failure.state = make_state(net, tasks, config, steps, device, world)
         run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet)
         run.open(saved, {**findings, "notes": [*notes, *findings["notes"]]}, resume, overwrite)
         failure.begun = True
-        empty_targets = data.make_empty_targets(train_set, tasks, {*sizes, config.image_size}) if world.size > 1 else {}
         batches = data.train_loader(train_set, sampler.range(state.step, steps, world.rank, world.size), tasks, device,
-                                    config.workers, empty_targets)
+                                    config.workers, data.make_empty_targets(train_set, tasks) if world.size > 1 else {})
         run.start(saved)  # after the loader, which draws from torch's generator
         while not run.ended():
             net.train()

@@ -184,7 +184,7 @@ def as_published(photographs: Sequence[records.Record], size: int) -> data.Batch
                         small = file.convert("L").resize((size, size), Image.NEAREST)
                     masks[synthetic.LESIONS.index(lesion)] = torch.from_numpy(np.array(small) > 0)
             sample["masks"] = tv_tensors.Mask(masks)
-        sample = v2.Compose([*data.FLIPS, *data.augmentation()])(sample)
+        sample = data.AUGMENTATION(sample)
         labels = {k: x.as_subclass(Tensor) for k, x in sample.items()} | {"grade": r.grade or 0}
         samples.append(preprocess.Sample(r.name, labels.pop("image"), labels, None, r.eye))
     return data.collate(samples, make_tasks(["cls", "seg"]))
@@ -307,9 +307,6 @@ def step() -> None:
                 for name, spec in ways.items()}
         table(f"training step, {size} px, {graded} graded and {masked} masked photographs", race(ways, repetitions),
               graded + masked)
-    ways = {f"{size} px": {"kind": "ours", "size": size, "graded": 5, "masked": 3, "names": ["cls", "dme", "seg"],
-                           "speedups": BEST} for size in data.growing_sizes(256, 3)}
-    table("training step while photographs grow, 5 graded and 3 masked", race(ways, 5), 8)
     if not QUICK:
         shared("step of 8 photographs with all labels", {"graded": 0, "masked": 8, "speedups": BEST}, 5)
 

@@ -77,7 +77,7 @@ def test_flips_turn_about_the_same_middle_as_rotations():
     turn. Ours are."""
     seen = set()
     for seed in range(40):
-        flips, turn = v2.Compose([*data.FLIPS, data.TO_EDGES]), data.augmentation()[0]
+        flips, turn = v2.Compose(data.AUGMENTATION.transforms[:3]), data.AUGMENTATION.transforms[3]
         sample = marked(torch.tensor([[20.0, 45.5]]))
         points = LABELS["landmarks"].to_tv_tensor(sample.landmarks, 128)
         torch.manual_seed(seed)
@@ -122,8 +122,7 @@ def test_colours_are_rounded_and_not_cut_off(grey, monkeypatch):
     """The mean over many seeds is that of the same transforms without the last step, which makes bytes of colours."""
     sample = preprocess.Sample("x", torch.full((3, 64, 64), grey, dtype=torch.uint8), {}, None, "x")
     rounded = torch.stack([data.augment(sample, seed).image[:, 28:36, 28:36].double() for seed in range(400)])
-    all_steps = data.augmentation()
-    monkeypatch.setattr(data, "augmentation", lambda strength: all_steps[:-1])
+    monkeypatch.setattr(data, "AUGMENTATION", v2.Compose(data.AUGMENTATION.transforms[:-1]))
     exact = torch.stack([255 * data.augment(sample, seed).image[:, 28:36, 28:36].double() for seed in range(400)])
     assert abs(float((rounded - exact).mean())) < 0.05 and (rounded - exact).abs().max() < 0.501
     assert exact.mean((1, 2, 3)).std() > 0.03 * grey  # brightness changes
@@ -164,8 +163,7 @@ def test_crops_are_parts_of_the_larger_photograph(monkeypatch):
     """With masks alone; where a part lies is found by sliding it."""
     masked, other = drawn_records(2)
     graded = other.with_labels(masks=None)
-    monkeypatch.setattr(data, "augmentation", lambda strength: ())
-    monkeypatch.setattr(data, "FLIPS", ())
+    monkeypatch.setattr(data, "AUGMENTATION", v2.Compose([v2.Identity()]))
     large, photographs = data.FundusDataset([masked], 96)[0], data.FundusDataset([graded, masked], 64, crops=1.5)
     crops = [photographs[1, seed, True] for seed in range(20)]
     assert {s.image.shape for s in crops} == {(3, 64, 64)} and all({*s.labels} == {"masks"} for s in crops)
@@ -177,33 +175,6 @@ def test_crops_are_parts_of_the_larger_photograph(monkeypatch):
         assert torch.equal(crop.masks, large.masks[:, y:y + 64, x:x + 64])
         places.add((y, x))
     assert len(places) > 8 and max(places)[0] > 22 > 11 > min(places)[0]
-
-
-def test_a_reduced_sample_is_the_same_eye():
-    """A marked spot of 16 pixels: its image, mask and point lie at half the place, and are moved alike when turned."""
-    sample = marked(torch.tensor([[20.0, 45.5]]))
-    small = data.augment(sample, None, size=64)
-    assert small.image.shape == (3, 64, 64) and small.masks.shape == (5, 64, 64)
-    assert small.landmarks[0].tolist() == [10, 22.75]
-    assert math.dist(centre(small.image.float().mean(0)), (10, 22.75)) < 0.1
-    assert math.dist(centre(small.masks[0]), (10, 22.75)) < 0.6
-    moved = 0
-    for seed in range(20):
-        new = data.augment(sample, seed, size=64)
-        x, y = new.landmarks[0].tolist()
-        if 6 < x < 58 and 6 < y < 58:
-            assert math.dist(centre(new.image.float().mean(0)), (x, y)) < 0.25
-            moved += 1
-    assert moved > 10
-
-
-def test_a_reduced_sample_is_changed_less():
-    """Half as large: turned by half as many degrees at most, and its colours change half as much."""
-    sample = preprocess.Sample("x", torch.full((3, 64, 64), 120, dtype=torch.uint8), {}, None, "x")
-    spread = {size: torch.stack([data.augment(sample, seed, size=size).image[:, size // 2, size // 2].double()
-                                 for seed in range(300)]).std().item() for size in (64, 32)}
-    assert spread[32] == pytest.approx(spread[64] / 2, rel=0.2)
-    assert data.augmentation(0.5)[0].degrees == [-15, 15]
 
 
 def test_masks_that_are_not_known_stay_so(tmp_path):
@@ -319,32 +290,10 @@ def test_steps_can_be_repeated_from_the_middle():
     assert whole != list(data.MultiTaskBatchSampler(fake_records(0), [CLS, SEG], 8, 4, True).range(0, 50))
 
 
-def test_sizes_grow_in_thirds_of_the_epochs():
-    assert data.growing_sizes(256, 6) == [128, 128, 192, 192, 256, 256]
-    assert data.growing_sizes(512, 4) == [256, 256, 384, 512] and data.growing_sizes(224, 3) == [128, 160, 224]
-    assert data.growing_sizes(128, 3) == [128] * 3 and data.growing_sizes(32, 2) == [32, 32]
-    assert data.growing_sizes(256, 1) == [256] and data.growing_sizes(256, 2) == [128, 256]
-
-
-def test_a_step_has_the_size_of_its_epoch(shared_tree):
-    """Also a photograph that is taken in for a task's sake; images, targets of masks and those of no photograph."""
-    kinds = [{"grade": 1, "masks": {}}] * 20
-    records = [Record(str(i), None, labels=labels) for i, labels in enumerate(kinds)]
-    sampler = data.MultiTaskBatchSampler(records, [CLS, SEG], 3, 0, True, None, True, [64, 96, 128])
-    for number in range(3 * sampler.per_epoch):
-        assert {draw.size for draw in sampler.step(number)} == {(64, 96, 128)[number // sampler.per_epoch]}
-    photographs = data.FundusDataset(training_records(shared_tree), 128)
-    empty = data.make_empty_targets(photographs, [CLS, SEG], [64, 128])
-    for size in (64, 128):
-        graded = next(i for i, r in enumerate(photographs.records) if r.masks is None)
-        batch = data.collate([photographs[data.Draw(graded, 5, size=size)]], [CLS, SEG], empty)
-        assert batch.images.shape[-1] == size and batch.targets["seg"].shape == (0, 5, size, size)
-
-
 def test_photographs_without_a_wanted_label_are_left_out():
     records = fake_records(0)
     sampler = data.MultiTaskBatchSampler(records, [SEG], 8, 0, False)
-    assert all(records[i].masks is not None and seed is None for s in sampler.range(0, 9) for i, seed, *_ in s)
+    assert all(records[i].masks is not None and seed is None for s in sampler.range(0, 9) for i, seed, _ in s)
 
 
 def test_batch_must_hold_one_of_each_task():

@@ -130,7 +130,8 @@ class DepthwiseConv(nn.Conv2d):
 class GroupedMatmul(torch.autograd.Function):
     """Experts.multiply, which see, as one node of the graph, where torch makes three for each expert.
 
-    Every product is written where it belongs. torch would copy the gradients of all w_i once more.
+    Every product is written where it belongs. torch would copy the gradients of all w_i once more. Its own grouped_mm
+    takes neither float64 nor every width, see findings/torch_grouped_mm_on_a_cpu.sh.
     """
 
     @staticmethod

@@ -61,7 +61,7 @@ def learn(world, options):
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
     photographs = data.FundusDataset(found, options.image_size)
-    empty_targets = data.make_empty_targets(photographs, task_list, [options.image_size]) if world.size > 1 else {}
+    empty_targets = data.make_empty_targets(photographs, task_list) if world.size > 1 else {}
     state = train.make_state(net, task_list, options, 10, torch.device("cpu"), world)
     net.train()
     share = [photographs[i] for i in range(8)][world.rank::world.size]
