@@ -288,6 +288,12 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.zeros(num_experts, hidden, channels))
         self.dropout = dropout
 
+    @staticmethod
+    def grouped_matmul(x: Tensor, w: Tensor, ends: Sequence[int]) -> Tensor:
+        """Rows of x (N, inputs), split at `ends` into E parts, each times its own w_i of w (E, inputs, outputs)."""
+        # unbind, since w[i] would allocate a gradient of the size of *all* experts each time
+        return torch.cat([x_i @ w_i for x_i, w_i in zip(x.tensor_split(ends), w.unbind(0))])
+
     def forward(self, u: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """u (N, C), experts and gates (N, K) -> (N, C). The cost is that of N * K tokens, whatever E is."""
         expert, order = experts.flatten().sort(stable=True)  # (N*K,) pairs (token, expert), sorted by expert
@@ -295,17 +301,12 @@ class Experts(nn.Module):
         ends = torch.searchsorted(expert, torch.arange(1, len(self.w1), device=expert.device)).tolist()
         token = order // experts.shape[1]  # of each pair
 
-        hidden = F.silu(self.multiply(u.index_select(0, token), self.w1, ends))  # (N*K, D)
+        hidden = F.silu(self.grouped_matmul(u.index_select(0, token), self.w1, ends))  # (N*K, D)
         hidden = F.dropout(hidden, self.dropout, self.training)
         # gates_i * (hidden_i w2_i) = (gates_i * hidden_i) w2_i, by default half as much to multiply
         gates = gates.flatten().index_select(0, order).unsqueeze(1).to(hidden.dtype)  # (N*K, 1)
-        y = self.multiply(gates / math.sqrt(hidden.shape[1]) * hidden, self.w2, ends)  # (N*K, C)
+        y = self.grouped_matmul(gates / math.sqrt(hidden.shape[1]) * hidden, self.w2, ends)  # (N*K, C)
         return torch.zeros_like(u).index_add(0, token, y.to(u.dtype))
-
-    @staticmethod
-    def multiply(x: Tensor, w: Tensor, ends: Sequence[int]) -> Tensor:
-        """x (N, inputs) in as many parts as w (E, inputs, outputs), split at `ends`, each by its own w_i."""
-        return torch.cat([x_i @ w_i for x_i, w_i in zip(x.tensor_split(ends), w)])
 
 
 class MoELayer(nn.Module):

@@ -131,35 +131,42 @@ def tokens_seen(cameras: int, number: int, seed: int) -> Seen:
                 [str(i) for i in range(number)])
 
 
+def reply(eye: synthetic.Eye, camera: int) -> bool:
+    """Cameras 0 to 3 ask for microaneurysms, haemorrhages, hard exudates, a disc on the left; 4 to 7 for the absence of
+
+    each; 8 to 15 for the same again: eight questions.
+    """
+    has = {lesion.lesion_class for lesion in eye.lesions}
+    return [*(lesion in has for lesion in ("MA", "HE", "EX")), eye.left_disc][camera % 4] != (camera // 4 % 2 == 1)
+
+
 @torch.no_grad()
 def photographs_seen(cameras: int, number: int, seed: int) -> Seen:
-    """Drawn eyes, each by two cameras, which mix red, green and blue in their own ways, through lite0 as published.
+    """Drawn eyes, each by two cameras (one in sixteen twice by the same), through lite0 as published.
 
-    There are four findings: microaneurysms, haemorrhages, hard exudates, a disc on the left. The answer to camera k is
-    finding k mod 4, for every second four cameras its absence: eight questions. Channels have mean 0, variance 1.
+    A camera mixes red, green and blue in its own way. Of all maps each channel has mean 0 and variance 1.
     """
     net = Net(NetConfig("lite0", num_experts=0), make_tasks(["cls"])).eval()
     pretrained.start_from(net, "imagenet", "lite0")
     net, rng, images, seen = precision.fuse_conv_bn(net), np.random.default_rng(seed), [], []
-    mix = [np.linalg.qr(m)[0] for m in np.random.default_rng(0).normal(size=(CAMERAS, 3, 3))]
+    mix = [np.linalg.qr(m)[0] for m in np.random.default_rng(0).normal(size=(CAMERAS, 3, 3))]  # turns of colour space
     for i in tqdm(range(number), "photographs", leave=False, disable=None):
         eye = synthetic.plan(seed, i)
         picture, _ = synthetic.render(eye, 128)
-        has = {lesion.lesion_class for lesion in eye.lesions}
-        findings = [*(lesion in has for lesion in ("MA", "HE", "EX")), eye.left_disc]
         for k in rng.integers(cameras, size=min(2, cameras)).tolist():
             images.append(np.clip(127 + 80 * ((picture - 90.0) / 90 @ mix[k]), 0, 255).astype(np.uint8))
-            seen.append((k, findings[k % 4] ^ (k // 4 % 2), str(i)))
+            seen.append((k, reply(eye, k), str(i)))
     maps = torch.cat([net.routed_maps(x.permute(0, 3, 1, 2))[0]["cls"][-1]
                       for x in torch.tensor(np.stack(images)).split(64)])
-    camera, answers, eyes = zip(*seen)
-    return Seen((maps - maps.mean((0, 2, 3), True)) / maps.std((0, 2, 3), keepdim=True), torch.tensor(camera), torch.tensor(answers).long(), list(eyes))
+    camera, replies, eyes = zip(*seen)
+    return Seen((maps - maps.mean((0, 2, 3), True)) / maps.std((0, 2, 3), keepdim=True), torch.tensor(camera),
+                torch.tensor(replies).long(), list(eyes))
 
 
 def answer(layer: MoELayer, head: nn.Linear, maps: Tensor) -> tuple[Tensor, Routing]:
     """The layer as it stands in the network, and a linear head: nothing else could tell cameras apart."""
-    maps_of, routing = layer({"cls": maps})
-    return head(maps_of["cls"].mean((2, 3))), routing["cls"]
+    routed, routing = layer({"cls": maps})
+    return head(routed["cls"].mean((2, 3))), routing["cls"]
 
 
 def train_layer(seen: Seen, seed: int, **layout) -> tuple[MoELayer, nn.Linear]:
@@ -186,9 +193,10 @@ def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, l
     # learned routes are compared with those whose names analysis.pairs_of compares with: dense and cls_single
     measured = {name: analysis.Measurements(words, list(range(seeds)), scores=[], gaps=[], shifts=[],
                                             costs=[{"seconds": 0.0}], epochs=[])
-                for name, words in [("dense", "dense layer of equal cost"), ("large", "one of equal parameters"),
-                                    ("cls_single", "frozen random routes"), ("learned", "learned routes"),
-                                    ("swapped", "routes of another camera")]}
+                for name, words in [("dense", "dense layer of equal cost"), ("cls_single", "frozen random routes"),
+                                    ("learned", "learned routes"), *[
+                                        ("large", "dense layer of equal parameters"),
+                                        ("swapped", "routes of another camera")] * (cameras > 1)]}
 
     def score(name, layer, head):
         logits, routing = answer(layer, head, judge.maps)
@@ -199,11 +207,9 @@ def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, l
     one = {"num_experts": 1, "top_k": 1}
     layouts = {"dense": {**one, "ratio": 1.0}, "large": {**one, "ratio": 4.0}, "cls_single": {"router": "random"},
                "learned": {}}  # the last one's routes are looked at
-    layouts, measured = ({k: v for k, v in x.items() if cameras > 1 or k not in ("large", "swapped")}
-                         for x in (layouts, measured))
     bits = []
     for seed in range(seeds):
-        for name, layout in layouts.items():
+        for name, layout in ((name, layout) for name, layout in layouts.items() if name in measured):
             with torch.enable_grad():
                 layer, head = train_layer(learn, seed, **layout)
             routing = score(name, layer, head)
@@ -225,6 +231,18 @@ def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, l
     return [task], measured, bits
 
 
+def compare_routes(seeds: int) -> None:
+    """Print what learned routes are worth, on tokens and on photographs, with many cameras and with one."""
+    for name, see, numbers in (("tokens", tokens_seen, (20_000, 4_000)),
+                               ("photographs", photographs_seen, (5_000, 1_500))):
+        for cameras, words in ((CAMERAS, "learned routes must win"), (1, "nothing must be claimed")):
+            print(f"{name}: {cameras} camera{'s' * (cameras > 1)}; {words}", flush=True)
+            tasks, measured, bits = measure_routing(see(cameras, numbers[0], 1), see(cameras, numbers[1], 2), seeds)
+            print_report(tasks, measured)
+            bound = math.log2(min(cameras, len(MoELayer(WIDTH, ["cls"]).experts.w1)))
+            print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {bound:.0f} bit", flush=True)
+
+
 def main() -> None:
     """Run the experiments that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -240,17 +258,6 @@ def main() -> None:
         parser.error(f"--seeds {args.seeds}: expected at least 1")
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
-    for name, see, numbers in (("tokens", tokens_seen, (20_000, 4_000)),
-                               ("photographs", photographs_seen, (5_000, 1_500))):
-        if "routing" not in args.which:
-            break
-        for cameras, words in ((CAMERAS, "learned routes must win"), (1, "nothing must be claimed")):
-            print(f"{name}: {cameras} camera{'s' * (cameras > 1)}; {words}", flush=True)
-            tasks, measured, bits = measure_routing(*(see(cameras, number, seed)
-                                                      for seed, number in enumerate(numbers, 1)), args.seeds)
-            print_report(tasks, measured)
-            bound = math.log2(min(cameras, len(MoELayer(WIDTH, ["cls"]).experts.w1)))
-            print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {bound:.0f} bit", flush=True)
     both = ["cls_single", "hard"]
     for experiment, words, place, configurations, seeds in (
             ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", both, args.seeds),
@@ -267,6 +274,8 @@ def main() -> None:
                                       **{k: getattr(hard, k)[half] for k in ("scores", "gaps", "shifts")})
                         for name, which, half in zip(both, ("first", "other"), halves)}
         print_report(tasks, measured)
+    if "routing" in args.which:
+        compare_routes(args.seeds)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmark import multiply_adds
 
 import model
 from model import Experts, MoELayer, NoisyTopKRouter, Routing, load_balancing_loss
+from retina.datasets import synthetic
 from retina.training import precision
 
 
@@ -175,13 +176,13 @@ def dense_loop(experts: Experts, u, indices, weights):
     (17, 6, 2, True), (1, 6, 2, True), (5, 1, 1, True), (9, 4, 4, True), (3, 32, 2, True), (12, 6, 1, True),
     (12, 6, 1, False), (12, 6, 2, False)], ids=["usual", "one token", "E = 1", "K = E", "empty experts", "K = 1",
                                                 "all to one expert", "all to the same two"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_sparse_dispatch_equals_dense_loop(fast, n, e, k, random):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_sparse_dispatch_equals_dense_loop(grouped, n, e, k, random):
     torch.manual_seed(n)
     experts = Experts(C, e, 10, 0.0).double()
-    if fast:
+    if grouped:
         precision.channels_last(experts)
-        assert experts.multiply == precision.GroupedMatmul.apply
+        assert experts.grouped_matmul == precision.GroupedMatmul.apply
     torch.nn.init.normal_(experts.w2)
     u = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
     indices = torch.stack([torch.randperm(e)[:k] if random else e - 1 - torch.arange(k) for _ in range(n)])
@@ -353,7 +354,7 @@ def test_cuda_equals_cpu(autocast):
     layer = random_layer().eval()
     x = torch.randn(4, C, 5, 5)
     y, routing = layer({"a": x, "b": x})
-    layer.cuda()
+    precision.channels_last(layer.cuda())
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         (z, there), (again, _) = (layer({"a": x.cuda(), "b": x.cuda()}) for _ in range(2))
     assert torch.equal(z["a"], again["a"])
@@ -369,11 +370,18 @@ def test_cuda_equals_cpu(autocast):
 def test_routes_are_learned_where_only_the_layer_can_tell_cameras_apart():
     """One of the five seeds of docs/experts.md. Their means are 0.973, 0.893, 0.876 and 0.589, 0.01 apart or less, and
     0.03 with the routes of other cameras."""
-    _, measured, bits = known_truths.measure_routing(*(known_truths.tokens_seen(16, n, seed)
-                                                       for n, seed in ((20_000, 1), (4_000, 2))), seeds=1)
+    learn, judge = known_truths.tokens_seen(16, 20_000, 1), known_truths.tokens_seen(16, 4_000, 2)
+    _, measured, bits = known_truths.measure_routing(learn, judge, 1)
     accuracy = {name: m.scores[0].metrics()["cls"]["accuracy"] for name, m in measured.items()}
     assert accuracy["learned"] > 0.94 and max(accuracy[name] for name in ("dense", "large", "cls_single")) < 0.93
     assert accuracy["swapped"] < 0.7 and bits[0] > 1
+
+
+def test_sixteen_cameras_ask_eight_questions():
+    """An eye with haemorrhages alone, its disc on the left."""
+    eye = synthetic.Eye((0, 0), True, (0.3, 0.5), (0.6, 0.5), 0.48, [synthetic.Blob("HE", 0.5, 0.5, 0.02)])
+    here = [False, True, False, True]  # microaneurysms, haemorrhages, exudates, left disc
+    assert [known_truths.reply(eye, k) for k in range(16)] == 2 * (here + [not x for x in here])
 
 
 # ---- controls ----

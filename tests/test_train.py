@@ -26,7 +26,6 @@ from retina.datasets import readers, records, splits, synthetic
 from retina.evaluation import scoring
 from retina.files import InputError, RunError
 from retina.inference import full_size
-from retina.training.interrupt import StopSignal
 from tasks import TASKS
 from train import LossWeights
 
@@ -468,15 +467,6 @@ def test_uncertainty_finds_the_loss_as_its_variance():
 
 
 # ---- the command line ----
-
-@pytest.mark.parametrize("error", [RuntimeError, EOFError, ConnectionResetError, BrokenPipeError])
-def test_loaders_that_the_same_ctrl_c_ended_are_no_failure(error):
-    """Their pipes break while a step waits for them; without Ctrl-C the same error is one."""
-    for heard, expected in ((True, KeyboardInterrupt), (False, error)):
-        with pytest.raises(expected), StopSignal() as stop:
-            stop.heard = heard
-            raise error("lost")
-
 
 @pytest.mark.parametrize("workers,word", [(0, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGTERM)])
 def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):

@@ -98,9 +98,9 @@ def interventions(layer: nn.Module, recorders: Mapping[str, RouteRecorder]) -> I
 
 
 def resampled(task: TaskMetrics, stats: Tensor, eyes: Sequence[str]) -> Tensor:
-    """A task's primary metric of statistics (n, ...), and of D resamples of the eyes, the same whenever it is asked:
+    """-> (1 + D,): a task's primary metric of statistics (n, ...), then of D resamples of the eyes, the same each time.
 
-    (1 + D,). The standard deviation of the difference between two of them is the standard error of a paired bootstrap.
+    The standard deviation of the difference between two of them is the standard error of a paired bootstrap.
     """
     return statistics.bootstrap([partial(task.compute, stats, calibration={})], eyes)[task.primary]
 

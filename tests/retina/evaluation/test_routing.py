@@ -329,6 +329,7 @@ def test_standard_error_of_a_change_by_hand():
     task = TASKS["dme"]
     truth = torch.arange(400) % 3
     before = torch.cat([torch.nn.functional.one_hot(truth, 3).float(), truth[:, None]], 1)
+    before[200:, :3] = before[200:, :3].roll(1, 1)  # both are wrong there, which no paired error sees
     after = before.clone()
     after[:40, :3] = after[:40, :3].roll(1, 1)
     one, other = (interventions.resampled(task, stats, list(map(str, range(400)))) for stats in (before, after))

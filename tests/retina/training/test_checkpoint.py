@@ -551,6 +551,15 @@ def test_a_loader_process_that_is_killed_as_it_hands_over_a_batch(tmp_path, erro
         raise error
 
 
+@pytest.mark.parametrize("error", [RuntimeError, EOFError, ConnectionResetError, BrokenPipeError])
+def test_loaders_that_the_same_ctrl_c_ended_are_no_failure(error):
+    """Their pipes break while a step waits for them; without Ctrl-C the same error is one."""
+    for heard, expected in ((True, KeyboardInterrupt), (False, error)):
+        with pytest.raises(expected), interrupt.StopSignal() as stop:
+            stop.heard = heard
+            raise error("lost")
+
+
 def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
