@@ -143,7 +143,7 @@ def score_interventions(net: nn.Module, batches: Iterable,
     finally:
         net.encoder = encoder
     by_name, changes = {t.name: t for t in tasks}, {}
-    unchanged = {t: resampled(by_name[t], stats, before.eyes_of(t)) for t, stats in before.stats.items()}
+    unchanged = {t: resampled(by_name[t], before.stats[t], before.eyes_of(t)) for t in by_name if t in before.stats}
     for (titles, _), parts in zip(passes, after):
         for t, title in titles.items():
             stats, losses = zip(*parts[t])

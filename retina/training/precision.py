@@ -4,7 +4,7 @@
     channels_last        the channels of a pixel lie side by side in memory           1.2 times
     default_precision    half precision, where the device has units for it            0.8 times, and with
     DepthwiseConv        a faster backward pass in bf16                               1.5 times more
-    GroupedMatmul        fewer steps for many experts                                 the layer 1.4 times, of 64 2.3
+    GroupedMatmul        fewer steps for many experts                                 the layer 1.3 times, of 64 2.3
     fuse_conv_bn         for evaluation: norms inside the convolutions before them    1.1 times
     fetch                results of a GPU are read once they have been computed       not measured
 
