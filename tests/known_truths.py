@@ -14,6 +14,7 @@ Each takes minutes; runs lie below a temporary folder, or below --folder, where 
 """
 
 import argparse
+import functools
 import math
 import random
 import sys
@@ -140,6 +141,13 @@ def reply(eye: synthetic.Eye, camera: int) -> bool:
     return [*(lesion in has for lesion in ("MA", "HE", "EX")), eye.left_disc][camera % 4] != (camera // 4 % 2 == 1)
 
 
+@functools.cache
+def drawn(seed: int, index: int) -> tuple[synthetic.Eye, np.ndarray]:
+    """An eye and its picture (128, 128, 3), which experiments with many cameras and with one share."""
+    eye = synthetic.plan(seed, index)
+    return eye, synthetic.render(eye, 128)[0]
+
+
 @torch.no_grad()
 def photographs_seen(cameras: int, number: int, seed: int) -> Seen:
     """Drawn eyes, each by two cameras (one in sixteen twice by the same), through lite0 as published.
@@ -151,13 +159,12 @@ def photographs_seen(cameras: int, number: int, seed: int) -> Seen:
     net, rng, images, seen = precision.fuse_conv_bn(net), np.random.default_rng(seed), [], []
     mix = [np.linalg.qr(m)[0] for m in np.random.default_rng(0).normal(size=(CAMERAS, 3, 3))]  # turns of colour space
     for i in tqdm(range(number), "photographs", leave=False, disable=None):
-        eye = synthetic.plan(seed, i)
-        picture, _ = synthetic.render(eye, 128)
+        eye, picture = drawn(seed, i)
         for k in rng.integers(cameras, size=min(2, cameras)).tolist():
             images.append(np.clip(127 + 80 * ((picture - 90.0) / 90 @ mix[k]), 0, 255).astype(np.uint8))
             seen.append((k, reply(eye, k), str(i)))
     maps = torch.cat([net.routed_maps(x.permute(0, 3, 1, 2))[0]["cls"][-1]
-                      for x in torch.tensor(np.stack(images)).split(64)])
+                      for x in torch.from_numpy(np.stack(images)).split(64)])
     camera, replies, eyes = zip(*seen)
     return Seen((maps - maps.mean((0, 2, 3), True)) / maps.std((0, 2, 3), keepdim=True), torch.tensor(camera),
                 torch.tensor(replies).long(), list(eyes))
@@ -190,13 +197,15 @@ def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, l
     """Train and judge all layers; -> tasks, the Measurements of each, I(expert; camera) of each seed in bits."""
     task, cameras = Categories(["absent", "present"]), int(learn.camera.max()) + 1
     names = [str(i) for i in range(len(judge.eyes))]
+    one, several = {"num_experts": 1, "top_k": 1}, cameras > 1
     # learned routes are compared with those whose names analysis.pairs_of compares with: dense and cls_single
+    layers = [("dense", "dense layer of equal cost", {**one, "ratio": 1.0}),
+              *[("large", "dense layer of equal parameters", {**one, "ratio": 4.0})] * several,
+              ("cls_single", "frozen random routes", {"router": "random"}),
+              ("learned", "learned routes", {})]  # the last one's routes are looked at
     measured = {name: analysis.Measurements(words, list(range(seeds)), scores=[], gaps=[], shifts=[],
                                             costs=[{"seconds": 0.0}], epochs=[])
-                for name, words in [("dense", "dense layer of equal cost"), ("cls_single", "frozen random routes"),
-                                    ("learned", "learned routes"), *[
-                                        ("large", "dense layer of equal parameters"),
-                                        ("swapped", "routes of another camera")] * (cameras > 1)]}
+                for name, words, _ in [*layers, *[("swapped", "routes of another camera", {})] * several]}
 
     def score(name, layer, head):
         logits, routing = answer(layer, head, judge.maps)
@@ -204,19 +213,16 @@ def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, l
             task.decode(logits), judge.answer)}, eyes=dict(zip(names, judge.eyes))))
         return routing
 
-    one = {"num_experts": 1, "top_k": 1}
-    layouts = {"dense": {**one, "ratio": 1.0}, "large": {**one, "ratio": 4.0}, "cls_single": {"router": "random"},
-               "learned": {}}  # the last one's routes are looked at
     bits = []
     for seed in range(seeds):
-        for name, layout in ((name, layout) for name, layout in layouts.items() if name in measured):
+        for name, _, layout in layers:
             with torch.enable_grad():
                 layer, head = train_layer(learn, seed, **layout)
             routing = score(name, layer, head)
         weights = routing.to_dense(routing.gates)
         camera = judge.camera.repeat_interleave(len(weights) // len(names))
         bits.append(float(mutual_information(weights, F.one_hot(camera).to(weights.dtype))))
-        if cameras == 1:
+        if not several:
             continue
         # routes of what the next camera took
         first = torch.stack([torch.where(judge.camera == (c + 1) % cameras)[0][0] for c in range(cameras)])

@@ -332,7 +332,8 @@ def test_standard_error_of_a_change_by_hand():
     before[200:, :3] = before[200:, :3].roll(1, 1)  # both are wrong there, which no paired error sees
     after = before.clone()
     after[:40, :3] = after[:40, :3].roll(1, 1)
-    one, other = (interventions.resampled(task, stats, list(map(str, range(400)))) for stats in (before, after))
+    one, again, other = (interventions.resampled(task, x, list(map(str, range(400)))) for x in (before, before, after))
+    assert torch.equal(one, again)
     assert float(other[0] - one[0]) == pytest.approx(-0.1)
     assert float((other - one)[1:].std()) == pytest.approx(math.sqrt(0.1 * 0.9 / 400), rel=0.2)
 
