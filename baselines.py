@@ -101,7 +101,7 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
         options = replace(base, **configuration.changes, seed=seed, fold=fold)
         key = options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes
         if key not in fingerprints:
-            splits = data.load_datasets(options, make_tasks(options.tasks, options.classes))[:2]
+            splits = data.load_datasets(options, make_tasks(options.tasks, options.names))[:2]
             fingerprints[key] = [split.fingerprint() for split in splits]
         path = folder / configuration.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
         if (path / "config.json").exists():
@@ -187,7 +187,7 @@ def finished(asked: Sequence[Job], configurations: Sequence[Configuration],
 def summarize(asked: Sequence[Job], configurations: Sequence[Configuration], failed: Mapping[str, str], base: Config,
               folds: Sequence[str]) -> dict:
     """All numbers of what is finished. RunError: nothing is."""
-    tasks, device = make_tasks(base.tasks, base.classes), precision.pick_device(base.device)
+    tasks, device = make_tasks(base.tasks, base.names), precision.pick_device(base.device)
     measured = finished(asked, configurations, tasks)
     firsts = {name: next(job for job in asked if (job.configuration, job.options.seed) == (name, m.seeds[0]))
               for name, m in measured.items()}
@@ -308,7 +308,7 @@ def first_folds(number: int, base: Config) -> list[str]:
 
 def describe_data(base: Config) -> str:
     """What train.py would say of the data before it trains: the runs of a comparison are quiet."""
-    tasks = make_tasks(base.tasks, base.classes)
+    tasks = make_tasks(base.tasks, base.names)
     training, validation, findings = data.load_datasets(base, tasks)
     return describe_split(training.records, validation.records, findings, tasks, base)
 

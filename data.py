@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -29,11 +30,13 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from model import LONGEST
 from retina.datasets import cache, readers, splits
+from retina.datasets.descriptions import mirrored, words
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.quality import lowest_seen
-from retina.datasets.records import LABELS, ClassLabel, Record
+from retina.datasets.records import LABELS, Label, Record
 from retina.datasets.report import contact_sheets, examine, format_report
 from retina.datasets.splits import check_labels
 from retina.files import InputError, init_worker, run_cli
@@ -70,16 +73,20 @@ def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = No
         sample = replace(sample, labels={name: value for name, value in sample.labels.items() if LABELS[name].local})
     size = sample.image.shape[-1]
     known = {name: LABELS[name].to_tv_tensor(value, size) for name, value in sample.labels.items()}
+    compass = tv_tensors.KeyPoints(size * torch.tensor([[0.4, 0.5], [0.6, 0.5], [0.5, 0.4], [0.5, 0.6]]),
+                                   canvas_size=(size, size))  # left, right, top, bottom
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the mean that contrast takes depends on their number, and a loader's worker has one
     try:
         with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
             torch.default_generator.manual_seed(seed)
-            image, moved = transform(tv_tensors.Image(sample.image), known)
+            image, moved, (left, right, top, bottom) = transform(tv_tensors.Image(sample.image), known, compass)
     finally:
         torch.set_num_threads(threads)
+    mirrored = bool(left[0] > right[0]), bool(top[1] > bottom[1])
     return replace(sample, image=image.as_subclass(Tensor), labels={
-        name: LABELS[name].from_tv_tensor(value, sample.labels[name]) for name, value in moved.items()})
+        name: LABELS[name].mirrored(LABELS[name].from_tv_tensor(value, sample.labels[name]), *mirrored)
+        for name, value in moved.items()})
 
 
 # ---- samples ----
@@ -281,40 +288,67 @@ def count_classes(dataset: FundusDataset, tasks: Sequence[Task]) -> dict[str, di
     counts = {t.name: {} for t in tasks}
     for i, record in enumerate(dataset.records):
         known = [t for t in tasks if t.labelled(record)]
-        # classes stand in the record: nothing to decode
-        labelled = record if all(isinstance(LABELS[t.label], ClassLabel) for t in known) else dataset[i]
+        in_record = all(type(LABELS[t.label]).to_sample is Label.to_sample for t in known)
+        labelled = record if in_record else dataset[i]  # nothing to decode
         for t in known:
             for name, has in t.classes_in(t.target(labelled)).items():
                 counts[t.name][name] = counts[t.name].get(name, 0) + has
     return counts
 
 
+def vocabulary(training: Sequence[Record], validation: Sequence[Record]) -> tuple[list[str], str]:
+    """The words that at least two texts of training have, most frequent first; and a line on those that it lacks."""
+    counts = Counter(word for r in training if r.text for word in set(words(r.text)))
+    known = sorted((w for w, n in counts.items() if n > 1), key=lambda w: (-counts[w], w))
+    lost = [w for r in validation if r.text for w in words(r.text) if w not in set(known)]
+    longest = max((len(words(r.text)) for r in training if r.text), default=0)
+    return known, (f"text: {len(known)} words, in texts of up to {longest}; {len(counts) - len(known)} that one text of "
+                   f"training has, and {len(lost)} of validation, count as unknown" +
+                   f"; what comes after {LONGEST - 1} words is cut off" * (longest >= LONGEST))
+
+
+def check_mirrored(names: Mapping[str, Sequence[str]], root: Path | None) -> None:
+    """InputError: a fine class that tells a side, and none that is its mirror image."""
+    for name in names.get("fine", ()):
+        if lost := [m for m in (mirrored(name, True, False), mirrored(name, False, True)) if m not in names["fine"]]:
+            raise InputError(f"{root}: a mirror image of fine class {name!r} would be one of {lost[0]!r}, which is no "
+                             "class here; use --no-flips")
+
+
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
     """Training and validation photographs, and findings: leaks, classes, contradicting labels, notes, and what later
-    photographs are held against: the fingerprint of the test split, the lowest quality that training sees.
+    photographs are held against: the fingerprint of the test split, the lowest quality that training sees. Also the
+    names of the data set's own classes and signs, and the words of training; see make_tasks.
 
     `config` is train.py's Config. InputError: no photograph of training or of validation has a label for a task, or
     nothing is left of its labels in training.
     """
     root = None if config.data is None else Path(config.data)
     records = readers.read_data(root).records
-    all_tasks = make_tasks(TASKS, config.classes)
+    all_tasks = make_tasks(TASKS, config.names)
     check_labels({"training": [r for r in records if r.split != "test"]}, tasks, all_tasks, root)  # before decoding
     joined, conflicts, notes = find_eyes(records, config.image_size, config.ignore_eyes)
     split = splits.split(joined, config.fold, config.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, all_tasks, root,
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test split)")
-    sampled = [*tasks, *make_tasks(config.sampling_tasks, config.classes)]
+    sampled = [*tasks, *make_tasks(config.sampling_tasks, config.names)]
     training, validation, test, leaks = (
         [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
             (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
-    findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
+    names = dict(config.names)
+    findings = {"names": names, "leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
-                "left_out_for_validation": validated, "conflicts": [c.as_dict(config.classes) for c in conflicts],
-                "notes": notes + (side_notes(tasks) if config.augment and config.flips else [])}
+                "left_out_for_validation": validated, "conflicts": [c.as_dict() for c in conflicts],
+                "notes": notes}
+    if config.augment and config.flips:
+        check_mirrored(names, root)
+        notes += side_notes(tasks)
     crops = config.crops if config.augment and any(LABELS[t.label].local for t in tasks) else 1
+    if any(t.label == "text" for t in sampled):
+        names["text"], said = vocabulary(training, validation)
+        notes.append(said)
     datasets = {"training": FundusDataset(training, config.image_size, config.flips, crops),
                 "validation": FundusDataset(validation, config.image_size)}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}

@@ -93,11 +93,11 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     photographs is for `not_its_own` to say. InputError: one of the names is not below `root`, or none has a label for
     the run's tasks, or the data set has other classes than the run.
     """
-    found = read_data(root, run.options["classes"])
-    if list(found.classes) != run.options["classes"]:
-        here, there = (" ".join(c) or "IDRiD's grades" for c in (found.classes, run.options["classes"]))
-        raise InputError(f"{root or 'drawn photographs'}: its classes are {here}, but {run.folder} was trained on "
-                         f"{there}; expected the same")
+    found, known = read_data(root, run.options["names"].get("category", ())), run.options["names"]
+    for label, names in found.names().items():
+        if new := [name for name in names if label in known and name not in known[label]]:
+            raise InputError(f"{root or 'drawn photographs'}: {label} has {', '.join(new[:12])}, but {run.folder} was "
+                             f"trained on {', '.join(known[label][:12])}; expected none but these")
     records, *_ = leaks.find_eyes(found.records, run.options["image_size"], run.options.get("ignore_eyes", False))
     if split == "test":
         records = sorted(splits.split(records).test, key=lambda r: r.name)
@@ -111,7 +111,7 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
                              f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
                              f"was trained on, {run.options['data'] or 'drawn photographs'}")
         records = [known[name] for name in run.validation]
-    sampled = make_tasks(run.options.get("sampling_tasks", ()), run.options["classes"]) if split == "train" else []
+    sampled = make_tasks(run.options.get("sampling_tasks", ()), known) if split == "train" else []
     records = [r for r in records if any(t.labelled(r) for t in [*run.tasks, *sampled])]
     if not records:
         raise InputError(f"{root}: no photograph of its {split} split has a label for "
@@ -289,7 +289,7 @@ def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, 
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
     uses = routing.collect(run.net, eval_loader(photographs, [TASKS["seg"]], batch))
     usage = routing.describe(uses, labels_of(run, records), [r.eye or r.name for r in records],
-                             "class" if run.options["classes"] else "grade")
+                             "class" if run.options["names"].get("category") else "grade")
     print(routing.table(usage, details=args.routing))
     write("routing", usage)
     if args.routing:
@@ -306,7 +306,7 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     paths, notes = find_photographs(args.images)
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles or run.tiles,
                           args.batch_size or run.options["batch_size"], device, args.out,
-                          None if run.options["classes"] else run.seen, args.precision, not args.no_quality_check)
+                          None if run.options["names"].get("category") else run.seen, args.precision, not args.no_quality_check)
     if run.options["data"] is None:
         notes.append("warning: this run learned from drawn photographs alone; of real ones its answers mean nothing")
     print("\n".join([*notes, calibration_line(run.calibration)]))

@@ -6,6 +6,7 @@
     load_balancing_loss                       tasks together use all experts (Shazeer et al. 2017)
     UpBlock -> Decoder                        U-Net (Ronneberger et al. 2015, arXiv 1505.04597)
     ClassifierHead, MaskHead, LandmarkHead    maps -> classes, masks, points
+    Attention -> TextBlock -> TextHead        maps -> a sentence (Vaswani et al. 2017, arXiv 1706.03762)
     NetConfig -> Net                          all of it in one forward pass
 
     python -c "import model; print(model.EfficientNet('b0'))"
@@ -15,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -403,6 +405,7 @@ class FeatureSpec(NamedTuple):
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     act: Callable[[], nn.Module] = nn.SiLU
     dropout: float = 0.2
+    text_decoder: str = "transformer"  # one of TEXT_HEADS
 
 
 class ClassifierHead(nn.Module):
@@ -481,6 +484,153 @@ class LandmarkHead(nn.Module):
         return self.conv(self.smooth(x))
 
 
+# ---- a head that answers with a sentence, word by word ----
+
+PAD, BOS, UNK, EOS = range(4)  # numbers of what is no word: nothing, begin, unknown, end; words follow
+LONGEST = 64  # words of a sentence, its end included
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Positions (...,) -> (..., width), sin and cos of position / 10000^(2i / width) (Vaswani et al. 2017, sec. 3.5)."""
+    angles = positions[..., None] * 10000 ** (-torch.arange(0, width, 2, device=positions.device) / width)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class Attention(nn.Module):
+    """Each of L words takes a mean over M places, weighted by how well its query fits their keys.
+
+    Scaled dot products of several heads (Vaswani et al. 2017, arXiv 1706.03762, eq. 1 and section 3.2.2).
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        """(n, M, W) -> (n, heads, M, d), d = W / heads."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def remember(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, heads, M, d) of places (n, M, W)."""
+        return self.split(self.key(places)), self.split(self.value(places))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+        """x (n, L, W) -> (n, L, W), and the weights (n, heads, L, M). `causal`: no word sees a later one."""
+        q = self.split(self.query(x))
+        # weights = softmax(q k^T / sqrt(d)) ;  y = weights v
+        scores = q @ keys.transpose(2, 3) / math.sqrt(q.shape[3])  # (n, heads, L, M)
+        if causal:
+            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        weights = scores.softmax(3)
+        return self.out((weights @ values).transpose(1, 2).flatten(2)), weights
+
+
+class TextBlock(nn.Module):
+    """Words look at the words before them, then at the photograph, then think: a layer of the transformer's decoder
+
+    (Vaswani et al. 2017, figure 1), with the norms before what they normalise (Xiong et al. 2020, arXiv 2002.04745).
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.words, self.photograph = Attention(width, heads), Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
+        """x (n, L, W), `seen` what `photograph` remembers -> (n, L, W)."""
+        u = self.norms[0](x)
+        x = x + self.dropout(self.words(u, *self.words.remember(u), causal=True)[0])
+        x = x + self.dropout(self.photograph(self.norms[1](x), *seen)[0])
+        return x + self.dropout(self.mlp(self.norms[2](x)))
+
+
+class TextHead(nn.Module):
+    """Say a sentence; maps -> scores of the next of V words at each of L places (n, R, L, V).
+
+    Given the true sentences, `target` (n, L), each word is scored after the true ones before it. Otherwise, and in
+    evaluation also (R = 2, these last), after its own: the best word is taken, until the sentence ends.
+    """
+    guided = True  # by the target
+
+    def __init__(self, spec: FeatureSpec, vocabulary: int, width: int = 128):
+        super().__init__()
+        self.reads = slice(min(2, spec.routed), spec.routed + 1)  # strides 8, 16, 32, or 4
+        self.embedding = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embedding.weight, std=width ** -0.5)
+        self.norm = nn.LayerNorm(width)
+        self.build(spec.channels[self.reads], width)
+        initialise(self)
+
+    def forward(self, maps: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
+        maps, answers = maps[self.reads], []
+        seen = self.look([F.avg_pool2d(m, 2) for m in maps] if self.reads.start == 1 else maps)
+        if target is not None:
+            if self.training:
+                target = target[:, :max(1, int((target != PAD).sum(1).max()) if len(target) else 1)]
+            answers.append(self.next_words(F.pad(target[:, :-1], (1, 0), value=BOS), seen))
+        if target is None or not self.training:
+            answers.append(self.greedy(len(maps[0]), seen))
+        return torch.stack(answers, 1)
+
+    def greedy(self, number: int, seen) -> Tensor:
+        """The scores (n, LONGEST, V) along the words that score best, until all of the sentences have ended."""
+        words = torch.full((number, 1), BOS, device=self.embedding.weight.device)
+        scores, ended = [], torch.zeros(number, dtype=torch.bool, device=words.device)
+        while len(scores) < LONGEST and not (scores and ended.all()):
+            scores.append(self.next_words(words, seen)[:, -1])
+            word = scores[-1][:, EOS:].argmax(1) + EOS  # never nothing, begin, or unknown
+            words, ended = torch.cat([words, word[:, None]], 1), ended | (word == EOS)
+        return F.pad(torch.stack(scores, 1), (0, 0, 0, LONGEST - len(scores)))
+
+    def build(self, channels: Sequence[int], width: int) -> None:
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.blocks = nn.ModuleList(TextBlock(width, 4, dropout=0.1) for _ in range(2))
+        self.norm_maps = nn.LayerNorm(width)
+
+    def look(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What each block remembers of the photograph: one place for each position of each map."""
+        places = []
+        for conv, x in zip(self.laterals, maps):
+            x = conv(x)
+            # where it lies, in 64ths of the sides: without it nothing could tell left from right
+            rows, columns = (sinusoids((torch.arange(n, device=x.device) + 0.5) * 64 / n, x.shape[1] // 2)
+                             for n in x.shape[2:])  # (h, W/2), (w, W/2)
+            where = torch.cat([rows[:, None].expand(-1, len(columns), -1), columns.expand(len(rows), -1, -1)], 2)
+            places.append(x.flatten(2).transpose(1, 2) + where.flatten(0, 1))  # (n, h*w, W)
+        places = self.norm_maps(torch.cat(places, 1))  # (n, M, W)
+        return [block.photograph.remember(places) for block in self.blocks]
+
+    def next_words(self, words: Tensor, seen) -> Tensor:
+        """Words (n, L) -> scores (n, L, V) of what follows each of them."""
+        width = self.embedding.embedding_dim
+        x = math.sqrt(width) * self.embedding(words) + sinusoids(torch.arange(words.shape[1], device=words.device),
+                                                                 width)
+        for block, places in zip(self.blocks, seen):
+            x = block(x, places)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+class GRUTextHead(TextHead):
+    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with the averages of the maps."""
+
+    def build(self, channels, width):
+        self.begin, self.gru = nn.Linear(sum(channels), width), nn.GRU(width, width, batch_first=True)
+
+    def look(self, maps):
+        return torch.tanh(self.begin(torch.cat([x.mean((2, 3)) for x in maps], 1)))[None]  # (1, n, W)
+
+    def next_words(self, words, seen):
+        x = math.sqrt(self.embedding.embedding_dim) * self.embedding(words)
+        return F.linear(self.norm(self.gru(x, seen.to(x.dtype))[0]), self.embedding.weight)
+
+
+TEXT_HEADS = {"transformer": TextHead, "gru": GRUTextHead}  # what NetConfig.text_decoder may be
+
+
 # ---- the net ----
 
 MOE_PLACES = {"bottleneck": 4, "decoder": 1}  # where --moe-at puts the layer, as the index of one of the five maps
@@ -497,6 +647,7 @@ class NetConfig:
     moe_at: str = "bottleneck"  # one of MOE_PLACES
     expert_dropout: float = 0.1
     stochastic_depth: float = 0.1
+    text_decoder: str = "transformer"  # one of TEXT_HEADS
 
 
 class Net(nn.Module):
@@ -504,8 +655,8 @@ class Net(nn.Module):
 
     `tasks` are objects with a `name` and a `head(spec)`, see FeatureSpec. `indices` says for which photographs each
     task is computed: {task: (n_t,), ascending}. Its output has n_t rows, perhaps none; a task that is not in `indices`
-    has no output. None: all photographs for all tasks. ValueError: H or W is no multiple of 32; the numbers of experts
-    do not fit.
+    has no output. None: all photographs for all tasks. `targets`, {task: (n_t, ...)}, guide a TextHead, and no other.
+    ValueError: H or W is no multiple of 32; the numbers of experts do not fit.
     """
 
     def __init__(self, config: NetConfig, tasks: Sequence):
@@ -517,7 +668,8 @@ class Net(nn.Module):
             self.decoder = Decoder(self.encoder.channels, WIDTHS[:3])
             initialise(self.decoder)
             channels[self.routed] = WIDTHS[2]
-        spec = FeatureSpec(tuple(channels), self.routed, **getattr(self.encoder, "classifier_head", {}))
+        spec = FeatureSpec(tuple(channels), self.routed, text_decoder=config.text_decoder,
+                           **getattr(self.encoder, "classifier_head", {}))
         self.heads = nn.ModuleDict({task.name: task.head(spec) for task in tasks})
         self.experts = None if config.num_experts == 0 else MoELayer(
             channels[self.routed], list(self.heads), config.num_experts, config.top_k, config.router,
@@ -526,9 +678,11 @@ class Net(nn.Module):
             statistics = torch.tensor(getattr(self.encoder_spec, name)).view(3, 1, 1) * 255
             self.register_buffer(name, statistics, persistent=False)
 
-    def forward(self, images: Tensor, indices: Mapping[str, Tensor] | None = None):
+    def forward(self, images: Tensor, indices: Mapping[str, Tensor] | None = None,
+                targets: Mapping[str, Tensor] = MappingProxyType({})):
         maps, routing = self.routed_maps(images, indices)
-        return {t: self.heads[t](m) for t, m in maps.items()}, routing
+        guides = {t: (targets[t],) for t in maps if t in targets and getattr(self.heads[t], "guided", False)}
+        return {t: self.heads[t](m, *guides.get(t, ())) for t, m in maps.items()}, routing
 
     def routed_maps(self, images: Tensor, indices: Mapping[str, Tensor] | None = None):
         """All but the heads: -> ({task: five maps of its photographs}, {task: Routing})."""

@@ -1,15 +1,17 @@
 """What a task is, and the tasks. One class holds a task's label, head, loss, decoding and metrics.
 
-Read Task first, then Grading, Lesions and Landmarks as three examples. To add a task, write one more class and list it
-in TASKS; `train.py --tasks` then knows its name. Its metrics may come from a base class for classes, masks or landmarks
-(retina/evaluation/task_metrics.py). Its label is one of LABELS in retina/datasets/records.py; a new one is declared
-there.
+Read Task first, then Grading, Lesions, Landmarks and Text as four examples. To add a task, write one more class and
+list it in TASKS; `train.py --tasks` then knows its name. Its metrics may come from a base class for classes, signs,
+masks, landmarks (retina/evaluation/task_metrics.py) or sentences (text_metrics.py). Its label is one of LABELS in
+retina/datasets/records.py; a new one is declared there.
 
     python -c "from tasks import TASKS; print(*TASKS)"
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 
 import model
 from model import ClassifierHead, FeatureSpec, LandmarkHead, MaskHead, Net, NetConfig
+from retina.datasets.descriptions import words
 from retina.datasets.records import LABELS, UNKNOWN
-from retina.evaluation.task_metrics import ClassMetrics, GradeMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, FineMetrics, GradeMetrics, LandmarkMetrics, MaskMetrics, \
+    SignMetrics, TaskMetrics
+from retina.evaluation.text_metrics import TextMetrics
 from retina.files import InputError, NotFiniteError
 from retina.training import precision
 
@@ -96,8 +101,43 @@ class Categories(Classification):
     """Which class folder a photograph lies in; this is the task `cls` where a data set is folders of classes."""
     name, label, primary, prefix, ordered = "cls", "category", "accuracy", "p_", False
 
-    def __init__(self, names: Sequence[str]):
-        self.names, self.classes = tuple(names), len(names)
+    def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):
+        self.names = tuple(names.get(self.label, ()))
+        self.classes = len(self.names)
+
+    def target(self, sample):
+        return torch.tensor(self.names.index(sample.labels[self.label]))
+
+
+class Fine(FineMetrics, Categories):
+    """One of many classes, which a column of a table names. Each may be part of a broad class."""
+    name, label, primary, title = "fine", "fine", "top5", "fine class"
+
+    def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):
+        super().__init__(names)
+        self.broad = tuple(names.get("broad", ()))
+
+
+class Signs(SignMetrics, Task):
+    """Any number of signs, each of them there or not."""
+    name, label, primary = "signs", "signs", "auc"
+
+    def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):
+        self.classes = tuple(names.get(self.label, ()))
+
+    def head(self, spec):
+        return ClassifierHead(spec, len(self.classes))
+
+    def target(self, sample):
+        return torch.tensor([float(sample.signs.get(name, math.nan)) for name in self.classes])  # (S,); nan: unknown
+
+    def loss(self, output, target, all_reduce_sum=model.identity):
+        known = (~target.isnan()).to(output.dtype)
+        entropy = F.binary_cross_entropy_with_logits(output, target.nan_to_num(), known, reduction="sum")
+        return all_reduce_sum(entropy) / all_reduce_sum(known.sum()).clamp(min=1)
+
+    def decode(self, output):
+        return output.sigmoid()  # (n, S)
 
 
 # ---- masks ----
@@ -207,15 +247,54 @@ class Landmarks(LandmarkMetrics, Task):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Grading(), Edema(), Lesions(), Landmarks())}
+# ---- sentences ----
+
+class Text(TextMetrics, Task):
+    """A sentence about the photograph, word by word."""
+    name, label = "text", "text"
+    pad, unknown, end = model.PAD, model.UNK, model.EOS
+
+    def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):
+        self.vocabulary = tuple(names.get(self.label, ()))
+
+    def head(self, spec):
+        return model.TEXT_HEADS[spec.text_decoder](spec, self.end + 1 + len(self.vocabulary))
+
+    def target(self, sample):
+        """(L,) numbers of the words, the end, then nothing."""
+        known = {word: k for k, word in enumerate(self.vocabulary, self.end + 1)}
+        numbers = [known.get(word, self.unknown) for word in words(sample.text)[:model.LONGEST - 1]]
+        return F.pad(torch.tensor([*numbers, self.end]), (0, model.LONGEST - 1 - len(numbers)), value=self.pad)
+
+    def loss(self, output, target, all_reduce_sum=model.identity):
+        """Cross-entropy of each word after the true words before it; the mean is over words."""
+        scores = output[:, 0]  # (n, L, V)
+        target = target[:, :scores.shape[1]]
+        entropy = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=self.pad, reduction="sum")
+        return all_reduce_sum(entropy) / all_reduce_sum((target != self.pad).sum().to(scores.dtype)).clamp(min=1)
+
+    def decode(self, output):
+        """The words that score best, each after those before it: (n, L)."""
+        answer = output[:, -1, :, self.end:].argmax(2) + self.end
+        ends = (answer == self.end).long()
+        return torch.where(ends.cumsum(1) > ends, self.pad, answer)
 
 
-def make_tasks(names: Sequence[str], classes: Sequence[str] = ()) -> list[Task]:
-    """The tasks with these names; `cls` predicts the `classes` of the data set where that has classes of its own.
+TASKS: dict[str, Task] = {task.name: task for task in (
+    Grading(), Edema(), Lesions(), Landmarks(), Fine(), Signs(), Text())}
 
-    InputError: a task's label is not declared, or its primary metric has no range; see check_range.
+
+def make_tasks(tasks: Sequence[str], names: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Task]:
+    """The tasks of these names. `names` are those of the data set's own classes, signs and words, by label.
+
+    `cls` predicts the class folders of a data set that has such. InputError: a task's label is not declared, or its
+    primary metric has no range; see check_range.
     """
-    tasks = [Categories(classes) if name == Categories.name and classes else TASKS[name] for name in names]
+    made = []
+    for name in tasks:
+        task = Categories() if name == Categories.name and names.get(Categories.label) else TASKS[name]
+        made.append(type(task)(names) if names.get(task.label) else task)
+    tasks = made
     for task in tasks:
         task.check_range()
         if task.label not in LABELS:
@@ -229,7 +308,7 @@ def build_net(options: Mapping) -> tuple[Net, list[Task]]:
 
     InputError: an unknown encoder, numbers of experts that do not fit.
     """
-    tasks = make_tasks(options["tasks"], options["classes"])
+    tasks = make_tasks(options["tasks"], options["names"])
     config = NetConfig(**{f.name: options[f.name] for f in fields(NetConfig)})
     if config.encoder not in model.ENCODERS:
         raise InputError(f"trained with the encoder {config.encoder!r}, which model.py does not list "

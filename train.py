@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -88,7 +88,9 @@ class Config:
                        choices=("auto", "cpu", "cuda"))
     deterministic: bool = flag(False, MACHINE, "on a GPU: the same weights every time, more slowly; a CPU always does")
     # no flags: the data set or the comparison decides these
-    classes: tuple[str, ...] = ()  # where the data set is folders of classes
+    # label -> names of the data set's own classes or signs, words of its training split
+    names: dict[str, list[str]] = field(default_factory=dict)
+    text_decoder: str = "transformer"
     expert_dropout: float = 0.1
     # five epochs of drawings are too short to overfit
     stochastic_depth: float = field(default=0.05, metadata={"real": 0.1})
@@ -128,7 +130,7 @@ def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], con
                 world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
     """The loss of each task over its labelled photographs, and "balance"; always those of the whole batch."""
     with precision.autocast(state.device, config.precision):
-        outputs, routed = state.model(batch.images, batch.indices)
+        outputs, routed = state.model(batch.images, batch.indices, batch.targets)
     dtype = next(state.net.parameters()).dtype  # float32, whatever the precision of the pass
     losses = {t.name: t.loss(outputs[t.name].to(dtype), batch.targets[t.name], world.all_reduce_sum)
               for t in tasks if t.name in outputs}
@@ -199,16 +201,17 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     quiet = quiet or world.rank > 0
     device = world.device(precision.pick_device(config.device))
     checkpoint.make_repeatable(config.seed, device.type == "cpu" or config.deterministic)
+    with world.main_process_first():
+        train_set, val_set, findings = data.load_datasets(config, make_tasks(config.tasks, config.names))
+    config = replace(config, names=findings.pop("names"))
     saved = read_same(folder, config) if resume else None
     net, tasks = build_net(asdict(config))
     if saved is None and world.rank == 0:  # the other processes take over its weights
         pretrained.start_from(net, config.encoder_weights, config.encoder)
-    with world.main_process_first():
-        train_set, val_set, findings = data.load_datasets(config, tasks)
     telling = telling_tasks(findings["counts"], tasks)
     if not quiet:
         print(describe_split(train_set.records, val_set.records, findings, tasks, config))
-    sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.classes) or tasks,
+    sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.names) or tasks,
                                          config.batch_size, config.seed, config.augment, tasks, config.crops > 1)
     steps = config.epochs * sampler.per_epoch
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
@@ -274,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(130)
         what = "DRAWN photographs, not IDRiD" if config.data is None else config.data
         tell(f"\nbest checkpoint: epoch {result['epoch']} of {folder}, validation split of {what}")
-        tell(tables.table(result["metrics"], make_tasks(config.tasks, config.classes)))
-        tell(calibration_line(load_tensors(folder / "best.pt")["calibration"]))
+        best = load_tensors(folder / "best.pt")
+        tell(tables.table(result["metrics"], make_tasks(config.tasks, best["options"]["names"])))
+        tell(calibration_line(best["calibration"]))
         if result["usage"] and (unused := routing.unused_experts(u["tokens"] for u in result["usage"].values())):
             tell(routing.warning(unused))
         tell("weights: " + ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()))

@@ -6,14 +6,16 @@ IDRiD: Porwal et al. 2020, Medical Image Analysis 59:101561
 """
 
 import csv
+import functools
 import io
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from retina.datasets import records, synthetic
+from retina.datasets import descriptions, records, synthetic
 from retina.datasets.masks import MaskFile
 from retina.datasets.records import LABELS, LANDMARKS, DataSet, Record, TableRow, read_point
 from retina.datasets.synthetic import LESIONS
@@ -85,7 +87,7 @@ def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str], know
     """InputError: a header that lacks a `wanted` column or has one that is not `known`; with the likely cause."""
     marks = [mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]]
     renames = {}
-    for column in (c for c in columns if c not in known):
+    for column in (c for c in columns if not any(fnmatchcase(c, k) for k in known)):
         plain = column.lower().replace(" ", "_").replace("-", "_")
         for name in known:
             if plain in (name, *USUAL_NAMES.get(name, "").split()) and name not in columns:
@@ -100,7 +102,7 @@ def check_header(path: Path, columns: Sequence[str], wanted: Sequence[str], know
             hint = f"rename {way_out}; cells of {wanted[0]!r} are paths with suffix, like photos/0001.jpg" if way_out \
                 else "expected a header line, cells separated by commas"
         raise InputError(f"{path}: no column {lacking[0]!r}; found {', '.join(columns) or 'no header'}; {hint}")
-    if unknown := [c for c in columns if known and c not in known]:
+    if unknown := [c for c in columns if known and not any(fnmatchcase(c, k) for k in known)]:
         hint = "numbers of rows, as pandas writes them with index=True; " * unknown[0].startswith("Unnamed")
         raise InputError(f"{path}: unknown column {unknown[0]!r}; known are {', '.join(known)}; {hint}rename "
                          f"{way_out or 'it'}, or remove it")
@@ -317,12 +319,10 @@ def read_folders(root: Path, trained: Collection[str] = ()) -> DataSet:
     learned = (root / "train").is_dir()
     which = "'train'" if learned else "the run"
     names = {p.name for split in ([root / "train"] if learned else folders(root)) for p in folders(split)}
-    # numbered classes in the order of their numbers
-    classes = sorted(names if learned or not trained else trained,
-                     key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+    classes = sorted(names if learned or not trained else trained, key=records.number_first)
     if learned and len(classes) < 2:
         raise InputError(f"{root / 'train'}: found {len(classes)} folders; expected one for each class, at least two")
-    records = []
+    found = []
     for split in (p.name for p in folders(root)):
         if loose := [p for p in sorted((root / split).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]:
             raise InputError(f"{loose[0]}: a photograph outside of a class; expected it in {root / split}/CLASS/")
@@ -332,10 +332,9 @@ def read_folders(root: Path, trained: Collection[str] = ()) -> DataSet:
             if folder.name not in classes:
                 raise InputError(f"{folder}: a class that {which} does not have; expected {', '.join(classes[:12])}; "
                                  "add it there or remove it here")
-            records += [Record(f"{split}/{folder.name}/{image.name}", image, split,
-                               {"category": classes.index(folder.name)})
-                        for image in list_images(folder, only=True).values()]
-    return DataSet(records, tuple(classes))
+            found += [Record(f"{split}/{folder.name}/{image.name}", image, split, {"category": folder.name})
+                      for image in list_images(folder, only=True).values()]
+    return DataSet(found)
 
 
 DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings
@@ -344,15 +343,21 @@ DRAWN_SIDE = 1024  # nominal pixels of a drawing's side: the unit of its points
 
 def read_drawn() -> DataSet:
     """The drawn photographs: every label is known, and no two show one eye."""
+    return DataSet([r for split, (series, number) in DRAWN.items() for r in read_series(split, series, number)])
+
+
+@functools.cache
+def read_series(split: str, series: int, number: int) -> list[Record]:
+    """The first of a series of drawn photographs."""
     records = []
-    for split, (series, number) in DRAWN.items():
-        for i in range(number):
-            eye = synthetic.plan(series, i)
-            points = {name: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, name)) for name in LANDMARKS}
-            labels = {"grade": eye.grade, "edema_risk": eye.edema_risk, "masks": dict.fromkeys(LESIONS),
-                      "landmarks": points}
-            records.append(Record(f"drawn/{series}_{i:04d}", None, split, labels, drawing=(series, i)))
-    return DataSet(records)
+    for i in range(number):
+        eye = synthetic.plan(series, i)
+        points = {name: tuple(float(DRAWN_SIDE * v) for v in getattr(eye, name)) for name in LANDMARKS}
+        labels = {"grade": eye.grade, "edema_risk": eye.edema_risk, "masks": dict.fromkeys(LESIONS),
+                  "landmarks": points, "fine": descriptions.fine_class(eye), "signs": descriptions.signs(eye),
+                  "text": descriptions.describe(eye)}
+        records.append(Record(f"drawn/{series}_{i:04d}", None, split, labels, drawing=(series, i)))
+    return records
 
 
 # ---- what a path means ----

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from retina.datasets.descriptions import mirrored, words
 from retina.datasets.masks import MaskFile, check_distinct, split_cell
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError, exif_orientation, home, image_size, open_image, shown_size
@@ -28,6 +29,7 @@ from retina.files import InputError, exif_orientation, home, image_size, open_im
 HERE = home()  # data/ and runs/ lie in it
 LANDMARKS = ("disc", "fovea")  # centres of the optic disc and of the fovea
 GRADES, EDEMA_RISKS = 5, 3
+MOST_SHOWN = 12  # classes or signs, in a line of a report
 UNKNOWN = 255  # in a mask: it is not known whether this lesion is there
 LESION_NAMES = dict(zip(LESIONS, ("microaneurysms", "haemorrhages", "hard exudates", "soft exudates", "optic disc")))
 LESION_COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))))
@@ -45,11 +47,9 @@ class Conflict:
     values: tuple
     used: object  # the value that training uses; None: none of them
 
-    def as_dict(self, classes: Sequence[str]) -> dict:
-        """As JSON holds it, categories by their names."""
-        label = LABELS.get(self.label)
-        values = [v if v is None or label is None else label.display(v, classes) for v in (*self.values, self.used)]
-        return {"label": self.label, "photographs": list(self.names), "values": values[:-1], "used": values[-1]}
+    def as_dict(self) -> dict:
+        """As JSON holds it."""
+        return {"label": self.label, "photographs": list(self.names), "values": list(self.values), "used": self.used}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Label:
     """
     name: str
     task: str  # that learns from it, for reports
-    columns: tuple[str, ...] = ()  # of tables
+    columns: tuple[str, ...] = ()  # of tables; "sign_*" is any that begins so
     minor: bool = False  # folds are stratified by it only among photographs without a class
     local = False  # whether a part of a photograph, cut out, has it as well
     section = ""  # of reports
@@ -166,6 +166,10 @@ class Label:
         """A sample's value after the transforms, from their output and the value `before`."""
         return value
 
+    def mirrored(self, value: Any, left_right: bool, top_bottom: bool) -> Any:
+        """A sample's value where the sides of the photograph, or its top and bottom, have changed places."""
+        return value
+
     def fingerprint(self, value: Any) -> Any:
         """What a run depends on of a value, beside the contents of cache files."""
         return value
@@ -178,11 +182,11 @@ class Label:
         """What of a value training must not lack: of each class at least one eye is trained on, whatever the fold."""
         return [True]
 
-    def display(self, value: Any, classes: Sequence[str]) -> Any:
-        """A value in reports; `classes` are the names of the data set's own classes."""
-        return value
+    def names(self, values: Sequence) -> list[str]:
+        """What a data set's own classes or signs are called, from all of its values; []: they are not its own."""
+        return []
 
-    def summary(self, records: Sequence[Record], classes: Sequence[str]) -> dict:
+    def summary(self, records: Sequence[Record]) -> dict:
         """What the `section` of a report says about this label in records, as JSON holds it; {}: nothing."""
         return {}
 
@@ -197,12 +201,18 @@ class Label:
 
 @dataclass(frozen=True)
 class ClassLabel(Label):
-    """A class 0..number-1 of the whole photograph; without `number`, one of the data set's own classes."""
+    """A class 0..number-1 of the whole photograph; without `number`, the name of one of the data set's own classes.
+
+    Such a name may tell a side, which a mirror image turns into the other: `sided`.
+    """
     number: int | None = None
+    sided: bool = False
     section = "classes"
 
     def parse(self, text, what):
         """ "2.0", as spreadsheets write it, is 2."""
+        if self.number is None:
+            return text
         if text.removesuffix(".0") not in map(str, range(self.number)):
             raise InputError(f"{what} is {text!r}, expected a whole number from 0 to {self.number - 1}")
         return int(text.removesuffix(".0"))
@@ -217,25 +227,107 @@ class ClassLabel(Label):
     def classes(self, value):
         return [value]
 
-    def display(self, value, classes):
-        return value if self.number else classes[value]
+    def mirrored(self, value, left_right, top_bottom):
+        return mirrored(value, left_right, top_bottom) if self.sided else value
 
-    def summary(self, records, classes):
+    def names(self, values):
+        """Numbered ones in the order of their numbers."""
+        return [] if self.number else sorted(set(values), key=number_first)
+
+    def summary(self, records):
         """How often each class occurs, and what a constant guess scores."""
         counts = Counter(self.known(records))
         if not counts:
             return {}
-        names = {v: str(self.display(v, classes)) for v in sorted(counts)}
-        guess, right = max(counts.items(), key=lambda item: (item[1], -item[0]))
-        return {self.name: {"counts": {names[v]: counts[v] for v in names}, "constant_guess": names[guess],
-                            "constant_accuracy": round(right / counts.total(), 4)}}
+        classes = sorted(counts) if self.number else self.names(counts)
+        guess = max(classes, key=counts.__getitem__)  # the first of equals
+        return {self.name: {"counts": {str(c): counts[c] for c in classes}, "constant_guess": str(guess),
+                            "constant_accuracy": round(counts[guess] / counts.total(), 4)}}
 
     def lines(self, summary):
         shares = summary.get(self.name, {"counts": {}})
-        total = sum(shares["counts"].values())
-        return [f"    {self.name:9}" + "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in shares["counts"].items()) +
+        counts, total = shares["counts"], sum(shares["counts"].values())
+        return [f"    {self.name:9}" + (
+            "  ".join(f"{v}: {n} ({n / total:.0%})" for v, n in counts.items()) if len(counts) <= MOST_SHOWN else
+            f"{len(counts)} classes of {min(counts.values())} to {max(counts.values())} photographs") +
                 f"   always guessing {shares['constant_guess']} is right for {shares['constant_accuracy']:.1%}"
                 ] if total else []
+
+
+@dataclass(frozen=True)
+class SignsLabel(Label):
+    """Any number of signs, {sign: 1 where it is there, 0 where it is not}; an absent one is unknown.
+
+    A column for each: "sign_drusen" is that of drusen.
+    """
+    section = "signs"
+
+    def read(self, row):
+        prefix, signs = self.columns[0].removesuffix("*"), {}
+        for column, cell in row.cells.items():
+            if column.startswith(prefix) and cell:
+                if cell.removesuffix(".0") not in ("0", "1"):
+                    raise InputError(f"{row.what(column)} is {cell!r}, expected 0 or 1, or nothing where it is unknown")
+                signs[column.removeprefix(prefix)] = int(cell[0])
+        return signs or None
+
+    def resolve_conflict(self, values):
+        """A sign that is there in one copy is there: it was looked at twice, and missing it is the worse mistake."""
+        return {name: max(v.get(name, 0) for v in values) for v in values for name in v}
+
+    def names(self, values):
+        return list(dict.fromkeys(name for value in values for name in value))
+
+    def classes(self, value):
+        return [name for name, there in value.items() if there]
+
+    def summary(self, records):
+        """How many photographs have each sign, of those where it is known."""
+        values = self.known(records)
+        return {name: {"photographs": sum(v.get(name, 0) for v in values), "known": sum(name in v for v in values)}
+                for name in self.names(values)}
+
+    def lines(self, summary):
+        counts = {name: n["photographs"] for name, n in summary.items()}
+        shown = list(counts.items())[:MOST_SHOWN]
+        none = [name for name, n in counts.items() if not n]
+        return [f"    {self.name:9}" + "  ".join(f"{name}: {n}" for name, n in shown) +
+                f"  ... of {len(counts)}" * (len(counts) > MOST_SHOWN) +
+                f"; no photograph has {', '.join(none)}" * bool(none)] if counts else []
+
+
+@dataclass(frozen=True)
+class TextLabel(Label):
+    """A sentence, or several, about the photograph."""
+    section = "texts"
+
+    def parse(self, text, what):
+        if not words(text):
+            raise InputError(f"{what} is {text!r}, expected words, or nothing where there are none")
+        return text
+
+    def mirrored(self, value, left_right, top_bottom):
+        return mirrored(value, left_right, top_bottom)
+
+    def summary(self, records):
+        """Lengths, words, how many texts are the same, and the most frequent one."""
+        texts = Counter(" ".join(words(text)) for text in self.known(records))
+        if not texts:
+            return {}
+        lengths = [len(text.split(" ")) for text in texts.elements()]
+        vocabulary = Counter(word for text, n in texts.items() for word in set(text.split(" ")) for _ in range(n))
+        (most, number), = texts.most_common(1)
+        return {self.name: {
+            "photographs": texts.total(), "different": len(texts), "words": [min(lengths), max(lengths)],
+            "mean_words": round(fmean(lengths), 2), "vocabulary": len(vocabulary),
+            "words_of_one_photograph": sum(n == 1 for n in vocabulary.values()), "most_frequent": most,
+            "share_of_most_frequent": round(number / texts.total(), 4)}}
+
+    def lines(self, summary):
+        return ["    {name:9}{photographs} texts, {different} different, of {0} to {1} words (mean {mean_words:.1f}); "
+                "{vocabulary} words in all, {words_of_one_photograph} of them in a single text; always saying "
+                "{most_frequent!r} is right for {share_of_most_frequent:.1%}".format(*x["words"], name=self.name, **x)
+                for x in (summary.get(self.name),) if x]
 
 
 @dataclass(frozen=True)
@@ -256,7 +348,7 @@ class NumberLabel(Label):
     def resolve_conflict(self, values):
         return fmean(values)
 
-    def summary(self, records, classes):
+    def summary(self, records):
         """The range, and the mean absolute error of guessing the mean."""
         values = self.known(records)
         mean = fmean(values) if values else 0.0
@@ -369,7 +461,7 @@ class MaskLabel(Label):
     def fingerprint(self, value):
         return sorted(value)
 
-    def summary(self, records, classes):
+    def summary(self, records):
         """How many mask files there are of each lesion; nothing for drawn photographs."""
         values = self.known([r for r in records if r.image])
         return {lesion: {"masks": sum(bool(v.get(lesion)) for v in values),
@@ -380,6 +472,11 @@ class MaskLabel(Label):
         counts = [f"{lesion}: {n['masks']}" + f" ({n['none']} have none)" * bool(n["none"])
                   for lesion in self.lesions if (n := summary.get(lesion))]
         return [f"    {self.name:9}" + "  ".join(counts)] if counts else []
+
+
+def number_first(name: str) -> tuple:
+    """A key to sort names by: numbers, in their order, before all others."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
 def number(text: str) -> float:
@@ -423,6 +520,9 @@ LABELS: dict[str, Label] = {label.name: label for label in (
     ClassLabel("grade", "cls", ("grade",), number=GRADES),  # of diabetic retinopathy
     ClassLabel("edema_risk", "dme", ("edema_risk",), minor=True, number=EDEMA_RISKS),  # risk of macular edema
     ClassLabel("category", "cls"),  # the photograph's folder, in data sets that are folders of classes
+    ClassLabel("fine", "fine", ("fine",), minor=True, sided=True),  # one of many classes
+    SignsLabel("signs", "signs", ("sign_*",), minor=True),
+    TextLabel("text", "text", ("text",), minor=True),
     LandmarkLabel("landmarks", "loc", ("disc_x", "disc_y", "fovea_x", "fovea_y"), minor=True, landmarks=LANDMARKS),
     MaskLabel("masks", "seg", tuple(f"mask_{lesion.lower()}" for lesion in LESIONS), lesions=LESIONS))}
 
@@ -459,5 +559,18 @@ class Record(Labelled):
 class DataSet:
     """The records of all splits, and notes of the reader."""
     records: list[Record]
-    classes: tuple[str, ...] = ()  # names of the data set's own classes, where it has any
     notes: tuple[str, ...] = ()
+
+    def names(self) -> dict[str, list[str]]:
+        """{label: names of its classes or signs}, where these are the data set's own; see Label.names.
+
+        "broad": of each fine class the class folder or the grade that all of its photographs have, where there is one.
+        """
+        found = {name: names for name, label in LABELS.items() if (names := label.names(label.known(self.records)))}
+        broad = defaultdict(set)
+        for r in self.records:
+            if r.fine is not None:
+                broad[r.fine].add(r.grade if r.category is None else r.category)
+        if broad and all(len(values) == 1 and None not in values for values in broad.values()):
+            found["broad"] = [str(*broad[name]) for name in found["fine"]]
+        return found

@@ -27,13 +27,13 @@ def labelled(records: Sequence[Record]) -> dict[str, int]:
     return {label.name: n for label in last if (n := len(label.known(records)))}
 
 
-def overview(records: Sequence[Record], classes: Sequence[str]) -> dict:
+def overview(records: Sequence[Record]) -> dict:
     """Counts of photographs by subset, counts of labels, and a summary of each label."""
     subsets = Counter(r.name.removeprefix("test/").rpartition("/")[0] for r in records)
     result = {"photographs": len(records), "subsets": dict(subsets), "labels": labelled(records), "classes": {},
               "masks": {}}
     for label in LABELS.values():
-        if summary := label.summary(records, classes):
+        if summary := label.summary(records):
             result.setdefault(label.section, {}).update(summary)
     return result
 
@@ -91,7 +91,7 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
     number_same = int((scores >= leaks.SAME_EYE).sum())
     report = {
         "data": "drawn" if root is None else str(root), "notes": list(data_set.notes),
-        "splits": {name: overview(members, data_set.classes) for name in ("train", "val", "test")
+        "splits": {name: overview(members) for name in ("train", "val", "test")
                   if (members := [r for r in counted if r.split == name])},
         "unreadable": problems,
         "sizes": dict(Counter(f"{w}x{h}" for w, h in comparison.sizes.tolist()).most_common()),
@@ -104,18 +104,17 @@ def examine(data_set: DataSet, root: Path | None, fold: str) -> tuple[dict, dict
                      "closest_below": pairs[number_same:number_same + 12],
                      "photographs": len(joined), "eyes": len(groups),
                      "groups": [names for names in groups.values() if len(names) > 1]},
-        "conflicts": [c.as_dict(data_set.classes) for c in conflicts],
+        "conflicts": [c.as_dict() for c in conflicts],
         "leaks": {"validated": [r.name for r in split.validated],
                   "training": [r.name for r in split.leaks], "training_labels": labelled(split.leaks),
                   "test_labels": labelled([r for r in split.test if r.eye in training_eyes])},
-        "split": {"fold": fold, "training": overview(split.training, data_set.classes),
-                  "validation": overview(split.validation, data_set.classes)}}
-    return report, contact_sheet_groups(report, records, comparison, odd, data_set.classes)
+        "split": {"fold": fold, "training": overview(split.training),
+                  "validation": overview(split.validation)}}
+    return report, contact_sheet_groups(report, records, comparison, odd)
 
 
 def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison: Comparison,
-                         odd: Sequence[tuple[Record, str]],
-                         classes: Sequence[str]) -> dict[str, tuple[str, list[Group]]]:
+                         odd: Sequence[tuple[Record, str]]) -> dict[str, tuple[str, list[Group]]]:
     """{name: (title, groups)} for each sort of finding; `records` are those before copies are joined."""
     by_name = {r.name: r for r in records}
 
@@ -129,8 +128,7 @@ def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison:
         strata[splits.stratum(r)].append(r)
     return {
         "labels": ("labels as they lie on the photographs", [
-            (", ".join(f"{name} {LABELS[name].display(v, classes)}" for name, v in r.labels.items()
-                       if isinstance(v, (int, float))), [r])  # masks and points are in the picture
+            (", ".join(f"{name} {v}" for name, v in r.labels.items() if isinstance(v, (int, float, str))), [r])  # masks and points are in the picture
             for _, members in sorted(strata.items(), key=lambda item: str(item[0])) for r in members[:6]]),
         "copies": ("files that show one photograph", list(map(group, report["copies"]))),
         "turned_copies": ("copies that were mirrored or turned", list(map(group, report["turned_copies"]))),

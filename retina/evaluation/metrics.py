@@ -17,8 +17,10 @@ from torch import Tensor
 NAN = float("nan")
 
 
-RANGES = {"kappa": (-1.0, 1.0), **dict.fromkeys(("px4288", "median_px4288", "diameters"), (0.0, math.inf)),
-          **dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "calibration_error", "referable", "dice",
+RANGES = {"kappa": (-1.0, 1.0), **dict.fromkeys((
+    "px4288", "median_px4288", "diameters", "length_ratio", "different"), (0.0, math.inf)), "bleu": (0.0, 100.0),
+          "broad_kappa": (-1.0, 1.0), **dict.fromkeys(("accuracy", "top5", "broad_accuracy", "exact", "slots", "side",
+                           "readable", "stutters", "balanced_accuracy", "macro_f1", "auc", "calibration_error", "referable", "dice",
                            "iou", "aupr", "five_masks_dice", "within_radius"), (0.0, 1.0))}  # by how names begin
 
 
@@ -105,6 +107,17 @@ def roc_area(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     below = mass[1].cumsum(1) - mass[1] / 2
     pairs = mass[0].sum(1) * mass[1].sum(1)
     return torch.where(pairs > 0, (mass[0] * below).sum(1) / pairs, NAN)
+
+
+def ranked_precision(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
+    """Average precision of photographs ranked by score, those of one score together; see average_precision.
+
+    (n,), (n,) bool -> (D,); nan where none is positive.
+    """
+    values, group = score.unique(return_inverse=True)  # ascending
+    others, true = (torch.zeros(len(weights), len(values), dtype=torch.float64).index_add_(1, group, weights * member)
+                    for member in ((~positive).double(), positive.double()))
+    return average_precision(others, true)
 
 
 def one_vs_rest_area(probabilities: Tensor, truth: Tensor, weights: Tensor) -> Tensor:

@@ -213,6 +213,6 @@ def table(usage: Mapping, details: bool) -> str:
 
 def labels_of(run, records: Sequence[Record]) -> list[str | None]:
     """The grade, or the class, of each photograph in words; None where it is not known. `run`: see evaluate.py."""
-    if classes := run.options["classes"]:
-        return [None if r.category is None else classes[r.category] for r in records]
+    if run.options["names"].get("category"):
+        return [r.category for r in records]
     return [None if r.grade is None else f"grade {r.grade}" for r in records]

@@ -89,7 +89,7 @@ def evaluate_split(net: nn.Module, batches: Iterable, tasks: Sequence[TaskMetric
     for b in tqdm(batches, desc=progress, leave=False, disable=None if progress else True, unit="batch"):
         eyes |= zip(b.names, b.eyes)
         b = b.to(device)
-        outputs, routing = net(b.images, b.indices)
+        outputs, routing = net(b.images, b.indices, b.targets)
         answers.append({})
         for task in (t for t in tasks if t.name in outputs):
             t, output, target = task.name, outputs[task.name].float(), b.targets[task.name]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retina.datasets.records import UNKNOWN
+from retina.datasets.records import UNKNOWN, number_first
 from retina.evaluation import metrics
 from retina.evaluation.metrics import PRCurveAccumulator
 from retina.files import InputError
@@ -216,6 +216,45 @@ class GradeMetrics(ClassMetrics):
         return [*super().caption(columns), f"referable: {word} (p {p:.4f}, threshold {threshold:.4f})"]
 
 
+class FineMetrics(ClassMetrics):
+    """Of one of many classes, of which each may be part of a broad class, such as a grade."""
+    broad: Sequence[str] = ()  # of each class the broad one; (): they have none
+    ordered, most = False, 5
+
+    def of_broad(self) -> tuple[list[str], Tensor]:
+        """The broad classes, and the number of each class's own: (C,)."""
+        names = sorted(set(self.broad), key=number_first)
+        return names, torch.tensor([names.index(b) for b in self.broad])
+
+    def compute(self, stats, weights, calibration):
+        """Also the share of photographs whose class is among the five most probable; and those of the broad class,
+
+        whose probability is the sum of those of its classes.
+        """
+        p, truth = stats[:, :-1].double(), stats[:, -1].long()
+        best = p.topk(min(self.most, self.classes), 1).indices
+        values = {"top5": metrics.mean((best == truth[:, None]).any(1), weights)}
+        if self.broad:
+            names, of = self.of_broad()
+            summed = torch.zeros(len(p), len(names), dtype=p.dtype).index_add_(1, of, p)
+            values["broad_accuracy"] = metrics.accuracy(of[truth], summed.argmax(1), weights)
+            if all(name.isdecimal() for name in names):
+                values["broad_kappa"] = metrics.quadratic_kappa(of[truth], summed.argmax(1), len(names), weights)
+        return values | super().compute(stats, weights, calibration)
+
+    def predicted_columns(self, answer, sample, calibration):
+        """The five most probable classes with their probabilities."""
+        p = metrics.at_temperature(answer[None], calibration["temperature"])[0]
+        top = p.topk(min(self.most, self.classes))
+        columns = {self.label: self.word(int(top.indices[0]))}
+        for k, (value, i) in enumerate(zip(*map(Tensor.tolist, top)), 1):
+            columns |= {f"{self.label}_{k}": self.word(i), f"{self.label}_{k}_p": round(value, 4)}
+        return columns
+
+    def caption(self, columns):
+        return [f"{self.title} {columns[self.label]} (p {columns[f'{self.label}_1_p']:.2f})"]
+
+
 class Joint(TaskMetrics):
     """Whether the answers of `cls` and `dme` are both right, as IDRiD's challenge counted; nothing to train."""
     name, primary = "joint", "accuracy"
@@ -226,6 +265,68 @@ class Joint(TaskMetrics):
 
     def right(self, stats):
         return stats > 0.5
+
+
+# ---- signs ----
+
+class SignMetrics(TaskMetrics):
+    """Of several signs, each there or not, or not known."""
+    classes: Sequence[str]
+    title = "signs"
+
+    def image_stats(self, answer, target, accumulator=None):
+        return torch.stack([answer, target], 2)  # (n, S, 2): probability; truth, nan where it is not known
+
+    def classes_in(self, target):
+        return {name: bool(x == 1) for name, x in zip(self.classes, target) if not x.isnan()}
+
+    def tells_apart(self, counts):
+        """A sign that no photograph has, or every one, has no area; how many there are, counts do not say."""
+        return any(counts.values())
+
+    def constant_guess(self, targets):
+        """Of each sign the share of photographs that have it."""
+        return targets.nanmean(0, keepdim=True).nan_to_num()
+
+    def calibrate(self, stats):
+        """Of each sign the threshold of Youden 1950; 0.5 for those that few photographs have, or lack."""
+        calibration, few = {}, {}
+        for name, (p, truth) in zip(self.classes, (column.T for column in stats.unbind(1))):
+            known = ~truth.isnan()
+            ill = truth[known] == 1
+            fewer = min(int(ill.sum()), int((~ill).sum()))
+            calibration[name] = metrics.best_threshold(p[known], ill) if fewer >= FEWEST_FOR_THRESHOLD else 0.5
+            if fewer < FEWEST_FOR_THRESHOLD:
+                few[name] = [fewer, FEWEST_FOR_THRESHOLD]
+        return calibration | ({"few": few} if few else {})
+
+    def compute(self, stats, weights, calibration):
+        """Area under the ROC curve and average precision of each sign, and their means over the signs that occur."""
+        areas = {"auc": [], "aupr": []}
+        for p, truth in (column.T for column in stats.double().unbind(1)):
+            known = ~truth.isnan()
+            there, w = truth[known] == 1, weights[:, known]
+            areas["auc"].append(metrics.roc_area(p[known], there, w))
+            areas["aupr"].append(metrics.ranked_precision(p[known], there, w))
+        values = {}
+        for name, of_signs in areas.items():
+            values[name] = torch.stack(of_signs, 1).nanmean(1)
+            values |= {f"{name}_{sign}": area for sign, area in zip(self.classes, of_signs)}
+        return values
+
+    def scored_columns(self, stats, calibration):
+        return {f"sign_{name}{end}": round(v, 4) if v == v else "" for name, both in zip(self.classes, stats.tolist())
+                for end, v in zip(("_p", "_true"), both)}
+
+    def predicted_columns(self, answer, sample, calibration):
+        columns = {}
+        for name, p in zip(self.classes, answer.tolist()):
+            columns |= {f"sign_{name}": "yes" if p >= calibration[name] else "no", f"sign_{name}_p": round(p, 4)}
+        return columns
+
+    def caption(self, columns):
+        there = [name for name in self.classes if columns[f"sign_{name}"] == "yes"]
+        return [f"signs: {', '.join(there) or 'none'}"]
 
 
 # ---- masks ----

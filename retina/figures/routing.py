@@ -75,7 +75,7 @@ def two_heatmaps(titles: Sequence[str], rows: Sequence[str], real: Tensor, shuff
 
 def label_word(ctx: FigureContext) -> str:
     """What the labels of photographs are, by which routes are told apart."""
-    return "class" if ctx.run.options["classes"] else "retinopathy grade"
+    return "class" if ctx.run.options["names"].get("category") else "retinopathy grade"
 
 
 def by_label(ctx: FigureContext, shares: Tensor, experts: Sequence[int]) -> list[Image.Image]:

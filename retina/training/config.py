@@ -117,7 +117,7 @@ def as_dict(config: Config) -> dict:
 
 def result_options(config: Config) -> dict:
     """The same without the fields that the result does not depend on."""
-    return {k: v for k, v in as_dict(config).items() if k not in OF_MACHINE}
+    return {k: v for k, v in as_dict(config).items() if k not in (*OF_MACHINE, "names")}  # names follow from the data
 
 
 # ---- defaults that depend on the data and the device ----
@@ -191,6 +191,12 @@ def side_notes(tasks: Sequence) -> list[str]:
             for names in found if names]
 
 
+def names_for(data_set: records.DataSet, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Of the data set's names, see DataSet.names, those of labels that some of the `tasks` learn from."""
+    return {label: names for label, names in data_set.names().items() if
+            records.LABELS["fine" if label == "broad" else label].task in tasks}
+
+
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                      model: ModuleType) -> tuple[Config, list[str]]:
     """The typed values, and defaults for the others; -> configuration, notes to print and to store.
@@ -202,8 +208,8 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
     splits.read_fold(given.get("fold", config_class.fold))
     values = resolve_experts(config_class, given, tasks, model)
     root = readers.find_data(given.get("data"))
-    # a wrong folder is told before anything is downloaded; drawings are never wrong
-    data_set = records.DataSet([]) if root is None else readers.read_data(root)
+    # a wrong folder is told before anything is downloaded
+    data_set = readers.read_data(root)
     if "fold" in given and any(r.split == "val" for r in data_set.records):
         raise InputError(f"--fold {given['fold']}: {root} names its own validation split; leave --fold out")
     notes = list(data_set.notes)
@@ -229,7 +235,7 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
     typed = {k: v for k, v in given.items() if k in flags_of(config_class)}
     config = config_class(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
-                     {"data": root and str(root.resolve()), "classes": data_set.classes}))
+                     {"data": root and str(root.resolve()), "names": names_for(data_set, tasks)}))
     precision.check_precision(config.precision, device)
     return config, notes
 

@@ -1,0 +1,158 @@
+"""How sentences are scored: BLEU, and what they say.
+
+BLEU: Papineni et al. 2002, ACL, "BLEU: a method for automatic evaluation of machine translation"; of a whole corpus,
+its edge cases as sacrebleu has them (Post 2018, arXiv 1804.08771, smoothing "exp").
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retina.datasets import descriptions
+from retina.evaluation import metrics
+from retina.evaluation.task_metrics import TaskMetrics
+
+
+# n photographs, D weightings of them, L places of a sentence, N = 4 orders of n-grams
+ORDERS = 4
+COUNTS = 2 * ORDERS + 2
+
+
+def ngrams(words: Sequence, order: int) -> Counter:
+    """How often each run of `order` words occurs."""
+    return Counter(zip(*(words[k:] for k in range(order))))
+
+
+def bleu_counts(answer: Sequence, truth: Sequence) -> list[int]:
+    """Of each order the n-grams of the answer that the truth has as well, and all of them; words of both: 2 N + 2."""
+    matches = [(ngrams(answer, n) & ngrams(truth, n)).total() for n in range(1, ORDERS + 1)]
+    return matches + [max(0, len(answer) + 1 - n) for n in range(1, ORDERS + 1)] + [len(answer), len(truth)]
+
+
+def bleu(counts: Tensor, order: int) -> Tensor:
+    """BLEU up to `order` words, 0 to 100, from sums of bleu_counts over a corpus (D, 2 N + 2) -> (D,).
+
+        100 * min(1, e^(1 - r / c)) * (p_1 ... p_order)^(1 / order)      (Papineni et al. 2002, section 2.3)
+
+    p are matches / all; the k-th order without a match has 1 / (2^k all) instead. 0 where no word matches, or where no
+    sentence has as many words as an order.
+    """
+    matches, every = counts[:, :ORDERS], counts[:, ORDERS:2 * ORDERS]
+    answered, true = counts[:, 2 * ORDERS:].unbind(1)
+    missed = (matches == 0) & (every > 0)
+    p = torch.where(missed, 0.5 ** missed.cumsum(1), matches) / every.clamp(min=1)  # (D, N)
+    brevity = torch.where(answered > 0, (1 - true / answered.clamp(min=1)).clamp(max=0).exp(), 0.0)
+    score = 100 * brevity * p[:, :order].log().mean(1).exp()
+    return torch.where(matches.any(1) & (every[:, :order] > 0).all(1), score, 0.0)
+
+
+def stutters(words: Sequence) -> bool:
+    """Whether some words stand twice in a row."""
+    return any(words[i:i + k] == words[i + k:i + 2 * k] for k in range(1, len(words) // 2 + 1)
+               for i in range(len(words) - 2 * k + 1))
+
+
+class TextMetrics(TaskMetrics):
+    """Of sentences over the words of training; of drawn eyes also what they say, slot by slot."""
+    title = "sentence"
+    vocabulary: Sequence[str]
+    pad: int  # numbers of no word,
+    unknown: int  # of a word that is not in the vocabulary,
+    end: int  # of the end of a sentence, after which the words of the vocabulary follow
+
+    @property
+    def grammar(self) -> bool:
+        """Whether the sentences are those of drawn eyes."""
+        return bool(self.vocabulary) and set(self.vocabulary) <= descriptions.GRAMMAR_WORDS
+
+    @property
+    def primary(self) -> str:
+        return "slots" if self.grammar else "exact"
+
+    def words(self, numbers: Tensor) -> list[str]:
+        """The words with these numbers, up to the end of the sentence; ? is an unknown one."""
+        words = []
+        for k in numbers.int().tolist():
+            if k in (self.pad, self.end):
+                break
+            words.append("?" if k == self.unknown else self.vocabulary[k - self.end - 1])
+        return words
+
+    def text(self, numbers: Tensor) -> str:
+        """The same as a sentence."""
+        return descriptions.sentence(self.words(numbers))
+
+    def told(self, answer: Tensor, truth: Tensor) -> list[float]:
+        """Of one photograph: bleu_counts, exact, stuttering; with a grammar also readable, slots that the truth has, that
+
+        the answer has, that agree, and whether the side does.
+        """
+        said, true = self.words(answer), self.words(truth)
+        # what an unknown word is, nobody knows: no word of the answer is the same
+        values = [*bleu_counts(said, [None if w == "?" else w for w in true]),
+                  float(said == true and "?" not in true), float(stutters(said))]
+        if self.grammar:
+            read, facts = (descriptions.read(self.text(numbers)) for numbers in (answer, truth))
+            here, there = ({k: v for k, v in (slots or {}).items() if v is not None} for slots in (read, facts))
+            values += [float(read is not None), len(there), len(here),
+                       sum(here.get(k) == v for k, v in there.items()),
+                       float(here.get("side") == there["side"]) if there else math.nan]
+        return values
+
+    def image_stats(self, answer, target, accumulator=None):
+        """(n, F + 2 L): see `told`; numbers of the words of answer and truth."""
+        told = torch.tensor([self.told(*both) for both in zip(answer.cpu(), target.cpu())], dtype=torch.float64)
+        return torch.cat([told.to(answer.device), answer, target], 1)
+
+    def parts(self, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., F + 2 L) -> what is `told`, answer, truth."""
+        told = COUNTS + (7 if self.grammar else 2)
+        return stats.split([told, *[(stats.shape[-1] - told) // 2] * 2], -1)
+
+    def compute(self, stats, weights, calibration):
+        """BLEU of 1 to 4 words, exact sentences, words of the answers by words of the truth, different answers,
+
+        answers that stutter; with a grammar the share of slots of the truth that are right, of slots of the answers that
+        are, of sides, of answers that can be read.
+        """
+        told, answers, _ = self.parts(stats)
+        counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]
+        sentences, which = answers.unique(dim=0, return_inverse=True)
+        different = weights.new_zeros(len(weights), len(sentences)).index_add_(1, which, weights) > 0
+        values = {f"bleu{n}": bleu(counts, n) for n in range(1, ORDERS + 1)}
+        values |= {"exact": metrics.mean(exact, weights), "length_ratio": counts[:, -2] / counts[:, -1],
+                   "different": different.sum(1).double(), "stutters": metrics.mean(stutters, weights)}
+        if self.grammar:
+            readable, there, here, right, side = told[:, COUNTS + 2:].unbind(1)
+            values = {"slots": weights @ right / (weights @ there), "slots_precision": weights @ right /
+                      (weights @ here), "side": metrics.mean(side, weights),
+                      "readable": metrics.mean(readable, weights)} | values
+        return values
+
+    def right(self, stats):
+        """Which photographs have the true sentence: (n,) bool."""
+        return stats[:, COUNTS] > 0.5
+
+    def constant_guess(self, targets):
+        """Of the hundred most frequent sentences the one with the highest primary metric, of equal ones BLEU."""
+        sentences, number = targets.unique(dim=0, return_counts=True)
+        best, ones = (), torch.ones(1, len(targets), dtype=torch.float64)
+        for sentence in sentences[number.argsort(descending=True, stable=True)[:100]]:
+            values = self.compute(self.image_stats(sentence.expand_as(targets), targets), ones, {})
+            key = float(values[self.primary]), float(values["bleu4"])
+            best = max(best, (*key, sentence), key=lambda x: x[:2])
+        return best[2][None]
+
+    def scored_columns(self, stats, calibration):
+        told, answer, truth = self.parts(stats)
+        return {"text": self.text(answer), "text_true": self.text(truth),
+                "text_bleu4": round(float(bleu(told[None, :COUNTS], ORDERS)), 2)}
+
+    def predicted_columns(self, answer, sample, calibration):
+        return {"text": self.text(answer)}
+
+    def caption(self, columns):
+        return [f"in words: {columns['text']}"]
