@@ -66,7 +66,7 @@ class TextMetrics(TaskMetrics):
     @property
     def grammar(self) -> bool:
         """Whether the sentences are those of drawn eyes."""
-        return bool(self.vocabulary) and set(self.vocabulary) <= descriptions.GRAMMAR_WORDS
+        return {"eye", ".", "retinopathy"} <= set(self.vocabulary) <= descriptions.GRAMMAR_WORDS  # these are in each
 
     @property
     def primary(self) -> str:
