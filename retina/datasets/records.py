@@ -308,7 +308,7 @@ class TextLabel(Label):
     section = "texts"
 
     def parse(self, text, what):
-        if not words(text):
+        if not re.search(r"\w", text):  # "-"
             raise InputError(f"{what} is {text!r}, expected words, or nothing where there are none")
         return text
 
