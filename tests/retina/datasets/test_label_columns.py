@@ -122,7 +122,7 @@ def test_the_words_of_training():
         return [Record(f"{i}", None, labels={"text": t} if t else {}) for i, t in enumerate(texts)]
     known, said = data.vocabulary(with_text("b a, b", "A b c c c", None, "b d"), with_text("d a e", None))
     assert known == ["b", "a"]
-    assert said == ("text: 2 words, in texts of up to 5; 3 that one text of training has, and 2 of validation, count as "
-                    "unknown")
+    assert said == ("text: 2 words, in texts of up to 5; 3 that one text of training has, and 2 of validation, count "
+                    "as unknown")
     assert data.vocabulary(with_text("a " * 64), [])[1].endswith("; what comes after 63 words is cut off")
     assert "cut off" not in data.vocabulary(with_text("a " * 63), [])[1]
