@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from retina.datasets import descriptions
+from retina.datasets.records import Record
 from retina.evaluation import metrics
+from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import TaskMetrics
 
 
@@ -139,12 +141,13 @@ class TextMetrics(TaskMetrics):
     def constant_guess(self, targets):
         """Of the hundred most frequent sentences the one with the highest primary metric, of equal ones BLEU."""
         sentences, number = targets.unique(dim=0, return_counts=True)
-        best, ones = (), torch.ones(1, len(targets), dtype=torch.float64)
-        for sentence in sentences[number.argsort(descending=True, stable=True)[:100]]:
-            values = self.compute(self.image_stats(sentence.expand_as(targets), targets), ones, {})
-            key = float(values[self.primary]), float(values["bleu4"])
-            best = max(best, (*key, sentence), key=lambda x: x[:2])
-        return best[2][None]
+
+        def worth(sentence):
+            stats = self.image_stats(sentence.expand_as(sentences), sentences)
+            values = self.compute(stats, number[None].double(), {})
+            return float(values[self.primary]), float(values["bleu4"])
+
+        return max(sentences[number.argsort(descending=True, stable=True)[:100]], key=worth)[None]
 
     def scored_columns(self, stats, calibration):
         told, answer, truth = self.parts(stats)
@@ -156,3 +159,26 @@ class TextMetrics(TaskMetrics):
 
     def caption(self, columns):
         return [f"in words: {columns['text']}"]
+
+
+# ---- what answers are held against ----
+
+def guesses(task: TextMetrics, scores: SplitScores, training: Sequence[Record],
+            targets: Tensor) -> dict[str, SplitScores]:
+    """Scores of sentences that need no decoder: the best constant one; a random one of training (seed 0), of the grade
+
+    that the run predicts, where it predicts grades. `targets` (m, L) are those of the `training` photographs.
+    """
+    names, truth = scores.names[task.name], task.parts(scores.stats[task.name])[2].long()
+    grades, rng, same = {}, torch.Generator().manual_seed(0), "a random one of training"
+    for other in scores.tasks:
+        if other.name == "cls" and "cls" in scores.stats:
+            same = f"{same} with the predicted {other.title}"
+            grades = dict(zip(scores.names["cls"], map(other.word, scores.stats["cls"][:, :-1].argmax(1).tolist())))
+            known = [r.labels.get(other.label) for r in training]
+    every = list(range(len(training)))
+    drawn = [choices[int(torch.randint(len(choices), (), generator=rng))] for choices in (
+        [i for i in every if known[i] == grades[name]] or every if name in grades else every for name in names)]
+    answers = {"the best constant sentence": task.constant_guess(targets).expand_as(truth), same: targets[drawn]}
+    return {title: SplitScores([task], {task.name: names}, {task.name: task.image_stats(answer, truth)},
+                               eyes=scores.eyes) for title, answer in answers.items()}
