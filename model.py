@@ -587,21 +587,25 @@ class TextHead(nn.Module):
         return F.pad(torch.stack(scores, 1), (0, 0, 0, LONGEST - len(scores)))
 
     def build(self, channels: Sequence[int], width: int) -> None:
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.laterals = nn.ModuleList(ConvNormAct(c, width, 1) for c in channels)
         self.blocks = nn.ModuleList(TextBlock(width, 4, dropout=0.1) for _ in range(2))
         self.norm_maps = nn.LayerNorm(width)
 
     def look(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What each block remembers of the photograph: one place for each position of each map."""
-        places = []
+        """What each block remembers of the photograph: a place for each position of each map, and one for its average,
+
+        which tells how much there is of something: a weighted mean over places does not count them.
+        """
+        places, averages = [], []
         for conv, x in zip(self.laterals, maps):
             x = conv(x)
+            averages.append(x.mean((2, 3))[:, None])
             # where it lies, in 64ths of the sides: without it nothing could tell left from right
             rows, columns = (sinusoids((torch.arange(n, device=x.device) + 0.5) * 64 / n, x.shape[1] // 2)
                              for n in x.shape[2:])  # (h, W/2), (w, W/2)
             where = torch.cat([rows[:, None].expand(-1, len(columns), -1), columns.expand(len(rows), -1, -1)], 2)
             places.append(x.flatten(2).transpose(1, 2) + where.flatten(0, 1))  # (n, h*w, W)
-        places = self.norm_maps(torch.cat(places, 1))  # (n, M, W)
+        places = self.norm_maps(torch.cat([*places, *averages], 1))  # (n, M, W)
         return [block.photograph.remember(places) for block in self.blocks]
 
     def next_words(self, words: Tensor, seen) -> Tensor:

@@ -31,9 +31,18 @@ TOP_BOTTOM = {a: b for pair in (("above", "below"), ("upper", "lower"), ("superi
 
 
 def mirrored(text: str, left_right: bool, top_bottom: bool) -> str:
-    """What `text` says of a photograph whose sides, or whose top and bottom, have changed places."""
+    """What `text` says of a photograph whose sides, or whose top and bottom, have changed places.
+
+    "Above and below" stays as it is, since it is the same turned round.
+    """
     pairs = (LEFT_RIGHT if left_right else {}) | (TOP_BOTTOM if top_bottom else {})
-    return re.sub(r"[a-z]+", lambda word: pairs.get(word[0], word[0]), text)
+
+    def turned(match):
+        both = match[0].split(" and ")
+        return match[0] if len(both) == 2 and pairs.get(both[0]) == both[1] else \
+            " and ".join(pairs.get(word, word) for word in both)
+
+    return re.sub(r"[a-z]+( and [a-z]+)?", turned, text)
 
 
 # ---- drawn eyes ----
