@@ -302,8 +302,8 @@ def vocabulary(training: Sequence[Record], validation: Sequence[Record]) -> tupl
     known = sorted((w for w, n in counts.items() if n > 1), key=lambda w: (-counts[w], w))
     lost = [w for r in validation if r.text for w in words(r.text) if w not in set(known)]
     longest = max((len(words(r.text)) for r in training if r.text), default=0)
-    return known, (f"text: {len(known)} words, in texts of up to {longest}; {len(counts) - len(known)} that one text of "
-                   f"training has, and {len(lost)} of validation, count as unknown" +
+    return known, (f"text: {len(known)} words, in texts of up to {longest}; {len(counts) - len(known)} of training, "
+                   f"which a single text has, and {len(lost)} of validation count as unknown" +
                    f"; what comes after {LONGEST - 1} words is cut off" * (longest >= LONGEST))
 
 
@@ -338,8 +338,8 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
             (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     names = dict(config.names)
-    findings = {"names": names, "leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
-                          **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
+    findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
+                          **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}}, "names": names,
                 "left_out_for_validation": validated, "conflicts": [c.as_dict() for c in conflicts],
                 "notes": notes}
     if config.augment and config.flips:

@@ -491,7 +491,7 @@ LONGEST = 64  # words of a sentence, its end included
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Positions (...,) -> (..., width), sin and cos of position / 10000^(2i / width) (Vaswani et al. 2017, sec. 3.5)."""
+    """Positions (...,) -> (..., width): sin and cos of position / 10000^(2i / width) (Vaswani et al. 2017, 3.5)."""
     angles = positions[..., None] * 10000 ** (-torch.arange(0, width, 2, device=positions.device) / width)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
@@ -619,7 +619,7 @@ class TextHead(nn.Module):
 
 
 class GRUTextHead(TextHead):
-    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with the averages of the maps."""
+    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with averages of the maps."""
 
     def build(self, channels, width):
         self.begin, self.gru = nn.Linear(sum(channels), width), nn.GRU(width, width, batch_first=True)

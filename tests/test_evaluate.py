@@ -122,7 +122,8 @@ def test_folders_with_a_test_part_alone_are_scored_by_the_classes_of_the_run(tmp
     with pytest.raises(InputError, match="no photograph of its test split has a label for cls"):
         evaluate.split_records(run_of(tmp_path, "cls"), tmp_path / "X", "test")
     with pytest.raises(InputError, match="--tasks cls: photographs with its label in .*X: 0 for training"):
-        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "X"), names={"category": ["2", "3", "10"]}), tmp_path / "run")
+        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "X"), names={"category": ["2", "3", "10"]}),
+                  tmp_path / "run")
 
 
 def test_a_table_of_test_rows_alone_is_scored(tmp_path):

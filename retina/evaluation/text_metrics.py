@@ -88,9 +88,9 @@ class TextMetrics(TaskMetrics):
         return descriptions.sentence(self.words(numbers))
 
     def told(self, answer: Tensor, truth: Tensor) -> list[float]:
-        """Of one photograph: bleu_counts, exact, stuttering; with a grammar also readable, slots that the truth has, that
+        """Of one photograph: bleu_counts, exact, stuttering. With a grammar also: readable; how many slots the truth has,
 
-        the answer has, that agree, and whether the side does.
+        the answer has, are the same; whether the side is.
         """
         said, true = self.words(answer), self.words(truth)
         # what an unknown word is, nobody knows: no word of the answer is the same
@@ -115,10 +115,10 @@ class TextMetrics(TaskMetrics):
         return stats.split([told, *[(stats.shape[-1] - told) // 2] * 2], -1)
 
     def compute(self, stats, weights, calibration):
-        """BLEU of 1 to 4 words, exact sentences, words of the answers by words of the truth, different answers,
+        """BLEU-1 to 4; shares of sentences that are exact, that stutter; words of the answers by words of the truth; the
 
-        answers that stutter; with a grammar the share of slots of the truth that are right, of slots of the answers that
-        are, of sides, of answers that can be read.
+        number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of the
+        answers that are, of sides that are, of answers that can be read.
         """
         told, answers, _ = self.parts(stats)
         counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]

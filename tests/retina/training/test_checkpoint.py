@@ -569,7 +569,8 @@ def halve(path: Path) -> None:
     (0, lambda path: Image.new("RGB", (40, 40)).save(path), "changed while it was in use")],
     ids=["deleted", "truncated", "replaced"])
 def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatch, spoil, said, workers):
-    options = replace(SHORT, tasks=("cls",), data=str(classes), names={"category": ["a", "b"]}, batch_size=3, workers=workers)
+    options = replace(SHORT, tasks=("cls",), data=str(classes), names={"category": ["a", "b"]}, batch_size=3,
+                      workers=workers)
     images = [path for path in classes.rglob("*.png") if path.parts[-3] == "train"]
     train.fit(options, tmp_path / "whole", quiet=True)
     shutil.copytree(classes, tmp_path / "kept")
