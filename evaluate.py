@@ -95,7 +95,7 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     the run's tasks, or the data set has other classes than the run.
     """
     found, known = read_data(root, run.options["names"].get("category", ())), run.options["names"]
-    for label, names in found.names().items():
+    for label, names in found.names([t.label for t in run.tasks]).items():
         if new := [name for name in names if label in known and name not in known[label]]:
             raise InputError(f"{root or 'drawn photographs'}: {label} has {', '.join(new[:12])}, but {run.folder} was "
                              f"trained on {', '.join(known[label][:12])}; expected none but these")

@@ -133,7 +133,8 @@ class Signs(SignMetrics, Task):
 
     def loss(self, output, target, all_reduce_sum=model.identity):
         known = (~target.isnan()).to(output.dtype)
-        entropy = F.binary_cross_entropy_with_logits(output, target.nan_to_num(), known, reduction="sum")
+        truth = target.nan_to_num().to(output.dtype)
+        entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
         return all_reduce_sum(entropy) / all_reduce_sum(known.sum()).clamp(min=1)
 
     def decode(self, output):

@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -231,15 +231,16 @@ class ClassLabel(Label):
         return mirrored(value, left_right, top_bottom) if self.sided else value
 
     def names(self, values):
-        """Numbered ones in the order of their numbers."""
-        return [] if self.number else sorted(set(values), key=number_first)
+        """Numbered ones in the order of their numbers; with those of mirror images."""
+        every = {self.mirrored(v, *sides) for v in values for sides in itertools.product((False, True), repeat=2)}
+        return [] if self.number else sorted(every, key=number_first)
 
     def summary(self, records):
         """How often each class occurs, and what a constant guess scores."""
         counts = Counter(self.known(records))
         if not counts:
             return {}
-        classes = sorted(counts) if self.number else self.names(counts)
+        classes = sorted(counts, key=None if self.number else number_first)
         guess = max(classes, key=counts.__getitem__)  # the first of equals
         return {self.name: {"counts": {str(c): counts[c] for c in classes}, "constant_guess": str(guess),
                             "constant_accuracy": round(counts[guess] / counts.total(), 4)}}
@@ -561,16 +562,17 @@ class DataSet:
     records: list[Record]
     notes: tuple[str, ...] = ()
 
-    def names(self) -> dict[str, list[str]]:
-        """{label: names of its classes or signs}, where these are the data set's own; see Label.names.
+    def names(self, labels: Collection[str]) -> dict[str, list[str]]:
+        """{label: names of its classes or signs}, of those `labels` where these are the data set's own; see Label.names.
 
         "broad": of each fine class the class folder or the grade that all of its photographs have, where there is one.
         """
-        found = {name: names for name, label in LABELS.items() if (names := label.names(label.known(self.records)))}
+        found = {name: names for name in labels if (names := LABELS[name].names(LABELS[name].known(self.records)))}
         broad = defaultdict(set)
-        for r in self.records:
+        for r in self.records if "fine" in found else ():
             if r.fine is not None:
                 broad[r.fine].add(r.grade if r.category is None else r.category)
         if broad and all(len(values) == 1 and None not in values for values in broad.values()):
-            found["broad"] = [str(*broad[name]) for name in found["fine"]]
+            mirror = {m: name for name in broad for m in LABELS["fine"].names([name])}
+            found["broad"] = [str(*broad[mirror[name]]) for name in found["fine"]]
         return found

@@ -477,7 +477,7 @@ def test_photographs_of_every_format_count(folders):
 def test_folders_of_classes(folders):
     (folders / "train" / "rose" / "Thumbs.db").write_text("litter")
     found = read_data(folders)
-    assert found.names() == {"category": ["9", "10", "daisy", "rose"]}
+    assert found.names(["category"]) == {"category": ["9", "10", "daisy", "rose"]}
     assert Counter((r.split, r.category) for r in found.records) == {(p, c): n for p, n in (("train", 5), ("test", 2))
                                                                      for c in ("9", "10", "daisy", "rose")}
     assert all(r.grade is None and r.name.split("/")[1] == r.category for r in found.records)

@@ -47,11 +47,14 @@ found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, some grades: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
     found[i] = found[i].with_labels(masks=masks, landmarks=found[i].landmarks if i % 2 else None,
-                                    grade=None if i in (1, 2, 4) else found[i].grade)
+                                    grade=None if i in (1, 2, 4) else found[i].grade,
+                                    text=found[i].text if i % 2 else None, fine=None if i % 2 else found[i].fine,
+                                    signs=found[i].signs if i in (1, 2) else None)
+NAMES = {"text": data.vocabulary(found, [])[0], **readers.read_drawn().names(["fine", "signs"])}
 
 def learn(world, options):
     torch.manual_seed(0)
-    net, task_list = tasks.build_net(asdict(options))
+    net, task_list = tasks.build_net(asdict(replace(options, names=NAMES)))
     net.double()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -72,7 +75,7 @@ def learn(world, options):
 
 def scored(world):
     torch.manual_seed(0)
-    net, task_list = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
+    net, task_list = tasks.build_net(asdict(Config(tasks=tuple(tasks.TASKS), names=NAMES)))
     photographs = data.FundusDataset(readers.read_drawn().records, 64)
     loader = data.eval_loader(photographs, task_list, 4, world=world)
     found = scoring.evaluate_split(net, loader, task_list, world=world)
@@ -123,13 +126,13 @@ def run(folder: Path, processes: int, program: str, *words, launcher: str = FORK
 # ---- gradients ----
 
 CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "moe_at": "decoder"}, {"num_experts": 0},
-           {"router": "private", "top_k": 1, "balance_weight": 0.0}]
+           {"router": "private", "num_experts": 7, "top_k": 1, "balance_weight": 0.0, "text_decoder": "gru"}]
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """What one process, and each of two, learned and scored."""
-    same = {"tasks": ("cls", "dme", "seg", "loc"), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
+    same = {"tasks": tuple(TASKS), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):  # the first without torchrun
@@ -271,7 +274,7 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     assert output.count("best checkpoint: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
     whole = tmp_path / "runs" / "whole"
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 6
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 5
     stored = torch.load(whole / "last.pt", weights_only=True)
     first, second, third = (g["torch"] for g in stored["generators"])
     assert stored["machine"]["processes"] == 3 and not torch.equal(first, second) and not torch.equal(second, third)
