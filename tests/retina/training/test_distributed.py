@@ -152,7 +152,7 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
         for name in one["gradients"]:
             groups[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
         experts = set() if change == {"num_experts": 0} else {"experts"}
-        assert groups.keys() == {"encoder", "cls", "dme", "seg", "loc"} | experts | ({"blocks"} & groups.keys())
+        assert groups.keys() == {"encoder", *TASKS} | experts | ({"blocks"} & groups.keys())
         for group, names in groups.items():
             largest = max(float(one["gradients"][n].abs().max()) for n in names)
             apart = max(float((one["gradients"][n] - two["gradients"][n]).abs().max()) for n in names)
