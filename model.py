@@ -558,7 +558,7 @@ class TextHead(nn.Module):
 
     def __init__(self, spec: FeatureSpec, vocabulary: int, width: int = 128):
         super().__init__()
-        self.reads = slice(min(2, spec.routed), spec.routed + 1)  # strides 8, 16, 32, or 4
+        self.reads = slice(1, spec.routed + 1)  # strides 4, 8, 16, 32, or 4
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.norm = nn.LayerNorm(width)
@@ -567,7 +567,7 @@ class TextHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
         maps, answers = maps[self.reads], []
-        seen = self.look([F.avg_pool2d(m, 2) for m in maps] if self.reads.start == 1 else maps)
+        seen = self.look(maps)
         if target is not None:
             if self.training:
                 target = target[:, :max(1, int((target != PAD).sum(1).max()) if len(target) else 1)]
@@ -592,14 +592,16 @@ class TextHead(nn.Module):
         self.norm_maps = nn.LayerNorm(width)
 
     def look(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What each block remembers of the photograph: a place for each position of each map, and one for its average,
+        """What each block remembers of the photograph: a place for each position of each map but the finest, and one for
 
-        which tells how much there is of something: a weighted mean over places does not count them.
+        the average of each: a weighted mean over places does not tell how much there is of something.
         """
         places, averages = [], []
-        for conv, x in zip(self.laterals, maps):
+        for i, (conv, x) in enumerate(zip(self.laterals, maps)):
             x = conv(x)
             averages.append(x.mean((2, 3))[:, None])
+            if i == 0 and len(maps) > 1:  # four times as many positions as all others together
+                continue
             # where it lies, in 64ths of the sides: without it nothing could tell left from right
             rows, columns = (sinusoids((torch.arange(n, device=x.device) + 0.5) * 64 / n, x.shape[1] // 2)
                              for n in x.shape[2:])  # (h, W/2), (w, W/2)

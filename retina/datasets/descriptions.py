@@ -33,16 +33,16 @@ TOP_BOTTOM = {a: b for pair in (("above", "below"), ("upper", "lower"), ("superi
 def mirrored(text: str, left_right: bool, top_bottom: bool) -> str:
     """What `text` says of a photograph whose sides, or whose top and bottom, have changed places.
 
-    "Above and below" stays as it is, since it is the same turned round.
+    "above and below" says the same of both, and stays; "Left" becomes "Right".
     """
     pairs = (LEFT_RIGHT if left_right else {}) | (TOP_BOTTOM if top_bottom else {})
 
-    def turned(match):
-        both = match[0].split(" and ")
-        return match[0] if len(both) == 2 and pairs.get(both[0]) == both[1] else \
-            " and ".join(pairs.get(word, word) for word in both)
+    def other(found: re.Match) -> str:
+        word, new = found[0], pairs.get(found[0].lower())
+        return word if new is None else new.upper() if word.isupper() else new.title() if word.istitle() else new
 
-    return re.sub(r"[a-z]+( and [a-z]+)?", turned, text)
+    both = "|".join(f"{a} and {b}" for a, b in pairs.items())
+    return re.sub(rf"\b(?:{both})\b|[a-z]+" if both else "[a-z]+", other, text, flags=re.IGNORECASE)
 
 
 # ---- drawn eyes ----

@@ -42,7 +42,7 @@ LESION_COLOURS = dict(zip(LESIONS, ((86, 180, 233), (213, 94, 0), (0, 158, 115),
 @dataclass(frozen=True)
 class Conflict:
     """Copies of one photograph that carry different values of one label."""
-    label: str  # the name of a label, a landmark or a lesion
+    label: str  # the name of a label, a landmark, a lesion or a sign
     names: tuple[str, ...]  # of the copies
     values: tuple
     used: object  # the value that training uses; None: none of them
@@ -272,9 +272,15 @@ class SignsLabel(Label):
                 signs[column.removeprefix(prefix)] = int(cell[0])
         return signs or None
 
-    def resolve_conflict(self, values):
+    def join(self, known, sizes, size):
         """A sign that is there in one copy is there: it was looked at twice, and missing it is the worse mistake."""
-        return {name: max(v.get(name, 0) for v in values) for v in values for name in v}
+        signs, conflicts = {}, []
+        for sign in self.names(known.values()):
+            values = {name: value[sign] for name, value in known.items() if sign in value}
+            signs[sign] = max(values.values())
+            if len(set(values.values())) > 1:
+                conflicts.append(Conflict(sign, tuple(values), tuple(values.values()), signs[sign]))
+        return signs, conflicts
 
     def names(self, values):
         return list(dict.fromkeys(name for value in values for name in value))
@@ -303,7 +309,7 @@ class TextLabel(Label):
     section = "texts"
 
     def parse(self, text, what):
-        if not words(text):
+        if not re.search(r"\w", text):  # "-"
             raise InputError(f"{what} is {text!r}, expected words, or nothing where there are none")
         return text
 

@@ -118,7 +118,7 @@ def ranked_precision(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor
     values, group = score.unique(return_inverse=True)  # ascending
     others, true = (torch.zeros(len(weights), len(values), dtype=torch.float64).index_add_(1, group, weights * member)
                     for member in ((~positive).double(), positive.double()))
-    return average_precision(others, true)
+    return torch.where(true.sum(1) > 0, average_precision(others, true), NAN)  # of no photograph at all it is 0
 
 
 def one_vs_rest_area(probabilities: Tensor, truth: Tensor, weights: Tensor) -> Tensor:

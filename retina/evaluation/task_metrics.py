@@ -239,7 +239,9 @@ class FineMetrics(ClassMetrics):
             summed = torch.zeros(len(p), len(names), dtype=p.dtype).index_add_(1, of, p)
             values["broad_accuracy"] = metrics.accuracy(of[truth], summed.argmax(1), weights)
             if all(name.isdecimal() for name in names):
-                values["broad_kappa"] = metrics.quadratic_kappa(of[truth], summed.argmax(1), len(names), weights)
+                grade = torch.tensor([int(name) for name in names])  # some may have no class
+                values["broad_kappa"] = metrics.quadratic_kappa(grade[of[truth]], grade[summed.argmax(1)],
+                                                                int(grade.max()) + 1, weights)
         return values | super().compute(stats, weights, calibration)
 
     def predicted_columns(self, answer, sample, calibration):

@@ -7,6 +7,7 @@ its edge cases as sacrebleu has them (Post 2018, arXiv 1804.08771, smoothing "ex
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ ORDERS = 4
 COUNTS = 2 * ORDERS + 2
 
 
-def ngrams(words: Sequence, order: int) -> Counter:
-    """How often each run of `order` words occurs."""
+@lru_cache(1 << 14)  # the same sentences come again and again
+def ngrams(words: tuple, order: int) -> Counter:
+    """How often each run of `order` words occurs; not to be changed."""
     return Counter(zip(*(words[k:] for k in range(order))))
 
 
-def bleu_counts(answer: Sequence, truth: Sequence) -> list[int]:
+def bleu_counts(answer: tuple, truth: tuple) -> list[int]:
     """Of each order the n-grams of the answer that the truth has as well, and all of them; words of both: 2 N + 2."""
     matches = [(ngrams(answer, n) & ngrams(truth, n)).total() for n in range(1, ORDERS + 1)]
     return matches + [max(0, len(answer) + 1 - n) for n in range(1, ORDERS + 1)] + [len(answer), len(truth)]
@@ -51,6 +53,13 @@ def bleu(counts: Tensor, order: int) -> Tensor:
     return torch.where(matches.any(1) & (every[:, :order] > 0).all(1), score, 0.0)
 
 
+@lru_cache(1 << 12)
+def slots_of(words: tuple[str, ...]) -> dict[str, str]:
+    """The slots that a sentence fills; {}: it cannot be read. Not to be changed."""
+    read = descriptions.read(descriptions.sentence(words)) or {}
+    return {slot: value for slot, value in read.items() if value is not None}
+
+
 def stutters(words: Sequence) -> bool:
     """Whether some words stand twice in a row."""
     return any(words[i:i + k] == words[i + k:i + 2 * k] for k in range(1, len(words) // 2 + 1)
@@ -68,7 +77,7 @@ class TextMetrics(TaskMetrics):
     @property
     def grammar(self) -> bool:
         """Whether the sentences are those of drawn eyes."""
-        return bool(self.vocabulary) and set(self.vocabulary) <= descriptions.GRAMMAR_WORDS
+        return {"eye", ".", "retinopathy"} <= set(self.vocabulary) <= descriptions.GRAMMAR_WORDS  # these are in each
 
     @property
     def primary(self) -> str:
@@ -92,14 +101,13 @@ class TextMetrics(TaskMetrics):
 
         the answer has, are the same; whether the side is.
         """
-        said, true = self.words(answer), self.words(truth)
+        said, true = (tuple(self.words(numbers)) for numbers in (answer, truth))
         # what an unknown word is, nobody knows: no word of the answer is the same
-        values = [*bleu_counts(said, [None if w == "?" else w for w in true]),
+        values = [*bleu_counts(said, tuple(None if w == "?" else w for w in true)),
                   float(said == true and "?" not in true), float(stutters(said))]
         if self.grammar:
-            read, facts = (descriptions.read(self.text(numbers)) for numbers in (answer, truth))
-            here, there = ({k: v for k, v in (slots or {}).items() if v is not None} for slots in (read, facts))
-            values += [float(read is not None), len(there), len(here),
+            here, there = slots_of(said), slots_of(true)
+            values += [float(bool(here)), len(there), len(here),
                        sum(here.get(k) == v for k, v in there.items()),
                        float(here.get("side") == there["side"]) if there else math.nan]
         return values

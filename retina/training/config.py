@@ -185,9 +185,12 @@ def names_of_sides(names: Sequence[str]) -> list[str]:
 
 
 def side_notes(tasks: Sequence) -> list[str]:
-    """A note for each of the tasks whose classes mirror images would mix up."""
-    found = [names_of_sides(t.names) for t in tasks
-             if getattr(t, "names", None) and not records.LABELS[t.label].sided]  # whose words change along
+    """A note for each of the tasks whose classes mirror images would mix up, where the label does not follow them."""
+    def follows(label, name):
+        return any(label.mirrored(name, *sides) != name for sides in ((True, False), (False, True)))
+
+    found = [[name for name in names_of_sides(t.names) if not follows(records.LABELS[t.label], name)]
+             for t in tasks if getattr(t, "names", None)]
     return [f"classes {', '.join(names[:8])} sound like sides; a mirror image turns one into the other: use --no-flips"
             for names in found if names]
 
