@@ -122,6 +122,7 @@ class Label:
     task: str  # that learns from it, for reports
     columns: tuple[str, ...] = ()  # of tables; "sign_*" is any that begins so
     minor: bool = False  # folds are stratified by it only among photographs without a class
+    last: bool = False  # folds keep an eye of each of its classes only where photographs have no other label
     local = False  # whether a part of a photograph, cut out, has it as well
     section = ""  # of reports
 
@@ -527,9 +528,9 @@ LABELS: dict[str, Label] = {label.name: label for label in (
     ClassLabel("grade", "cls", ("grade",), number=GRADES),  # of diabetic retinopathy
     ClassLabel("edema_risk", "dme", ("edema_risk",), minor=True, number=EDEMA_RISKS),  # risk of macular edema
     ClassLabel("category", "cls"),  # the photograph's folder, in data sets that are folders of classes
-    ClassLabel("fine", "fine", ("fine",), minor=True, sided=True),  # one of many classes
-    SignsLabel("signs", "signs", ("sign_*",), minor=True),
-    TextLabel("text", "text", ("text",), minor=True),
+    ClassLabel("fine", "fine", ("fine",), minor=True, last=True, sided=True),  # one of many classes
+    SignsLabel("signs", "signs", ("sign_*",), minor=True, last=True),
+    TextLabel("text", "text", ("text",), minor=True, last=True),
     LandmarkLabel("landmarks", "loc", ("disc_x", "disc_y", "fovea_x", "fovea_y"), minor=True, landmarks=LANDMARKS),
     MaskLabel("masks", "seg", tuple(f"mask_{lesion.lower()}" for lesion in LESIONS), lesions=LESIONS))}
 

@@ -274,7 +274,7 @@ def test_three_processes_train_one_run_and_survive_the_death_of_one(tmp_path, sh
     assert output.count("best checkpoint: epoch") == 1 and output.count("| score") == 2 and "3 processes" in output
     whole = tmp_path / "runs" / "whole"
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 5
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[0]["val"]["cls"]["photographs"] == 6
     stored = torch.load(whole / "last.pt", weights_only=True)
     first, second, third = (g["torch"] for g in stored["generators"])
     assert stored["machine"]["processes"] == 3 and not torch.equal(first, second) and not torch.equal(second, third)
