@@ -79,6 +79,8 @@ def configurations_for(tasks: Sequence[str], drawn: bool = False, weights: str =
     configurations += [Configuration(f"cls_{w:g}", f"default, loss of cls times {w:g}",
                                      {"loss_weights": (f"cls={w:g}",)})
                        for w in (0.1, 10) if several and "cls" in tasks]
+    configurations += [Configuration("gru", "default, sentences by a GRU without attention",
+                                     {"text_decoder": "gru"})] * ("text" in tasks)
     configurations += [Configuration("uncertainty", "default, loss weights by uncertainty",
                                      {"loss_weights": ("uncertainty",)})] * several
     configurations += [Configuration("leaky", "default without leak protection",

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 from model import LONGEST
 from retina.datasets import cache, readers, splits
-from retina.datasets.descriptions import mirrored, words
+from retina.datasets.descriptions import words
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.quality import lowest_seen
@@ -302,17 +302,9 @@ def vocabulary(training: Sequence[Record], validation: Sequence[Record]) -> tupl
     known = sorted((w for w, n in counts.items() if n > 1), key=lambda w: (-counts[w], w))
     lost = [w for r in validation if r.text for w in words(r.text) if w not in set(known)]
     longest = max((len(words(r.text)) for r in training if r.text), default=0)
-    return known, (f"text: {len(known)} words, in texts of up to {longest}; {len(counts) - len(known)} that one text of "
-                   f"training has, and {len(lost)} of validation, count as unknown" +
+    return known, (f"text: {len(known)} words, in texts of up to {longest}; {len(counts) - len(known)} of training, "
+                   f"which a single text has, and {len(lost)} of validation count as unknown" +
                    f"; what comes after {LONGEST - 1} words is cut off" * (longest >= LONGEST))
-
-
-def check_mirrored(names: Mapping[str, Sequence[str]], root: Path | None) -> None:
-    """InputError: a fine class that tells a side, and none that is its mirror image."""
-    for name in names.get("fine", ()):
-        if lost := [m for m in (mirrored(name, True, False), mirrored(name, False, True)) if m not in names["fine"]]:
-            raise InputError(f"{root}: a mirror image of fine class {name!r} would be one of {lost[0]!r}, which is no "
-                             "class here; use --no-flips")
 
 
 def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusDataset, dict]:
@@ -324,7 +316,8 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     nothing is left of its labels in training.
     """
     root = None if config.data is None else Path(config.data)
-    records = readers.read_data(root).records
+    data_set = readers.read_data(root)
+    records = data_set.records
     all_tasks = make_tasks(TASKS, config.names)
     check_labels({"training": [r for r in records if r.split != "test"]}, tasks, all_tasks, root)  # before decoding
     joined, conflicts, notes = find_eyes(records, config.image_size, config.ignore_eyes)
@@ -337,18 +330,18 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
         [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
             (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
-    names = dict(config.names)
-    findings = {"names": names, "leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
-                          **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}},
+    names = data_set.names([t.label for t in sampled])
+    findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
+                          **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}}, "names": names,
                 "left_out_for_validation": validated, "conflicts": [c.as_dict() for c in conflicts],
                 "notes": notes}
     if config.augment and config.flips:
-        check_mirrored(names, root)
         notes += side_notes(tasks)
     crops = config.crops if config.augment and any(LABELS[t.label].local for t in tasks) else 1
     if any(t.label == "text" for t in sampled):
         names["text"], said = vocabulary(training, validation)
         notes.append(said)
+    tasks = make_tasks([t.name for t in tasks], names)
     datasets = {"training": FundusDataset(training, config.image_size, config.flips, crops),
                 "validation": FundusDataset(validation, config.image_size)}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}

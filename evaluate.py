@@ -29,7 +29,8 @@ from retina.evaluation.compare import arms_of, calibration_line, show_comparison
 from retina.evaluation.interventions import score_interventions
 from retina.evaluation.routing import labels_of
 from retina.evaluation.scoring import SplitScores, align, evaluate_split, summary, write_per_photograph
-from retina.evaluation.tables import few_seeds, table, table_of_changes
+from retina.evaluation.tables import aligned, few_seeds, measure_rows, table, table_of_changes
+from retina.evaluation.text_metrics import TextMetrics, guesses
 from retina.files import InputError, jsonable, load_tensors, run_cli
 from retina.inference.full_size import LARGEST, score_at_full_size
 from retina.inference.predictor import NOTE, Predictor, find_photographs, picture_folders, predict_all
@@ -94,7 +95,7 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     the run's tasks, or the data set has other classes than the run.
     """
     found, known = read_data(root, run.options["names"].get("category", ())), run.options["names"]
-    for label, names in found.names().items():
+    for label, names in found.names([t.label for t in run.tasks]).items():
         if new := [name for name in names if label in known and name not in known[label]]:
             raise InputError(f"{root or 'drawn photographs'}: {label} has {', '.join(new[:12])}, but {run.folder} was "
                              f"trained on {', '.join(known[label][:12])}; expected none but these")
@@ -284,6 +285,20 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     return content
 
 
+def show_guesses(run: Run, root: Path | None, scores: SplitScores, content: dict, write) -> None:
+    """Print how the run's sentences compare with such as need no decoder."""
+    task = next(t for t in run.tasks if isinstance(t, TextMetrics))
+    training = [r for r in split_records(run, root, "train") if task.labelled(r)]
+    arms = guesses(task, scores, training, torch.stack([task.target(r) for r in training]))
+    measured = {title: dict(zip(("metrics", "intervals"), (x[task.name] for x in summary([arm], [{}]))))
+                for title, arm in arms.items()}
+    own = {k: content[k][task.name] for k in ("metrics", "intervals")}
+    columns = [measure_rows(task, x["metrics"], x["intervals"]) for x in (own, *measured.values())]
+    print(aligned([["text", "the run", *measured]] + [[name, value, *(dict(c).get(name, "-") for c in columns[1:])]
+                                                      for name, value in columns[0]]))
+    write("guesses", measured)
+
+
 def show_routes(run: Run, photographs: FundusDataset, args: argparse.Namespace, write) -> None:
     """Print what the experts do, and with --routing what becomes of the scores without them."""
     batch, records = args.batch_size or run.options["batch_size"], photographs.records
@@ -304,9 +319,10 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     answered for.
     """
     paths, notes = find_photographs(args.images)
+    seen = None if run.options["names"].get("category") else run.seen
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles or run.tiles,
-                          args.batch_size or run.options["batch_size"], device, args.out,
-                          None if run.options["names"].get("category") else run.seen, args.precision, not args.no_quality_check)
+                          args.batch_size or run.options["batch_size"], device, args.out, seen, args.precision,
+                          not args.no_quality_check)
     if run.options["data"] is None:
         notes.append("warning: this run learned from drawn photographs alone; of real ones its answers mean nothing")
     print("\n".join([*notes, calibration_line(run.calibration)]))
@@ -375,6 +391,8 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
         write_per_photograph(folder / f"per_photograph{suffix}.csv", scores[0], runs[0].calibration)
         written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
+        if "text" in scores[0].stats:
+            show_guesses(runs[0], roots[0], scores[0], content, write)
         if runs[0].net.experts is not None:
             show_routes(runs[0], photographs[0], args, write)
     elif len(arms) == 1:

@@ -491,7 +491,7 @@ LONGEST = 64  # words of a sentence, its end included
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Positions (...,) -> (..., width), sin and cos of position / 10000^(2i / width) (Vaswani et al. 2017, sec. 3.5)."""
+    """Positions (...,) -> (..., width): sin and cos of position / 10000^(2i / width) (Vaswani et al. 2017, 3.5)."""
     angles = positions[..., None] * 10000 ** (-torch.arange(0, width, 2, device=positions.device) / width)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
@@ -558,7 +558,7 @@ class TextHead(nn.Module):
 
     def __init__(self, spec: FeatureSpec, vocabulary: int, width: int = 128):
         super().__init__()
-        self.reads = slice(min(2, spec.routed), spec.routed + 1)  # strides 8, 16, 32, or 4
+        self.reads = slice(1, spec.routed + 1)  # strides 4, 8, 16, 32, or 4
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.norm = nn.LayerNorm(width)
@@ -567,7 +567,7 @@ class TextHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
         maps, answers = maps[self.reads], []
-        seen = self.look([F.avg_pool2d(m, 2) for m in maps] if self.reads.start == 1 else maps)
+        seen = self.look(maps)
         if target is not None:
             if self.training:
                 target = target[:, :max(1, int((target != PAD).sum(1).max()) if len(target) else 1)]
@@ -587,21 +587,27 @@ class TextHead(nn.Module):
         return F.pad(torch.stack(scores, 1), (0, 0, 0, LONGEST - len(scores)))
 
     def build(self, channels: Sequence[int], width: int) -> None:
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.laterals = nn.ModuleList(ConvNormAct(c, width, 1) for c in channels)
         self.blocks = nn.ModuleList(TextBlock(width, 4, dropout=0.1) for _ in range(2))
         self.norm_maps = nn.LayerNorm(width)
 
     def look(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What each block remembers of the photograph: one place for each position of each map."""
-        places = []
-        for conv, x in zip(self.laterals, maps):
+        """What each block remembers of the photograph: a place for each position of each map but the finest, and one for
+
+        the average of each: a weighted mean over places does not tell how much there is of something.
+        """
+        places, averages = [], []
+        for i, (conv, x) in enumerate(zip(self.laterals, maps)):
             x = conv(x)
+            averages.append(x.mean((2, 3))[:, None])
+            if i == 0 and len(maps) > 1:  # four times as many positions as all others together
+                continue
             # where it lies, in 64ths of the sides: without it nothing could tell left from right
             rows, columns = (sinusoids((torch.arange(n, device=x.device) + 0.5) * 64 / n, x.shape[1] // 2)
                              for n in x.shape[2:])  # (h, W/2), (w, W/2)
             where = torch.cat([rows[:, None].expand(-1, len(columns), -1), columns.expand(len(rows), -1, -1)], 2)
             places.append(x.flatten(2).transpose(1, 2) + where.flatten(0, 1))  # (n, h*w, W)
-        places = self.norm_maps(torch.cat(places, 1))  # (n, M, W)
+        places = self.norm_maps(torch.cat([*places, *averages], 1))  # (n, M, W)
         return [block.photograph.remember(places) for block in self.blocks]
 
     def next_words(self, words: Tensor, seen) -> Tensor:
@@ -615,7 +621,7 @@ class TextHead(nn.Module):
 
 
 class GRUTextHead(TextHead):
-    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with the averages of the maps."""
+    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with averages of the maps."""
 
     def build(self, channels, width):
         self.begin, self.gru = nn.Linear(sum(channels), width), nn.GRU(width, width, batch_first=True)

@@ -133,7 +133,8 @@ class Signs(SignMetrics, Task):
 
     def loss(self, output, target, all_reduce_sum=model.identity):
         known = (~target.isnan()).to(output.dtype)
-        entropy = F.binary_cross_entropy_with_logits(output, target.nan_to_num(), known, reduction="sum")
+        truth = target.nan_to_num().to(output.dtype)
+        entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
         return all_reduce_sum(entropy) / all_reduce_sum(known.sum()).clamp(min=1)
 
     def decode(self, output):
@@ -252,6 +253,7 @@ class Landmarks(LandmarkMetrics, Task):
 class Text(TextMetrics, Task):
     """A sentence about the photograph, word by word."""
     name, label = "text", "text"
+    weight = 4.0  # the loss is a mean over words, most of which follow from those before them
     pad, unknown, end = model.PAD, model.UNK, model.EOS
 
     def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):

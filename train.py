@@ -89,7 +89,7 @@ class Config:
     deterministic: bool = flag(False, MACHINE, "on a GPU: the same weights every time, more slowly; a CPU always does")
     # no flags: the data set or the comparison decides these
     # label -> names of the data set's own classes or signs, words of its training split
-    names: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict, hash=False)
     text_decoder: str = "transformer"
     expert_dropout: float = 0.1
     # five epochs of drawings are too short to overfit

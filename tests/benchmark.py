@@ -42,8 +42,8 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 from conftest import save_palette_mask, vessel_drawings  # noqa: E402
-from model import MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
-from retina.datasets import cache, leaks, preprocess, readers, records, synthetic, vessels  # noqa: E402
+from model import EOS, LONGEST, PAD, MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
+from retina.datasets import cache, descriptions, leaks, preprocess, readers, records, synthetic, vessels  # noqa: E402
 from retina.datasets.masks import MaskFile  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, run_cli  # noqa: E402
@@ -124,7 +124,7 @@ def library(size: int, graded: int, masked: int) -> tuple[Callable, Callable]:
 
 def build(speedups: Sequence[str], names: Sequence[str] = ("cls", "seg"), experts: int = 8) -> tuple[Net, list]:
     """A network made faster in these ways, and its tasks."""
-    tasks = make_tasks(names)
+    tasks = make_tasks(names, {"text": sorted(descriptions.GRAMMAR_WORDS)})
     net = Net(NetConfig(num_experts=experts), tasks)
     if MEMORY in speedups:
         precision.tune_malloc()
@@ -140,7 +140,7 @@ def train_step(net: Net, tasks: list, optimizer: torch.optim.Optimizer, dtype: s
     net.train()
     optimizer.zero_grad()
     with precision.autocast(CPU, dtype):
-        outputs, routing = net(batch.images, batch.indices)
+        outputs, routing = net(batch.images, batch.indices, batch.targets)
     losses = [t.loss(outputs[t.name].float(), batch.targets[t.name]) for t in tasks if t.name in outputs]
     (sum(losses) + (0.01 * load_balancing_loss(routing) if routing else 0)).backward()
     optimizer.step()
@@ -156,7 +156,8 @@ def ours(size: int, graded: int, masked: int, speedups: Sequence[str], names: Se
     first, last = torch.arange(number)[:graded or number], torch.arange(number)[graded:]
     indices = {t: last if t == "seg" else first for t in names}
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
-               "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8), "loc": torch.rand(number, 6, 2)}
+               "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8), "loc": torch.rand(number, 6, 2),
+               "text": F.pad(torch.randint(EOS, EOS + 44, (number, 18)), (0, LONGEST - 18), value=PAD)}
     batch = data.Batch(images, {t: targets[t][indices[t]] for t in names}, indices, [""] * number, [""] * number)
     dtype = "bf16" if BF16 in speedups else "fp32"
 
@@ -281,7 +282,7 @@ FOUR = ["cls", "dme", "seg", "loc"]
 def shared(title: str, how: Mapping, repetitions: int) -> None:
     """One network for four tasks against four networks, 256 px."""
     ways = {" ".join(names): {"kind": "ours", "names": names, "size": 256, **how}
-            for names in [FOUR, *([t] for t in FOUR)]}
+            for names in [FOUR, *([t] for t in FOUR), [*FOUR, "text"]]}
     times = {name: seconds for name, (seconds, _) in race(ways, repetitions).items()}
     four_networks = sum(times[t] for t in FOUR)
     show(f"one network for four tasks, 256 px, {title}", [

@@ -100,14 +100,14 @@ def test_without_flips_a_left_eye_stays_a_left_eye(tmp_path):
         photograph(folder / f"{i}.png", i)
 
     def shares_that_changed(**flags):
-        config = train.Config(data=str(tmp_path), classes=("left-eye", "right-eye"), tasks=("cls",), image_size=64,
-                              **flags)
-        training, _, findings = data.load_datasets(config, make_tasks(config.tasks, config.classes))
+        config = train.Config(data=str(tmp_path), names={"category": ["left-eye", "right-eye"]}, tasks=("cls",),
+                              image_size=64, **flags)
+        training, _, findings = data.load_datasets(config, make_tasks(config.tasks, config.names))
         changed = []
         for i, record in enumerate(training.records):
             for seed in range(20):
                 light = v2.functional.gaussian_blur(training[i, seed, False].image.float().sum(0, keepdim=True), 9)[0]
-                changed.append((int(light.argmax()) % 64 < 32) != (record.category == 0))
+                changed.append((int(light.argmax()) % 64 < 32) != (record.category == "left-eye"))
         return findings["notes"], np.mean(changed), len(changed)
 
     note = "classes left-eye, right-eye sound like sides; a mirror image turns one into the other: use --no-flips"

@@ -97,8 +97,9 @@ def test_a_split_without_any_label_is_one_line(tmp_path, tree):
 
 def run_of(tmp_path: Path, task: str, classes=()) -> evaluate.Run:
     """A run without a network, of which only the options are asked."""
-    options = {"classes": list(classes), "tasks": [task], "image_size": 64}
-    return evaluate.Run(tmp_path / "run", None, make_tasks([task], classes), options, 1, [], {}, {}, {})
+    names = {"category": list(classes)} if classes else {}
+    options = {"names": names, "tasks": [task], "image_size": 64}
+    return evaluate.Run(tmp_path / "run", None, make_tasks([task], names), options, 1, [], {}, {}, {})
 
 
 def write_eyes(folder: Path, number: int, first: int = 0) -> None:
@@ -113,15 +114,16 @@ def test_folders_with_a_test_part_alone_are_scored_by_the_classes_of_the_run(tmp
         write_eyes(tmp_path / "X" / "test" / name, 2, 2 * k)
     run = run_of(tmp_path, "cls", ("1", "2", "10"))
     found = evaluate.split_records(run, tmp_path / "X", "test")
-    assert [(r.name, r.category) for r in found] == [("test/10/2.png", 2), ("test/10/3.png", 2), ("test/2/0.png", 1),
-                                                     ("test/2/1.png", 1)]
+    assert [(r.name, r.category) for r in found] == [(f"test/{n}.png", n.split("/")[0]) for n in (
+        "10/2", "10/3", "2/0", "2/1")]
     write_eyes(tmp_path / "X" / "test" / "3", 1, 9)
     with pytest.raises(InputError, match="X/test/3: a class that the run does not have; expected 1, 2, 10; add it"):
         evaluate.split_records(run, tmp_path / "X", "test")
-    with pytest.raises(InputError, match="its classes are 2 3 10, but .*run was trained on IDRiD's grades"):
+    with pytest.raises(InputError, match="no photograph of its test split has a label for cls"):
         evaluate.split_records(run_of(tmp_path, "cls"), tmp_path / "X", "test")
     with pytest.raises(InputError, match="--tasks cls: photographs with its label in .*X: 0 for training"):
-        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "X"), classes=("2", "3", "10")), tmp_path / "run")
+        train.fit(replace(TINY, tasks=("cls",), data=str(tmp_path / "X"), names={"category": ["2", "3", "10"]}),
+                  tmp_path / "run")
 
 
 def test_a_table_of_test_rows_alone_is_scored(tmp_path):
@@ -376,7 +378,7 @@ def test_rows_of_a_table_in_another_order_are_the_same_test_split(tmp_path):
     for name, rows in (("a", lines), ("b", lines[::-1]), ("c", lines[:-1])):
         (tmp_path / f"{name}.csv").write_text("\n".join(["image,grade,split", *rows]))
     tested = data.load_datasets(options, [TASKS["cls"]])[2]["test"]
-    run = SimpleNamespace(options=asdict(options) | {"classes": []}, tasks=[TASKS["cls"]], folder="run",
+    run = SimpleNamespace(options=asdict(options), tasks=[TASKS["cls"]], folder="run",
                           fingerprints={"test": tested})
     assert told_apart(run, tmp_path / "b.csv", "test") == "" != told_apart(run, tmp_path / "c.csv", "test")
 

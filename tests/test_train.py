@@ -96,7 +96,8 @@ def test_same_seed_same_weights_whatever_the_workers(whole):
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("names", [("cls",), ("seg",), ("loc",), ("cls", "dme", "seg", "loc")])
+@pytest.mark.parametrize("names", [("cls",), ("seg",), ("loc",), ("fine",), ("signs",), ("text",),
+                                   ("cls", "dme", "seg", "loc"), tuple(TASKS)])
 def test_any_set_of_tasks_trains(tmp_path, names):
     best = train.fit(replace(TINY, tasks=names, epochs=1), tmp_path / "run", quiet=True)
     assert set(best["metrics"]) == {*names, *(["joint"] if {"cls", "dme"} <= set(names) else [])}

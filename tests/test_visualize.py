@@ -126,8 +126,8 @@ def test_folders_of_classes(tmp_path, words):
         folder = tmp_path / "classes" / ("val" if i % 2 else "train") / f"class {i // 4}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((64, 64), 5 + i).convert("RGB").save(folder / f"{i}.png")
-    options = replace(ALL, tasks=("cls",), data=str(tmp_path / "classes"), epochs=1, classes=tuple(
-        f"class {k}" for k in range(10)))
+    options = replace(ALL, tasks=("cls",), data=str(tmp_path / "classes"), epochs=1, names={
+        "category": [f"class {k}" for k in range(10)]})
     train.fit(options, tmp_path / "run", quiet=True)
     visualize.main([str(tmp_path / "run"), "--only", "tsne", "confusion",
                    "gradcam", "routing", "feature_maps", "curves"])

@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -122,6 +122,7 @@ class Label:
     task: str  # that learns from it, for reports
     columns: tuple[str, ...] = ()  # of tables; "sign_*" is any that begins so
     minor: bool = False  # folds are stratified by it only among photographs without a class
+    last: bool = False  # folds keep an eye of each of its classes only where photographs have no other label
     local = False  # whether a part of a photograph, cut out, has it as well
     section = ""  # of reports
 
@@ -231,15 +232,16 @@ class ClassLabel(Label):
         return mirrored(value, left_right, top_bottom) if self.sided else value
 
     def names(self, values):
-        """Numbered ones in the order of their numbers."""
-        return [] if self.number else sorted(set(values), key=number_first)
+        """Numbered ones in the order of their numbers; with those of mirror images."""
+        every = {self.mirrored(v, *sides) for v in values for sides in itertools.product((False, True), repeat=2)}
+        return [] if self.number else sorted(every, key=number_first)
 
     def summary(self, records):
         """How often each class occurs, and what a constant guess scores."""
         counts = Counter(self.known(records))
         if not counts:
             return {}
-        classes = sorted(counts) if self.number else self.names(counts)
+        classes = sorted(counts, key=None if self.number else number_first)
         guess = max(classes, key=counts.__getitem__)  # the first of equals
         return {self.name: {"counts": {str(c): counts[c] for c in classes}, "constant_guess": str(guess),
                             "constant_accuracy": round(counts[guess] / counts.total(), 4)}}
@@ -526,9 +528,9 @@ LABELS: dict[str, Label] = {label.name: label for label in (
     ClassLabel("grade", "cls", ("grade",), number=GRADES),  # of diabetic retinopathy
     ClassLabel("edema_risk", "dme", ("edema_risk",), minor=True, number=EDEMA_RISKS),  # risk of macular edema
     ClassLabel("category", "cls"),  # the photograph's folder, in data sets that are folders of classes
-    ClassLabel("fine", "fine", ("fine",), minor=True, sided=True),  # one of many classes
-    SignsLabel("signs", "signs", ("sign_*",), minor=True),
-    TextLabel("text", "text", ("text",), minor=True),
+    ClassLabel("fine", "fine", ("fine",), minor=True, last=True, sided=True),  # one of many classes
+    SignsLabel("signs", "signs", ("sign_*",), minor=True, last=True),
+    TextLabel("text", "text", ("text",), minor=True, last=True),
     LandmarkLabel("landmarks", "loc", ("disc_x", "disc_y", "fovea_x", "fovea_y"), minor=True, landmarks=LANDMARKS),
     MaskLabel("masks", "seg", tuple(f"mask_{lesion.lower()}" for lesion in LESIONS), lesions=LESIONS))}
 
@@ -567,16 +569,17 @@ class DataSet:
     records: list[Record]
     notes: tuple[str, ...] = ()
 
-    def names(self) -> dict[str, list[str]]:
-        """{label: names of its classes or signs}, where these are the data set's own; see Label.names.
+    def names(self, labels: Collection[str]) -> dict[str, list[str]]:
+        """{label: names of its classes or signs}, of those `labels` where these are the data set's own; see Label.names.
 
         "broad": of each fine class the class folder or the grade that all of its photographs have, where there is one.
         """
-        found = {name: names for name, label in LABELS.items() if (names := label.names(label.known(self.records)))}
+        found = {name: names for name in labels if (names := LABELS[name].names(LABELS[name].known(self.records)))}
         broad = defaultdict(set)
-        for r in self.records:
+        for r in self.records if "fine" in found else ():
             if r.fine is not None:
                 broad[r.fine].add(r.grade if r.category is None else r.category)
         if broad and all(len(values) == 1 and None not in values for values in broad.values()):
-            found["broad"] = [str(*broad[name]) for name in found["fine"]]
+            mirror = {m: name for name in broad for m in LABELS["fine"].names([name])}
+            found["broad"] = [str(*broad[mirror[name]]) for name in found["fine"]]
         return found

@@ -128,7 +128,8 @@ def contact_sheet_groups(report: Mapping, records: Sequence[Record], comparison:
         strata[splits.stratum(r)].append(r)
     return {
         "labels": ("labels as they lie on the photographs", [
-            (", ".join(f"{name} {v}" for name, v in r.labels.items() if isinstance(v, (int, float, str))), [r])  # masks and points are in the picture
+            (", ".join(f"{name} {v}" for name, v in r.labels.items()
+                       if isinstance(v, (int, float, str))), [r])  # masks and points are in the picture
             for _, members in sorted(strata.items(), key=lambda item: str(item[0])) for r in members[:6]]),
         "copies": ("files that show one photograph", list(map(group, report["copies"]))),
         "turned_copies": ("copies that were mirrored or turned", list(map(group, report["turned_copies"]))),

@@ -109,8 +109,9 @@ def assign_folds(records: Sequence[Record], number: int) -> list[int | None]:
     for i, record in enumerate(records):
         eyes[record.eye].append(i)
     groups = [eyes[eye] for eye in sorted(eyes)]
-    classes = [{(name, c) for i in group for name, value in records[i].labels.items()
-                for c in LABELS[name].classes(value)} for group in groups]
+    names = [[n for n in r.labels if not LABELS[n].last] or list(r.labels) for r in records]
+    classes = [{(n, c) for i in group for n in names[i] for c in LABELS[n].classes(records[i].labels[n])}
+               for group in groups]
     left = Counter(itertools.chain(*classes))  # eyes of each class that have no fold yet
     folds_of = defaultdict(set)  # class -> folds of its eyes
     order = np.random.default_rng(0).permutation(len(groups))

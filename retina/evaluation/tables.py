@@ -57,7 +57,13 @@ NAMES = {  # of measures that are not what they are called, "_" read as a space
     "five_masks_dice": "Dice over all five masks of an image",
     "five_masks_dice_of_true_disc": "the same of the true optic disc alone",
     "within_radius": "detection rate at one disc radius", "px4288": "mean distance at 4288 px",
-    "median_px4288": "median distance at 4288 px", "diameters": "mean distance in disc diameters"}
+    "median_px4288": "median distance at 4288 px", "diameters": "mean distance in disc diameters",
+    "top5": "top-5 accuracy", "broad_accuracy": "accuracy of the broad class, summed from these",
+    "broad_kappa": "quadratic weighted kappa of the same", "slots": "slots of the truth that are right",
+    "slots_precision": "slots of the answers that are right", "side": "sides that are right",
+    "readable": "answers of the grammar", "exact": "exact sentences", "length_ratio": "words by words of the truth",
+    "different": "different answers", "stutters": "answers with words twice in a row",
+    **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)}}
 ENDINGS = {"_per_image": ", mean over images", "_calibrated": ", calibrated thresholds",
            "_at_temperature": ", temperature-scaled"}
 
@@ -73,19 +79,22 @@ def spelled_out(measure: str) -> str:
     return NAMES.get(measure, measure.replace("_", " "))
 
 
+MOST_ACROSS = 6  # classes; more of them are rows, and measures columns
+
+
 def measure_rows(task: TaskMetrics, values: Mapping[str, float], limits: Mapping[str, Sequence[float]]) -> list[list]:
     """Rows of cells, primary metric first: a measure in words, its value (of the mean, or of all), those of classes."""
     classes = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
     rows: dict[str, dict[str, str]] = {task.primary: {}}
     for name, value in values.items():
         if isinstance(value, float):  # dice_MA_per_image stands in the row dice_per_image, in the column MA
-            words = name.split("_")
-            class_name = next((word for word in words if word in classes), "")
-            measure = "_".join(word for word in words if word != class_name)
+            class_name = max((c for c in classes if f"_{c}_" in f"{name}_"), key=len, default="")
+            measure = name.replace(f"_{class_name}", "", 1) if class_name else name
             rows.setdefault(measure, {})[class_name] = number_cell(value, limits.get(name))
     head = [["", "mean" if classes else "", *classes]] * bool(classes)
-    return head + [[spelled_out(name), *(cells.get(class_name, "-") for class_name in ("", *classes))]
+    rows = head + [[spelled_out(name), *(cells.get(class_name, "-") for class_name in ("", *classes))]
                    for name, cells in rows.items()]
+    return list(map(list, zip(*rows))) if len(classes) > MOST_ACROSS else rows
 
 
 # ---- what may be claimed ----
@@ -149,6 +158,9 @@ def table(scores: Mapping[str, dict], tasks: Sequence[TaskMetrics],
                          f"{', '.join(map(number_cell, values['seeds'][task.primary]))}")
         if values.get("lesions", 4) < 4:
             lines.append("   classes without a true pixel in this split, at this size, are left out of the means")
+        if values.get("unscored"):
+            lines.append("   left out of the means, as no photograph of this split has them, or every one: "
+                         + ", ".join(values["unscored"]))
         if len(values.get("confusion", range(99))) <= 12:
             names = [str(task.word(k))[:12] for k in range(task.classes)]
             lines.append(aligned([["truth \\ predicted", *names], *([n, *row] for n, row in zip(

@@ -316,6 +316,11 @@ class SignMetrics(TaskMetrics):
             values |= {f"{name}_{sign}": area for sign, area in zip(self.classes, of_signs)}
         return values
 
+    def metrics(self, stats, calibration=MappingProxyType({}), accumulator=None):
+        """Also the signs that no photograph has, or every one."""
+        values = super().metrics(stats, calibration)
+        return values | {"unscored": [name for name in self.classes if math.isnan(values[f"auc_{name}"])]}
+
     def scored_columns(self, stats, calibration):
         return {f"sign_{name}{end}": round(v, 4) if v == v else "" for name, both in zip(self.classes, stats.tolist())
                 for end, v in zip(("_p", "_true"), both)}

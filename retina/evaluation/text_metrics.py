@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from retina.datasets import descriptions
+from retina.datasets.records import Record
 from retina.evaluation import metrics
+from retina.evaluation.scoring import SplitScores
 from retina.evaluation.task_metrics import TaskMetrics
 
 
@@ -95,9 +97,9 @@ class TextMetrics(TaskMetrics):
         return descriptions.sentence(self.words(numbers))
 
     def told(self, answer: Tensor, truth: Tensor) -> list[float]:
-        """Of one photograph: bleu_counts, exact, stuttering; with a grammar also readable, slots that the truth has, that
+        """Of one photograph: bleu_counts, exact, stuttering. With a grammar also: readable; how many slots the truth has,
 
-        the answer has, that agree, and whether the side does.
+        the answer has, are the same; whether the side is.
         """
         said, true = (tuple(self.words(numbers)) for numbers in (answer, truth))
         # what an unknown word is, nobody knows: no word of the answer is the same
@@ -121,10 +123,10 @@ class TextMetrics(TaskMetrics):
         return stats.split([told, *[(stats.shape[-1] - told) // 2] * 2], -1)
 
     def compute(self, stats, weights, calibration):
-        """BLEU of 1 to 4 words, exact sentences, words of the answers by words of the truth, different answers,
+        """BLEU-1 to 4; shares of sentences that are exact, that stutter; words of the answers by words of the truth; the
 
-        answers that stutter; with a grammar the share of slots of the truth that are right, of slots of the answers that
-        are, of sides, of answers that can be read.
+        number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of the
+        answers that are, of sides that are, of answers that can be read.
         """
         told, answers, _ = self.parts(stats)
         counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]
@@ -147,12 +149,13 @@ class TextMetrics(TaskMetrics):
     def constant_guess(self, targets):
         """Of the hundred most frequent sentences the one with the highest primary metric, of equal ones BLEU."""
         sentences, number = targets.unique(dim=0, return_counts=True)
-        best, weights = (), number[None].double()
-        for sentence in sentences[number.argsort(descending=True, stable=True)[:100]]:
-            values = self.compute(self.image_stats(sentence.expand_as(sentences), sentences), weights, {})
-            key = float(values[self.primary]), float(values["bleu4"])
-            best = max(best, (*key, sentence), key=lambda x: x[:2])
-        return best[2][None]
+
+        def worth(sentence):
+            stats = self.image_stats(sentence.expand_as(sentences), sentences)
+            values = self.compute(stats, number[None].double(), {})
+            return float(values[self.primary]), float(values["bleu4"])
+
+        return max(sentences[number.argsort(descending=True, stable=True)[:100]], key=worth)[None]
 
     def scored_columns(self, stats, calibration):
         told, answer, truth = self.parts(stats)
@@ -164,3 +167,26 @@ class TextMetrics(TaskMetrics):
 
     def caption(self, columns):
         return [f"in words: {columns['text']}"]
+
+
+# ---- what answers are held against ----
+
+def guesses(task: TextMetrics, scores: SplitScores, training: Sequence[Record],
+            targets: Tensor) -> dict[str, SplitScores]:
+    """Scores of sentences that need no decoder: the best constant one; a random one of training (seed 0), of the grade
+
+    that the run predicts, where it predicts grades. `targets` (m, L) are those of the `training` photographs.
+    """
+    names, truth = scores.names[task.name], task.parts(scores.stats[task.name])[2].long()
+    grades, rng, same = {}, torch.Generator().manual_seed(0), "a random one of training"
+    for other in scores.tasks:
+        if other.name == "cls" and "cls" in scores.stats:
+            same = f"{same} with the predicted {other.title}"
+            grades = dict(zip(scores.names["cls"], map(other.word, scores.stats["cls"][:, :-1].argmax(1).tolist())))
+            known = [r.labels.get(other.label) for r in training]
+    every = list(range(len(training)))
+    drawn = [choices[int(torch.randint(len(choices), (), generator=rng))] for choices in (
+        [i for i in every if known[i] == grades[name]] or every if name in grades else every for name in names)]
+    answers = {"the best constant sentence": task.constant_guess(targets).expand_as(truth), same: targets[drawn]}
+    return {title: SplitScores([task], {task.name: names}, {task.name: task.image_stats(answer, truth)},
+                               eyes=scores.eyes) for title, answer in answers.items()}

@@ -195,12 +195,6 @@ def side_notes(tasks: Sequence) -> list[str]:
             for names in found if names]
 
 
-def names_for(data_set: records.DataSet, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """Of the data set's names, see DataSet.names, those of labels that some of the `tasks` learn from."""
-    return {label: names for label, names in data_set.names().items() if
-            records.LABELS["fine" if label == "broad" else label].task in tasks}
-
-
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                      model: ModuleType) -> tuple[Config, list[str]]:
     """The typed values, and defaults for the others; -> configuration, notes to print and to store.
@@ -239,7 +233,7 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
     typed = {k: v for k, v in given.items() if k in flags_of(config_class)}
     config = config_class(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
-                     {"data": root and str(root.resolve()), "names": names_for(data_set, tasks)}))
+                     {"data": root and str(root.resolve()), "names": data_set.names([k for k, label in records.LABELS.items() if label.task in tasks])}))
     precision.check_precision(config.precision, device)
     return config, notes
 

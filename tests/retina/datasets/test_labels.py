@@ -130,7 +130,7 @@ def test_ages_that_contradict_each_other_count_by_their_mean():
     copies = [Record(n, Path(n), labels={"age": v}) for n, v in (("a", 40.0), ("b", 43.0), ("c", 43.0))]
     found, (conflict,) = splits.join_copies(copies, [(0, 1), (0, 2)], [(9, 9)] * 3)
     assert [r.age for r in found] == [42.0]
-    assert conflict.as_dict(()) == {"label": "age", "photographs": ["a", "b", "c"], "values": [40, 43, 43], "used": 42}
+    assert conflict.as_dict() == {"label": "age", "photographs": ["a", "b", "c"], "values": [40, 43, 43], "used": 42}
 
 
 def test_a_record_stays_as_it_is():

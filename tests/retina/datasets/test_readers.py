@@ -266,7 +266,7 @@ def truncated_tiff(path: Path) -> None:
     (["image,Patient ID", "images/a.png,1"], "unknown column 'Patient ID'; .*; rename 'Patient ID' to 'group', or rem"),
     ([",image,grade", "0,images/a.png,1"], "the cell '0' stands in no .*pandas' numbers of rows. Remove them, or writ"),
     (["Unnamed: 0,image,grade", "0,images/a.png,1"], "unknown column 'Unnamed: 0'; .* as pandas writes them with inde"),
-    (["image,cls", "images/a.png,1"], "labels.csv: unknown column 'cls'; known are image, grade, edema_risk, disc_x"),
+    (["image,cls", "images/a.png,1"], "labels.csv: unknown column 'cls'; known are image, grade, edema_risk, fine, "),
     (["image,grade,grade", "images/a.png,1,1"], "labels.csv: two columns are named 'grade'"),
     (["image,grade", "images/a.png,1", "images/b.png,two"], "line 3: grade of images/b.png is 'two', expected a whole"),
     (["image,grade", "images/a.png,7"], "line 2: grade of images/a.png is '7', expected a whole number from 0 to 4"),
@@ -477,12 +477,12 @@ def test_photographs_of_every_format_count(folders):
 def test_folders_of_classes(folders):
     (folders / "train" / "rose" / "Thumbs.db").write_text("litter")
     found = read_data(folders)
-    assert found.classes == ("9", "10", "daisy", "rose")
+    assert found.names(["category"]) == {"category": ["9", "10", "daisy", "rose"]}
     assert Counter((r.split, r.category) for r in found.records) == {(p, c): n for p, n in (("train", 5), ("test", 2))
-                                                                     for c in range(4)}
-    assert all(r.grade is None and r.name.split("/")[1] == found.classes[r.category] for r in found.records)
+                                                                     for c in ("9", "10", "daisy", "rose")}
+    assert all(r.grade is None and r.name.split("/")[1] == r.category for r in found.records)
     sample = data.FundusDataset(found.records, 64)[0]
-    assert sample.geometry.scale_x == 64 / 45 and sample.category == 1  # the whole picture: no field of view in it
+    assert sample.geometry.scale_x == 64 / 45 and sample.category == "10"  # the whole picture: no field of view in it
 
 
 @pytest.mark.parametrize("damage,message", [

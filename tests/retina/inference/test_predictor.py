@@ -901,7 +901,8 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
             for i in range(4):
                 pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{split}{name}{i}.png")
-    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "set"), classes=("cat", "dog"), epochs=1, num_experts=0)
+    options = replace(TINY, tasks=("cls",), data=str(tmp_path / "set"), names={"category": ["cat", "dog"]}, epochs=1,
+                      num_experts=0)
     train.fit(options, tmp_path / "run", quiet=True)
     images = tmp_path / "set" / "val" / "cat"
     assert call(monkeypatch, tmp_path / "run", "--images", images, "--out", tmp_path / "out") == 0

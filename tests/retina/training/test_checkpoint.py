@@ -505,7 +505,7 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, shared_tree, monk
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, classes, monkeypatch):
     """Files of the past and of the future, and a clock that is there, or here, or at the beginning of time."""
-    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch_size=3)
+    options = replace(SHORT, tasks=("cls",), data=str(classes), names={"category": ["a", "b"]}, batch_size=3)
     train.fit(options, tmp_path / "whole", quiet=True)
     jumps = itertools.cycle([0.0, 4e9, 1.7e9])
     for path in classes.rglob("*.png"):
@@ -569,7 +569,8 @@ def halve(path: Path) -> None:
     (0, lambda path: Image.new("RGB", (40, 40)).save(path), "changed while it was in use")],
     ids=["deleted", "truncated", "replaced"])
 def test_an_image_that_changes_while_training_runs(tmp_path, classes, monkeypatch, spoil, said, workers):
-    options = replace(SHORT, tasks=("cls",), data=str(classes), classes=("a", "b"), batch_size=3, workers=workers)
+    options = replace(SHORT, tasks=("cls",), data=str(classes), names={"category": ["a", "b"]}, batch_size=3,
+                      workers=workers)
     images = [path for path in classes.rglob("*.png") if path.parts[-3] == "train"]
     train.fit(options, tmp_path / "whole", quiet=True)
     shutil.copytree(classes, tmp_path / "kept")

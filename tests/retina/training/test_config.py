@@ -28,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("few_drawings", "shallow")
     ("--data /nonexistent", "/nonexistent: no such file or folder"),
     ("--fold 6/5", "--fold 6/5: expected I/N"),
     ("--name ../x", "--name ../x: expected a name, not a path"),
-    ("--tasks cls,seg", "--tasks cls,seg: no such task; there are cls, dme, seg, loc; separate them by spaces"),
-    ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg, loc"),
+    ("--tasks cls,seg", "--tasks cls,seg: no such task; there are cls, dme, seg, loc, fine, signs, text; separate them "
+     "by spaces"),
+    ("--tasks cls fly", "--tasks fly: no such task; there are cls, dme, seg, loc, fine, signs, text"),
     ("--image-size 100", "--image-size 100: expected a multiple of 32"),
     ("--image-size 32", "--image-size 32: expected at least 64"),
     ("--seed -1", "--seed -1: expected at least 0"),

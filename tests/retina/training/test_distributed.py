@@ -47,11 +47,14 @@ found = readers.read_drawn().records[:8]
 for i in range(8):  # masks here, points there, some grades: each share of two lacks a task
     masks = None if i % 2 else {k: v for k, v in found[i].masks.items() if i != 6 or k != "MA"}
     found[i] = found[i].with_labels(masks=masks, landmarks=found[i].landmarks if i % 2 else None,
-                                    grade=None if i in (1, 2, 4) else found[i].grade)
+                                    grade=None if i in (1, 2, 4) else found[i].grade,
+                                    text=found[i].text if i % 2 else None, fine=None if i % 2 else found[i].fine,
+                                    signs=found[i].signs if i in (1, 2) else None)
+NAMES = {"text": data.vocabulary(found, [])[0], **readers.read_drawn().names(["fine", "signs"])}
 
 def learn(world, options):
     torch.manual_seed(0)
-    net, task_list = tasks.build_net(asdict(options))
+    net, task_list = tasks.build_net(asdict(replace(options, names=NAMES)))
     net.double()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -72,7 +75,7 @@ def learn(world, options):
 
 def scored(world):
     torch.manual_seed(0)
-    net, task_list = tasks.build_net(asdict(Config(tasks=("cls", "dme", "seg", "loc"))))
+    net, task_list = tasks.build_net(asdict(Config(tasks=tuple(tasks.TASKS), names=NAMES)))
     photographs = data.FundusDataset(readers.read_drawn().records, 64)
     loader = data.eval_loader(photographs, task_list, 4, world=world)
     found = scoring.evaluate_split(net, loader, task_list, world=world)
@@ -123,13 +126,13 @@ def run(folder: Path, processes: int, program: str, *words, launcher: str = FORK
 # ---- gradients ----
 
 CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "moe_at": "decoder"}, {"num_experts": 0},
-           {"router": "private", "top_k": 1, "balance_weight": 0.0}]
+           {"router": "private", "num_experts": 7, "top_k": 1, "balance_weight": 0.0, "text_decoder": "gru"}]
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """What one process, and each of two, learned and scored."""
-    same = {"tasks": ("cls", "dme", "seg", "loc"), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
+    same = {"tasks": tuple(TASKS), "image_size": 64, "num_experts": 4, "stochastic_depth": 0.0,
             "expert_dropout": 0.0}
     home = tmp_path_factory.mktemp("learned")
     for n in (1, 2):  # the first without torchrun
@@ -149,7 +152,7 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
         for name in one["gradients"]:
             groups[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
         experts = set() if change == {"num_experts": 0} else {"experts"}
-        assert groups.keys() == {"encoder", "cls", "dme", "seg", "loc"} | experts | ({"blocks"} & groups.keys())
+        assert groups.keys() == {"encoder", *TASKS} | experts | ({"blocks"} & groups.keys())
         for group, names in groups.items():
             largest = max(float(one["gradients"][n].abs().max()) for n in names)
             apart = max(float((one["gradients"][n] - two["gradients"][n]).abs().max()) for n in names)
