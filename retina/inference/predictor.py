@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from retina.datasets import preprocess
 from retina.datasets.preprocess import Sample
-from retina.datasets.readers import IMAGE_SUFFIXES, files_in
 from retina.datasets.records import Record
 from retina.datasets.splits import connected_components
+from retina.datasets.tables import IMAGE_SUFFIXES, files_in
 from retina.drawing import overlay
 from retina.evaluation.task_metrics import LandmarkMetrics, MaskMetrics, TaskMetrics
 from retina.files import InputError, NotFiniteError
