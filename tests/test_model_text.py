@@ -104,10 +104,10 @@ def test_places_of_all_maps_are_in_the_same_unit():
     """Sine and cosine of the middles of cells, rows first, in 64ths of the side; their first frequency is 1."""
     head = make(TextHead)
     for conv in head.laterals:
-        torch.nn.init.zeros_(conv.weight)
+        torch.nn.init.zeros_(conv[0].weight)
     head.norm_maps, head.blocks[0].photograph.remember = torch.nn.Identity(), lambda places: places
-    places = head.look(maps_of(1)[2:])[0]
-    fine, middle, coarse = places.split([64, 16, 4], 1)  # (1, h*w, W) of strides 8, 16, 32
+    places = head.look(maps_of(1)[1:])[0]
+    fine, middle, coarse, _ = places.split([64, 16, 4, 4], 1)  # (1, h*w, W) of strides 8, 16, 32; averages
     for n, places in ((8, fine), (4, middle), (2, coarse)):
         angle = torch.atan2(places[0, :, 0], places[0, :, 32]).view(n, n) % (2 * math.pi)
         expected = ((torch.arange(n) + 0.5) * 64 / n) % (2 * math.pi)
