@@ -171,20 +171,19 @@ def test_columns():
 @pytest.mark.parametrize("grammar", [True, False])
 def test_the_constant_guess_is_the_best_of_all(grammar):
     texts = [descriptions.describe(synthetic.plan(2, i)) for i in range(30)] if grammar else [
-        " ".join(random.Random(k).choices("abc", k=3)) for k in range(30)]
+        "u v w x y"] * 3 + [f"a b c {pair}" for pair in ("d e", "d f", "d g", "e f", "f d")]
     task = text_task(*texts)
     guess = task.text(task.constant_guess(numbers(task, texts))[0])
 
     def worth(constant):
         if grammar:
-            said, true = ([{*(descriptions.read(t) or {}).items()} for t in x] for x in ([constant] * 30, texts))
-            there = [{(k, v) for k, v in t if v} for t in true]
-            first = sum(len(a & t) for a, t in zip(said, there)) / sum(map(len, there))
+            said, *there = ({(k, v) for k, v in descriptions.read(t).items() if v} for t in (constant, *texts))
+            first = sum(len(said & t) for t in there) / sum(map(len, there))
         else:
-            first = texts.count(constant) / 30
-        return first, own_bleu([words(constant)] * 30, list(map(words, texts)), ORDERS if grammar else 1)
+            first = texts.count(constant) / len(texts)
+        return first, own_bleu([words(constant)] * len(texts), list(map(words, texts)), ORDERS)
     best = max(map(worth, set(texts)))
-    assert worth(guess) == pytest.approx(best) and len({worth(t)[0] for t in texts}) > 3
+    assert worth(guess) == pytest.approx(best) and len({worth(t)[0] for t in texts}) > 1
 
 
 # of the 1,200 sentences of training, what constant_guess says always; it tells more than there is, see slots
