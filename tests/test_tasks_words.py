@@ -30,7 +30,8 @@ def test_tasks_take_the_names_of_the_data_set():
     again, = make_tasks(["fine"], {"fine": ["a"]})
     assert again.classes == 1 and FINE.classes == 3 and TASKS["fine"].classes == 0  # each has its own
     assert make_tasks(["cls", "fine"], NAMES)[0] is TASKS["cls"]
-    names = DataSet([record(fine="b", grade=1, signs={"s": 0}), record(fine="a", grade=1)]).names()
+    names = DataSet([record(fine="b", grade=1, signs={"s": 0}), record(fine="a", grade=1)]).names(
+        ["signs", "fine", "grade", "text"])
     assert names == {"fine": ["a", "b"], "signs": ["s"], "broad": ["1", "1"]}
 
 

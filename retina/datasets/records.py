@@ -570,7 +570,7 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
     def names(self, labels: Collection[str]) -> dict[str, list[str]]:
-        """{label: names of its classes or signs}, of those `labels` where these are the data set's own; see Label.names.
+        """{label: names of its classes or signs}, of those `labels` where these are the data set's own.
 
         "broad": of each fine class the class folder or the grade that all of its photographs have, where there is one.
         """
@@ -580,6 +580,6 @@ class DataSet:
             if r.fine is not None:
                 broad[r.fine].add(r.grade if r.category is None else r.category)
         if broad and all(len(values) == 1 and None not in values for values in broad.values()):
-            mirror = {m: name for name in broad for m in LABELS["fine"].names([name])}
+            mirror = {m: name for name in broad for m in LABELS["fine"].names([name])} | {name: name for name in broad}
             found["broad"] = [str(*broad[mirror[name]]) for name in found["fine"]]
         return found

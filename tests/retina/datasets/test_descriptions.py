@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-import data
 from retina.datasets import descriptions, synthetic
 from retina.datasets.descriptions import describe, facts, fine_class, mirrored, read, sentence, signs, words, write
+from retina.datasets.records import LABELS
 from retina.datasets.synthetic import Blob, Eye
-from retina.files import InputError
 from retina.training.config import side_notes
 from tasks import make_tasks
 
@@ -163,6 +162,10 @@ def test_fine_classes_are_warned_of_where_the_mirror_cannot_help():
     assert notes(*sorted({fine_class(eye) for eye in eyes()})) == notes("left mild", "right mild", "lower") == []
     found, = notes("lefteye", "righteye", "left", "right")
     assert found.startswith("classes lefteye, righteye sound like sides")
-    data.check_mirrored({"fine": [fine_class(eye) for eye in eyes()]}, None)
-    with pytest.raises(InputError, match="a mirror image of fine class 'Left mild' would be one of 'Right mild'"):
-        data.check_mirrored({"fine": ["Left mild", "right mild"]}, None)
+
+
+def test_mirror_images_of_fine_classes_are_classes_themselves():
+    fine = LABELS["fine"]
+    assert fine.names(["x", "Left upper"]) == ["Left lower", "Left upper", "Right lower", "Right upper", "x"]
+    some = {fine_class(eye) for eye in eyes() if eye.left_disc}
+    assert len(some) == 20 and set(fine.names(some)) == {fine_class(eye) for eye in eyes()}

@@ -32,10 +32,11 @@ def test_cells_are_labels(table):
                         "text": "Left eye, above: drusen."}
     assert b.labels == {"fine": "10", "signs": {"macular hole": 1}}
     assert c.labels == {"fine": "2", "signs": {"drusen": 0}, "text": "x"} and d.labels == {}
-    assert read_table(path).names() == {"fine": ["2", "10", "mild NPDR"], "signs": ["drusen", "macular hole"]}
+    assert read_table(path).names(["fine", "signs", "text"]) == {
+        "fine": ["2", "10", "mild NPDR"], "signs": ["drusen", "macular hole"]}
     sample = data.FundusDataset([a], 32)[0]
     assert (sample.fine, sample.signs, sample.text) == ("mild NPDR", a.signs, a.text)
-    assert read_table(table("fine", "2")).names() == {"fine": ["2"]}
+    assert read_table(table("fine", "2")).names(["fine", "signs"]) == {"fine": ["2"]}
 
 
 @pytest.mark.parametrize("column,cell,expected", [
@@ -81,12 +82,14 @@ def test_copies_that_contradict_each_other():
 
 def test_broad_classes_are_folders_or_grades_that_all_photographs_of_a_class_share():
     def broad(*labels):
-        return DataSet([Record(f"{i}", None, labels=x) for i, x in enumerate(labels)]).names().get("broad")
+        return DataSet([Record(f"{i}", None, labels=x) for i, x in enumerate(labels)]).names(["fine"]).get("broad")
     assert broad({"fine": "b", "grade": 2}, {"fine": "a", "grade": 0}, {"fine": "b", "grade": 2}) == ["0", "2"]
     assert broad({"fine": "b", "category": "x", "grade": 0}, {"fine": "a", "category": "y"}) == ["y", "x"]
     assert broad({"fine": "b", "grade": 2}, {"fine": "b", "grade": 3}) is None
     assert broad({"fine": "b", "grade": 2}, {"fine": "b"}) is None  # not known of one
     assert broad({"grade": 2}) is None
+    assert broad({"fine": "left x", "grade": 2}, {"fine": "y", "grade": 0}) == ["2", "2", "0"]  # left, right x; y
+    assert broad({"fine": "left x", "grade": 2}, {"fine": "right x", "grade": 3}) == ["2", "3"]
 
 
 def test_what_a_report_says_of_them():
@@ -122,7 +125,7 @@ def test_the_words_of_training():
         return [Record(f"{i}", None, labels={"text": t} if t else {}) for i, t in enumerate(texts)]
     known, said = data.vocabulary(with_text("b a, b", "A b c c c", None, "b d"), with_text("d a e", None))
     assert known == ["b", "a"]
-    assert said == ("text: 2 words, in texts of up to 5; 3 that one text of training has, and 2 of validation, count "
-                    "as unknown")
+    assert said == ("text: 2 words, in texts of up to 5; 3 of training, which a single text has, and 2 of validation "
+                    "count as unknown")
     assert data.vocabulary(with_text("a " * 64), [])[1].endswith("; what comes after 63 words is cut off")
     assert "cut off" not in data.vocabulary(with_text("a " * 63), [])[1]
