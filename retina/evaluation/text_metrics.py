@@ -125,8 +125,8 @@ class TextMetrics(TaskMetrics):
     def compute(self, stats, weights, calibration):
         """BLEU-1 to 4; shares of sentences that are exact, that stutter; words of the answers by words of the truth;
 
-        the number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of the
-        answers that are, of sides that are, of answers that can be read.
+        the number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of
+        the answers that are, of sides that are, of answers that can be read.
         """
         told, answers, _ = self.parts(stats)
         counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]
