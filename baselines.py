@@ -308,11 +308,11 @@ def first_folds(number: int, base: Config) -> list[str]:
     return [f"{k + 1}/{FOLDS}" for k in range(number)]
 
 
-def describe_data(base: Config) -> str:
-    """What train.py would say of the data before it trains: the runs of a comparison are quiet."""
+def describe_data(base: Config) -> tuple[str, dict[str, list[str]]]:
+    """What train.py would say of the data before it trains, since the runs of a comparison are quiet; Config.names."""
     tasks = make_tasks(base.tasks, base.names)
     training, validation, findings = data.load_datasets(base, tasks)
-    return describe_split(training.records, validation.records, findings, tasks, base)
+    return describe_split(training.records, validation.records, findings, tasks, base), findings["names"]
 
 
 def select_configurations(args: argparse.Namespace, base: Config) -> list[Configuration]:
@@ -345,8 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with files.lock_folder(folder):
         asked = jobs_for(configurations, base, args.seeds or (2 if base.data is None else 3), folds, folder)
-        print("\n".join([*notes, describe_data(replace(base, fold=folds[0])), f"{len(asked)} runs in {folder}"]),
-              flush=True)
+        described_split, names = describe_data(replace(base, fold=folds[0]))
+        print("\n".join([*notes, described_split, f"{len(asked)} runs in {folder}"]), flush=True)
         small = precision.pick_device(base.device).type == "cpu" and base.data is None and torch.get_num_threads() > 1
         try:
             with interrupt.stopped_by_sigterm(SINGLE_PROCESS):
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on", file=sys.stderr)
             sys.exit(130)
-        summary = summarize(asked, configurations, failed, base, folds)
+        summary = summarize(asked, configurations, failed, replace(base, names=names), folds)
         print(report.screen(summary))
         written = report.write(summary, folder)
         files.write_text(folder / "REPORT.md", report.text(summary, report_pictures(summary, folder, base)))

@@ -551,87 +551,88 @@ class TextBlock(nn.Module):
 class TextHead(nn.Module):
     """Say a sentence; maps -> scores of the next of V words at each of L places (n, R, L, V).
 
-    Given the true sentences, `target` (n, L), each word is scored after the true ones before it. Otherwise, and in
-    evaluation also (R = 2, these last), after its own: the best word is taken, until the sentence ends.
+    A sentence begins with the averages of the maps, which tell how much there is of something, and looks at their
+    places, where it is. Given the true sentences, `target` (n, L), each word is scored after the true ones before it.
+    Otherwise, and in evaluation also (R = 2, these last), after its own: the best word is taken, until the end.
     """
     guided = True  # by the target
 
     def __init__(self, spec: FeatureSpec, vocabulary: int, width: int = 128):
         super().__init__()
         self.reads = slice(1, spec.routed + 1)  # strides 4, 8, 16, 32, or 4
+        channels = spec.channels[self.reads]
+        self.laterals = nn.ModuleList(ConvNormAct(c, width, 1) for c in channels)
+        self.begin = nn.Linear(len(channels) * width, width)
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.norm = nn.LayerNorm(width)
-        self.build(spec.channels[self.reads], width)
+        self.build(width)
         initialise(self)
 
+    def build(self, width: int) -> None:
+        """The layers that a control has not."""
+        self.blocks = nn.ModuleList(TextBlock(width, 4, dropout=0.1) for _ in range(2))
+        self.norm_maps = nn.LayerNorm(width)
+
     def forward(self, maps: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
-        maps, answers = maps[self.reads], []
-        seen = self.look(maps)
+        maps = [conv(x) for conv, x in zip(self.laterals, maps[self.reads])]  # (n, W, h_i, w_i)
+        begin = self.begin(torch.cat([x.mean((2, 3)) for x in maps], 1))  # (n, W)
+        seen, answers = self.look(maps), []
         if target is not None:
             if self.training:
                 target = target[:, :max(1, int((target != PAD).sum(1).max()) if len(target) else 1)]
-            answers.append(self.next_words(F.pad(target[:, :-1], (1, 0), value=BOS), seen))
+            answers.append(self.next_words(F.pad(target[:, :-1], (1, 0), value=BOS), begin, seen))
         if target is None or not self.training:
-            answers.append(self.greedy(len(maps[0]), seen))
+            answers.append(self.greedy(begin, seen))
         return torch.stack(answers, 1)
 
-    def greedy(self, number: int, seen) -> Tensor:
+    def greedy(self, begin: Tensor, seen: Sequence) -> Tensor:
         """The scores (n, LONGEST, V) along the words that score best, until all of the sentences have ended."""
-        words = torch.full((number, 1), BOS, device=self.embedding.weight.device)
-        scores, ended = [], torch.zeros(number, dtype=torch.bool, device=words.device)
+        words = torch.full((len(begin), 1), BOS, device=begin.device)
+        scores, ended = [], torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
         while len(scores) < LONGEST and not (scores and ended.all()):
-            scores.append(self.next_words(words, seen)[:, -1])
+            scores.append(self.next_words(words, begin, seen)[:, -1])
             word = scores[-1][:, EOS:].argmax(1) + EOS  # never nothing, begin, or unknown
             words, ended = torch.cat([words, word[:, None]], 1), ended | (word == EOS)
         return F.pad(torch.stack(scores, 1), (0, 0, 0, LONGEST - len(scores)))
 
-    def build(self, channels: Sequence[int], width: int) -> None:
-        self.laterals = nn.ModuleList(ConvNormAct(c, width, 1) for c in channels)
-        self.blocks = nn.ModuleList(TextBlock(width, 4, dropout=0.1) for _ in range(2))
-        self.norm_maps = nn.LayerNorm(width)
-
     def look(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What each block remembers of the photograph: a place for each position of each map but the finest, and one for
-
-        the average of each: a weighted mean over places does not tell how much there is of something.
-        """
-        places, averages = [], []
-        for i, (conv, x) in enumerate(zip(self.laterals, maps)):
-            x = conv(x)
-            averages.append(x.mean((2, 3))[:, None])
-            if i == 0 and len(maps) > 1:  # four times as many positions as all others together
-                continue
+        """What each block remembers of the photograph: a place for each position of each map but the finest."""
+        places = []
+        for x in maps[len(maps) > 1:]:  # the finest has four times as many positions as all others together
             # where it lies, in 64ths of the sides: without it nothing could tell left from right
             rows, columns = (sinusoids((torch.arange(n, device=x.device) + 0.5) * 64 / n, x.shape[1] // 2)
                              for n in x.shape[2:])  # (h, W/2), (w, W/2)
             where = torch.cat([rows[:, None].expand(-1, len(columns), -1), columns.expand(len(rows), -1, -1)], 2)
             places.append(x.flatten(2).transpose(1, 2) + where.flatten(0, 1))  # (n, h*w, W)
-        places = self.norm_maps(torch.cat([*places, *averages], 1))  # (n, M, W)
+        places = self.norm_maps(torch.cat(places, 1))  # (n, M, W)
         return [block.photograph.remember(places) for block in self.blocks]
 
-    def next_words(self, words: Tensor, seen) -> Tensor:
+    def embed(self, words: Tensor) -> Tensor:
+        """(n, L) -> (n, L, W); the embedding is also the last layer (section 3.4 of the paper)."""
+        return math.sqrt(self.embedding.embedding_dim) * self.embedding(words)
+
+    def next_words(self, words: Tensor, begin: Tensor, seen: Sequence) -> Tensor:
         """Words (n, L) -> scores (n, L, V) of what follows each of them."""
-        width = self.embedding.embedding_dim
-        x = math.sqrt(width) * self.embedding(words) + sinusoids(torch.arange(words.shape[1], device=words.device),
-                                                                 width)
+        length, width = words.shape[1], begin.shape[1]
+        x = self.embed(words) + sinusoids(torch.arange(length, device=words.device), width)
+        x = x + F.pad(begin[:, None], (0, 0, 0, length - 1))  # at the first place
         for block, places in zip(self.blocks, seen):
             x = block(x, places)
         return F.linear(self.norm(x), self.embedding.weight)
 
 
 class GRUTextHead(TextHead):
-    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with averages of the maps."""
+    """A control without attention: a GRU (Cho et al. 2014, arXiv 1406.1078) that begins with the same averages."""
 
-    def build(self, channels, width):
-        self.begin, self.gru = nn.Linear(sum(channels), width), nn.GRU(width, width, batch_first=True)
+    def build(self, width):
+        self.gru = nn.GRU(width, width, batch_first=True)
 
     def look(self, maps):
-        return torch.tanh(self.begin(torch.cat([x.mean((2, 3)) for x in maps], 1)))[None]  # (1, n, W)
+        return ()
 
-    def next_words(self, words, seen):
-        x = math.sqrt(self.embedding.embedding_dim) * self.embedding(words)
-        return F.linear(self.norm(self.gru(x, seen.to(x.dtype))[0]), self.embedding.weight)
+    def next_words(self, words, begin, seen):
+        return F.linear(self.norm(self.gru(self.embed(words), torch.tanh(begin)[None])[0]), self.embedding.weight)
 
 
 TEXT_HEADS = {"transformer": TextHead, "gru": GRUTextHead}  # what NetConfig.text_decoder may be

@@ -103,11 +103,9 @@ def test_the_transformer_sees_where_something_is():
 def test_places_of_all_maps_are_in_the_same_unit():
     """Sine and cosine of the middles of cells, rows first, in 64ths of the side; their first frequency is 1."""
     head = make(TextHead)
-    for conv in head.laterals:
-        torch.nn.init.zeros_(conv[0].weight)
     head.norm_maps, head.blocks[0].photograph.remember = torch.nn.Identity(), lambda places: places
-    places = head.look(maps_of(1)[1:])[0]
-    fine, middle, coarse, _ = places.split([64, 16, 4, 4], 1)  # (1, h*w, W) of strides 8, 16, 32; averages
+    places = head.look([torch.zeros(1, 128, n, n) for n in (16, 8, 4, 2)])[0]
+    fine, middle, coarse = places.split([64, 16, 4], 1)  # (1, h*w, W) of strides 8, 16, 32; the finest is left out
     for n, places in ((8, fine), (4, middle), (2, coarse)):
         angle = torch.atan2(places[0, :, 0], places[0, :, 32]).view(n, n) % (2 * math.pi)
         expected = ((torch.arange(n) + 0.5) * 64 / n) % (2 * math.pi)
@@ -146,6 +144,8 @@ def test_greedy_answers_are_the_best_words_after_the_best_words(head):
     head, maps, task = make(head), maps_of(4), Text()
     # scores are products with the embedding, which without training would repeat the last word for ever
     head.norm = torch.nn.Sequential(head.norm, torch.nn.Linear(128, 128))
+    for p in head.gru.parameters() if hasattr(head, "gru") else ():
+        torch.nn.init.normal_(p, std=0.2)
     with torch.no_grad():
         answer = task.decode(head(maps))
         guided, free = head(maps, answer).unbind(1)
@@ -161,7 +161,7 @@ def test_a_greedy_answer_ends_at_its_end_and_never_says_what_is_no_word(monkeypa
     monkeypatch.setattr(model, "LONGEST", 8)
     head = make(TextHead)
 
-    def next_words(words, seen):
+    def next_words(words, begin, seen):
         scores = F.one_hot(scripts[:len(words), :words.shape[1]], WORDS).float()
         scores[..., :EOS] = 9
         said.append(words)

@@ -570,7 +570,7 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
     def names(self, labels: Collection[str]) -> dict[str, list[str]]:
-        """{label: names of its classes or signs}, of those `labels` where these are the data set's own; see Label.names.
+        """{label: names of its classes or signs}, of those `labels` where these are the data set's own.
 
         "broad": of each fine class the class folder or the grade that all of its photographs have, where there is one.
         """

@@ -97,9 +97,9 @@ class TextMetrics(TaskMetrics):
         return descriptions.sentence(self.words(numbers))
 
     def told(self, answer: Tensor, truth: Tensor) -> list[float]:
-        """Of one photograph: bleu_counts, exact, stuttering. With a grammar also: readable; how many slots the truth has,
+        """Of one photograph: bleu_counts, exact, stuttering. With a grammar also: readable; how many slots the truth
 
-        the answer has, are the same; whether the side is.
+        has, the answer has, are the same; whether the side is.
         """
         said, true = (tuple(self.words(numbers)) for numbers in (answer, truth))
         # what an unknown word is, nobody knows: no word of the answer is the same
@@ -123,10 +123,10 @@ class TextMetrics(TaskMetrics):
         return stats.split([told, *[(stats.shape[-1] - told) // 2] * 2], -1)
 
     def compute(self, stats, weights, calibration):
-        """BLEU-1 to 4; shares of sentences that are exact, that stutter; words of the answers by words of the truth; the
+        """BLEU-1 to 4; shares of sentences that are exact, that stutter; words of the answers by words of the truth;
 
-        number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of the
-        answers that are, of sides that are, of answers that can be read.
+        the number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of
+        the answers that are, of sides that are, of answers that can be read.
         """
         told, answers, _ = self.parts(stats)
         counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]

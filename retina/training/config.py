@@ -232,8 +232,9 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
     values |= {"precision": precision.default_precision(device),
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
     typed = {k: v for k, v in given.items() if k in flags_of(config_class)}
+    learned = [name for name, label in records.LABELS.items() if label.task in tasks]
     config = config_class(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
-                     {"data": root and str(root.resolve()), "names": data_set.names([k for k, label in records.LABELS.items() if label.task in tasks])}))
+                     {"data": root and str(root.resolve()), "names": data_set.names(learned)}))
     precision.check_precision(config.precision, device)
     return config, notes
 

@@ -32,8 +32,8 @@ def test_cells_are_labels(table):
                         "text": "Left eye, above: drusen."}
     assert b.labels == {"fine": "10", "signs": {"macular hole": 1}}
     assert c.labels == {"fine": "2", "signs": {"drusen": 0}, "text": "x"} and d.labels == {}
-    names = read_table(path).names(["fine", "signs", "text"])
-    assert names == {"fine": ["2", "10", "mild NPDR"], "signs": ["drusen", "macular hole"]}
+    assert read_table(path).names(["fine", "signs", "text"]) == {
+        "fine": ["2", "10", "mild NPDR"], "signs": ["drusen", "macular hole"]}
     sample = data.FundusDataset([a], 32)[0]
     assert (sample.fine, sample.signs, sample.text) == ("mild NPDR", a.signs, a.text)
     assert read_table(table("fine", "2")).names(["fine", "signs"]) == {"fine": ["2"]}

@@ -90,7 +90,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 
 
 @pytest.mark.parametrize("change", [
-    {"loss_weights": ("uncertainty",)},
+    {"loss_weights": ("uncertainty",), "tasks": ("seg", "fine", "signs", "text")},
     {"workers": 2, "router": "shared", "top_k": 1, "log_gradients": True, "crops": 2.0,
      "image_size": 64}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
