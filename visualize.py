@@ -19,7 +19,7 @@ from PIL import Image
 import evaluate
 from data import FundusDataset, eval_loader
 from retina import drawing
-from retina.figures import answers, architecture, context, internals, routing
+from retina.figures import answers, architecture, context, internals, routing, sentences
 from retina.figures.context import FigureContext, FigureUnavailable
 from retina.figures.page import page
 from retina.files import InputError, atomic_write, run_cli, write_text
@@ -31,6 +31,7 @@ from tasks import TASKS
 # name -> the function, and the format: photographs as JPEG, lines and dots as PNG
 FIGURES = {"overlays": (answers.overlays, "jpg"), "curves": (answers.curves, "png"),
            "confusion": (answers.confusion, "jpg"), "reliability": (answers.reliability, "png"),
+           "sentences": (sentences.sentences, "jpg"),
            "routing": (routing.routing, "jpg"), "tsne": (internals.tsne_map, "png"),
            "gradcam": (internals.gradcam, "jpg"), "feature_maps": (internals.feature_maps, "jpg"),
            "architecture": (architecture.architecture, "png")}

@@ -220,16 +220,21 @@ def key(colour: Sequence[int], how: str = "square", side: int = 14) -> Image.Ima
     return picture
 
 
+def flow(pictures: Iterable[Image.Image], width: float, gap: int) -> Image.Image:
+    """Pictures as words in a paragraph: side by side, `gap` pixels apart, in lines of at most `width` pixels."""
+    lines = [[]]
+    for picture in pictures:
+        if lines[-1] and sum(p.width + gap for p in lines[-1]) + picture.width > width:
+            lines.append([])
+        lines[-1].append(picture)
+    return column([row(line, gap) for line in lines], 4)
+
+
 def legend(entries: Iterable[tuple[str, Sequence[int], str]], width: float = math.inf,
            size: int = SMALL) -> Image.Image:
     """(words, colour, form of key) of each entry, beside each other in lines of at most `width` pixels."""
-    lines, gap = [[]], round(1.4 * size)
-    for words, colour, how in entries:
-        entry = row([key(colour, how, size + 1), text(words, size, width=width - 2 * size - 5)], 5, 0.5)
-        if lines[-1] and sum(e.width + gap for e in lines[-1]) + entry.width > width:
-            lines.append([])
-        lines[-1].append(entry)
-    return column([row(line, gap) for line in lines], 4)
+    return flow((row([key(colour, how, size + 1), text(words, size, width=width - 2 * size - 5)], 5, 0.5)
+                 for words, colour, how in entries), width, round(1.4 * size))
 
 
 def scale(low: str, high: str, words: str) -> Image.Image:

@@ -192,6 +192,22 @@ def test_a_comparison_from_the_command_line(here, capsys):
         baselines.main([*flags[:-1], "2"])
 
 
+@pytest.mark.slow
+def test_a_comparison_of_sentences_and_fine_classes(here):
+    """What a decoder says is compared with the best constant sentence, and with a GRU."""
+    baselines.main("--name words --tasks fine text signs --only constant text_single gru learned --seeds 1 "
+                   "--epochs 1".split())
+    summary, text = written("words")
+    assert list(summary["configurations"]) == ["constant", "text_single", "learned", "gru"] and not summary["failed"]
+    for name, configuration in summary["configurations"].items():
+        tasks = configuration["tasks"]
+        assert sorted(tasks) == (["text"] if name == "text_single" else ["fine", "signs", "text"])
+        assert tasks["text"]["primary"] == "slots" and 0 <= tasks["text"]["metrics"]["slots"]["mean"] <= 1
+    assert summary["configurations"]["constant"]["tasks"]["text"]["metrics"]["slots"]["mean"] > 0.2
+    assert {d["configuration"] for d in summary["differences"] if d["task"] == "text"} == {"gru", "learned"}
+    assert "sentences by a GRU without attention" in text
+
+
 def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
     failing(monkeypatch, lambda o: o.num_experts == 1)
     with pytest.raises(SystemExit) as ended:

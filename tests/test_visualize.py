@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import evaluate
+import model
 import train
 import visualize
 from conftest import TINY, busy_net, real_idrid, rendered
@@ -27,11 +28,11 @@ from retina.evaluation import metrics, scoring, tables
 from retina.figures import answers, charts, context, internals, routing
 from retina.files import InputError
 from retina.training import checkpoint
-from tasks import TASKS
+from tasks import TASKS, Signs
 
 
 pytestmark = pytest.mark.usefixtures("few_drawings", "few_resamples", "shallow")
-ALL = replace(TINY, tasks=("cls", "dme", "seg", "loc"), image_size=64)
+ALL = replace(TINY, tasks=tuple(TASKS), image_size=64)
 
 
 @pytest.fixture
@@ -102,11 +103,15 @@ def test_pictures_do_not_change_from_one_time_to_the_next(made):
 
 @pytest.mark.parametrize("change,missing", [
     ({"tasks": ("cls",), "num_experts": 0, "balance_weight": 0.0},
-     {"overlays": "trained for cls, which answers neither with lesions", "routing": "--num-experts 0"}),
+     {"overlays": "trained for cls, which answers neither with lesions", "routing": "--num-experts 0",
+      "sentences": "for cls, which says no sentences"}),
     ({"tasks": ("seg",), "num_experts": 16},
-     {"confusion": "for seg, which tells no classes", "gradcam": "tells no classes"}),
+     {"confusion": "for seg, which tells no classes", "gradcam": "tells no classes", "sentences": "no sentences"}),
     ({"tasks": ("loc",), "moe_at": "decoder"},
-     {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "which gives no prob"})])
+     {"confusion": "for loc, which tells no", "gradcam": "no classes", "reliability": "which gives no prob",
+      "sentences": "no sentences"}),
+    ({"tasks": ("text",)}, {"overlays": "neither", "confusion": "for text, which", "gradcam": "", "reliability": ""}),
+    ({"tasks": ("fine", "signs")}, {"overlays": "neither", "sentences": "no sentences"})])
 def test_what_is_missing_is_said_and_not_drawn(made, words, capsys, change, missing):
     run = made(replace(ALL, **change, epochs=1))
     visualize.main([str(run)])
@@ -162,6 +167,14 @@ def test_curves_without_a_score_or_without_a_choice(made, tmp_path):
         (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     visualize.main([*map(str, runs), "--only", "curves"])
     assert (runs[0] / "pictures" / "curves.png").exists()
+
+
+def test_curves_of_signs_that_are_more_than_colours(made):
+    m = context_of(made())
+    m.logs = {"run": [{"best": True, "val": {"signs": dict.fromkeys(["auc", *(f"auc_{c}" for c in "abcdefgh")], 0.5)}}]}
+    for signs, drawn in (("abcdefg", 8), ("abcdefgh", 1)):
+        lines = answers.metric_lines(m, Signs({"signs": signs}))
+        assert len(lines) == len({tuple(line.colour) for line in lines}) == drawn
 
 
 # ---- mistakes ----
@@ -247,6 +260,36 @@ def test_the_most_frequent_confusions_are_named(made, words):
                      "true 4, predicted 1: 1 of 2", "75%", "quadratic weighted kappa"):
         assert expected in text
     assert text.index("true 0, pred") < text.index("true 1, pred") < text.index("true 4, pred")
+
+
+def test_signs_and_sentences_in_words(made):
+    """Of all photographs: signs on the wrong side of a threshold are named, a sentence beside the true one."""
+    m = context_of(made())
+    signs, text = m.run.tasks[-2:]
+    m.run.calibration["signs"] = dict.fromkeys(signs.classes, 0.5)
+    for name in m.numbers:
+        said, sample, known = answers.in_words(m, name), m.sample(name), m.answers(name)
+        p = dict(zip(signs.classes, known["signs"].tolist()))
+        wrong = [sign for sign in signs.classes if (p[sign] >= 0.5) != bool(sample.signs[sign])]
+        assert ", ".join(sign for sign in signs.classes if p[sign] >= 0.5) in said
+        assert (f"wrong about {', '.join(wrong)};" if wrong else ", right;") in said
+        answer = text.text(known["text"])
+        assert f'"{answer}", ' + ("right" if answer == sample.text else f'true "{sample.text}"') in said
+
+
+def test_sentences_and_where_their_words_look(made, words):
+    m = context_of(made())
+    head, many = m.run.net.heads["text"], m.run.options["names"]["text"].index("many") + model.EOS + 1
+    with torch.no_grad():  # it learned little: let it say a word
+        head.norm.weight.zero_()
+        head.norm.bias.copy_(5 * head.embedding.weight[many])
+    visualize.FIGURES["sentences"][0](m)
+    assert words.count("true sentence") == 3 and sum("weight on places" in w for w in words) == 9
+    assert words.count("many") >= 3 * model.LONGEST
+    words.clear()
+    m = context_of(made(replace(ALL, tasks=("text",), text_decoder="gru", epochs=1)))
+    visualize.FIGURES["sentences"][0](m)
+    assert words.count("true sentence") == 3 and not any("weight" in w or "Heat" in w for w in words)
 
 
 def test_grad_cam_adds_up_to_the_logit():
@@ -503,7 +546,7 @@ def test_a_split_without_some_labels_says_so(tmp_path, capsys):
     visualize.main([str(tmp_path / "run"), "--split", "test"])
     assert "not drawn: overlays: none of the 2 test photographs has a label for seg" in capsys.readouterr().out
     visualize.main([str(tmp_path / "run")])  # one validation photograph
-    assert "not drawn" not in capsys.readouterr().out
+    assert re.findall("not drawn: (.*):", capsys.readouterr().out) == ["sentences"]
 
 
 # ---- the page in a browser ----
@@ -556,11 +599,12 @@ def test_overlays_of_real_photographs(tmp_path, monkeypatch):
     whole = readers.read_idrid
     monkeypatch.setattr(readers, "read_idrid", lambda root: replace(  # every fifth will do
         found := whole(root), records=found.records[::5]))
-    options = replace(ALL, data=str(real_idrid("idrid")), epochs=1, batch_size=8, crops=2.0)
+    options = replace(ALL, tasks=("cls", "dme", "seg", "loc"), data=str(real_idrid("idrid")), epochs=1, batch_size=8,
+                      crops=2.0)
     train.fit(options, tmp_path / "run", quiet=True)
     visualize.main([str(tmp_path / "run")])
     found = {p.name: Image.open(p) for p in (tmp_path / "run" / "pictures").glob("*.*g")}
-    assert len(found) == len(visualize.FIGURES) and "Not drawn" not in (tmp_path / "run" / "pictures" / "index.html"
-                                                                        ).read_text()
+    page = (tmp_path / "run" / "pictures" / "index.html").read_text()
+    assert len(found) == len(visualize.FIGURES) - 1 and page.count("Not drawn") == 1  # sentences
     # the architecture is drawn larger, for a README that shows it at half its width
     assert all(image.width <= 1280 for name, image in found.items() if name != "architecture.png")

@@ -18,7 +18,8 @@ from retina.drawing import COLOURS, INK, LANDMARKS, PALE, SMALL, captioned, colu
     masks_of, photograph, row, scale, text, tinted, titled
 from retina.evaluation import metrics, routing
 from retina.evaluation.tables import spelled_out
-from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMetrics, SignMetrics, TaskMetrics
+from retina.evaluation.text_metrics import TextMetrics
 from retina.figures.charts import Axis, Chart, heatmap
 from retina.figures.context import PANEL, SMALLER, FigureContext, FigureUnavailable, Line, best_epoch_of, \
     best_median_worst, epochs_chart, of_run, of_runs
@@ -56,9 +57,19 @@ def in_words(ctx: FigureContext, name: str) -> str:
         if isinstance(task, ClassMetrics):
             p = ctx.probabilities(task, answers[task.name][None])[0]
             guess, true = int(p.argmax()), None if stats is None else int(stats[-1])
-            parts.append(f"{task.title} {task.word(guess)} (p {p[guess]:.2f}), " + (
+            parts.append(f"{task.title} {task.word(guess)!r} (p {p[guess]:.2f}), " + (
                 "true one not known" if true is None else
-                "right" if guess == true else f"true {task.word(true)} (p {p[true]:.2f})"))
+                "right" if guess == true else f"true {task.word(true)!r} (p {p[true]:.2f})"))
+        elif isinstance(task, SignMetrics):
+            said, = task.caption(task.predicted_columns(answers[task.name], None, ctx.run.calibration[task.name]))
+            wrong = [] if stats is None else [sign for sign, (p, true) in zip(task.classes, stats.tolist())
+                                              if true in (0, 1) and (p >= ctx.run.calibration[task.name][sign]) != true]
+            parts.append(f"{said}, " + ("true ones not known" if stats is None else
+                                        f"wrong about {', '.join(wrong)}" if wrong else "right"))
+        elif isinstance(task, TextMetrics):
+            said, true = task.text(answers[task.name]), ctx.sample(name).text
+            parts.append(f'"{said}", ' + ("true sentence not known" if true is None else
+                                          "right" if task.right(stats[None])[0] else f'true "{true}"'))
         elif isinstance(task, LandmarkMetrics) and stats is not None and not stats[:, 0].isnan().all():
             gaps = [f"{point} {gap:.0f}" for point, gap in zip(task.classes, stats[:, 0].tolist()) if gap == gap]
             parts.append(f"{', '.join(gaps)} px off")
@@ -118,13 +129,17 @@ def loss_chart(ctx: FigureContext, task: str) -> Image.Image:
 
 
 def metric_lines(ctx: FigureContext, task: TaskMetrics) -> list[Line]:
-    """Of several runs the primary metric; of one run also accuracy, or that metric of each class or landmark."""
+    """Of several runs the primary metric; of one run also accuracy, or that metric of each class, sign or landmark
+
+    while there are colours.
+    """
     def of(metric):
         return of_runs(ctx, lambda line: line["val"].get(task.name, {}).get(metric))
 
     if len(ctx.logs) > 1:
         return of(task.primary)
-    classes = task.classes if isinstance(getattr(task, "classes", None), tuple) else ()
+    classes = getattr(task, "classes", None)
+    classes = classes if isinstance(classes, tuple) and len(classes) < len(COLOURS) else ()
     colours = {task.primary: INK if classes == tuple(records.LESION_COLOURS) else COLOURS[0]}
     colours |= {f"{task.primary}_{c}": records.LESION_COLOURS.get(c, COLOURS[k + 1]) for k, c in enumerate(classes)}
     if not classes:
@@ -195,8 +210,8 @@ def confused(ctx: FigureContext, task: ClassMetrics, most: int = 12) -> Image.Im
         if number := int(wrong[true, guess]):
             those = ((truth == true) & (predicted == guess)).nonzero()[:, 0].tolist()
             surest = max(those, key=lambda i: p[i, guess])
-            words = (f"true {task.word(true)}, predicted {task.word(guess)}: {number} of {int(counts[true].sum())}\n"
-                     f"{photographs[surest]}, p {p[surest, guess]:.2f}")
+            words = (f"true {task.word(true)!r}, predicted {task.word(guess)!r}: {number} of "
+                     f"{int(counts[true].sum())}\n{photographs[surest]}, p {p[surest, guess]:.2f}")
             examples.append(captioned(photograph(ctx.sample(photographs[surest]).image, SMALLER), words))
     below = [text("most frequent confusions, each by the photograph with the highest p of the predicted class"),
              row(examples)] if examples else [text("every photograph has its true class predicted")]

@@ -70,7 +70,8 @@ def labels(net: Net, size: int) -> dict[str, list[str]]:
     routed, routing = net.routed_maps(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=net.mean.device))
     for t, head in net.heads.items():
         output = head(routed[t])
-        sizes = [*output.shape[1:]]
+        guided = getattr(head, "guided", False)  # such a head answers with R sentences, in use with one
+        sizes = [*output.shape[1 + guided:]]
         if len(sizes) == 3:
             sizes[1:] = [f"{letter}/{size // n}".removesuffix("/1") for letter, n in zip("HW", sizes[1:])]
         lines[f"own {t}"] = [shape(f"n_{t}", routed[t][net.routed].shape[1:])]

@@ -22,10 +22,11 @@ from torch import Tensor
 from retina.datasets import records
 from retina.datasets.preprocess import Sample
 from retina.datasets.synthetic import LESIONS
-from retina.drawing import COLOURS, OTHERS, PALE, captioned, coloured, column, label_legend, masks_of, photograph, \
-    row, scale, shades, text, tinted, titled
+from retina.drawing import COLOURS, OTHERS, PALE, captioned, coloured, column, grid, label_legend, masks_of, \
+    photograph, row, scale, shades, text, tinted, titled
 from retina.evaluation import routing
-from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMetrics, TaskMetrics
+from retina.evaluation.task_metrics import ClassMetrics, LandmarkMetrics, MaskMetrics, SignMetrics, TaskMetrics
+from retina.evaluation.text_metrics import TextMetrics
 from retina.figures import context, tsne
 from retina.figures.charts import Axis, Chart, heatmap
 from retina.figures.context import MOST_SHOWN, SMALLER, FigureContext, FigureUnavailable, best_median_worst, of_run
@@ -67,7 +68,7 @@ def groups_by_label(task: ClassMetrics, labels: Sequence[int | None]) -> list[tu
     if task.ordered:
         own = {v: shades(np.array(0.97 * v / (task.classes - 1))).tolist() for v in own}
     groups = [("no label", OTHERS, [None]), ("other classes", PALE, set(common) - set(own)),
-              *((f"{task.title} {task.word(v)}", colour, [v]) for v, colour in own.items())]
+              *((f"{task.title} {v}", colour, [v]) for v, colour in own.items())]
     return [(words, colour, "dot", [i for i, label in enumerate(labels) if label in wanted])
             for words, colour, wanted in groups]
 
@@ -230,7 +231,7 @@ def map_panels(maps: Mapping[str, Tensor]) -> list[Image.Image]:
 
 
 def answer_panels(ctx: FigureContext, task: TaskMetrics, output: Tensor) -> tuple[str, list[Image.Image]]:
-    """A head's raw output, one row, as masks, as heatmaps of points, or as a table; and what that is."""
+    """A head's raw output, one row, as masks, heatmaps of points, a table, or a sentence; and what that is."""
     if isinstance(task, ClassMetrics):
         p = ctx.probabilities(task, task.answer(output).cpu())[0]
         top = sorted(p.topk(min(MOST_SHOWN, len(p))).indices.tolist())
@@ -239,6 +240,14 @@ def answer_panels(ctx: FigureContext, task: TaskMetrics, output: Tensor) -> tupl
         return f"{task.title.capitalize()} ({task.name}), probability, temperature-scaled{rest}", [heatmap(
             np.stack([p[top].numpy(), np.full(len(top), np.nan)]), ["probability", "logit"],
             [str(task.word(k)) for k in top], cells, (52, 24))]
+    if isinstance(task, SignMetrics):
+        p = task.answer(output).cpu()[0, :MOST_SHOWN]
+        rest = f"; {MOST_SHOWN} of {output.shape[1]}" * (output.shape[1] > MOST_SHOWN)
+        return f"Signs ({task.name}), probability of each{rest}", [heatmap(
+            p[None].numpy(), ["probability"], task.classes[:MOST_SHOWN], [[f"{x:.2f}" for x in p]], (100, 24))]
+    if isinstance(task, TextMetrics):
+        said = task.text(task.answer(output)[0].cpu())
+        return f"Sentence ({task.name}), the best word after those before it", [text(said, width=4 * SMALLER)]
     if isinstance(task, MaskMetrics):
         return (f"Masks ({task.name}): logit of each pixel", [
             panel(shades((x.cpu().numpy() + 8) / 16), f"{name}\n{float(x.min()):.1f} to {float(x.max()):.1f}")
@@ -282,6 +291,6 @@ def feature_maps(ctx: FigureContext) -> Image.Image:
     keys = row([scale("0", "1", "probabilities of classes"), scale("-8", "8", "logits of masks"),
                 scale("0", "most", "positions of landmarks")], 28)
     return titled("Feature maps of one photograph", column(
-        [keys, *(column([text(words), row(pictures)], 6) for words, pictures in parts if pictures)], 16),
+        [keys, *(column([text(words), grid(pictures, 5)], 6) for words, pictures in parts if pictures)], 16),
         f"{of_run(ctx)}. Maps of many channels are shown by their first three principal components, as red, green and "
         "blue; below each, the share of the variance that these have.")

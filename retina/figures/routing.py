@@ -144,6 +144,9 @@ def routing(ctx: FigureContext) -> Image.Image:
         routed = ctx.run.net.routed_maps(image[None].to(ctx.device))[1]
     parts = [*map(text, routed), *(token_grid(image, r, colours) for r in routed.values()),
              *by_label(ctx, shares, experts), *by_lesion(ctx, experts)]
+    lines, across = [parts[k:k + len(routed)] for k in range(0, len(parts), len(routed))], 4  # tasks beside each other
+    blocks = [grid([part for line in lines for part in line[k:k + across]], min(across, len(routed) - k), (24, 10))
+              for k in range(0, len(routed), across)]
     last = row([by_task(ctx, shares, experts), entropy_chart(ctx, len(used))], 36)
     r = next(iter(routed.values()))
     second = ", the second as a square inside" * has_room(r)
@@ -152,7 +155,7 @@ def routing(ctx: FigureContext) -> Image.Image:
     keys += [("others", OTHERS, "square")] * (len(own) < len(used))
     legends = [legend(keys, 900), scale("0 %", "100 %", "of the tokens go to an expert, in heatmaps")]
     return titled("Expert routing by task, label and lesion",
-                  column([column(legends, 6), grid(parts, len(routed), (24, 10)), last], 18),
+                  column([column(legends, 6), *blocks, last], 18),
                   f"{of_run(ctx)}. Photograph: {ctx.example}, one token a square, its first expert in colour{second}. "
                   f"Heatmaps: each token goes to {r.experts.shape[1]} of {len(used)} experts{rest}. Controls: what "
                   f"remains by chance, where a photograph has the {label_word(ctx)} or the masks of another. Whether "

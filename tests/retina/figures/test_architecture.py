@@ -12,15 +12,17 @@ from conftest import TINY
 from retina import drawing
 from retina.figures import architecture
 from retina.training import precision
-from tasks import build_net
+from tasks import TASKS, build_net
 
 
 ALL = ("cls", "dme", "seg", "loc")
+NAMES = {"fine": [f"class {k}" for k in range(40)], "signs": ["haemorrhages", "drusen"], "text": ["left", "right"]}
 NETS = [{}, {"moe_at": "decoder"}, {"num_experts": 0}, {"moe_at": "decoder", "num_experts": 0}, {"encoder": "b2"},
         {"encoder": "b2", "moe_at": "decoder", "tasks": ("dme", "loc")}, {"tasks": ("seg",)}, {"tasks": ("cls", "seg")},
         {"tasks": ("loc",), "moe_at": "decoder"}, {"tasks": ("cls",), "num_experts": 40, "top_k": 1},
         {"router": "shared", "num_experts": 5, "top_k": 3}, {"router": "private", "num_experts": 8},
-        {"router": "random"}]
+        {"router": "random"}, {"tasks": tuple(TASKS)}, {"tasks": tuple(TASKS), "moe_at": "decoder", "num_experts": 12},
+        {"tasks": ("text",), "text_decoder": "gru"}]
 
 
 @pytest.fixture(params=NETS, scope="module",
@@ -30,7 +32,7 @@ def net(request):
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES])
-        return build_net(asdict(replace(TINY, **{"tasks": ALL, **request.param})))[0]
+        return build_net(asdict(replace(TINY, names=NAMES, **{"tasks": ALL, **request.param})))[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,11 @@ def test_numbers_are_those_of_a_forward_pass(net):
     found, routing = shapes(net)
     for name, (n, *sizes) in found.items():
         assert n == (3 if name.startswith(("encoder", "decoder")) else 2)
-        who = "B" if n == 3 else f"n_{(set(name.split()) & set(ALL)).pop()}"
-        if name.startswith("head") and len(sizes) == 3:
+        who = "B" if n == 3 else f"n_{(set(name.split()) & set(TASKS)).pop()}"
+        if name == "head text":  # one sentence of at most so many words, each with a score
+            assert sizes == [1, model.LONGEST, model.EOS + 1 + len(NAMES["text"])]
+            sizes = sizes[1:]
+        elif name.startswith("head") and len(sizes) == 3:
             sizes[1:] = [{64: side, 8: f"{side}/8"}[length] for side, length in zip("HW", sizes[1:])]
         assert " ".join(lines[name]).count(f"({', '.join([who, *map(str, sizes)])})") == 1
     numbered = {name for name in lines if name.split()[-1].isdigit() or name.startswith(("own ", "head "))}
