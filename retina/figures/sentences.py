@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from model import Net
 
 
-# L words of an answer; M places: those of the maps that the head looks at, row by row
+# L words of an answer; M places: the positions of the maps that the head reads but the finest, row by row
 
 # slots that each begin to tell of something, beside the grade, which tells of all
 FINDINGS = [k for k in SLOTS if k not in ("every_quadrant", "fovea", "soft_half", "grade")]
@@ -100,7 +100,7 @@ def paragraph(heading: str, parts: Sequence[tuple[str, bool]], colour: Sequence[
 def look(net: Net, task: TextMetrics, image: Tensor, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """One sample (3, S, S) uint8 -> the answer (L,), and weights of its words (L, h_i, w_i) over each map i
 
-    that it looks at: those of the last block, averaged over heads. A head without attention has none.
+    that has places: those of the last block, averaged over heads. A head without attention has none.
     """
     head, sizes, weights, hooks = net.heads[task.name], [], [], []
     if hasattr(head, "blocks"):
@@ -116,11 +116,9 @@ def look(net: Net, task: TextMetrics, image: Tensor, device: torch.device) -> tu
 
 
 def on_maps(weights: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Weights (L, M) -> (L, h_i, w_i) for those maps of these sizes that have places."""
-    while sum(h * w for h, w in sizes) > weights.shape[1]:  # the finest has none
-        sizes = sizes[1:]
-    areas = [h * w for h, w in sizes]
-    return [part.unflatten(1, size) for part, size in zip(weights.split(areas, 1), sizes)]
+    """Weights (L, M) -> (L, h_i, w_i) for maps of these sizes; of several, the first and finest has no places."""
+    sizes = sizes[len(sizes) > 1:]
+    return [part.unflatten(1, size) for part, size in zip(weights.split([h * w for h, w in sizes], 1), sizes)]
 
 
 # ---- the figure ----
@@ -144,9 +142,8 @@ def panels_of(ctx: FigureContext, task: TextMetrics, name: str, title: str) -> t
     true, said, masks = " ".join(sample.text.split()), task.text(answer), masks_of(large)
     panels = [captioned(tinted(photograph(large.image, SIDE), masks), "lesions and disc outlined" if masks else name)]
     for at in told_words(task, answer) if maps else []:
-        of_word = [x[at] for x in maps]
-        panels.append(captioned(warm(large.image, heat(of_word, ctx.photographs.size), SIDE),
-                                quoted(task.words(answer), at)))
+        of_word = heat([x[at] for x in maps], ctx.photographs.size)
+        panels.append(captioned(warm(large.image, of_word, SIDE), quoted(task.words(answer), at)))
     parts = [text(title, width=width), paragraph("true sentence", marked(true, said), MISSED, width),
              paragraph("the network's sentence", marked(said, true), WRONG, width), row(panels, GAP)]
     return column(parts, 8), bool(maps)
@@ -166,7 +163,8 @@ def sentences(ctx: FigureContext) -> Image.Image:
     rule = "the share of slots (side, numbers and places of findings, grade) of the true sentence that are right" \
         if task.grammar else "BLEU-4"
     attention = (" Heat: where the word in quotation marks looks, which need not be why it is said. These are the "
-                 "weights of the last block's attention, mean over heads, the maps of all strides added up.") * looks
+                 "weights of the last block's attention, mean over heads, the maps of all strides added up. How much "
+                 "there is of something, the averages of the maps tell, with which a sentence begins.") * looks
     return titled(f"Sentences: best, median and worst of {len(values)} {ctx.words} photographs",
                   column([*keys, *(picture for picture, _ in drawn)], 16),
                   f"{of_run(ctx)}. Ranked by {rule}.{attention}{ctx.caution}")

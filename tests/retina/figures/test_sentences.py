@@ -117,7 +117,7 @@ def net(request, shallow):
 
 @torch.no_grad()
 def places_of(net, image, changed=None):
-    """What the head's blocks remember of, (M, W), with one position of one map `changed`; sizes of its maps."""
+    """What the head's blocks look at, (M, W), with one position of one map `changed`; sizes of its maps."""
     head, found, sizes = net.heads["text"], [], []
     hooks = [head.norm_maps.register_forward_hook(lambda _, __, x: found.append(x[0]))]
 
@@ -142,7 +142,7 @@ def test_a_weight_on_one_place_lies_where_the_network_has_it(net):
     first = len(sizes) > 1  # the finest map then has no places of its own
     for i, (y, x) in ((i, at) for i in range(first, len(sizes)) for at in ((0, 1), (1, 0))):
         other, _ = places_of(net, image, (i, y, x))
-        place = int((plain != other).any(1).nonzero()[0])
+        place, = (plain != other).any(1).nonzero()[:, 0].tolist()
         maps = sentences.on_maps(torch.eye(len(plain))[[0, place]], sizes)
         assert [m.shape[1:] for m in maps] == sizes[first:]
         assert [m[1].nonzero().tolist() for m in maps] == [[[y, x]] if k == i else [] for k in range(first, len(sizes))]
@@ -167,6 +167,7 @@ def test_weights_are_those_of_one_pass_over_the_answer(net):
     length = int((answer != model.PAD).sum())
     flat = torch.cat([m.flatten(1) for m in maps], 1)
     torch.testing.assert_close(flat[:length], weights[:length], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(flat.sum(1), torch.ones(len(flat)))
 
 
 def test_a_head_without_attention_has_no_weights(shallow):
