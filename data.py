@@ -318,7 +318,7 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     root = None if config.data is None else Path(config.data)
     data_set = readers.read_data(root)
     records = data_set.records
-    all_tasks = make_tasks(TASKS, config.names)
+    all_tasks = make_tasks(TASKS, data_set.names(LABELS))
     check_labels({"training": [r for r in records if r.split != "test"]}, tasks, all_tasks, root)  # before decoding
     joined, conflicts, notes = find_eyes(records, config.image_size, config.ignore_eyes)
     split = splits.split(joined, config.fold, config.keep_leaks)
