@@ -210,7 +210,7 @@ def test_it_is_drawn_where_it_can_be(run, monkeypatch, capsys):
                         lambda m, title, *rest: charts.setdefault(title, whole(m, title, *rest)))
     visualize.main([str(run)])
     missing = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if "not drawn" in line]
-    assert missing == ["overlays"]  # there are neither masks nor points
+    assert missing == ["overlays", "sentences"]  # there are neither masks nor points nor words
     found = [json.loads(line)["val"]["age"]["error"] for line in (run / "log.jsonl").read_text().splitlines()]
     axis = charts["age: error"].y
     assert axis.low == 0 and axis.high >= max(30, *found) and "lower is better" in axis.words
