@@ -300,7 +300,8 @@ def vocabulary(training: Sequence[Record], validation: Sequence[Record]) -> tupl
     """The words that at least two texts of training have, most frequent first; and a line on those that it lacks."""
     counts = Counter(word for r in training if r.text for word in set(words(r.text)))
     known = sorted((w for w, n in counts.items() if n > 1), key=lambda w: (-counts[w], w))
-    lost = [w for r in validation if r.text for w in words(r.text) if w not in set(known)]
+    learned = set(known)
+    lost = [w for r in validation if r.text for w in words(r.text) if w not in learned]
     longest = max((len(words(r.text)) for r in training if r.text), default=0)
     return known, (f"text: {len(known)} words, in texts of up to {longest}; {len(counts) - len(known)} of training, "
                    f"which a single text has, and {len(lost)} of validation count as unknown" +

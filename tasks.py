@@ -258,14 +258,14 @@ class Text(TextMetrics, Task):
 
     def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):
         self.vocabulary = tuple(names.get(self.label, ()))
+        self.numbers = {word: k for k, word in enumerate(self.vocabulary, self.end + 1)}
 
     def head(self, spec):
         return model.TEXT_HEADS[spec.text_decoder](spec, self.end + 1 + len(self.vocabulary))
 
     def target(self, sample):
         """(L,) numbers of the words, the end, then nothing."""
-        known = {word: k for k, word in enumerate(self.vocabulary, self.end + 1)}
-        numbers = [known.get(word, self.unknown) for word in words(sample.text)[:model.LONGEST - 1]]
+        numbers = [self.numbers.get(word, self.unknown) for word in words(sample.text)[:model.LONGEST - 1]]
         return F.pad(torch.tensor([*numbers, self.end]), (0, model.LONGEST - 1 - len(numbers)), value=self.pad)
 
     def loss(self, output, target, all_reduce_sum=model.identity):
