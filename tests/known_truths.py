@@ -195,7 +195,7 @@ def train_layer(seen: Seen, seed: int, **layout) -> tuple[MoELayer, nn.Linear]:
 @torch.no_grad()
 def measure_routing(learn: Seen, judge: Seen, seeds: int) -> tuple[list, dict, list[float]]:
     """Train and judge all layers; -> tasks, the Measurements of each, I(expert; camera) of each seed in bits."""
-    task, cameras = Categories(["absent", "present"]), int(learn.camera.max()) + 1
+    task, cameras = Categories({"category": ["absent", "present"]}), int(learn.camera.max()) + 1
     names = [str(i) for i in range(len(judge.eyes))]
     one, several = {"num_experts": 1, "top_k": 1}, cameras > 1
     # learned routes are compared with those whose names analysis.pairs_of compares with: dense and cls_single
