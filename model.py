@@ -516,12 +516,15 @@ class Attention(nn.Module):
         return self.split(self.key(places)), self.split(self.value(places))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
-        """x (n, L, W) -> (n, L, W), and the weights (n, heads, L, M). `causal`: no word sees a later one."""
+        """x (n, L, W) -> (n, L, W), and the weights (n, heads, L, M). `causal`: they are the last of M words, and none
+
+        sees a later one.
+        """
         q = self.split(self.query(x))
         # weights = softmax(q k^T / sqrt(d)) ;  y = weights v
         scores = q @ keys.transpose(2, 3) / math.sqrt(q.shape[3])  # (n, heads, L, M)
         if causal:
-            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1 + keys.shape[2] - x.shape[1])
             scores = scores.masked_fill(later, -math.inf)
         weights = scores.softmax(3)
         return self.out((weights @ values).transpose(1, 2).flatten(2)), weights
@@ -540,12 +543,17 @@ class TextBlock(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
-        """x (n, L, W), `seen` what `photograph` remembers -> (n, L, W)."""
+    def forward(self, x: Tensor, seen: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None = None):
+        """x (n, L, W), `seen` what `photograph` remembers, `past` what `words` remembers of the words before these
+
+        -> (n, L, W), and the past with them.
+        """
         u = self.norms[0](x)
-        x = x + self.dropout(self.words(u, *self.words.remember(u), causal=True)[0])
+        new = self.words.remember(u)
+        past = new if past is None else tuple(torch.cat(pair, 2) for pair in zip(past, new))
+        x = x + self.dropout(self.words(u, *past, causal=True)[0])
         x = x + self.dropout(self.photograph(self.norms[1](x), *seen)[0])
-        return x + self.dropout(self.mlp(self.norms[2](x)))
+        return x + self.dropout(self.mlp(self.norms[2](x))), past
 
 
 class TextHead(nn.Module):
@@ -581,20 +589,21 @@ class TextHead(nn.Module):
         if target is not None:
             if self.training:
                 target = target[:, :max(1, int((target != PAD).sum(1).max()) if len(target) else 1)]
-            answers.append(self.next_words(F.pad(target[:, :-1], (1, 0), value=BOS), begin, seen))
+            answers.append(self.next_words(F.pad(target[:, :-1], (1, 0), value=BOS), begin, seen)[0])
         if target is None or not self.training:
             answers.append(self.greedy(begin, seen))
         return torch.stack(answers, 1)
 
     def greedy(self, begin: Tensor, seen: Sequence) -> Tensor:
         """The scores (n, LONGEST, V) along the words that score best, until all of the sentences have ended."""
-        words = torch.full((len(begin), 1), BOS, device=begin.device)
-        scores, ended = [], torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
+        word, past = torch.full((len(begin), 1), BOS, device=begin.device), None
+        scores, ended = [], torch.zeros_like(word, dtype=torch.bool)
         while len(scores) < LONGEST and not (scores and ended.all()):
-            scores.append(self.next_words(words, begin, seen)[:, -1])
-            word = scores[-1][:, EOS:].argmax(1) + EOS  # never nothing, begin, or unknown
-            words, ended = torch.cat([words, word[:, None]], 1), ended | (word == EOS)
-        return F.pad(torch.stack(scores, 1), (0, 0, 0, LONGEST - len(scores)))
+            score, past = self.next_words(word, begin, seen, past)
+            scores.append(score)
+            word = score[:, :, EOS:].argmax(2) + EOS  # never nothing, begin, or unknown
+            ended = ended | (word == EOS)
+        return F.pad(torch.cat(scores, 1), (0, 0, 0, LONGEST - len(scores)))
 
     def look(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What each block remembers of the photograph: a place for each position of each map but the finest."""
@@ -612,14 +621,21 @@ class TextHead(nn.Module):
         """(n, L) -> (n, L, W); the embedding is also the last layer (section 3.4 of the paper)."""
         return math.sqrt(self.embedding.embedding_dim) * self.embedding(words)
 
-    def next_words(self, words: Tensor, begin: Tensor, seen: Sequence) -> Tensor:
-        """Words (n, L) -> scores (n, L, V) of what follows each of them."""
+    def next_words(self, words: Tensor, begin: Tensor, seen: Sequence, past: Sequence | None = None):
+        """Words (n, L) -> scores (n, L, V) of what follows each of them, and the past with them.
+
+        `past` is what the layers remember of the words before these; None: there are none.
+        """
         length, width = words.shape[1], begin.shape[1]
-        x = self.embed(words) + sinusoids(torch.arange(length, device=words.device), width)
-        x = x + F.pad(begin[:, None], (0, 0, 0, length - 1))  # at the first place
-        for block, places in zip(self.blocks, seen):
-            x = block(x, places)
-        return F.linear(self.norm(x), self.embedding.weight)
+        before = 0 if past is None else past[0][0].shape[2]
+        x = self.embed(words) + sinusoids(torch.arange(before, before + length, device=words.device), width)
+        if past is None:
+            x = x + F.pad(begin[:, None], (0, 0, 0, length - 1))  # at the first place
+        passed = []
+        for k, block in enumerate(self.blocks):
+            x, remembered = block(x, seen[k], None if past is None else past[k])
+            passed.append(remembered)
+        return F.linear(self.norm(x), self.embedding.weight), passed
 
 
 class GRUTextHead(TextHead):
@@ -631,8 +647,9 @@ class GRUTextHead(TextHead):
     def look(self, maps):
         return ()
 
-    def next_words(self, words, begin, seen):
-        return F.linear(self.norm(self.gru(self.embed(words), torch.tanh(begin)[None])[0]), self.embedding.weight)
+    def next_words(self, words, begin, seen, past=None):
+        x, past = self.gru(self.embed(words), torch.tanh(begin)[None] if past is None else past)
+        return F.linear(self.norm(x), self.embedding.weight), past
 
 
 TEXT_HEADS = {"transformer": TextHead, "gru": GRUTextHead}  # what NetConfig.text_decoder may be

@@ -329,7 +329,10 @@ def test_state_dict_round_trip(router, tmp_path):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(backend):
-    """Values and gradients; aot_eager traces without generating code, inductor is the default and needs a compiler."""
+    """Values and gradients; aot_eager traces without generating code, inductor is the default and needs a compiler,
+
+    and a minute for training alone.
+    """
     torch.manual_seed(0)
     layer = random_layer(3).double()  # each expert is code of its own
     x = torch.randn(2, C, 3, 3, dtype=torch.float64)
@@ -337,13 +340,14 @@ def test_compiled_equals_eager(backend):
     # the same generator as eager; no processes that import torch again, no trial of each set of instructions
     with torch._inductor.config.patch({"fallback_random": True, "compile_threads": 1, "cpp.vec_isa_ok": True}):
         for f in (layer, torch.compile(layer, backend=backend)):
-            for mode in (True, False):
+            for mode in (True, False)[:1 if backend == "inductor" else 2]:
                 layer.train(mode).zero_grad()
                 torch.manual_seed(1)
                 y, routing = f({"a": x, "b": x})
                 (sum(v.square().sum() for v in y.values()) + load_balancing_loss(routing)).backward()
                 results.append([*y.values(), *routing["a"][:4], *(p.grad.clone() for p in layer.parameters())])
-    for eager, compiled in zip(results[0] + results[1], results[2] + results[3]):
+    half = len(results) // 2
+    for eager, compiled in zip(sum(results[:half], []), sum(results[half:], []), strict=True):
         torch.testing.assert_close(compiled, eager)
 
 

@@ -161,17 +161,18 @@ def test_a_greedy_answer_ends_at_its_end_and_never_says_what_is_no_word(monkeypa
     monkeypatch.setattr(model, "LONGEST", 8)
     head = make(TextHead)
 
-    def next_words(words, begin, seen):
-        scores = F.one_hot(scripts[:len(words), :words.shape[1]], WORDS).float()
+    def next_words(word, begin, seen, past):
+        said.append(word[:, 0].tolist())
+        scores = F.one_hot(scripts[:len(word), len(said) - 1, None], WORDS).float()
         scores[..., :EOS] = 9
-        said.append(words)
-        return scores
+        return scores, len(said)
     head.next_words, said = next_words, []
     output = head(maps_of(3))
     assert Text().decode(output).tolist() == [[5, 6, EOS, *[PAD] * 5], [4, EOS, *[PAD] * 6], [9] * 8]
-    assert len(said) == 8 and (said[-1][:, 0] == BOS).all() and said[-1][0, 1:4].tolist() == [5, 6, EOS]
+    assert len(said) == 8 and said[0] == [BOS] * 3 and [words[0] for words in said[1:4]] == [5, 6, EOS]
     said.clear()
     assert head(maps_of(2)).shape == (2, 1, 8, WORDS) and len(said) == 3  # both have ended
+    said.clear()
     assert Text().decode(head(maps_of(2))).tolist() == [[5, 6, EOS, *[PAD] * 5], [4, EOS, *[PAD] * 6]]
 
 

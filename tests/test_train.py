@@ -470,7 +470,7 @@ def test_uncertainty_finds_the_loss_as_its_variance():
 
 # ---- the command line ----
 
-@pytest.mark.parametrize("workers,word", [(0, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("workers,word", [(0, signal.SIGTERM), (2, signal.SIGINT)])
 def test_ctrl_c_ends_cleanly_with_valid_checkpoints(tmp_path, workers, word):
     """The whole process group hears it, as at a terminal; loader processes must not answer."""
     run = tmp_path / "runs" / "stopped"

@@ -105,14 +105,14 @@ def look(net: Net, task: TextMetrics, image: Tensor, device: torch.device) -> tu
     head, sizes, weights, hooks = net.heads[task.name], [], [], []
     if hasattr(head, "blocks"):
         hooks = [conv.register_forward_hook(lambda _, __, x: sizes.append(x.shape[2:])) for conv in head.laterals]
-        # each word is said after another pass over all words before it; the last pass has the weights of all
+        # one pass for each word
         hooks.append(head.blocks[-1].photograph.register_forward_hook(lambda _, __, found: weights.append(found[1])))
     try:
         answer = full_size.predict_sample(net, [task], image, device)[task.name]
     finally:
         for hook in hooks:
             hook.remove()
-    return answer, on_maps(weights[-1][0].mean(0).cpu(), sizes) if weights else []
+    return answer, on_maps(torch.cat(weights, 2)[0].mean(0).cpu(), sizes) if weights else []
 
 
 def on_maps(weights: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
