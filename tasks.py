@@ -253,7 +253,7 @@ class Landmarks(LandmarkMetrics, Task):
 class Text(TextMetrics, Task):
     """A sentence about the photograph, word by word."""
     name, label = "text", "text"
-    weight = 4.0  # the loss is a mean over words, most of which follow from those before them
+    weight = 10.0  # the loss is a mean over words, most of which follow from those before them
     pad, unknown, end = model.PAD, model.UNK, model.EOS
 
     def __init__(self, names: Mapping[str, Sequence[str]] = MappingProxyType({})):
