@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -32,7 +33,7 @@ from torchvision.transforms import v2
 
 from model import LONGEST
 from retina.datasets import cache, readers, splits
-from retina.datasets.descriptions import words
+from retina.datasets.descriptions import mirrored, words
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.quality import lowest_seen
@@ -296,9 +297,14 @@ def count_classes(dataset: FundusDataset, tasks: Sequence[Task]) -> dict[str, di
     return counts
 
 
-def vocabulary(training: Sequence[Record], validation: Sequence[Record]) -> tuple[list[str], str]:
-    """The words that at least two texts of training have, most frequent first; and a line on those that it lacks."""
-    counts = Counter(word for r in training if r.text for word in set(words(r.text)))
+def vocabulary(training: Sequence[Record], validation: Sequence[Record], flips: bool) -> tuple[list[str], str]:
+    """The words that at least two texts of training have, most frequent first; and a line on those that it lacks.
+
+    With `flips` a text has the words of its mirror images, too.
+    """
+    images = [*itertools.product((False, True), repeat=2)] if flips else [(False, False)]
+    counts = Counter(word for r in training if r.text
+                     for word in set().union(*(words(mirrored(r.text, *sides)) for sides in images)))
     known = sorted((w for w, n in counts.items() if n > 1), key=lambda w: (-counts[w], w))
     learned = set(known)
     lost = [w for r in validation if r.text for w in words(r.text) if w not in learned]
@@ -336,13 +342,13 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}}, "names": names,
                 "left_out_for_validation": validated, "conflicts": [c.as_dict() for c in conflicts],
                 "notes": notes}
-    if config.augment and config.flips:
-        notes += side_notes(tasks)
     crops = config.crops if config.augment and any(LABELS[t.label].local for t in tasks) else 1
     if any(t.label == "text" for t in sampled):
-        names["text"], said = vocabulary(training, validation)
+        names["text"], said = vocabulary(training, validation, config.augment and config.flips)
         notes.append(said)
     tasks = make_tasks([t.name for t in tasks], names)
+    if config.augment and config.flips:
+        notes += side_notes(tasks)
     datasets = {"training": FundusDataset(training, config.image_size, config.flips, crops),
                 "validation": FundusDataset(validation, config.image_size)}
     findings["counts"] = {name: count_classes(dataset, tasks) for name, dataset in datasets.items()}

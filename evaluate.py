@@ -23,7 +23,7 @@ from data import FundusDataset, eval_loader
 from model import Net, NetConfig
 from retina.datasets import cache, leaks, splits
 from retina.datasets.readers import read_data
-from retina.datasets.records import Record
+from retina.datasets.records import LABELS, Record
 from retina.evaluation import routing, statistics
 from retina.evaluation.compare import arms_of, calibration_line, show_comparison
 from retina.evaluation.interventions import score_interventions
@@ -96,6 +96,8 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     """
     found, known = read_data(root, run.options["names"].get("category", ())), run.options["names"]
     for label, names in found.names([t.label for t in run.tasks]).items():
+        if label not in LABELS:  # "broad", which fine classes are parts of, is no label
+            continue
         if new := [name for name in names if label in known and name not in known[label]]:
             raise InputError(f"{root or 'drawn photographs'}: {label} has {', '.join(new[:12])}, but {run.folder} was "
                              f"trained on {', '.join(known[label][:12])}; expected none but these")
@@ -106,12 +108,12 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
         records = [r for r in splits.split(records, run.options["fold"], run.options["keep_leaks"]).training
                    if r.name not in run.validation]
     else:
-        known = {r.name: r for r in records}
-        if lost := [name for name in run.validation if name not in known]:
+        by_name = {r.name: r for r in records}
+        if lost := [name for name in run.validation if name not in by_name]:
             raise InputError(f"{root or 'drawn photographs'}: {len(lost)} of the {len(run.validation)} photographs on "
                              f"which {run.folder} was validated are not there (first: {lost[0]}); expected the data it "
                              f"was trained on, {run.options['data'] or 'drawn photographs'}")
-        records = [known[name] for name in run.validation]
+        records = [by_name[name] for name in run.validation]
     sampled = make_tasks(run.options.get("sampling_tasks", ()), known) if split == "train" else []
     records = [r for r in records if any(t.labelled(r) for t in [*run.tasks, *sampled])]
     if not records:
@@ -285,10 +287,15 @@ def report(runs: Sequence[Run], scores: Sequence[SplitScores], full: Sequence[Sp
     return content
 
 
-def show_guesses(run: Run, root: Path | None, scores: SplitScores, content: dict, write) -> None:
-    """Print how the run's sentences compare with such as need no decoder."""
+def show_guesses(run: Run, scores: SplitScores, content: dict, write) -> None:
+    """Print how the run's sentences compare with such as need no decoder, made of those that it was trained on."""
     task = next(t for t in run.tasks if isinstance(t, TextMetrics))
-    training = [r for r in split_records(run, root, "train") if task.labelled(r)]
+    try:
+        root = run.options["data"] and Path(run.options["data"])
+        training = [r for r in split_records(run, root, "train") if task.labelled(r)]
+    except InputError as error:
+        print(f"not compared with sentences of training, which cannot be read: {error}")
+        return
     arms = guesses(task, scores, training, torch.stack([task.target(r) for r in training]))
     measured = {title: dict(zip(("metrics", "intervals"), (x[task.name] for x in summary([arm], [{}]))))
                 for title, arm in arms.items()}
@@ -392,7 +399,7 @@ def score_and_write(runs: Sequence[Run], args: argparse.Namespace, device: torch
         written.append(f"per_photograph{suffix}.csv")
         write("metrics", content)
         if "text" in scores[0].stats:
-            show_guesses(runs[0], roots[0], scores[0], content, write)
+            show_guesses(runs[0], scores[0], content, write)
         if runs[0].net.experts is not None:
             show_routes(runs[0], photographs[0], args, write)
     elif len(arms) == 1:

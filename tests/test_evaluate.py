@@ -620,3 +620,35 @@ def test_runs_without_a_common_task(whole, monkeypatch, tmp_path):
         shutil.copytree(whole(replace(TINY, tasks=(task,), epochs=1)), tmp_path / task)
     with pytest.raises(InputError, match="cls was trained for cls, .*seg for seg; expected runs with a task in common"):
         run_main(monkeypatch, tmp_path / "cls", tmp_path / "seg")
+
+
+# ---- sentences, signs and fine classes of a table ----
+
+def test_words_signs_and_fine_classes_of_a_table(tmp_path, capsys, monkeypatch):
+    """From training to a test split that has no training photographs beside it, and to new photographs."""
+    monkeypatch.setattr(records, "HERE", tmp_path)
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+    header, rows = "image,text,fine,sign_hard_exudates,sign_x,split\n", []
+    for i in range(16):
+        drawn(5, i, 140).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'haze?' if i % 2 else 'no haze'},{'ab'[i % 2]},{i % 2},{i // 2 % 2}")
+    for name, splits_of in (("train", ("train", "val")), ("new", ("test",))):
+        (tmp_path / f"{name}.csv").write_text(header + "".join(
+            f"{row},{splits_of[i % 4 // 3 % len(splits_of)]}\n" for i, row in enumerate(rows)))
+    options = replace(TINY, tasks=("text", "fine", "signs"), data=str(tmp_path / "train.csv"), epochs=1)
+    train.fit(options, tmp_path / "runs" / "words", quiet=True)
+    run = tmp_path / "runs" / "words"
+    run_main(monkeypatch, run)
+    said = capsys.readouterr().out
+    assert "the best constant sentence" in said and "a random one of training" in said
+    assert "macro one-vs-rest AUROC" in said and "hard exudates" not in said  # a sign keeps its name
+    run_main(monkeypatch, run, "--data", tmp_path / "new.csv", "--split", "test")
+    said = capsys.readouterr().out
+    assert "the best constant sentence" in said and "wrote per_photograph_test" in said
+    (tmp_path / "train.csv").rename(tmp_path / "elsewhere.csv")
+    run_main(monkeypatch, run, "--data", tmp_path / "new.csv", "--split", "test")
+    said = capsys.readouterr().out
+    assert "not compared with sentences of training" in said and "wrote per_photograph_test" in said
+    run_main(monkeypatch, run, "--images", tmp_path / "3.png", "--out", tmp_path / "out", "--no-quality-check")
+    row, = csv.DictReader((tmp_path / "out" / "predictions.csv").open())
+    assert row["status"] == "answered" and {"text", "fine"} <= row.keys() and any("hard_exudates" in k for k in row)

@@ -221,7 +221,13 @@ def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], trai
         lines += [f"warning: of {filed[name]} photographs with {task.name} {name}, {filed[name] - n} show none at "
                   f"{size} px; a larger --image-size keeps more"
                   for name, n in learned[task.name].items() if filed[name] > n]
-    if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items() if not n]:
+    by_name = {t.name: LABELS[t.label] for t in tasks}
+
+    def mirror_images(t, name):  # which training sees where it mirrors photographs
+        sided = isinstance(by_name[t], ClassLabel) and by_name[t].sided
+        return [by_name[t].mirrored(name, *sides) for sides in ((True, False), (False, True), (True, True))] * sided
+    if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items()
+                   if not n and not any(map(classes.get, mirror_images(t, name)))]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     telling = telling_tasks(counts, tasks)
     if silent := [t.name for t in tasks if t not in telling]:

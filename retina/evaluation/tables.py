@@ -73,9 +73,9 @@ def spelled_out(measure: str) -> str:
     for ending, words in ENDINGS.items():
         if measure.endswith(ending):
             return spelled_out(measure.removesuffix(ending)) + words
-    stem, _, last = measure.rpartition("_")
-    if measure not in NAMES and stem in NAMES:  # of a class
-        return f"{NAMES[stem]}, {last}"
+    stem = max((name for name in NAMES if measure.startswith(f"{name}_")), key=len, default=None)
+    if measure not in NAMES and stem:  # of a class
+        return f"{NAMES[stem]}, {measure.removeprefix(f'{stem}_')}"
     return NAMES.get(measure, measure.replace("_", " "))
 
 

@@ -286,6 +286,10 @@ class SignMetrics(TaskMetrics):
         """A sign that no photograph has, or every one, has no area; how many there are, counts do not say."""
         return any(counts.values())
 
+    def score(self, values):
+        """Chance where no sign has an area, so that it chooses no checkpoint."""
+        return 0.5 if math.isnan(values[self.primary]) else super().score(values)
+
     def constant_guess(self, targets):
         """Of each sign the share of photographs that have it."""
         return targets.nanmean(0, keepdim=True).nan_to_num()

@@ -21,6 +21,7 @@ from retina.evaluation.task_metrics import TaskMetrics
 
 # n photographs, D weightings of them, L places of a sentence, N = 4 orders of n-grams
 ORDERS = 4
+UNKNOWN_WORD = "<unknown>"  # no text has it: words() takes its parts for words
 COUNTS = 2 * ORDERS + 2
 
 
@@ -60,7 +61,8 @@ def slots_of(words: tuple[str, ...]) -> dict[str, str]:
     return {slot: value for slot, value in read.items() if value is not None}
 
 
-def stutters(words: Sequence) -> bool:
+@lru_cache(1 << 12)
+def stutters(words: tuple) -> bool:
     """Whether some words stand twice in a row."""
     return any(words[i:i + k] == words[i + k:i + 2 * k] for k in range(1, len(words) // 2 + 1)
                for i in range(len(words) - 2 * k + 1))
@@ -84,12 +86,12 @@ class TextMetrics(TaskMetrics):
         return "slots" if self.grammar else "exact"
 
     def words(self, numbers: Tensor) -> list[str]:
-        """The words with these numbers, up to the end of the sentence; ? is an unknown one."""
+        """The words with these numbers, up to the end of the sentence."""
         words = []
         for k in numbers.int().tolist():
             if k in (self.pad, self.end):
                 break
-            words.append("?" if k == self.unknown else self.vocabulary[k - self.end - 1])
+            words.append(UNKNOWN_WORD if k == self.unknown else self.vocabulary[k - self.end - 1])
         return words
 
     def text(self, numbers: Tensor) -> str:
@@ -103,8 +105,8 @@ class TextMetrics(TaskMetrics):
         """
         said, true = (tuple(self.words(numbers)) for numbers in (answer, truth))
         # what an unknown word is, nobody knows: no word of the answer is the same
-        values = [*bleu_counts(said, tuple(None if w == "?" else w for w in true)),
-                  float(said == true and "?" not in true), float(stutters(said))]
+        values = [*bleu_counts(said, tuple(None if w == UNKNOWN_WORD else w for w in true)),
+                  float(said == true and UNKNOWN_WORD not in true), float(stutters(said))]
         if self.grammar:
             here, there = slots_of(said), slots_of(true)
             values += [float(bool(here)), len(there), len(here),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 OF_MACHINE = ("data", "workers", "device")  # where a run works, not what it is; may be typed anew with --resume
 SIDES = set("left right upper lower top bottom superior inferior nasal temporal dexter dextra sinister sinistra links "
             "linkes rechts rechtes gauche droit droite izquierdo izquierda derecho derecha".split())
+INVARIANT = {"nasal", "temporal"}  # in words: the disc moves along, see datasets/descriptions.py
 ABBREVIATED = {"l", "r"}, {"le", "re"}, {"od", "os"}  # sides where both occur; "OD" alone may be the optic disc
 
 
@@ -185,14 +186,23 @@ def names_of_sides(names: Sequence[str]) -> list[str]:
 
 
 def side_notes(tasks: Sequence) -> list[str]:
-    """A note for each of the tasks whose classes mirror images would mix up, where the label does not follow them."""
+    """A note for each of the tasks whose classes, signs or words mirror images would mix up, where the label does not
+
+    follow them.
+    """
     def follows(label, name):
         return any(label.mirrored(name, *sides) != name for sides in ((True, False), (False, True)))
 
-    found = [[name for name in names_of_sides(t.names) if not follows(records.LABELS[t.label], name)]
-             for t in tasks if getattr(t, "names", None)]
-    return [f"classes {', '.join(names[:8])} sound like sides; a mirror image turns one into the other: use --no-flips"
-            for names in found if names]
+    notes = []
+    for t in tasks:
+        label, words = records.LABELS[t.label], getattr(t, "vocabulary", ())
+        signs = t.classes if isinstance(label, records.SignsLabel) else ()
+        for what, names in (("classes", getattr(t, "names", ())), ("signs", signs), ("words", set(words) - INVARIANT)):
+            found = [name for name in names_of_sides(sorted(names or ())) if not follows(label, name)]
+            if found:
+                notes.append(f"{what} {', '.join(found[:8])} sound like sides; a mirror image turns one into the "
+                             "other: use --no-flips")
+    return notes
 
 
 def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],

@@ -164,6 +164,16 @@ def test_fine_classes_are_warned_of_where_the_mirror_cannot_help():
     assert found.startswith("classes lefteye, righteye sound like sides")
 
 
+def test_words_and_signs_are_warned_of_where_the_mirror_cannot_help():
+    def notes(**names):
+        return side_notes(make_tasks(list(names), names))
+    assert notes(text=["left", "right", "superior", "nasal", "od"], signs=["drusen"]) == []  # OD alone is the disc
+    found, = notes(text=["left", "os", "od", "eye"])
+    assert found.startswith("words od, os sound like sides")
+    found, = notes(signs=["drusen", "left eye"])
+    assert found.startswith("signs left eye sound like sides")
+
+
 def test_mirror_images_of_fine_classes_are_classes_themselves():
     fine = LABELS["fine"]
     assert fine.names(["x", "Left upper"]) == ["Left lower", "Left upper", "Right lower", "Right upper", "x"]

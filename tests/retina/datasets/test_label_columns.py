@@ -123,9 +123,12 @@ def test_the_words_of_training():
     """Those of two texts at least, the most frequent first, equally frequent ones by alphabet."""
     def with_text(*texts):
         return [Record(f"{i}", None, labels={"text": t} if t else {}) for i, t in enumerate(texts)]
-    known, said = data.vocabulary(with_text("b a, b", "A b c c c", None, "b d"), with_text("d a e", None))
+    known, said = data.vocabulary(with_text("b a, b", "A b c c c", None, "b d"), with_text("d a e", None), True)
     assert known == ["b", "a"]
     assert said == ("text: 2 words, in texts of up to 5; 3 of training, which a single text has, and 2 of validation "
                     "count as unknown")
-    assert data.vocabulary(with_text("a " * 64), [])[1].endswith("; what comes after 63 words is cut off")
-    assert "cut off" not in data.vocabulary(with_text("a " * 63), [])[1]
+    sided = with_text("left superior", "left superior")  # of which mirror images have other words
+    assert sorted(data.vocabulary(sided, [], True)[0]) == ["inferior", "left", "right", "superior"]
+    assert sorted(data.vocabulary(sided, [], False)[0]) == ["left", "superior"]
+    assert data.vocabulary(with_text("a " * 64), [], True)[1].endswith("; what comes after 63 words is cut off")
+    assert "cut off" not in data.vocabulary(with_text("a " * 63), [], True)[1]

@@ -125,7 +125,7 @@ def test_slots_by_hand():
     ("", False), ("a", False), ("a a", True), ("a b a b", True), ("a b a", False), ("a b c x b c x d", True),
     ("a b c a b d", False), ("x a b c a b c", True), ("a b b a", True)])
 def test_stuttering(text, stuttering):
-    assert stutters(text.split()) == stuttering
+    assert stutters(tuple(text.split())) == stuttering
 
 
 def test_an_unknown_word_never_matches():
@@ -134,8 +134,14 @@ def test_an_unknown_word_never_matches():
     m = scores(task, ["a b drusen", "a b c"], ["a b drusen", "a b c"])
     assert m["exact"] == 0.5 and m["bleu1"] == pytest.approx(100 * 5 / 6)
     rows = numbers(task, ["a drusen b"])
-    assert task.words(rows[0]) == ["a", "?", "b"] and task.text(rows[0]) == "a? b"
+    assert task.words(rows[0]) == ["a", "<unknown>", "b"] and task.text(rows[0]) == "a <unknown> b"
     assert not task.right(task.image_stats(rows, rows)).any()
+
+
+def test_a_question_mark_is_a_word():
+    task = text_task("glaucoma?", "no glaucoma.")
+    m = scores(task, ["glaucoma?"], ["glaucoma?"])
+    assert m["exact"] == 1 and m["bleu1"] == pytest.approx(100)
 
 
 def test_other_texts_have_no_slots():

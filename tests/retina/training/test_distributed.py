@@ -50,7 +50,7 @@ for i in range(8):  # masks here, points there, some grades: each share of two l
                                     grade=None if i in (1, 2, 4) else found[i].grade,
                                     text=found[i].text if i % 2 else None, fine=None if i % 2 else found[i].fine,
                                     signs=found[i].signs if i in (1, 2) else None)
-NAMES = {"text": data.vocabulary(found, [])[0], **readers.read_drawn().names(["fine", "signs"])}
+NAMES = {"text": data.vocabulary(found, [], True)[0], **readers.read_drawn().names(["fine", "signs"])}
 
 def learn(world, options):
     torch.manual_seed(0)
