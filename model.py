@@ -509,7 +509,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(n, M, W) -> (n, heads, M, d), d = W / heads."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2).contiguous()  # products are faster so
 
     def remember(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (n, heads, M, d) of places (n, M, W)."""
@@ -574,6 +574,7 @@ class TextHead(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.norm = nn.LayerNorm(width)
+        self.register_buffer("order", sinusoids(torch.arange(LONGEST), width), persistent=False)  # of words
         self.build(width)
         initialise(self)
 
@@ -626,9 +627,9 @@ class TextHead(nn.Module):
 
         `past` is what the layers remember of the words before these; None: there are none.
         """
-        length, width = words.shape[1], begin.shape[1]
+        length = words.shape[1]
         before = 0 if past is None else past[0][0].shape[2]
-        x = self.embed(words) + sinusoids(torch.arange(before, before + length, device=words.device), width)
+        x = self.embed(words) + self.order[before:before + length]
         if past is None:
             x = x + F.pad(begin[:, None], (0, 0, 0, length - 1))  # at the first place
         passed = []
