@@ -184,8 +184,8 @@ def collate(samples: Sequence[Sample], tasks: Sequence,
 class MultiTaskBatchSampler:
     """Which photographs meet in which training step; a step is a list of Draws.
 
-    Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for; those without a label,
-    which only a student of teachers has, are one more group. Every step takes from the group of every task, in proportion to the square root of its size:
+    Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for. Those without a label
+    are left out, or, where they are there for teachers to answer (`unlabelled`), one more group. Every step takes from the group of every task, in proportion to the square root of its size:
     proportional sampling would show too few of the rare photographs with masks, equal sampling would repeat them too
     often (the temperature T = 2 of Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). Within a group all come
     equally often, and each pass through it has a new order. Everything is a function of (seed, step): a step can be
@@ -198,12 +198,12 @@ class MultiTaskBatchSampler:
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
-                 wanted: Sequence | None = None, crops: bool = False):
+                 wanted: Sequence | None = None, crops: bool = False, unlabelled: bool = False):
         self.labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
         groups, left = {}, set().union(*self.labelled.values())
         for name, members in sorted(self.labelled.items(), key=lambda item: len(item[1])):  # the rarest first
             groups[name], left = sorted(members & left), left - members
-        self.unlabelled = set(range(len(records))).difference(*self.labelled.values())
+        self.unlabelled = set(range(len(records))).difference(*self.labelled.values()) if unlabelled else set()
         groups["unlabelled"] = sorted(self.unlabelled)
         self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
         self.seed, self.augmented, self.crops = seed, augmented, crops and augmented

@@ -249,7 +249,8 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     if not quiet:
         print(describe_split(train_set.records, val_set.records, findings, tasks, config))
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.names) or tasks,
-                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1)
+                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1,
+                                         bool(config.teachers))
     steps = config.epochs * sampler.per_epoch
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
         state = failure.state = make_state(net, tasks, config, steps, device, world)

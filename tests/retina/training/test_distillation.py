@@ -284,7 +284,7 @@ def test_photographs_of_eyes_that_are_judged_are_left_out(tmp_path):
     assert "7 of 9 photographs without labels are used" in " ".join(findings["notes"])
     assert sorted(r.name for r in findings["judged"]) == ["0.png", "1.png", "unlabelled/x0", "unlabelled/x1"] or \
         len(findings["judged"]) == 4
-    sampler = data.MultiTaskBatchSampler(training.records, [TASKS["cls"]], 6, 0, True)
+    sampler = data.MultiTaskBatchSampler(training.records, [TASKS["cls"]], 6, 0, True, unlabelled=True)
     for number in range(4):
         drawn = [training.records[d.index].labels for d in sampler.step(number)]
         assert 0 < sum(map(bool, drawn)) < 6

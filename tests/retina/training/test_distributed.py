@@ -248,10 +248,10 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 FATAL = PROGRAM.replace("files.run_cli", """
 import os, signal
 whole = train.train_step
-def step(state, batch, tasks, config, world):
+def step(state, batch, tasks, config, world, *teachers):
     if state.step == 5 and world.rank == 1:
         END
-    return whole(state, batch, tasks, config, world)
+    return whole(state, batch, tasks, config, world, *teachers)
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
 files.run_cli""")
