@@ -85,7 +85,7 @@ def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = No
     finally:
         torch.set_num_threads(threads)
     mirrored = bool(left[0] > right[0]), bool(top[1] > bottom[1])
-    return replace(sample, image=image.as_subclass(Tensor), labels={
+    return replace(sample, image=image.as_subclass(Tensor), part=crop is not None, labels={
         name: LABELS[name].mirrored(LABELS[name].from_tv_tensor(value, sample.labels[name]), *mirrored)
         for name, value in moved.items()})
 
@@ -151,10 +151,12 @@ class Batch:
     indices: dict[str, Tensor]  # task -> (n_t,) int64, ascending
     names: list[str]
     eyes: list[str]  # the eye that each shows
+    whole: Tensor  # (w,) int64, ascending: the photographs that are no parts
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to each tensor."""
-        return replace(self, images=change(self.images), targets={t: change(x) for t, x in self.targets.items()},
+        return replace(self, images=change(self.images), whole=change(self.whole),
+                       targets={t: change(x) for t, x in self.targets.items()},
                        indices={t: change(x) for t, x in self.indices.items()})
 
     def to(self, device: torch.device) -> Batch:
@@ -177,14 +179,14 @@ def collate(samples: Sequence[Sample], tasks: Sequence,
         elif t.name in empty_targets:
             indices[t.name], targets[t.name] = torch.zeros(0, dtype=torch.int64), empty_targets[t.name]
     return Batch(torch.stack([s.image for s in samples]), targets, indices, [s.name for s in samples],
-                 [s.eye for s in samples])
+                 [s.eye for s in samples], torch.tensor([not s.part for s in samples]).nonzero()[:, 0])
 
 
 class MultiTaskBatchSampler:
     """Which photographs meet in which training step; a step is a list of Draws.
 
-    Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for; those without a label
-    are left out. Every step takes from the group of every task, in proportion to the square root of its size:
+    Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for. Those without a label
+    are left out, or, where they are there for teachers to answer (`unlabelled`), one more group. Every step takes from the group of every task, in proportion to the square root of its size:
     proportional sampling would show too few of the rare photographs with masks, equal sampling would repeat them too
     often (the temperature T = 2 of Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). Within a group all come
     equally often, and each pass through it has a new order. Everything is a function of (seed, step): a step can be
@@ -197,11 +199,13 @@ class MultiTaskBatchSampler:
     """
 
     def __init__(self, records: Sequence[Record], tasks: Sequence, batch: int, seed: int, augmented: bool,
-                 wanted: Sequence | None = None, crops: bool = False):
+                 wanted: Sequence | None = None, crops: bool = False, unlabelled: bool = False):
         self.labelled = {t.name: {i for i, r in enumerate(records) if t.labelled(r)} for t in tasks}
         groups, left = {}, set().union(*self.labelled.values())
         for name, members in sorted(self.labelled.items(), key=lambda item: len(item[1])):  # the rarest first
             groups[name], left = sorted(members & left), left - members
+        self.unlabelled = set(range(len(records))).difference(*self.labelled.values()) if unlabelled else set()
+        groups["unlabelled"] = sorted(self.unlabelled)
         self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
         self.seed, self.augmented, self.crops = seed, augmented, crops and augmented
         self.local = {t.name for t in tasks if LABELS[t.label].local}
@@ -243,7 +247,7 @@ class MultiTaskBatchSampler:
                 index = next((draw.index for draw in draws if draw.index in members),
                              sorted(members)[number % len(members)])
                 draws = [draw for draw in draws if draw.index != index] + [Draw(index, draws[0].aug_seed, False)]
-        return [draw for draw in draws if self.tasks_of(draw) & self.wanted]
+        return [draw for draw in draws if self.tasks_of(draw) & self.wanted or draw.index in self.unlabelled]
 
     def range(self, start: int, stop: int, rank: int = 0, size: int = 1) -> Iterator[list[Draw]]:
         """Steps start..stop-1; of each step the share of process `rank` of `size`, as even as possible."""
@@ -327,7 +331,8 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     records = data_set.records
     all_tasks = make_tasks(TASKS, data_set.names(LABELS))
     check_labels({"training": [r for r in records if r.split != "test"]}, tasks, all_tasks, root)  # before decoding
-    joined, conflicts, notes = find_eyes(records, config.image_size, config.ignore_eyes)
+    unlabelled = [] if config.unlabelled is None else readers.read_unlabelled(Path(config.unlabelled))
+    joined, conflicts, notes = find_eyes([*records, *unlabelled], config.image_size, config.ignore_eyes)
     split = splits.split(joined, config.fold, config.keep_leaks)
     check_labels({"training": split.training, "validation": split.validation}, tasks, all_tasks, root,
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
@@ -336,10 +341,23 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
     training, validation, test, leaks = (
         [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
             (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
+    judged = {r.eye for r in split.validation + split.test}
+    hidden = splits.hide_labels(training, config.labelled)
+    if config.labelled < 1:
+        labels_left = [r for r in hidden if r.labels]
+        notes.append(f"--labelled {config.labelled:g}: {len(labels_left)} of {len(training)} photographs keep their "
+                     "labels")
+        check_labels({"training": labels_left}, tasks, all_tasks, root, notes[-1])
+    usable = [r for r in joined if r.split == "unlabelled" and r.eye not in judged]
+    if unlabelled:
+        notes.append(f"{len(usable)} of {len(unlabelled)} photographs without labels are used; the others show an eye "
+                     "of the validation or test split")
+    training = [*hidden, *usable] if config.teachers else [r for r in hidden if r.labels]
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     names = data_set.names([t.label for t in sampled])
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],
                           **{t.name: sum(t.labelled(r) for r in leaks) for t in tasks}}, "names": names,
+                "judged": [r for r in joined if r.eye in judged],
                 "left_out_for_validation": validated, "conflicts": [c.as_dict() for c in conflicts],
                 "notes": notes}
     crops = config.crops if config.augment and any(LABELS[t.label].local for t in tasks) else 1

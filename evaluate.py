@@ -53,6 +53,7 @@ class Run:
     validation: list[str]  # names of the photographs that it was chosen on
     calibration: dict[str, dict]  # on them: temperatures and thresholds, by task
     fingerprints: dict[str, str]  # split -> of its photographs and labels when the run was trained, see data.py
+    learned: list[str]  # hashes of photographs that it learned from, see training/distillation.py
     seen: dict[str, float]  # what its training photographs looked like, see inference/quality.py
     tiles: float | None = None  # the scale of the tiles in which it outlines lesions, beside the whole; None: in none
 
@@ -69,7 +70,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
         if unknown := [t for t in state["options"]["tasks"] if t not in TASKS]:
             raise InputError(f"trained for the task {unknown[0]!r}, which tasks.py does not list ({', '.join(TASKS)})")
         if missing := [f.name for f in fields(NetConfig) if f.name not in state["options"]] + \
-                [k for k in ("calibration", "test", "seen") if k not in state]:
+                [k for k in ("calibration", "test", "learned", "seen") if k not in state]:
             raise InputError(f"made by another version of this project, it lacks {missing[0]!r}; train again")
         net, tasks = build_net(state["options"])
         if wrong := differences(net.state_dict(), state["net"]):
@@ -83,7 +84,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
                          f"{(str(error).splitlines() or [''])[0]})") from error
     return Run(folder, net.to(device), tasks, state["options"], state["epoch"], state["validation"],
                state["calibration"], dict(zip(("train", "val", "test"), (*state["data"], state["test"]))),
-               state["seen"], state.get("tiles"))
+               state["learned"], state["seen"], state.get("tiles"))
 
 
 def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
@@ -105,8 +106,8 @@ def split_records(run: Run, root: Path | None, split: str) -> list[Record]:
     if split == "test":
         records = sorted(splits.split(records).test, key=lambda r: r.name)
     elif split == "train":
-        records = [r for r in splits.split(records, run.options["fold"], run.options["keep_leaks"]).training
-                   if r.name not in run.validation]
+        training = splits.split(records, run.options["fold"], run.options["keep_leaks"]).training
+        records = [r for r in splits.hide_labels(training, run.options["labelled"]) if r.name not in run.validation]
     else:
         by_name = {r.name: r for r in records}
         if lost := [name for name in run.validation if name not in by_name]:

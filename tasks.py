@@ -57,6 +57,13 @@ class Task(TaskMetrics):
         """
         raise NotImplementedError
 
+    def teacher_loss(self, output: Tensor, answers: Sequence[Tensor], temperature: float) -> Tensor:
+        """How far a student's raw output (m, ...) is from those of its teachers, for each photograph (m,).
+
+        The divergence KL(q || p) of its probabilities p from q, the mean of theirs.
+        """
+        raise NotImplementedError
+
     def decode(self, output: Tensor) -> Tensor:
         """Raw output -> prediction in human units (n, ...): probabilities, masks, landmarks."""
         raise NotImplementedError
@@ -66,6 +73,27 @@ class Task(TaskMetrics):
         if not output.isfinite().all():
             raise NotFiniteError(f"the network's output for {self.name} is not finite; train again with a lower --lr")
         return self.decode(output)
+
+
+def class_divergence(output: Tensor, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """T^2 KL(q || p) over the last dimension, of p = softmax(z / T) and q the mean of softmax(z_k / T) -> (...).
+
+    Hinton et al. 2015, arXiv 1503.02531, section 2: T^2 keeps the gradient T (p - q) as large as that of labels.
+    """
+    q = torch.stack([z / temperature for z in answers]).softmax(-1).mean(0)
+    log_p = (output / temperature).log_softmax(-1)
+    return temperature ** 2 * (torch.xlogy(q, q) - q * log_p).sum(-1)
+
+
+def yes_no_divergence(output: Tensor, answers: Sequence[Tensor]) -> Tensor:
+    """KL(q || p) of yes and no, each output a logit of its own; the mean over all but the first dimension -> (m,).
+
+    Without a temperature: it would lift a background that is sure to be none to something that might be.
+    """
+    q = torch.stack(list(answers)).sigmoid().mean(0)
+    entropy = -torch.xlogy(q, q) - torch.xlogy(1 - q, 1 - q)
+    cross = F.binary_cross_entropy_with_logits(output, q, reduction="none")
+    return (cross - entropy).flatten(1).mean(1)
 
 
 # ---- classes ----
@@ -82,6 +110,9 @@ class Classification(ClassMetrics, Task):
     def loss(self, output, target, all_reduce_sum=model.identity):
         number = output.new_tensor(float(len(target)))
         return all_reduce_sum(F.cross_entropy(output, target, reduction="sum")) / all_reduce_sum(number)
+
+    def teacher_loss(self, output, answers, temperature):
+        return class_divergence(output, answers, temperature)
 
     def decode(self, output):
         return output.softmax(1)  # (n, G)
@@ -137,6 +168,9 @@ class Signs(SignMetrics, Task):
         entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
         return all_reduce_sum(entropy) / all_reduce_sum(known.sum()).clamp(min=1)
 
+    def teacher_loss(self, output, answers, temperature):
+        return yes_no_divergence(output, answers)
+
     def decode(self, output):
         return output.sigmoid()  # (n, S)
 
@@ -169,6 +203,9 @@ class Lesions(MaskMetrics, Task):
         missed = ((1 - soft_dice) * present).sum() / present.sum().clamp(min=1)
         entropy = F.binary_cross_entropy_with_logits(output, truth, known, reduction="sum")
         return all_reduce_sum(entropy) / all_reduce_sum(known.sum()) + missed
+
+    def teacher_loss(self, output, answers, temperature):
+        return yes_no_divergence(output, answers)
 
     def decode(self, output):
         return output.sigmoid()
@@ -244,6 +281,10 @@ class Landmarks(LandmarkMetrics, Task):
         number = all_reduce_sum(known.sum().to(output.dtype)).clamp(min=1)
         return all_reduce_sum(((distance + divergence) * known).sum()) / number
 
+    def teacher_loss(self, output, answers, temperature):
+        """Of heatmaps, without a temperature; the mean over landmarks."""
+        return class_divergence(output.flatten(2), [z.flatten(2) for z in answers]).mean(1)
+
     def decode(self, output):
         return soft_argmax(output)[0]  # (n, P, 2) as shares of the side
 
@@ -274,6 +315,13 @@ class Text(TextMetrics, Task):
         target = target[:, :scores.shape[1]]
         entropy = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=self.pad, reduction="sum")
         return all_reduce_sum(entropy) / all_reduce_sum((target != self.pad).sum().to(scores.dtype)).clamp(min=1)
+
+    def teacher_loss(self, output, answers, temperature):
+        """Of each word after those before it in the first teacher's sentence; the mean over its words."""
+        words = (self.decode(answers[0]) != self.pad)[:, :output.shape[2]]  # (m, L)
+        scores = [z[:, 0, :output.shape[2]] for z in answers]
+        divergence = class_divergence(output[:, 0], scores, temperature)
+        return (divergence * words).sum(1) / words.sum(1).clamp(min=1)
 
     def decode(self, output):
         """The words that score best, each after those before it: (n, L)."""

@@ -22,17 +22,19 @@ from torch import Tensor, nn
 
 import data
 import model
+from evaluate import load_run
 from model import ENCODERS, MOE_PLACES, ROUTERS, Net, load_balancing_loss
 from retina.datasets.splits import describe_split, telling_tasks
 from retina.evaluation import routing, scoring, tables
 from retina.evaluation.compare import calibration_line
 from retina.files import load_tensors, run_cli
 from retina.inference.full_size import score_at_full_size
-from retina.training import checkpoint, distributed, precision, pretrained
+from retina.training import checkpoint, distillation, distributed, precision, pretrained
 from retina.training.checkpoint import RunFolder, TrainState
 from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
     resolve_defaults
 from retina.training.diagnostics import LossMonitor, describe_run
+from retina.training.distillation import Teachers
 from retina.training.distributed import SINGLE_PROCESS, World
 from retina.training.interrupt import StopSignal, explain_failures, stopped_by_sigterm
 from tasks import TASKS, Task, build_net, make_tasks
@@ -41,7 +43,8 @@ from tasks import TASKS, Task, build_net, make_tasks
 # ---- configuration: a field is a flag ----
 
 PUBLISHED = 0.3  # of the learning rate, for what starts from published weights; docs/results.md has what was tried
-WHAT, NETWORK, TRAINING, MACHINE = "what is learned from what", "network", "training", "machine"
+WHAT, TEACHERS, NETWORK, TRAINING, MACHINE = ("what is learned from what", "teachers", "network", "training",
+                                               "machine")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class Config:
                         "the size, in which small lesions are larger", real=2.0, lowest=1, below=8)
     keep_leaks: bool = flag(False, WHAT, "train on photographs of eyes in the test split too, as most of the "
                             "literature does")
+    teachers: tuple[str, ...] = flag((), TEACHERS, "runs whose answers are learned, too, for the tasks that they have")
+    unlabelled: str | None = flag(None, TEACHERS, "folder of photographs without labels, for which teachers answer")
+    labelled: float = flag(1.0, TEACHERS, "share of the eyes of training that keep their labels, always the same ones; "
+                           "teachers answer for the others", lowest=1e-6, below=1.0000001)
+    temperature: float = flag(2.0, TEACHERS, "of probabilities of classes and words: the higher, the more counts what "
+                              "teachers hold possible", lowest=1e-3)
+    distil_weight: float = flag(1.0, TEACHERS, "of teachers' answers beside labels", lowest=0)
+    anneal: bool = flag(False, TEACHERS, "where there are labels, go over from the teachers' answers to them")
     epochs: int = flag(5, TRAINING, "at most", real=11, lowest=1)
     batch_size: int = flag(8, TRAINING, "photographs in a step", lowest=2)
     lr: float = flag(2.5e-3, TRAINING, f"highest learning rate of AdamW; {PUBLISHED} of it for published weights",
@@ -102,7 +113,7 @@ class Config:
 # ---- the loss of several tasks ----
 
 class LossWeights(nn.Module):
-    """Sum the tasks' losses, with fixed or learned weights.
+    """Sum the tasks' losses, with fixed or learned weights; the loss of a task is that of its labels and teachers.
 
     "uncertainty" learns s_t = log sigma_t^2 in L = sum_t exp(-s_t) L_t + s_t (Kendall et al. 2018, arXiv 1705.07115,
     eq. 10; the factors 1/2 that differ between regression and classification are left out). A task that is not in
@@ -118,7 +129,11 @@ class LossWeights(nn.Module):
                                              else {})
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
-        by_task = {t: loss for t, loss in losses.items() if t != "balance"}
+        by_task: dict[str, Tensor] = {}
+        for name, loss in losses.items():
+            if name != "balance":
+                task, *_ = name.split()  # "cls teachers" is one more part of the loss of cls
+                by_task[task] = by_task[task] + loss if task in by_task else loss
         if self.learned:
             total = sum((-self.log_variance[t]).exp() * loss + self.log_variance[t] for t, loss in by_task.items())
         else:
@@ -137,12 +152,31 @@ def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], con
     return losses | ({"balance": load_balancing_loss(routed, world.all_reduce_sum)} if routed else {})
 
 
+def taught_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
+                  world: World = SINGLE_PROCESS, *, teachers: Teachers) -> dict[str, Tensor]:
+    """The same with teachers: also "cls teachers", how far all answers for `cls` are from theirs."""
+    lesson = teachers.prepare(batch, config.precision)
+    with precision.autocast(state.device, config.precision):
+        outputs, routed = state.model(batch.images, lesson.indices, lesson.targets)
+    dtype = next(state.net.parameters()).dtype
+    losses, trust = {}, teachers.trust_in_labels(state.step)
+    for t in (t for t in tasks if t.name in outputs):
+        output = outputs[t.name].to(dtype)
+        labelled = lesson.labelled.get(t.name, slice(None))
+        losses[t.name] = t.loss(output[labelled], batch.targets[t.name], world.all_reduce_sum)
+        if t.name in lesson.answers:
+            losses[t.name] = trust * losses[t.name]
+            losses[f"{t.name} teachers"] = teachers.loss(t, output, lesson, trust, world.all_reduce_sum)
+    return losses | ({"balance": load_balancing_loss(routed, world.all_reduce_sum)} if routed else {})
+
+
 # ---- one step ----
 
 def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
-               world: World = SINGLE_PROCESS) -> dict[str, float]:
+               world: World = SINGLE_PROCESS, teachers: Teachers | None = None) -> dict[str, float]:
     """Learn from one batch; -> its losses (on a GPU, those of the step before). RunError: see LossMonitor.check."""
-    losses = task_losses(state, batch, tasks, config, world)
+    losses = taught_losses(state, batch, tasks, config, world, teachers=teachers) if teachers else \
+        task_losses(state, batch, tasks, config, world)
     if config.log_gradients:
         state.monitor.compare_gradients(losses, state.net.encoder)
     state.optimizer.zero_grad(set_to_none=True)
@@ -204,19 +238,26 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     with world.main_process_first():
         train_set, val_set, findings = data.load_datasets(config, make_tasks(config.tasks, config.names))
     config = replace(config, names=findings.pop("names"))
+    runs = [load_run(Path(teacher), device) for teacher in config.teachers]
+    config = replace(config, names=config.names | distillation.words_of(runs))
     saved = read_same(folder, config) if resume else None
     net, tasks = build_net(asdict(config))
+    distillation.check_teachers(runs, tasks, config, findings.pop("judged"))
     if saved is None and world.rank == 0:  # the other processes take over its weights
         pretrained.start_from(net, config.encoder_weights, config.encoder)
     telling = telling_tasks(findings["counts"], tasks)
     if not quiet:
         print(describe_split(train_set.records, val_set.records, findings, tasks, config))
     sampler = data.MultiTaskBatchSampler(train_set.records, make_tasks(config.sampling_tasks, config.names) or tasks,
-                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1)
+                                         config.batch_size, config.seed, config.augment, tasks, config.crops > 1,
+                                         bool(config.teachers))
     steps = config.epochs * sampler.per_epoch
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
         state = failure.state = make_state(net, tasks, config, steps, device, world)
-        run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet)
+        teachers = Teachers(runs, tasks, config, steps) if runs and config.distil_weight else None
+        run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet,
+                        {"learned": distillation.learned_by(train_set.records, runs),
+                         "teachers": [checkpoint.weights_hash(run.net) for run in runs]})
         run.open(saved, {**findings, "notes": [*notes, *findings["notes"]]}, resume, overwrite)
         failure.begun = True
         batches = data.train_loader(train_set, sampler.range(state.step, steps, world.rank, world.size), tasks, device,
@@ -231,7 +272,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
                 if stop.due:
                     run.save_last()
                 with state.monitor.working():
-                    train_step(state, batch, tasks, config, world)
+                    train_step(state, batch, tasks, config, world, teachers)
             run.save_last()
             if stop.agree(device):
                 raise KeyboardInterrupt

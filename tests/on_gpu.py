@@ -56,7 +56,7 @@ def random_batch(size: int, number: int, device: torch.device) -> data.Batch:
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
                "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8)[::2], "loc": torch.rand(number, 6, 2)}
     images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
-    return data.Batch(images, targets, indices, [""] * number, [""] * number).to(device)
+    return data.Batch(images, targets, indices, [""] * number, [""] * number, torch.arange(number)).to(device)
 
 
 def passes(module: nn.Module, inputs: Sequence, device: torch.device, dtype: str) -> Callable[[], None]:

@@ -9,8 +9,8 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-# each may import those before it; evaluate and train know nothing of each other
-TOP = {"model": set(), "tasks": {"model"}, "data": {"model", "tasks"}, "train": {"model", "tasks", "data"},
+# each may import those before it; a student's teachers are runs, which evaluate loads
+TOP = {"model": set(), "tasks": {"model"}, "data": {"model", "tasks"}, "train": {"model", "tasks", "data", "evaluate"},
        "evaluate": {"model", "tasks", "data"}, "visualize": {"model", "tasks", "data", "evaluate"},
        "baselines": {"model", "tasks", "data", "train", "evaluate", "visualize"}}
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "tqdm"}

@@ -57,6 +57,7 @@ class Sample(Labelled):
     labels: dict[str, Any]  # name in LABELS -> what its to_sample returns; unknown labels are absent
     geometry: Geometry
     eye: str  # the eye that it shows
+    part: bool = False  # of a photograph, of which nobody can tell what the whole shows
 
 
 # ---- photographs ----

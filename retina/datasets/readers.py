@@ -147,7 +147,7 @@ def read_points(root: Path, split: str, located: Sequence[Record], pictures: Pat
     return [r.with_labels(landmarks=points.get(r.image.stem)) for r in located]
 
 
-# ---- folders of classes, drawings ----
+# ---- folders of classes, drawings, photographs without labels ----
 
 def read_folders(root: Path, trained: Collection[str] = ()) -> DataSet:
     """Photographs in root/train/CLASS/, and in val/ and test/ where these exist; any images, not only retinas.
@@ -180,6 +180,11 @@ def read_folders(root: Path, trained: Collection[str] = ()) -> DataSet:
             found += [Record(f"{split}/{folder.name}/{image.name}", image, split, {"category": folder.name})
                       for image in list_images(folder, only=True).values()]
     return DataSet(found)
+
+
+def read_unlabelled(root: Path) -> list[Record]:
+    """The photographs in a folder, of which nothing is known. InputError: see list_images."""
+    return [Record(f"unlabelled/{name}", image, "unlabelled") for name, image in list_images(root).items()]
 
 
 DRAWN = {"train": (0, 1200), "test": (1, 300)}  # series and number of the embedded drawings

@@ -161,6 +161,21 @@ def split(records: Sequence[Record], fold: str = "1/5", keep_leaks: bool = False
     return Split(training, named["val"] if has_val else others, named["test"], leaks, others if has_val else [])
 
 
+def hide_labels(records: Sequence[Record], share: float) -> list[Record]:
+    """The records, of which a share of the eyes keep their labels: the same ones in every run.
+
+    A larger share has all eyes of a smaller one, and of each class (see `stratum`) about as large a part.
+    """
+    eyes = {r.eye: stratum(r) for r in sorted(records, key=lambda r: r.name, reverse=True)}
+    chance, strata, kept = np.random.default_rng(0), defaultdict(list), set()
+    for eye in sorted(eyes):
+        strata[eyes[eye]].append(eye)
+    for _, alike in sorted(strata.items(), key=repr):
+        places = (chance.permutation(len(alike)) + chance.random()) / len(alike)
+        kept |= {eye for eye, place in zip(alike, places) if place < share}
+    return [r if r.eye in kept else replace(r, labels={}) for r in records]
+
+
 def check_labels(splits: Mapping[str, Sequence[Record]], tasks: Sequence[TaskMetrics], all_tasks: Sequence[TaskMetrics],
                  root: Path | None, why: str = "") -> None:
     """InputError: one of the `splits` has no label for one of the tasks; says which of `all_tasks` would work."""

@@ -203,8 +203,8 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
             name = "config.json"
             return json.loads((folder / name).read_text(encoding="utf-8"))["options"], None
         state = load_tensors(folder / name)
-        return state["options"], {k: state[k] for k in ("data", "test", "seen", "machine", "net", "state",
-                                                        "generators")}
+        return state["options"], {k: state[k] for k in ("data", "test", "seen", "machine", "teachers", "net",
+                                                        "state", "generators")}
     except InputError as error:
         best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
         raise InputError(f"--resume {error}; {best}--name {folder.name} --overwrite, with the flags of its "
@@ -249,14 +249,17 @@ def read_log(folder: Path) -> list[dict]:
 # ---- a run while it trains ----
 
 class RunFolder:
-    """A run's folder during training. Only the first of several processes writes; all must call the same methods."""
+    """A run's folder during training. Only the first of several processes writes; all must call the same methods.
+
+    `sources` are "learned", hashes of the photographs that it learns from, and "teachers", of their weights.
+    """
 
     def __init__(self, folder: Path, config: Mapping, state: TrainState, training: FundusDataset,
-                 validation: FundusDataset, world: World, quiet: bool):
+                 validation: FundusDataset, world: World, quiet: bool, sources: Mapping[str, list[str]]):
         self.folder, self.config, self.state, self.world, self.quiet = folder, config, state, world, quiet
         self.stored = {"options": config, "validation": [r.name for r in validation.records],
                        "data": [training.fingerprint(), validation.fingerprint()],
-                       "machine": machine(state.device, world)}
+                       "machine": machine(state.device, world), **sources}
         self.lines, self.lock = [], None  # lines of log.jsonl; the folder's lock, until the process ends
         self.saved_at = time.monotonic()
 
@@ -282,6 +285,9 @@ class RunFolder:
         if saved["data"] != self.stored["data"]:
             raise InputError(f"--resume {self.folder}: {self.config['data'] or 'the drawn photographs'}: other "
                              "photographs or labels than when the run was begun; expected the same; start a new run")
+        if saved["teachers"] != self.stored["teachers"]:
+            raise InputError(f"--resume {self.folder}: --teachers {' '.join(self.config['teachers'])}: other weights than "
+                             "when the run was begun; expected the same; start a new run")
         begun, now = saved["machine"], self.stored["machine"]
         for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
             if begun[what] != now[what]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from train import Config
 
 
-OF_MACHINE = ("data", "workers", "device")  # where a run works, not what it is; may be typed anew with --resume
+OF_MACHINE = ("data", "teachers", "unlabelled", "workers", "device")  # where a run works, not what it is; may be typed anew with --resume
 SIDES = set("left right upper lower top bottom superior inferior nasal temporal dexter dextra sinister sinistra links "
             "linkes rechts rechtes gauche droit droite izquierdo izquierda derecho derecha".split())
 INVARIANT = {"nasal", "temporal"}  # in words: the disc moves along, see datasets/descriptions.py
@@ -238,15 +238,29 @@ def resolve_defaults(config_class: type[Config], given: Mapping[str, Any],
     if round(size * crops) > LARGEST:
         raise InputError(f"--crops {crops:g}: {round(size * crops)} pixels at --image-size {size}; expected at most "
                          f"{LARGEST}")
+    if meaningless := [f.name for f in flags_of(config_class).values() if f.metadata["group"] == "teachers" and
+                       f.name not in ("teachers", "labelled") and f.name in given and "teachers" not in given]:
+        raise InputError(f"--{meaningless[0].replace('_', '-')}: nobody teaches; expected --teachers RUN as well")
     device = precision.pick_device(given.get("device", config_class.device))
     values |= {"precision": precision.default_precision(device),
                "workers": 0 if device.type == "cpu" else min(8, os.cpu_count())}
-    typed = {k: v for k, v in given.items() if k in flags_of(config_class)}
+    typed = {k: v for k, v in given.items() if k in flags_of(config_class)} | paths_of(given)
     learned = [name for name, label in records.LABELS.items() if label.task in tasks]
     config = config_class(**(values | typed | {k: values[k] for k in ("num_experts", "top_k", "balance_weight")} |
                      {"data": root and str(root.resolve()), "names": data_set.names(learned)}))
     precision.check_precision(config.precision, device)
     return config, notes
+
+
+def paths_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The runs of teachers and the folder without labels, where they are typed, as paths from anywhere.
+
+    InputError: no such folder.
+    """
+    if "unlabelled" in given and not Path(given["unlabelled"]).is_dir():
+        raise InputError(f"--unlabelled {given['unlabelled']}: no such folder; expected a folder of photographs")
+    return {k: tuple(str(Path(p).resolve()) for p in given[k]) if k == "teachers" else str(Path(given[k]).resolve())
+            for k in ("teachers", "unlabelled") if k in given}
 
 
 def check_world(config: Config, world: World) -> None:
@@ -273,6 +287,7 @@ def resume_config(config_class: type[Config], given: Mapping[str, Any], begun: M
     typed = {k: v for k, v in given.items() if k != "resume"}
     if "data" in typed:
         typed["data"] = str(readers.find_data(typed["data"]).resolve())
+    typed |= paths_of(typed)
     return replace(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in begun.items()}), **typed)
 
 

@@ -92,9 +92,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, s
 @pytest.mark.parametrize("change", [
     {"loss_weights": ("uncertainty",), "tasks": ("seg", "fine", "signs", "text")},
     {"workers": 2, "router": "shared", "top_k": 1, "log_gradients": True, "crops": 2.0,
-     "image_size": 64}], ids=str)
+     "image_size": 64}, {"labelled": 0.5, "anneal": True, "tasks": ("cls", "text", "seg")}], ids=str)
 def test_every_kind_of_run_resumes(tmp_path, monkeypatch, whole, change):
     options = replace(SHORT, **change)
+    if "labelled" in change:
+        options = replace(options, teachers=(str(whole(SHORT)),))
     for step in (5, 6):  # twice
         with pytest.raises(Killed):
             fit_until(monkeypatch, step, die, options, tmp_path / "run", resume=step > 5)

@@ -32,13 +32,14 @@ sys.path.insert(0, sys.argv[1])
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 import data, model, tasks, train
 from train import Config
 from retina.datasets import cache, readers
 from retina.evaluation import scoring
 from retina.files import jsonable
-from retina.training import distributed
+from retina.training import distillation, distributed
 torch.randn_like = torch.zeros_like  # the noise of the gates
 SMALL_NET
 cache.CACHE = Path(sys.argv[2]).parent / "home" / "cache"
@@ -63,13 +64,20 @@ def learn(world, options):
         for name, p in net.named_parameters():
             if name.startswith("experts") and p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.1)
-    photographs = data.FundusDataset(found, options.image_size)
+    hidden = found if options.labelled == 1 else [replace(r, labels={} if i % 2 else r.labels)
+                                                  for i, r in enumerate(found)]
+    photographs = data.FundusDataset(hidden, options.image_size)
     empty_targets = data.make_empty_targets(photographs, task_list) if world.size > 1 else {}
     state = train.make_state(net, task_list, options, 10, torch.device("cpu"), world)
     net.train()
+    runs = []
+    for k in range(len(options.teachers)):
+        torch.manual_seed(5 + k)
+        runs.append(SimpleNamespace(net=tasks.build_net(asdict(replace(options, names=NAMES)))[0].double()))
+    teachers = distillation.Teachers(runs, task_list, options, 10) if runs else None
     share = [photographs[i] for i in range(8)][world.rank::world.size]
     batches = [data.collate(share, task_list, empty_targets=empty_targets) for _ in range(2)]
-    losses = [train.train_step(state, batch, task_list, options, world) for batch in batches]
+    losses = [train.train_step(state, batch, task_list, options, world, teachers) for batch in batches]
     return {"losses": losses, "gradients": {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
             "others": {**dict(net.named_buffers()), **state.loss_weights.state_dict()}}
 
@@ -126,7 +134,10 @@ def run(folder: Path, processes: int, program: str, *words, launcher: str = FORK
 # ---- gradients ----
 
 CHANGES = [{}, {"loss_weights": ("uncertainty",), "router": "shared", "moe_at": "decoder"}, {"num_experts": 0},
-           {"router": "private", "num_experts": 7, "top_k": 1, "balance_weight": 0.0, "text_decoder": "gru"}]
+           {"router": "private", "num_experts": 7, "top_k": 1, "balance_weight": 0.0, "text_decoder": "gru"},
+           # two teachers of all tasks; one, and all photographs without labels in one process
+           {"teachers": ("a", "b"), "anneal": True},
+           {"teachers": ("a",), "labelled": 0.5, "tasks": ("cls", "seg", "fine")}]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +163,7 @@ def test_one_process_with_8_photographs_and_two_with_4_give_the_same_gradient(le
         for name in one["gradients"]:
             groups[name.split(".")[0] if name.startswith("e") else name.split(".")[1]].append(name)
         experts = set() if change == {"num_experts": 0} else {"experts"}
-        assert groups.keys() == {"encoder", *TASKS} | experts | ({"blocks"} & groups.keys())
+        assert groups.keys() == {"encoder", *change.get("tasks", TASKS)} | experts | ({"blocks"} & groups.keys())
         for group, names in groups.items():
             largest = max(float(one["gradients"][n].abs().max()) for n in names)
             apart = max(float((one["gradients"][n] - two["gradients"][n]).abs().max()) for n in names)
@@ -237,10 +248,10 @@ def test_scores_of_two_processes_are_those_of_one(learned):
 FATAL = PROGRAM.replace("files.run_cli", """
 import os, signal
 whole = train.train_step
-def step(state, batch, tasks, config, world):
+def step(state, batch, tasks, config, world, *teachers):
     if state.step == 5 and world.rank == 1:
         END
-    return whole(state, batch, tasks, config, world)
+    return whole(state, batch, tasks, config, world, *teachers)
 train.train_step = step
 checkpoint.RunFolder.due = lambda run: run.state.step % 4 == 0
 files.run_cli""")
