@@ -516,9 +516,9 @@ class Attention(nn.Module):
         return self.split(self.key(places)), self.split(self.value(places))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
-        """x (n, L, W) -> (n, L, W), and the weights (n, heads, L, M). `causal`: they are the last of M words, and none
+        """x (n, L, W) -> (n, L, W), and the weights (n, heads, L, M). `causal`: no word sees a later one.
 
-        sees a later one.
+        The L words are then the last of the M.
         """
         q = self.split(self.query(x))
         # weights = softmax(q k^T / sqrt(d)) ;  y = weights v
@@ -531,9 +531,9 @@ class Attention(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Words look at the words before them, then at the photograph, then think: a layer of the transformer's decoder
+    """A layer of the transformer's decoder: words look at those before them, then at the photograph, then think.
 
-    (Vaswani et al. 2017, figure 1), with the norms before what they normalise (Xiong et al. 2020, arXiv 2002.04745).
+    Vaswani et al. 2017, figure 1, with the norms before what they normalise (Xiong et al. 2020, arXiv 2002.04745).
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -544,9 +544,9 @@ class TextBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, seen: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None = None):
-        """x (n, L, W), `seen` what `photograph` remembers, `past` what `words` remembers of the words before these
+        """x (n, L, W) -> (n, L, W), and the past with these words.
 
-        -> (n, L, W), and the past with them.
+        `seen` is what `photograph` remembers, `past` what `words` remembers of the words before these; None: of none.
         """
         u = self.norms[0](x)
         new = self.words.remember(u)
@@ -563,7 +563,7 @@ class TextHead(nn.Module):
     places, where it is. Given the true sentences, `target` (n, L), each word is scored after the true ones before it.
     Otherwise, and in evaluation also (R = 2, these last), after its own: the best word is taken, until the end.
     """
-    guided = True  # by the target
+    guided = True  # forward takes targets
 
     def __init__(self, spec: FeatureSpec, vocabulary: int, width: int = 128):
         super().__init__()

@@ -99,9 +99,9 @@ class TextMetrics(TaskMetrics):
         return descriptions.sentence(self.words(numbers))
 
     def told(self, answer: Tensor, truth: Tensor) -> list[float]:
-        """Of one photograph: bleu_counts, exact, stuttering. With a grammar also: readable; how many slots the truth
+        """Of one photograph: bleu_counts, exact, stuttering.
 
-        has, the answer has, are the same; whether the side is.
+        With a grammar also: readable; how many slots the truth has, the answer has, are the same; whether the side is.
         """
         said, true = (tuple(self.words(numbers)) for numbers in (answer, truth))
         # what an unknown word is, nobody knows: no word of the answer is the same
@@ -125,10 +125,10 @@ class TextMetrics(TaskMetrics):
         return stats.split([told, *[(stats.shape[-1] - told) // 2] * 2], -1)
 
     def compute(self, stats, weights, calibration):
-        """BLEU-1 to 4; shares of sentences that are exact, that stutter; words of the answers by words of the truth;
+        """BLEU-1 to 4, how many sentences are exact and stutter, their length, how many differ.
 
-        the number of different answers. With a grammar also shares: of slots of the truth that are right, of slots of
-        the answers that are, of sides that are, of answers that can be read.
+        With a grammar also shares: of slots of the truth that are right, of slots of the answers that are, of sides
+        that are, of answers that can be read.
         """
         told, answers, _ = self.parts(stats)
         counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]
@@ -175,9 +175,9 @@ class TextMetrics(TaskMetrics):
 
 def guesses(task: TextMetrics, scores: SplitScores, training: Sequence[Record],
             targets: Tensor) -> dict[str, SplitScores]:
-    """Scores of sentences that need no decoder: the best constant one; a random one of training (seed 0), of the grade
+    """Scores of sentences that need no decoder: the best constant one, and a random one of training (seed 0).
 
-    that the run predicts, where it predicts grades. `targets` (m, L) are those of the `training` photographs.
+    The latter is of the grade that the run predicts, where it does. `targets` (m, L) are those of `training`.
     """
     names, truth = scores.names[task.name], task.parts(scores.stats[task.name])[2].long()
     grades, rng, same = {}, torch.Generator().manual_seed(0), "a random one of training"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retina.evaluation import metrics
+from retina.evaluation import metrics, tables
 from tasks import make_tasks
 
 
@@ -191,3 +191,11 @@ def test_columns_of_fine_classes():
     assert warm["fine"] == "b" and warm["fine_1_p"] == pytest.approx(1 / 7, abs=1e-4)
     two = fine(number=2).predicted_columns(torch.tensor([0.25, 0.75]), None, calibration)
     assert two == {"fine": "b", "fine_1": "b", "fine_1_p": 0.75, "fine_2": "a", "fine_2_p": 0.25}
+
+
+@pytest.mark.parametrize("measure,words", [
+    ("auc_hard_exudates", "macro one-vs-rest AUROC, hard_exudates"),
+    ("dice_MA_per_image", "Dice, MA, mean over images"),
+    ("balanced_accuracy", "balanced accuracy"), ("referable_auc", "referable: AUROC"), ("my_own", "my own")])
+def test_names_of_classes_stay_whole_in_words(measure, words):
+    assert tables.spelled_out(measure) == words
