@@ -80,7 +80,8 @@ class Teachers:
             labelled, rows = batch.indices[t.name], askable(t, batch)
             has_label = torch.isin(rows, labelled)
             lesson.unlabelled[t.name] = 1 - has_label.float()
-            if guided(self.nets[-1], t):  # sentences are said twice: after the words of labels, and after the teacher's
+            # sentences are said twice: after the words of labels, and after the teacher's
+            if any(guided(net, t) for net in self.nets if t.name in net.heads):
                 lesson.indices[t.name] = torch.cat([labelled, rows])
                 lesson.targets[t.name] = torch.cat([batch.targets[t.name], t.decode(lesson.answers[t.name][0])])
                 places = torch.arange(len(labelled) + len(rows), device=rows.device)

@@ -139,6 +139,11 @@ def test_what_the_student_is_asked(batch):
     assert {t: [len(a) for a in answers] for t, answers in lesson.answers.items()} == {
         "cls": [4, 4], "seg": [6, 6], "text": [4, 4]}
     assert torch.equal(lesson.targets["text"][:2], batch.targets["text"])
+    mixed = teachers_of(task_list, 2)  # each teacher for other tasks
+    del mixed.nets[0].heads["seg"], mixed.nets[1].heads["text"], mixed.nets[1].heads["cls"]
+    part = mixed.prepare(batch, "fp32")
+    assert {t: len(answers) for t, answers in part.answers.items()} == {"cls": 1, "text": 1, "seg": 1}
+    assert all(torch.equal(part.indices[t], rows) for t, rows in lesson.indices.items())
     assert torch.equal(lesson.targets["text"][2:], task_list[2].decode(lesson.answers["text"][0]))
 
 
