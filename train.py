@@ -235,11 +235,10 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     quiet = quiet or world.rank > 0
     device = world.device(precision.pick_device(config.device))
     checkpoint.make_repeatable(config.seed, device.type == "cpu" or config.deterministic)
+    runs = [load_run(Path(teacher), device) for teacher in config.teachers]
     with world.main_process_first():
         train_set, val_set, findings = data.load_datasets(config, make_tasks(config.tasks, config.names))
-    config = replace(config, names=findings.pop("names"))
-    runs = [load_run(Path(teacher), device) for teacher in config.teachers]
-    config = replace(config, names=config.names | distillation.words_of(runs))
+    config = replace(config, names=findings.pop("names") | distillation.words_of(runs))
     saved = read_same(folder, config) if resume else None
     net, tasks = build_net(asdict(config))
     distillation.check_teachers(runs, tasks, config, findings.pop("judged"))

@@ -99,7 +99,7 @@ def run_of(tmp_path: Path, task: str, classes=()) -> evaluate.Run:
     """A run without a network, of which only the options are asked."""
     names = {"category": list(classes)} if classes else {}
     options = {"names": names, "tasks": [task], "image_size": 64}
-    return evaluate.Run(tmp_path / "run", None, make_tasks([task], names), options, 1, [], {}, {}, {})
+    return evaluate.Run(tmp_path / "run", None, make_tasks([task], names), options, 1, [], {}, {}, [], {})
 
 
 def write_eyes(folder: Path, number: int, first: int = 0) -> None:
