@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -33,7 +32,7 @@ from torchvision.transforms import v2
 
 from model import LONGEST
 from retina.datasets import cache, readers, splits
-from retina.datasets.descriptions import mirrored, words
+from retina.datasets.descriptions import MIRRORS, mirrored, words
 from retina.datasets.leaks import find_eyes
 from retina.datasets.preprocess import Sample
 from retina.datasets.quality import lowest_seen
@@ -84,9 +83,9 @@ def augment(sample: Sample, seed: int, flips: bool = True, crop: int | None = No
             image, moved, (left, right, top, bottom) = transform(tv_tensors.Image(sample.image), known, compass)
     finally:
         torch.set_num_threads(threads)
-    mirrored = bool(left[0] > right[0]), bool(top[1] > bottom[1])
+    sides = bool(left[0] > right[0]), bool(top[1] > bottom[1])  # whether they have changed places
     return replace(sample, image=image.as_subclass(Tensor), part=crop is not None, labels={
-        name: LABELS[name].mirrored(LABELS[name].from_tv_tensor(value, sample.labels[name]), *mirrored)
+        name: LABELS[name].mirrored(LABELS[name].from_tv_tensor(value, sample.labels[name]), *sides)
         for name, value in moved.items()})
 
 
@@ -186,11 +185,11 @@ class MultiTaskBatchSampler:
     """Which photographs meet in which training step; a step is a list of Draws.
 
     Each photograph belongs to the rarest of its `tasks`, the one that fewest are labelled for. Those without a label
-    are left out, or, where they are there for teachers to answer (`unlabelled`), one more group. Every step takes from the group of every task, in proportion to the square root of its size:
-    proportional sampling would show too few of the rare photographs with masks, equal sampling would repeat them too
-    often (the temperature T = 2 of Arivazhagan et al. 2019, arXiv 1907.05019, section 4.2). Within a group all come
-    equally often, and each pass through it has a new order. Everything is a function of (seed, step): a step can be
-    reproduced without those before it.
+    are left out, or, where they are there for teachers to answer (`unlabelled`), one more group. Every step takes from
+    each group in proportion to the square root of its size: proportional sampling would show too few of the rare
+    photographs with masks, equal sampling would repeat them too often (the temperature T = 2 of Arivazhagan et al.
+    2019, arXiv 1907.05019, section 4.2). Within a group all come equally often, and each pass through it has a new
+    order. Everything is a function of (seed, step): a step can be reproduced without those before it.
 
     With `crops`, a photograph is a part of itself every second time, if it has a label that its parts have as well.
 
@@ -306,7 +305,7 @@ def vocabulary(training: Sequence[Record], validation: Sequence[Record], flips: 
 
     With `flips` a text has the words of its mirror images, too.
     """
-    images = [*itertools.product((False, True), repeat=2)] if flips else [(False, False)]
+    images = MIRRORS if flips else MIRRORS[:1]
     counts = Counter(word for r in training if r.text
                      for word in set().union(*(words(mirrored(r.text, *sides)) for sides in images)))
     known = sorted((w for w, n in counts.items() if n > 1), key=lambda w: (-counts[w], w))

@@ -158,7 +158,8 @@ def ours(size: int, graded: int, masked: int, speedups: Sequence[str], names: Se
     targets = {"cls": torch.randint(0, 5, (number,)), "dme": torch.randint(0, 3, (number,)),
                "seg": (torch.rand(number, 5, size, size) > 0.95).to(torch.uint8), "loc": torch.rand(number, 6, 2),
                "text": F.pad(torch.randint(EOS, EOS + 44, (number, 18)), (0, LONGEST - 18), value=PAD)}
-    batch = data.Batch(images, {t: targets[t][indices[t]] for t in names}, indices, [""] * number, [""] * number, torch.arange(number))
+    batch = data.Batch(images, {t: targets[t][indices[t]] for t in names}, indices, [""] * number, [""] * number,
+                       torch.arange(number))
     dtype = "bf16" if BF16 in speedups else "fp32"
 
     def step():

@@ -6,6 +6,7 @@
     fine_class, signs      the same eye as one of 40 classes, and as seven yes/no signs
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,9 @@ def sentence(words: Sequence[str]) -> str:
 LEFT_RIGHT = {"left": "right", "right": "left"}
 TOP_BOTTOM = {a: b for pair in (("above", "below"), ("upper", "lower"), ("superior", "inferior"))
               for a, b in (pair, pair[::-1])}
+
+
+MIRRORS = tuple(itertools.product((False, True), repeat=2))  # what may have changed places: sides, top and bottom
 
 
 def mirrored(text: str, left_right: bool, top_bottom: bool) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from retina.datasets.descriptions import mirrored, words
+from retina.datasets.descriptions import MIRRORS, mirrored, words
 from retina.datasets.masks import MaskFile, check_distinct, split_cell
 from retina.datasets.synthetic import LESIONS
 from retina.files import InputError, exif_orientation, home, image_size, open_image, shown_size
@@ -233,7 +233,7 @@ class ClassLabel(Label):
 
     def names(self, values):
         """Numbered ones in the order of their numbers; with those of mirror images."""
-        every = {self.mirrored(v, *sides) for v in values for sides in itertools.product((False, True), repeat=2)}
+        every = {self.mirrored(v, *sides) for v in values for sides in MIRRORS}
         return [] if self.number else sorted(every, key=number_first)
 
     def summary(self, records):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retina.datasets.descriptions import MIRRORS
 from retina.datasets.records import LABELS, ClassLabel, Conflict, Record
 from retina.evaluation.task_metrics import TaskMetrics
 from retina.files import InputError
@@ -236,13 +237,9 @@ def describe_classes(counts: Mapping[str, Mapping[str, Mapping[str, int]]], trai
         lines += [f"warning: of {filed[name]} photographs with {task.name} {name}, {filed[name] - n} show none at "
                   f"{size} px; a larger --image-size keeps more"
                   for name, n in learned[task.name].items() if filed[name] > n]
-    by_name = {t.name: LABELS[t.label] for t in tasks}
-
-    def mirror_images(t, name):  # which training sees where it mirrors photographs
-        sided = isinstance(by_name[t], ClassLabel) and by_name[t].sided
-        return [by_name[t].mirrored(name, *sides) for sides in ((True, False), (False, True), (True, True))] * sided
-    if lacking := [f"{t} {name}" for t, classes in learned.items() for name, n in classes.items()
-                   if not n and not any(map(classes.get, mirror_images(t, name)))]:
+    labels = {t.name: LABELS[t.label] for t in tasks}  # training mirrors photographs, and has mirror images of classes
+    if lacking := [f"{t} {name}" for t, classes in learned.items() for name in classes
+                   if not any(classes.get(labels[t].mirrored(name, *sides)) for sides in MIRRORS)]:
         lines.append(f"warning: training has no photograph of {', '.join(lacking)}: these are never learned")
     telling = telling_tasks(counts, tasks)
     if silent := [t.name for t in tasks if t not in telling]:

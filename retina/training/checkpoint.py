@@ -286,8 +286,8 @@ class RunFolder:
             raise InputError(f"--resume {self.folder}: {self.config['data'] or 'the drawn photographs'}: other "
                              "photographs or labels than when the run was begun; expected the same; start a new run")
         if saved["teachers"] != self.stored["teachers"]:
-            raise InputError(f"--resume {self.folder}: --teachers {' '.join(self.config['teachers'])}: other weights than "
-                             "when the run was begun; expected the same; start a new run")
+            raise InputError(f"--resume {self.folder}: --teachers {' '.join(self.config['teachers'])}: other weights "
+                             "than when the run was begun; expected the same; start a new run")
         begun, now = saved["machine"], self.stored["machine"]
         for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
             if begun[what] != now[what]:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retina.datasets import readers, records, splits
+from retina.datasets.descriptions import MIRRORS
 from retina.files import InputError
 from retina.inference.full_size import LARGEST
 from retina.training import checkpoint, precision, pretrained
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from train import Config
 
 
-OF_MACHINE = ("data", "teachers", "unlabelled", "workers", "device")  # where a run works, not what it is; may be typed anew with --resume
+# where a run works and what lies where, not what it is; may be typed anew with --resume
+OF_MACHINE = ("data", "teachers", "unlabelled", "workers", "device")
 SIDES = set("left right upper lower top bottom superior inferior nasal temporal dexter dextra sinister sinistra links "
             "linkes rechts rechtes gauche droit droite izquierdo izquierda derecho derecha".split())
 INVARIANT = {"nasal", "temporal"}  # in words: the disc moves along, see datasets/descriptions.py
@@ -191,7 +193,7 @@ def side_notes(tasks: Sequence) -> list[str]:
     follow them.
     """
     def follows(label, name):
-        return any(label.mirrored(name, *sides) != name for sides in ((True, False), (False, True)))
+        return any(label.mirrored(name, *sides) != name for sides in MIRRORS)
 
     notes = []
     for t in tasks:

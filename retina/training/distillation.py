@@ -143,7 +143,7 @@ def check_teachers(runs: Sequence[Run], tasks: Sequence[Task], config: Config, j
     These are all photographs of eyes of its validation and test splits. A run knows those that its own teachers learned
     from as its own.
     """
-    names = {photograph_hash(r): r.name for r in judged}
+    names = {photograph_hash(r): r.name for r in judged} if runs else {}  # the files are read for it
     for run in runs:
         what = f"--teachers {run.folder}"
         common = [t for t in run.tasks if t.name in config.tasks]
