@@ -2,9 +2,11 @@
 
     python baselines.py                             # on drawn photographs, the configurations that matter most
     python baselines.py --data PATH/TO/IDRiD --all  # on the real ones; a GPU, or a night
+    python baselines.py --distil                    # what teachers add, with few labels and with all
     python baselines.py --list                      # the configurations
 
     configurations_for  what is compared: names, and what each changes of the default options
+    taught_by           the same for students of teachers
     finish              one configuration with one seed on one fold: trained, then measured
     summarize           all numbers of what is finished
 
@@ -29,6 +31,7 @@ import visualize
 from data import FundusDataset
 from retina import files
 from retina.comparison import analysis, jobs, measurements, report
+from retina.comparison.analysis import SINGLE
 from retina.comparison.jobs import Job
 from retina.datasets import readers, records
 from retina.datasets.splits import describe_split
@@ -44,6 +47,9 @@ from train import Config
 
 # ---- configurations ----
 
+NO_EXPERTS = {"num_experts": 0, "top_k": 1, "balance_weight": 0.0}
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One line of the comparison: the default model with something changed."""
@@ -51,19 +57,22 @@ class Configuration:
     words: str
     changes: Mapping = field(default_factory=dict)  # of Config
     usual: bool = False  # part of it without --all
+    against: Sequence[str] = analysis.AGAINST  # which it is compared with
+    teachers: Sequence[str] = ()  # configurations whose runs, of the same seed and fold, teach it
+    times_epochs: float = 1.0
 
 
-def configurations_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none") -> list[Configuration]:
+def configurations_for(tasks: Sequence[str], drawn: bool = False, weights: str = "none",
+                       distil: bool = False) -> list[Configuration]:
     """All configurations for a comparison of these tasks, of which encoders start from `weights`.
 
-    The dense adapter of equal cost is as wide as the experts that a token meets, that of equal parameters as all.
+    With `distil` the usual ones are those with teachers, and what these are held against. The dense adapter of equal cost is as wide as the experts that a token meets, that of equal parameters as all.
     """
-    none = {"num_experts": 0, "top_k": 1, "balance_weight": 0.0}
-    dense = {"num_experts": 1, "top_k": 1, "balance_weight": 0.0}
+    none, dense = NO_EXPERTS, {"num_experts": 1, "top_k": 1, "balance_weight": 0.0}
     cost, size = Config.top_k * Config.expert_ratio, Config.num_experts * Config.expert_ratio
-    several, configurations = len(tasks) > 1, [Configuration("constant", "constant guess", usual=True)]
-    configurations += [Configuration(f"{t}_single", f"single-task {t}",
-                                     {**none, "tasks": (t,), "sampling_tasks": tuple(tasks)}, True) for t in tasks]
+    several, configurations = len(tasks) > 1, [Configuration("constant", "constant guess", usual=True, against=())]
+    configurations += [Configuration(f"{t}_single", f"single-task {t}", single_task(t, tasks), True, ())
+                       for t in tasks]
     configurations += [Configuration("hard", "hard sharing, no experts", none, True)] * several
     configurations += [
         Configuration("dense", "dense adapter of equal cost", {**dense, "expert_ratio": cost}, True),
@@ -84,9 +93,50 @@ def configurations_for(tasks: Sequence[str], drawn: bool = False, weights: str =
     configurations += [Configuration("uncertainty", "default, loss weights by uncertainty",
                                      {"loss_weights": ("uncertainty",)})] * several
     configurations += [Configuration("leaky", "default without leak protection",
-                                     {"ignore_eyes": True})] * (not drawn)  # drawn eyes differ
+                                     {"ignore_eyes": True}, against=())] * (not drawn)  # drawn eyes differ
     configurations += [Configuration("random_init", "default from random weights",
                                      {"encoder_weights": "none"})] * (weights != "none")
+    if not distil:
+        return configurations
+    held = ("constant", "learned", *(f"{t}{SINGLE}" for t in tasks))
+    return [*(replace(c, usual=c.name in held) for c in configurations), *taught_by(tasks)]
+
+
+def single_task(task: str, tasks: Sequence[str]) -> dict:
+    """What a network for one of the tasks changes: it sees its photographs in the batches of all."""
+    return {**NO_EXPERTS, "tasks": (task,), "sampling_tasks": tuple(tasks)}
+
+
+def taught_by(tasks: Sequence[str]) -> list[Configuration]:
+    """Students of one multi-task teacher, of single-task teachers, of these and all pairs, with few labels and all.
+
+    The paper's arrangement (Chelaramani et al. 2021, WACV, section 3), whose few are 15 % too. Without teachers the
+    photographs whose labels are hidden are left out, and epochs are shorter; there are as many more. In `untaught` they
+    stay, with no weight: what norms and the choice of batches do, without any teacher's answer.
+    """
+    configurations = []
+    for few, mark, of in ((True, "_15", ", 15 % of the labels"), (False, "", "")):
+        share, longer = {"labelled": 0.15} if few else {}, 1 / 0.15 if few else 1.0
+        multi, untaught, singles = f"learned{mark}", f"untaught{mark}", [f"{t}{SINGLE}{mark}" for t in tasks]
+        pairs = {f"{a}_{b}{mark}": (a, b) for a, b in itertools.combinations(tasks, 2)} if len(tasks) > 2 else {}
+
+        def add(name, words, changes, against=(), teachers=(), longer=1.0, share=share, of=of):
+            configurations.append(Configuration(name, words + of, {**share, **changes}, True, against, teachers,
+                                                longer))
+        if few:
+            for name, t in zip(singles, tasks):
+                add(name, f"single-task {t}", single_task(t, tasks), longer=longer)
+            add(multi, "learned routers", {}, [f"{{task}}{SINGLE}{mark}"], longer=longer)
+            add(untaught, "unlabelled photographs without weight", {"distil_weight": 0.0}, [multi], [multi])
+        for name, pair in pairs.items():
+            add(name, f"tasks {' and '.join(pair)} only", {"tasks": pair, "sampling_tasks": tuple(tasks)},
+                longer=longer)
+        against, smaller = [multi, *[untaught] * few], [*singles, *(pairs or [multi] * (len(tasks) == 2))]
+        add(f"by_multi{mark}", "taught by one multi-task network", {}, against, [multi])
+        add(f"by_singles{mark}", "taught by single-task networks", {}, against, singles)
+        if len(tasks) > 1:
+            add(f"by_pairs{mark}", "taught by networks for one and two tasks", {}, against, smaller)
+        add(f"annealed{mark}", "taught by single-task networks, annealed", {"anneal": True}, against, singles)
     return configurations
 
 
@@ -100,12 +150,16 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
     fingerprints, asked = {}, []
     for seed, configuration, fold in itertools.product(
             range(seeds), [c for c in configurations if c.name != "constant"], folds):
-        options = replace(base, **configuration.changes, seed=seed, fold=fold)
-        key = options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes
+        where = f"seed{seed}_fold{fold.replace('/', 'of')}"
+        options = replace(base, **configuration.changes, seed=seed, fold=fold,
+                          epochs=round(base.epochs * configuration.times_epochs),
+                          teachers=tuple(str(folder / teacher / where) for teacher in configuration.teachers))
+        key = options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes, options.labelled, \
+            bool(options.teachers)
         if key not in fingerprints:
             splits = data.load_datasets(options, make_tasks(options.tasks, options.names))[:2]
             fingerprints[key] = [split.fingerprint() for split in splits]
-        path = folder / configuration.name / f"seed{seed}_fold{fold.replace('/', 'of')}"
+        path = folder / configuration.name / where
         if (path / "config.json").exists():
             before = json.loads((path / "config.json").read_text(encoding="utf-8"))["options"]
             now = result_options(options)
@@ -182,7 +236,8 @@ def finished(asked: Sequence[Job], configurations: Sequence[Configuration],
         for job in (job for job in asked if job.configuration == configuration.name):
             runs.setdefault(job.options.seed, []).append(job.measured())
         if complete := {seed: folds for seed, folds in runs.items() if all(folds)}:
-            measured[configuration.name] = analysis.measurements_of(configuration.words, complete, tasks)
+            measured[configuration.name] = analysis.measurements_of(configuration.words, complete, tasks,
+                                                                    configuration.against)
     return measured
 
 
@@ -256,8 +311,8 @@ def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
     Without data: few epochs of small drawings, so that two seeds of the usual configurations are done in a quarter of
     an hour.
     """
-    given = {"image_size": 64, "epochs": 2} if readers.find_data(args.data) is None else {}
-    given |= {k: v for k in ("data", "image_size", "epochs", "encoder_weights", "device")
+    given = {"image_size": 64, "epochs": 6 if args.distil else 2} if readers.find_data(args.data) is None else {}
+    given |= {k: v for k in ("data", "image_size", "epochs", "encoder", "encoder_weights", "device")
               if (v := getattr(args, k)) is not None}
     options, notes = train.configure(["--tasks", *args.tasks, *(
         word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", str(v)))])
@@ -273,6 +328,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         f"{' '.join(Config.tasks)})")
     parser.add_argument("--data", help="as for train.py (default: data/IDRiD if it exists, else drawn photographs)")
     parser.add_argument("--all", action="store_true", help="all configurations, not only the usual ones")
+    parser.add_argument("--distil", action="store_true", help="students of teachers in place of the usual ones")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations; --list names them")
     parser.add_argument("--list", action="store_true", help="say which configurations there are, and end")
     parser.add_argument("--seeds", type=int, help="of each configuration (default: 3; 2 on drawn photographs; a claim "
@@ -282,11 +338,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs)")
     parser.add_argument("--image-size", type=int, help="side of the square that networks see (default: as in train.py; "
                         "64 of drawn photographs)")
+    parser.add_argument("--encoder", help="as for train.py")
     parser.add_argument("--encoder-weights", help="as for train.py")
     parser.add_argument("--jobs", type=int, help="runs at once, which share the cores (default: 1; 2 of drawn "
                         "photographs on a CPU, which are too small to keep two cores busy)")
     parser.add_argument("--name", help="folder below runs/, in which a comparison that was interrupted goes on "
-                        "(default: baselines, or baselines_ and the name of the data set)")
+                        "(default: baselines or distil; with _ and the name of the data set)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is "
                         "one (default: auto)")
     parser.add_argument("--finish", metavar="JOB", help="what this program calls itself with, for each run")
@@ -317,14 +374,15 @@ def describe_data(base: Config) -> tuple[str, dict[str, list[str]]]:
 
 def select_configurations(args: argparse.Namespace, base: Config) -> list[Configuration]:
     """The configurations that are asked for. InputError: there is none of that name."""
-    configurations = configurations_for(base.tasks, base.data is None, base.encoder_weights)
+    configurations = configurations_for(base.tasks, base.data is None, base.encoder_weights, args.distil)
     names = [c.name for c in configurations]
     if args.only:
         if unknown := [name for name in args.only if name not in names]:
             raise InputError(f"--only {unknown[0]}: no such configuration; there are {', '.join(names)}")
         if args.only == ["constant"]:
             raise InputError("--only constant: nothing to train; name a configuration to compare it with")
-        return [c for c in configurations if c.name in args.only]
+        needed = {*args.only, *(teacher for c in configurations if c.name in args.only for teacher in c.teachers)}
+        return [c for c in configurations if c.name in needed]
     return [c for c in configurations if c.usual or args.all]
 
 
@@ -336,12 +394,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return finish_single(args.finish)
     if args.list:
         configurations = configurations_for(args.tasks, readers.find_data(args.data) is None,
-                                            args.encoder_weights or "imagenet")
+                                            args.encoder_weights or "imagenet", args.distil)
         print("\n".join([*(f"{c.name:16}{c.words}{' *' * c.usual}" for c in configurations), "* also without --all"]))
         return
     base, notes = base_options(args)
     configurations, folds = select_configurations(args, base), first_folds(args.num_folds, base)
-    folder = records.HERE / "runs" / (args.name or "baselines" + (f"_{Path(base.data).stem}" if base.data else ""))
+    folder = records.HERE / "runs" / (args.name or ("distil" if args.distil else "baselines") + (f"_{Path(base.data).stem}" if base.data else ""))
     folder.mkdir(parents=True, exist_ok=True)
     with files.lock_folder(folder):
         asked = jobs_for(configurations, base, args.seeds or (2 if base.data is None else 3), folds, folder)

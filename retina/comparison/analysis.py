@@ -2,7 +2,7 @@
 
     Measurements, measurements_of   the scores of a configuration: one for each seed, its folds concatenated
     constant                        what a guess scores that looks at no photograph
-    differences                     each configuration against the single task and the dense adapter
+    differences                     each configuration against its controls
     summarize                       all numbers of the comparison, as plain types; report.py prints these alone
 
 What may be claimed, statistics.adjust decides. The networks of one seed on several folds count as one run.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data import FundusDataset
 
 SINGLE = "_single"  # how names of configurations end that are for one task
+AGAINST = (f"{{task}}{SINGLE}", "dense")  # what most configurations are compared with
 
 
 # ---- scores of a configuration ----
@@ -44,6 +45,7 @@ class Measurements:
     shifts: list[Mapping[str, Mapping[str, float]]]
     costs: list[Mapping]
     epochs: list[int]  # of the checkpoints
+    against: Sequence[str] = AGAINST  # names of configurations
 
 
 def concat_folds(folds: Sequence[Mapping], tasks: Sequence[TaskMetrics]) -> SplitScores:
@@ -60,7 +62,8 @@ def concat_folds(folds: Sequence[Mapping], tasks: Sequence[TaskMetrics]) -> Spli
     return scores
 
 
-def measurements_of(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[TaskMetrics]) -> Measurements:
+def measurements_of(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Sequence[TaskMetrics],
+                    against: Sequence[str] = AGAINST) -> Measurements:
     """`runs`: seed -> what the run of each fold left, see baselines.finish."""
     def minus_validation(folds, get):  # {task: mean over folds} of what `get` takes out of a run
         return {t: fmean(get(run)[t] - run["validation"][t] for run in folds) for t in get(folds[0])
@@ -72,7 +75,7 @@ def measurements_of(words: str, runs: Mapping[int, Sequence[Mapping]], tasks: Se
         words, list(runs), [concat_folds([run["scores"] for run in folds], tasks) for folds in runs.values()],
         [minus_validation(folds, lambda run: run["training"]) for folds in runs.values()],
         [{shift: minus_validation(folds, lambda run, shift=shift: run["shifts"][shift]) for shift in folds[0]["shifts"]}
-         for folds in runs.values()], [run["costs"] for run in every], [run["epoch"] for run in every])
+         for folds in runs.values()], [run["costs"] for run in every], [run["epoch"] for run in every], against)
 
 
 def constant(folds: Iterable[tuple[FundusDataset, FundusDataset]], tasks: Sequence[TaskMetrics]) -> Measurements:
@@ -90,7 +93,7 @@ def constant(folds: Iterable[tuple[FundusDataset, FundusDataset]], tasks: Sequen
             fold["stats"][task.name] = torch.cat([task.image_stats(answer, task.target(validation[i])[None])
                                                   for i in scored])
         scores.append(fold)
-    return Measurements("constant guess", [0], [concat_folds(scores, tasks)], [], [], [], [])
+    return Measurements("constant guess", [0], [concat_folds(scores, tasks)], [], [], [], [], ())
 
 
 # ---- differences ----
@@ -99,25 +102,25 @@ def pairs_of(configurations: Mapping[str, Measurements],
              tasks: Sequence[TaskMetrics]) -> list[tuple[TaskMetrics, str, str, list[int]]]:
     """(task, configuration, against which, seeds that both have) of each difference.
 
-    A configuration that was scored on other photographs is compared with none, nor is the one without leak protection.
+    One that was scored on other photographs is compared with none.
     """
     def names(configuration, task):
         return set(configurations[configuration].scores[0].names.get(task.name, []))
 
-    pairs = []
+    pairs, controls = [], dict.fromkeys(control for c in configurations.values() for control in c.against)
     for task in tasks:
-        for against in (f"{task.name}{SINGLE}", "dense"):
+        for control in controls:
+            against = control.format(task=task.name)
             for configuration in configurations:
-                skipped = configuration in ("constant", "leaky", against, f"{task.name}{SINGLE}") or \
-                    against not in configurations
-                if not skipped and names(configuration, task) == names(against, task) != set():
+                if control in configurations[configuration].against and against in configurations and \
+                        against != configuration and names(configuration, task) == names(against, task) != set():
                     seeds = [s for s in configurations[against].seeds if s in configurations[configuration].seeds]
                     pairs += [(task, configuration, against, seeds)] * bool(seeds)
     return pairs
 
 
 def differences(configurations: Mapping[str, Measurements], tasks: Sequence[TaskMetrics]) -> list[dict]:
-    """Of the primary metric of each task, each configuration against the single task and against the dense adapter.
+    """Of the primary metric of each task, each configuration against those that it names.
 
     All of them are one family of comparisons; the more there are, the more permutations tell how small p is.
     """

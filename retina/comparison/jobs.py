@@ -1,7 +1,7 @@
 """The runs of a comparison, each in a process of its own.
 
     Job         one configuration with one seed on one fold, in a folder of its own; what is finished is not repeated
-    run_all     until all are done; one that fails does not stop the rest
+    run_all     until all are done, teachers before those whom they teach; one that fails does not stop the rest
     init_job   what the process of a job does first
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +94,12 @@ def init_job(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def first_ready(waiting: Sequence[Job], running: Iterable[Job]) -> Job | None:
+    """The first whose teachers have come to their end."""
+    unfinished = {str(job.folder) for job in [*waiting, *running]}
+    return next((job for job in waiting if not unfinished.intersection(job.options.teachers)), None)
+
+
 def run_all(jobs: Sequence[Job], script: str, number: int) -> dict[str, str]:
     """Finish what is not finished, `number` jobs at a time; -> {words of a job: why it failed}.
 
@@ -110,8 +116,8 @@ def run_all(jobs: Sequence[Job], script: str, number: int) -> dict[str, str]:
     with tqdm(total=left(), unit="epoch", leave=False, desc=f"{len(waiting)} runs", disable=None) as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < number:
-                    job = waiting.pop(0)
+                while len(running) < number and (job := first_ready(waiting, running)):
+                    waiting.remove(job)
                     running[job] = start(job, script, threads)
                 time.sleep(0.5)
                 trained = sum(job.epochs() for job in jobs) - before
@@ -122,6 +128,9 @@ def run_all(jobs: Sequence[Job], script: str, number: int) -> dict[str, str]:
                     if process.returncode:
                         failed[job.words] = job.failure(process.returncode)
                         bar.write(f"failed: {job.words}: {failed[job.words]}")
+                        for student in [j for j in waiting if str(job.folder) in j.options.teachers]:
+                            waiting.remove(student)
+                            failed[student.words] = f"its teacher failed ({job.words})"
                     else:
                         job.errors.unlink(missing_ok=True)
                     minutes = (time.monotonic() - begun) / max(1, trained) * left() / 60

@@ -9,6 +9,7 @@ Every number is read from `summary`, that of analysis.summarize. REPORT.md is te
 
 import collections
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,12 @@ from retina.figures.charts import Axis, Chart
 from retina.files import atomic_write, write_text
 
 
+TAUGHT = """A trained network's probabilities tell a student more than a label does, and there are some where labels
+are not (Hinton et al. 2015, arXiv 1503.02531). Here a student learns from labels and from teachers, of which several
+answer with the mean of their probabilities. Teachers have its seed, fold and labels. Where 15 % of the eyes of training
+keep their labels, the same ones in all networks, its teachers answer for the others, too (as Chelaramani et al. 2021,
+WACV, have it). "Without weight" is the same with teachers that nobody listens to: what they add stands against it, and
+against the network that never sees these photographs and makes about as many steps."""
 PICTURES = "pictures/comparison"  # where those of the report lie
 
 
@@ -222,9 +229,16 @@ def measured_here(summary: Mapping, configuration: str, against: str) -> str:
 def loss_weight_words(summary: Mapping) -> str:
     """Which configurations have other weights of losses."""
     names = [c["words"] for name, c in summary["configurations"].items()
-             if name == "uncertainty" or name.startswith("cls_") and not name.endswith(SINGLE)]
+             if name == "uncertainty" or re.fullmatch(r"cls_[\d.]+", name)]
     return f"the tables above have {', '.join(names)}" if names else \
         "configurations with other weights were not run (`--all`)"
+
+
+def taught_section(summary: Mapping) -> str:
+    """What teachers added; nothing where there were none."""
+    said = [f"* {sentence(summary, d)}." for d in summary["differences"]
+            if d["configuration"].startswith(("by_", "annealed", "untaught"))]
+    return "\n\n".join(["## Learning from teachers", TAUGHT, "\n".join(said)]) if said else ""
 
 
 def threads_words(numbers: Sequence[int]) -> str:
@@ -335,7 +349,7 @@ def text(summary: Mapping, pictures: Mapping[str, str]) -> str:
         "There is nothing to compare with.",
         "number": len(summary["differences"]), "help": measured_here(summary, "hard", SINGLE),
         "routing": measured_here(summary, "learned", "dense"), "cosines": cosine_words(summary),
-        "weights_rows": loss_weight_words(summary)}))
+        "weights_rows": loss_weight_words(summary), "taught": taught_section(summary)}))
 
 
 def write(summary: Mapping, folder: Path) -> list[str]:
