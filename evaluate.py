@@ -327,9 +327,8 @@ def answer_for_new(run: Run, args: argparse.Namespace, device: torch.device) -> 
     answered for.
     """
     paths, notes = find_photographs(args.images)
-    seen = None if run.options["names"].get("category") else run.seen
     predictor = Predictor(run.net, run.tasks, run.calibration, run.options["image_size"], args.tiles or run.tiles,
-                          args.batch_size or run.options["batch_size"], device, args.out, seen, args.precision,
+                          args.batch_size or run.options["batch_size"], device, args.out, run.seen, args.precision,
                           not args.no_quality_check)
     if run.options["data"] is None:
         notes.append("warning: this run learned from drawn photographs alone; of real ones its answers mean nothing")

@@ -344,13 +344,12 @@ def make_tasks(tasks: Sequence[str], names: Mapping[str, Sequence[str]] = Mappin
     for name in tasks:
         task = Categories() if name == Categories.name and names.get(Categories.label) else TASKS[name]
         made.append(type(task)(names) if names.get(task.label) else task)
-    tasks = made
-    for task in tasks:
+    for task in made:
         task.check_range()
         if task.label not in LABELS:
             raise InputError(f"tasks.py: the task {task.name} learns from {task.label!r}; expected a label that "
                              f"retina/datasets/records.py declares ({', '.join(LABELS)}); declare it there")
-    return tasks
+    return made
 
 
 def build_net(options: Mapping) -> tuple[Net, list[Task]]:

@@ -266,7 +266,7 @@ def test_signs_and_sentences_in_words(made):
     """Of all photographs: signs on the wrong side of a threshold are named, a sentence beside the true one."""
     m = context_of(made())
     signs, text = m.run.tasks[-2:]
-    m.run.calibration["signs"] = dict.fromkeys(signs.classes, 0.5)
+    m.run.calibration["signs"] = {f"sign_{name}": 0.5 for name in signs.classes}
     for name in m.numbers:
         said, sample, known = answers.in_words(m, name), m.sample(name), m.answers(name)
         p = dict(zip(signs.classes, known["signs"].tolist()))

@@ -58,7 +58,7 @@ class Shifted(Dataset):
 # ---- costs ----
 
 def multiply_adds(net: torch.nn.Module, size: int, device: torch.device) -> int:
-    """Of one photograph for all tasks of the network."""
+    """Of one photograph for all tasks of the network, with a sentence as long as that about a black one."""
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
     return counter.get_total_flops() // 2

@@ -180,9 +180,6 @@ def summary(scores: Sequence[SplitScores], calibration: Sequence[Mapping]) -> tu
                                           for s, c in zip(scores, calibration)], scores[0].eyes_of(t))
         limits[t] = {}
         for k, v in resampled.items():
-            if k == "different":  # it grows with the photographs, of which a resample has fewer
-                limits[t][k] = None
-                continue
             # a resample ranks pixels by the coarse levels of the statistics: its distance to their own value counts.
             # Resamples are worse calibrated than what they are drawn from: there it counts the other way (the basic
             # bootstrap interval: Davison & Hinkley 1997, section 5.2.1)

@@ -301,9 +301,11 @@ class SignMetrics(TaskMetrics):
             known = ~truth.isnan()
             ill = truth[known] == 1
             fewer = min(int(ill.sum()), int((~ill).sum()))
-            calibration[name] = metrics.best_threshold(p[known], ill) if fewer >= FEWEST_FOR_THRESHOLD else 0.5
+            # "sign_", as in tables: a sign may be called "few"
+            calibration[f"sign_{name}"] = metrics.best_threshold(p[known], ill) if fewer >= FEWEST_FOR_THRESHOLD \
+                else 0.5
             if fewer < FEWEST_FOR_THRESHOLD:
-                few[name] = [fewer, FEWEST_FOR_THRESHOLD]
+                few[f"sign_{name}"] = [fewer, FEWEST_FOR_THRESHOLD]
         return calibration | ({"few": few} if few else {})
 
     def compute(self, stats, weights, calibration):
@@ -332,7 +334,7 @@ class SignMetrics(TaskMetrics):
     def predicted_columns(self, answer, sample, calibration):
         columns = {}
         for name, p in zip(self.classes, answer.tolist()):
-            columns |= {f"sign_{name}": "yes" if p >= calibration[name] else "no", f"sign_{name}_p": round(p, 4)}
+            columns |= {f"sign_{name}": "yes" if p >= calibration[f"sign_{name}"] else "no", f"sign_{name}_p": round(p, 4)}
         return columns
 
     def caption(self, columns):

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -125,24 +126,26 @@ class TextMetrics(TaskMetrics):
         return stats.split([told, *[(stats.shape[-1] - told) // 2] * 2], -1)
 
     def compute(self, stats, weights, calibration):
-        """BLEU-1 to 4, how many sentences are exact and stutter, their length, how many differ.
+        """BLEU-1 to 4, how many sentences are exact and stutter, their length.
 
         With a grammar also shares: of slots of the truth that are right, of slots of the answers that are, of sides
         that are, of answers that can be read.
         """
-        told, answers, _ = self.parts(stats)
+        told, *_ = self.parts(stats)
         counts, exact, stutters = weights @ told[:, :COUNTS], told[:, COUNTS], told[:, COUNTS + 1]
-        sentences, which = answers.unique(dim=0, return_inverse=True)
-        different = weights.new_zeros(len(weights), len(sentences)).index_add_(1, which, weights) > 0
         values = {f"bleu{n}": bleu(counts, n) for n in range(1, ORDERS + 1)}
         values |= {"exact": metrics.mean(exact, weights), "length_ratio": counts[:, -2] / counts[:, -1],
-                   "different": different.sum(1).double(), "stutters": metrics.mean(stutters, weights)}
+                   "stutters": metrics.mean(stutters, weights)}
         if self.grammar:
             readable, there, here, right, side = told[:, COUNTS + 2:].unbind(1)
             values = {"slots": weights @ right / (weights @ there), "slots_precision": weights @ right /
                       (weights @ here), "side": metrics.mean(side, weights),
                       "readable": metrics.mean(readable, weights)} | values
         return values
+
+    def metrics(self, stats, calibration=MappingProxyType({}), accumulator=None):
+        """Also how many answers differ; of that a resample, which has fewer photographs, could tell nothing."""
+        return super().metrics(stats) | {"different": float(len(self.parts(stats)[1].unique(dim=0)))}
 
     def right(self, stats):
         """Which photographs have the true sentence: (n,) bool."""

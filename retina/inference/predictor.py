@@ -129,7 +129,7 @@ class Predictor:
     batch: int  # of tiles
     device: torch.device
     out: Path
-    seen: Mapping[str, float] | None  # see quality.refusal; None: of folders of classes, which may show anything
+    seen: Mapping[str, float]  # see quality.refusal
     precision: str = "fp32"  # one of precision.DTYPES
     check: bool = True  # False: answer for pictures that would be refused, too, and say why they would be
 
@@ -144,7 +144,7 @@ class Predictor:
         try:
             small = preprocess.read_image(path, 512)
             row |= dict(zip(("width", "height"), small.size))
-            if self.seen is not None and (reason := refusal(small.image, self.seen, small.foreground)):
+            if (reason := refusal(small.image, self.seen, small.foreground)):
                 if self.check:
                     return Photo(row | {"status": "refused", "reason": reason})
                 row["reason"] = f"would be refused: {reason}"

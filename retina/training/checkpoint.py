@@ -203,8 +203,8 @@ def read_last(folder: Path) -> tuple[dict, dict | None]:
             name = "config.json"
             return json.loads((folder / name).read_text(encoding="utf-8"))["options"], None
         state = load_tensors(folder / name)
-        return state["options"], {k: state[k] for k in ("data", "test", "seen", "machine", "teachers", "net",
-                                                        "state", "generators")}
+        kept = {k: state[k] for k in ("data", "test", "seen", "machine", "teachers", "net", "state", "generators")}
+        return state["options"], {**kept, "names": state["options"]["names"]}
     except InputError as error:
         best = f"python evaluate.py {folder} still scores its best.pt; " * (folder / "best.pt").is_file()
         raise InputError(f"--resume {error}; {best}--name {folder.name} --overwrite, with the flags of its "
@@ -288,6 +288,9 @@ class RunFolder:
         if saved["teachers"] != self.stored["teachers"]:
             raise InputError(f"--resume {self.folder}: --teachers {' '.join(self.config['teachers'])}: other weights "
                              "than when the run was begun; expected the same; start a new run")
+        if differ := [k for k, v in self.config["names"].items() if saved["names"].get(k) != v]:
+            raise InputError(f"--resume {self.folder}: {self.config['data']}: other names of {' '.join(differ)} than "
+                             "when the run was begun, perhaps in test photographs; expected the same; start a new run")
         begun, now = saved["machine"], self.stored["machine"]
         for what, flag in (("device", "--device"), ("processes", "--nproc_per_node")):
             if begun[what] != now[what]:

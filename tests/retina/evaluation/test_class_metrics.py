@@ -122,13 +122,14 @@ def test_thresholds_of_signs_are_those_of_youden_where_enough_have_them():
     truth[:, 2] = 1  # all have it, so that no threshold tells
     p[:5, 1], truth[0, 1] = 0.3, math.nan
     found = SIGNS.calibrate(SIGNS.image_stats(p, truth))
-    assert found == {"drusen": pytest.approx(0.65), "haze": 0.5, "never": 0.5, "few": {"haze": [4, 5], "never": [0, 5]}}
+    assert found == {"sign_drusen": pytest.approx(0.65), "sign_haze": 0.5, "sign_never": 0.5,
+                     "few": {"sign_haze": [4, 5], "sign_never": [0, 5]}}
     truth[0, 1] = 1
-    assert SIGNS.calibrate(SIGNS.image_stats(p, truth))["haze"] == pytest.approx(0.15)
+    assert SIGNS.calibrate(SIGNS.image_stats(p, truth))["sign_haze"] == pytest.approx(0.15)
 
 
 def test_columns_of_signs():
-    calibration = {"drusen": 0.65, "haze": 0.5, "never": 0.5}
+    calibration = {"sign_drusen": 0.65, "sign_haze": 0.5, "sign_never": 0.5}
     columns = SIGNS.predicted_columns(torch.tensor([0.65004, 0.49999, 0.9]), None, calibration)
     assert columns == {"sign_drusen": "yes", "sign_drusen_p": 0.65, "sign_haze": "no", "sign_haze_p": 0.5,
                        "sign_never": "yes", "sign_never_p": 0.9}

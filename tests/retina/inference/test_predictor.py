@@ -894,6 +894,7 @@ def test_a_name_that_is_no_text_and_one_that_is_too_long(run, tmp_path, monkeypa
 
 
 def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
+    """What training has seen is enough; what is darker than all of it is refused."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -905,9 +906,11 @@ def test_folders_of_classes_may_show_anything(tmp_path, monkeypatch):
                       num_experts=0)
     train.fit(options, tmp_path / "run", quiet=True)
     images = tmp_path / "set" / "val" / "cat"
+    Image.fromarray(np.uint8(pixels / 9)).save(images / "dark.png")
     assert call(monkeypatch, tmp_path / "run", "--images", images, "--out", tmp_path / "out") == 0
     rows = rows_of(tmp_path / "out")
-    assert len(rows) == 4 and {r["category"] for r in rows} <= {"cat", "dog"} and "category_p_dog" in rows[0]
+    assert len(rows) == 5 and {r["category"] for r in rows[1:]} <= {"cat", "dog"} and "category_p_dog" in rows[1]
+    assert "too dark" in rows[0]["reason"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["predictions.csv"]
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import PROGRAM, ROOT, SMALL_NET, TINY, ended_alike, log, start, state_and_batch
+from conftest import PROGRAM, ROOT, SMALL_NET, TINY, drawn, ended_alike, log, start, state_and_batch
 from retina import files
 from retina.datasets import cache, readers, records
 from retina.evaluation import scoring
@@ -270,6 +270,21 @@ def test_other_data_are_refused(tmp_path, tree, monkeypatch, capsys):
     with pytest.raises(InputError, match="--resume .*run: .*moved: other photographs or labels than when the"):
         train.fit(replace(options, data=str(moved)), tmp_path / "run", resume=True)
     assert "going on" not in capsys.readouterr().out
+
+
+def test_a_new_class_of_a_test_photograph_is_told(tmp_path):
+    """Training and validation are the same; the network would have one output more."""
+    rows = ["image,fine,split"]
+    for i in range(9):
+        drawn(3, i, 64).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'ab'[i % 2]},{'train' if i < 4 else 'val' if i < 8 else 'test'}")
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(rows))
+    options = replace(SHORT, tasks=("fine",), data=str(table))
+    train.fit(options, tmp_path / "run", quiet=True)
+    table.write_text("\n".join([*rows[:-1], "8.png,c,test"]))
+    with pytest.raises(InputError, match="t.csv: other names of fine than when the run was begun, perhaps in test"):
+        train.fit(options, tmp_path / "run", quiet=True, resume=True)
 
 
 @pytest.mark.parametrize("what,message", [
