@@ -34,7 +34,7 @@ from retina.training.checkpoint import RunFolder, TrainState
 from retina.training.config import as_dict, check_world, flag, parse, read_loss_weights, read_request, read_same, \
     resolve_defaults
 from retina.training.diagnostics import LossMonitor, describe_run
-from retina.training.distillation import Teachers
+from retina.training.distillation import Lesson, Teachers
 from retina.training.distributed import SINGLE_PROCESS, World
 from retina.training.interrupt import StopSignal, explain_failures, stopped_by_sigterm
 from tasks import TASKS, Task, build_net, make_tasks
@@ -142,29 +142,22 @@ class LossWeights(nn.Module):
 
 
 def task_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
-                world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
-    """The loss of each task over its labelled photographs, and "balance"; always those of the whole batch."""
-    with precision.autocast(state.device, config.precision):
-        outputs, routed = state.model(batch.images, batch.indices, batch.targets)
-    dtype = next(state.net.parameters()).dtype  # float32, whatever the precision of the pass
-    losses = {t.name: t.loss(outputs[t.name].to(dtype), batch.targets[t.name], world.all_reduce_sum)
-              for t in tasks if t.name in outputs}
-    return losses | ({"balance": load_balancing_loss(routed, world.all_reduce_sum)} if routed else {})
+                world: World = SINGLE_PROCESS, teachers: Teachers | None = None) -> dict[str, Tensor]:
+    """The loss of each task over its labelled photographs, and "balance"; always those of the whole batch.
 
-
-def taught_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
-                  world: World = SINGLE_PROCESS, *, teachers: Teachers) -> dict[str, Tensor]:
-    """The same with teachers: also "cls teachers", how far all answers for `cls` are from theirs."""
-    lesson = teachers.prepare(batch, config.precision)
+    With teachers also "cls teachers", how far the student's answers for `cls` are from theirs.
+    """
+    lesson = teachers.prepare(batch, config.precision) if teachers else Lesson(batch.indices, batch.targets)
     with precision.autocast(state.device, config.precision):
         outputs, routed = state.model(batch.images, lesson.indices, lesson.targets)
-    dtype = next(state.net.parameters()).dtype
-    losses, trust = {}, teachers.trust_in_labels(state.step)
+    dtype = next(state.net.parameters()).dtype  # float32, whatever the precision of the pass
+    losses = {}
     for t in (t for t in tasks if t.name in outputs):
         output = outputs[t.name].to(dtype)
-        labelled = lesson.labelled.get(t.name, slice(None))
-        losses[t.name] = t.loss(output[labelled], batch.targets[t.name], world.all_reduce_sum)
+        labelled = output[lesson.labelled[t.name]] if t.name in lesson.labelled else output
+        losses[t.name] = t.loss(labelled, batch.targets[t.name], world.all_reduce_sum)
         if t.name in lesson.answers:
+            trust = teachers.trust_in_labels(state.step)
             losses[t.name] = trust * losses[t.name]
             losses[f"{t.name} teachers"] = teachers.loss(t, output, lesson, trust, world.all_reduce_sum)
     return losses | ({"balance": load_balancing_loss(routed, world.all_reduce_sum)} if routed else {})
@@ -175,8 +168,7 @@ def taught_losses(state: TrainState, batch: data.Batch, tasks: Sequence[Task], c
 def train_step(state: TrainState, batch: data.Batch, tasks: Sequence[Task], config: Config,
                world: World = SINGLE_PROCESS, teachers: Teachers | None = None) -> dict[str, float]:
     """Learn from one batch; -> its losses (on a GPU, those of the step before). RunError: see LossMonitor.check."""
-    losses = taught_losses(state, batch, tasks, config, world, teachers=teachers) if teachers else \
-        task_losses(state, batch, tasks, config, world)
+    losses = task_losses(state, batch, tasks, config, world, teachers)
     if config.log_gradients:
         state.monitor.compare_gradients(losses, state.net.encoder)
     state.optimizer.zero_grad(set_to_none=True)

@@ -39,10 +39,10 @@ class Lesson(NamedTuple):
     """What a student is asked of a batch, by task; its output may have rows for teachers, for labels, or for both."""
     indices: dict[str, Tensor]  # the photograph of each row
     targets: dict[str, Tensor]  # what guides the rows of sentences
-    labelled: dict[str, Tensor]  # (n,) the rows that labels are compared with
-    asked: dict[str, Tensor]  # (m,) the rows that teachers are compared with
-    unlabelled: dict[str, Tensor]  # (m,) 1.0 where their photograph has no label, else 0.0
-    answers: dict[str, list[Tensor]]  # of each teacher that has the task: its raw output (m, ...)
+    labelled: dict[str, Tensor] = {}  # (n,) the rows that labels are compared with
+    asked: dict[str, Tensor] = {}  # (m,) the rows that teachers are compared with
+    unlabelled: dict[str, Tensor] = {}  # (m,) 1.0 where their photograph has no label, else 0.0
+    answers: dict[str, list[Tensor]] = {}  # of each teacher that has the task: its raw output (m, ...)
 
 
 class Teachers:

@@ -156,7 +156,7 @@ def test_the_student_that_is_its_teacher_learns_from_labels_alone(batch):
     net, _ = build_net(vars(teachers.config))
     state = train.make_state(net.eval(), task_list, teachers.config, 10, torch.device("cpu"))
     alone = train.task_losses(state, batch, task_list, teachers.config)
-    taught = train.taught_losses(state, batch, task_list, teachers.config, teachers=teachers)
+    taught = train.task_losses(state, batch, task_list, teachers.config, teachers=teachers)
     assert taught.keys() - alone.keys() == {"cls teachers", "seg teachers", "text teachers"}
     for t in ("cls", "seg", "text"):
         assert float(taught[t].detach()) == pytest.approx(float(alone[t].detach()), rel=1e-4)
