@@ -1,6 +1,6 @@
 """How fast is it, and by what? Medians of interleaved repetitions: whatever else the machine does slows all alike.
 
-    python tests/benchmark.py [step | data | inference | experts | evaluation | scaling | eyes] [--quick]
+    python tests/benchmark.py [step | data | inference | experts | teachers | evaluation | scaling | eyes] [--quick]
         [--json FILE] [--data PATH]
 
 Without a name it measures everything, with --quick the main things, once and in three minutes.
@@ -12,6 +12,7 @@ channels first. Where segmentation_models_pytorch is installed, its U-Net with t
 import argparse
 import atexit
 import contextlib
+import copy
 import importlib.util
 import itertools
 import json
@@ -25,8 +26,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -41,6 +44,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import train  # noqa: E402
 from conftest import save_palette_mask, vessel_drawings  # noqa: E402
 from model import EOS, LONGEST, PAD, MoELayer, Net, NetConfig, load_balancing_loss  # noqa: E402
 from retina.datasets import cache, descriptions, leaks, preprocess, readers, records, synthetic, vessels  # noqa: E402
@@ -49,7 +53,8 @@ from retina.evaluation import scoring  # noqa: E402
 from retina.files import RunError, run_cli  # noqa: E402
 from retina.inference import full_size, predictor  # noqa: E402
 from retina.training import precision  # noqa: E402
-from tasks import TASKS, make_tasks  # noqa: E402
+from retina.training.distillation import Teachers  # noqa: E402
+from tasks import TASKS, build_net, make_tasks  # noqa: E402
 
 
 CPU, SEG = torch.device("cpu"), TASKS["seg"]
@@ -499,6 +504,25 @@ def experts() -> None:
                   f"(+{100 * (after / before - 1):.2f} %)   {parameters}")
 
 
+def teachers() -> None:
+    """A step of train.py for four tasks and eight photographs with all labels, by the number of multi-task teachers."""
+    precision.tune_malloc()
+    config, _ = train.configure(["--tasks", "cls", "dme", "seg", "loc", "--image-size", "256"])
+    photographs = data.FundusDataset(readers.read_series("train", 0, 8), 256)
+    built = [build_net(asdict(config)) for _ in range(3)]
+    batch = data.collate([photographs[i] for i in range(8)], built[0][1])
+
+    def job(number):
+        net, tasks = built[0]
+        state = train.make_state(net, tasks, config, 100, CPU)
+        runs = [SimpleNamespace(net=copy.deepcopy(net).eval()) for net, _ in built[1:number + 1]]
+        taught = Teachers(runs, tasks, config, 100) if runs else None
+        return lambda: train.train_step(state, batch, tasks, config, teachers=taught)
+    times = medians({number: job(number) for number in range(3)}, 15)
+    show("a step of 8 photographs of 256 px, four tasks", [
+        {"teachers": n, "ms": 1e3 * seconds, "x none": seconds / times[0]} for n, seconds in times.items()])
+
+
 def originals(folder: Path, number: int, size: tuple[int, int] = (4288, 2848)) -> list[records.Record]:
     """Drawn photographs enlarged to the size of IDRiD's, with five masks each, as files."""
     photographs = []
@@ -582,7 +606,8 @@ def main() -> None:
     """Measure what is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="all",
-                        choices=("step", "data", "inference", "experts", "evaluation", "scaling", "eyes", "all"))
+                        choices=("step", "data", "inference", "experts", "teachers", "evaluation", "scaling", "eyes",
+                                 "all"))
     parser.add_argument("--quick", action="store_true", help="the main things, once")
     parser.add_argument("--json", type=Path, help="write all tables to this file as well")
     parser.add_argument("--data", type=Path, help="with data: measure on this data set, not on drawn photographs")
@@ -592,9 +617,9 @@ def main() -> None:
         return work(args.work)
     print(machine())
     jobs = {"step": step, "data": partial(epoch, args.data), "inference": inference, "scaling": scaling,
-            "experts": experts, "evaluation": evaluation, "eyes": eyes}
+            "experts": experts, "teachers": teachers, "evaluation": evaluation, "eyes": eyes}
     for name, job in jobs.items():
-        if args.what == name or args.what == "all" and not (QUICK and name in ("data", "scaling")):
+        if args.what == name or args.what == "all" and not (QUICK and name in ("data", "scaling", "teachers")):
             job()
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine(), **TABLES}, indent=1))
