@@ -559,8 +559,8 @@ class TextBlock(nn.Module):
 class TextHead(nn.Module):
     """Say a sentence; maps -> scores of the next of V words at each of L places (n, R, L, V).
 
-    A sentence begins with the averages and the largest values of the maps, which tell how much there is of something
-    and whether it is there at all, and looks at their places, where it is. Given the true sentences, `target` (n, L), each word is scored after the true ones before it.
+    A sentence begins with the averages of the maps, which tell how much there is of something, and looks at their
+    places, where it is. Given the true sentences, `target` (n, L), each word is scored after the true ones before it.
     Otherwise, and in evaluation also (R = 2, these last), after its own: the best word is taken, until the end.
     """
     guided = True  # forward takes targets
@@ -569,9 +569,8 @@ class TextHead(nn.Module):
         super().__init__()
         self.reads = slice(1, spec.routed + 1)  # strides 4, 8, 16, 32, or 4
         channels = spec.channels[self.reads]
-        widths = [width] * len(channels) if len(channels) == 1 else [channels[0], width, width, width]
-        self.laterals = nn.ModuleList(ConvNormAct(c, w, 1) for c, w in zip(channels, widths))
-        self.begin = nn.Sequential(nn.LayerNorm(2 * sum(widths)), nn.Linear(2 * sum(widths), width))
+        self.laterals = nn.ModuleList(ConvNormAct(c, width, 1) for c in channels)
+        self.begin = nn.Linear(len(channels) * width, width)
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.norm = nn.LayerNorm(width)
@@ -585,8 +584,8 @@ class TextHead(nn.Module):
         self.norm_maps = nn.LayerNorm(width)
 
     def forward(self, maps: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
-        maps = [conv(x) for conv, x in zip(self.laterals, maps[self.reads])]  # (n, W_i, h_i, w_i)
-        begin = self.begin(torch.cat([y for x in maps for y in (x.mean((2, 3)), x.amax((2, 3)))], 1))  # (n, W)
+        maps = [conv(x) for conv, x in zip(self.laterals, maps[self.reads])]  # (n, W, h_i, w_i)
+        begin = self.begin(torch.cat([x.mean((2, 3)) for x in maps], 1))  # (n, W)
         seen, answers = self.look(maps), []
         if target is not None:
             if self.training:
