@@ -153,6 +153,7 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
         where = f"seed{seed}_fold{fold.replace('/', 'of')}"
         options = replace(base, **configuration.changes, seed=seed, fold=fold,
                           epochs=round(base.epochs * configuration.times_epochs),
+                          patience=round(base.patience * configuration.times_epochs),
                           teachers=tuple(str(folder / teacher / where) for teacher in configuration.teachers))
         key = options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes, options.labelled, \
             bool(options.teachers)
@@ -308,10 +309,10 @@ def report_pictures(summary: Mapping, folder: Path, base: Config) -> dict[str, s
 def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
     """The default model with the flags that were typed, as train.py would resolve them; -> options, notes.
 
-    Without data: few epochs of small drawings, so that two seeds of the usual configurations are done in a quarter of
-    an hour.
+    Without data: few epochs of small drawings, so that the default is done in a quarter of an hour, or with `distil` in
+    less than half an hour.
     """
-    given = {"image_size": 64, "epochs": 6 if args.distil else 2} if readers.find_data(args.data) is None else {}
+    given = {"image_size": 64, "epochs": 4 if args.distil else 2} if readers.find_data(args.data) is None else {}
     given |= {k: v for k in ("data", "image_size", "epochs", "encoder", "encoder_weights", "device")
               if (v := getattr(args, k)) is not None}
     options, notes = train.configure(["--tasks", *args.tasks, *(
@@ -331,11 +332,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--distil", action="store_true", help="students of teachers in place of the usual ones")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations; --list names them")
     parser.add_argument("--list", action="store_true", help="say which configurations there are, and end")
-    parser.add_argument("--seeds", type=int, help="of each configuration (default: 3; 2 on drawn photographs; a claim "
-                        "takes 5)")
+    parser.add_argument("--seeds", type=int, help="of each configuration (default: 3; 2 on drawn photographs, 1 with "
+                        "--distil; a claim takes 5)")
     parser.add_argument("--num-folds", type=int, default=1, metavar="K", help=f"validate on the first K of {FOLDS} "
                         "folds of the training split, each photograph once (default: 1)")
-    parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs)")
+    parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs, 4 with "
+                        "--distil)")
     parser.add_argument("--image-size", type=int, help="side of the square that networks see (default: as in train.py; "
                         "64 of drawn photographs)")
     parser.add_argument("--encoder", help="as for train.py")
@@ -402,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = records.HERE / "runs" / (args.name or ("distil" if args.distil else "baselines") + (f"_{Path(base.data).stem}" if base.data else ""))
     folder.mkdir(parents=True, exist_ok=True)
     with files.lock_folder(folder):
-        asked = jobs_for(configurations, base, args.seeds or (2 if base.data is None else 3), folds, folder)
+        asked = jobs_for(configurations, base, args.seeds or (3 if base.data else 2 - args.distil), folds, folder)
         described_split, names = describe_data(replace(base, fold=folds[0]))
         print("\n".join([*notes, described_split, f"{len(asked)} runs in {folder}"]), flush=True)
         small = precision.pick_device(base.device).type == "cpu" and base.data is None and torch.get_num_threads() > 1

@@ -30,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,12 +42,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import baselines  # noqa: E402
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
 from baselines import Configuration  # noqa: E402
 from model import MoELayer, Net, NetConfig, Routing, load_balancing_loss  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
 from retina.evaluation.interventions import RerouteWrapper, routed_by  # noqa: E402
+from retina.evaluation import scoring  # noqa: E402
 from retina.evaluation.routing import mutual_information  # noqa: E402
 from retina.evaluation.scoring import SplitScores  # noqa: E402
 from retina.files import run_cli  # noqa: E402
@@ -138,16 +143,13 @@ def teaching(table: Path, tasks: Sequence[str]) -> list[Configuration]:
 
 def measure(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
     """Train these configurations; -> tasks, and the Measurements of each."""
-    taught = table.name == "few.csv"
-    options, _ = train.configure(["--tasks", "cls", "dme" if taught else "seg", "--data", str(table), "--image-size",
-                                  str(SIDE), "--encoder-weights", "none", "--epochs", str(epochs), "--crops", "1"])
-    every = {c.name: c for c in (teaching(table, options.tasks) if taught else
-                                 baselines.configurations_for(options.tasks))}
-    if not taught:
-        # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else
-        # differs, the statistics of norms least of all
-        every["cls_single"] = replace(every["cls_single"], words="masks without weight",
-                                      changes={**every["hard"].changes, "loss_weights": ("seg=0",)})
+    options, _ = train.configure(["--tasks", "cls", "seg", "--data", str(table), "--image-size", str(SIDE),
+                                  "--encoder-weights", "none", "--epochs", str(epochs), "--crops", "1"])
+    every = {c.name: c for c in baselines.configurations_for(options.tasks)}
+    # the network for one task sees the same batches as the shared one, of which no mask counts: nothing else differs,
+    # the statistics of norms least of all
+    every["cls_single"] = replace(every["cls_single"], words="masks without weight",
+                                  changes={**every["hard"].changes, "loss_weights": ("seg=0",)})
     configurations = [every[name] for name in names]
     base = replace(options, stochastic_depth=0.05, log_gradients=True)
     asked = baselines.jobs_for(configurations, base, seeds, ["1/5"], folder)
@@ -155,6 +157,26 @@ def measure(table: Path, folder: Path, names: list[str], seeds: int, epochs: int
     assert not failed, failed
     tasks = make_tasks(options.tasks)
     return tasks, baselines.finished(asked, configurations, tasks)
+
+
+def measure_taught(table: Path, folder: Path, names: list[str], seeds: int, epochs: int) -> tuple[list, dict]:
+    """The same of students and teachers, in this process: networks of one block a stage, photographs as they are."""
+    options, _ = train.configure(["--tasks", "cls", "dme", "--data", str(table), "--image-size", str(SIDE),
+                                  "--encoder-weights", "none", "--epochs", str(epochs), "--no-augment",
+                                  "--num-experts", "0"])
+    tasks, configurations = make_tasks(options.tasks), [c for c in teaching(table, options.tasks) if c.name in names]
+    measured = {c.name: analysis.Measurements(c.words, list(range(seeds)), [], [], [], [{"seconds": 0.0}], [],
+                                              c.against) for c in configurations}
+    with mock.patch.object(model, "STAGES", [(*stage[:-1], 1) for stage in model.STAGES]):
+        for job in tqdm(baselines.jobs_for(configurations, options, seeds, ["1/5"], folder), "runs", leave=False,
+                        disable=None):
+            if not (job.folder / "result.json").exists():
+                train.fit(job.options, job.folder, quiet=True, resume=(job.folder / "config.json").exists())
+            run = evaluate.load_run(job.folder, torch.device("cpu"))
+            judged = data.FundusDataset(evaluate.split_records(run, table, "val"), SIDE)
+            measured[job.configuration].scores.append(scoring.evaluate_split(
+                precision.fuse_conv_bn(run.net), data.eval_loader(judged, run.tasks, 60), run.tasks))
+    return tasks, measured
 
 
 def print_report(tasks: list, measured: dict) -> None:
@@ -331,7 +353,7 @@ def main() -> None:
     known = [*dict.fromkeys(name for name, *_ in EXPERIMENTS), "routing"]
     parser.add_argument("which", nargs="*", default=known, help=f"{', '.join(known)}: see the top of this file "
                         "(default: all)")
-    parser.add_argument("--epochs", type=int, help="of whole networks, not of routing (default: 12; with teachers 6)")
+    parser.add_argument("--epochs", type=int, help="of whole networks, not of routing (default: 12; with teachers 4)")
     parser.add_argument("--seeds", type=int, default=5, help="of each way of training (default: 5, as a claim takes)")
     parser.add_argument("--folder", type=Path, help="where runs go on (default: a new temporary one, which is kept)")
     args = parser.parse_args()
@@ -345,10 +367,10 @@ def main() -> None:
         if experiment not in args.which:
             continue
         print(f"{experiment}: {words}")
-        write, epochs = (write_tables, 6) if "taught" in place else (write_table, 12)
-        tasks, measured = measure(write(home / place, "shuffled" in place), home / "runs" / place, configurations,
-                                  min(seeds, args.seeds) if experiment != "equal" else 2 * args.seeds,
-                                  args.epochs or epochs)
+        write, train_all, epochs = (write_tables, measure_taught, 4) if "taught" in place else (write_table, measure, 12)
+        tasks, measured = train_all(write(home / place, "shuffled" in place), home / "runs" / place, configurations,
+                                    min(seeds, args.seeds) if experiment != "equal" else 2 * args.seeds,
+                                    args.epochs or epochs)
         if experiment == "equal":
             hard, halves = measured["hard"], (slice(0, args.seeds), slice(args.seeds, None))
             measured = {name: replace(hard, words=f"{which} seeds", seeds=list(range(args.seeds)),
