@@ -312,7 +312,7 @@ def base_options(args: argparse.Namespace) -> tuple[Config, list[str]]:
     Without data: few epochs of small drawings, so that the default is done in a quarter of an hour, or with `distil` in
     less than half an hour.
     """
-    given = {"image_size": 64, "epochs": 4 if args.distil else 2} if readers.find_data(args.data) is None else {}
+    given = {"image_size": 64, "epochs": 3 if args.distil else 2} if readers.find_data(args.data) is None else {}
     given |= {k: v for k in ("data", "image_size", "epochs", "encoder", "encoder_weights", "device")
               if (v := getattr(args, k)) is not None}
     options, notes = train.configure(["--tasks", *args.tasks, *(
@@ -336,7 +336,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         "--distil; a claim takes 5)")
     parser.add_argument("--num-folds", type=int, default=1, metavar="K", help=f"validate on the first K of {FOLDS} "
                         "folds of the training split, each photograph once (default: 1)")
-    parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs, 4 with "
+    parser.add_argument("--epochs", type=int, help="at most (default: as in train.py; 2 of drawn photographs, 3 with "
                         "--distil)")
     parser.add_argument("--image-size", type=int, help="side of the square that networks see (default: as in train.py; "
                         "64 of drawn photographs)")

@@ -339,7 +339,7 @@ EXPERIMENTS = (
      ["teacher", "untaught", "taught"], 1),
     ("equal", "two names for one way of training; nothing must be claimed", "few", ["hard"], math.inf),
     ("taught", f"a teacher of {TAUGHT} grades, a student of {LABELLED}; it must help", "taught",
-     ["teacher", "alone", "untaught", "taught"], math.inf),
+     ["teacher", "untaught", "taught"], math.inf),
     ("untaught", "what photographs without any answer do", "taught", ["teacher", "alone", "untaught"], math.inf),
     ("unrelated", "noise in place of photographs; its answers must bring nothing", "taught",
      ["teacher", "alone", "taught_few", "unrelated"], math.inf),
