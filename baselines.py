@@ -66,7 +66,8 @@ def configurations_for(tasks: Sequence[str], drawn: bool = False, weights: str =
                        distil: bool = False) -> list[Configuration]:
     """All configurations for a comparison of these tasks, of which encoders start from `weights`.
 
-    With `distil` the usual ones are those with teachers, and what these are held against. The dense adapter of equal cost is as wide as the experts that a token meets, that of equal parameters as all.
+    With `distil` the usual ones are those with teachers, and what these are held against. The dense adapter of equal
+    cost is as wide as the experts that a token meets, that of equal parameters as all.
     """
     none, dense = NO_EXPERTS, {"num_experts": 1, "top_k": 1, "balance_weight": 0.0}
     cost, size = Config.top_k * Config.expert_ratio, Config.num_experts * Config.expert_ratio
@@ -111,8 +112,8 @@ def taught_by(tasks: Sequence[str]) -> list[Configuration]:
     """Students of one multi-task teacher, of single-task teachers, of these and all pairs, with few labels and all.
 
     The paper's arrangement (Chelaramani et al. 2021, WACV, section 3), whose few are 15 % too. Without teachers the
-    photographs whose labels are hidden are left out, and epochs are shorter; there are as many more. In `untaught` they
-    stay, with no weight: what norms and the choice of batches do, without any teacher's answer.
+    photographs whose labels are hidden are left out, and epochs are shorter; there are as many more. `untaught` is a
+    student to whom the teacher's answers do not count: what norms, batches and balance do without them.
     """
     configurations = []
     for few, mark, of in ((True, "_15", ", 15 % of the labels"), (False, "", "")):
@@ -127,11 +128,11 @@ def taught_by(tasks: Sequence[str]) -> list[Configuration]:
             for name, t in zip(singles, tasks):
                 add(name, f"single-task {t}", single_task(t, tasks), longer=longer)
             add(multi, "learned routers", {}, [f"{{task}}{SINGLE}{mark}"], longer=longer)
-            add(untaught, "unlabelled photographs without weight", {"distil_weight": 0.0}, [multi], [multi])
+        add(untaught, "a student whose teacher does not count", {"distil_weight": 0.0}, [multi], [multi])
         for name, pair in pairs.items():
             add(name, f"tasks {' and '.join(pair)} only", {"tasks": pair, "sampling_tasks": tuple(tasks)},
                 longer=longer)
-        against, smaller = [multi, *[untaught] * few], [*singles, *(pairs or [multi] * (len(tasks) == 2))]
+        against, smaller = [multi, untaught], [*singles, *(pairs or [multi] * (len(tasks) == 2))]
         add(f"by_multi{mark}", "taught by one multi-task network", {}, against, [multi])
         add(f"by_singles{mark}", "taught by single-task networks", {}, against, singles)
         if len(tasks) > 1:
@@ -155,8 +156,8 @@ def jobs_for(configurations: Sequence[Configuration], base: Config, seeds: int, 
                           epochs=round(base.epochs * configuration.times_epochs),
                           patience=round(base.patience * configuration.times_epochs),
                           teachers=tuple(str(folder / teacher / where) for teacher in configuration.teachers))
-        key = options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes, options.labelled, \
-            bool(options.teachers)
+        key = (options.tasks, options.sampling_tasks, options.fold, options.ignore_eyes, options.data,
+               options.unlabelled, options.labelled, bool(options.teachers))
         if key not in fingerprints:
             splits = data.load_datasets(options, make_tasks(options.tasks, options.names))[:2]
             fingerprints[key] = [split.fingerprint() for split in splits]
@@ -258,6 +259,7 @@ def summarize(asked: Sequence[Job], configurations: Sequence[Configuration], fai
     summary = analysis.summarize(measured, tasks, {
         "what": what_words(base, folds, len(configurations), data_facts), "options": result_options(base),
         "folds": list(folds), "asked": {c.name: c.words for c in configurations},
+        "taught": [c.name for c in configurations if c.teachers],
         "failed": {job: why.replace(f"{records.HERE}{os.sep}", "") for job, why in failed.items()},
         # of the runs, and of this process, which measures latencies
         **{k: sorted({x[k] for job in asked if (x := job.measured())}) for k in ("machine", "threads")},
@@ -330,7 +332,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="as for train.py (default: data/IDRiD if it exists, else drawn photographs)")
     parser.add_argument("--all", action="store_true", help="all configurations, not only the usual ones")
     parser.add_argument("--distil", action="store_true", help="students of teachers in place of the usual ones")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations; --list names them")
+    parser.add_argument("--only", nargs="+", metavar="NAME",
+                        help="these configurations, and their teachers; --list names them")
     parser.add_argument("--list", action="store_true", help="say which configurations there are, and end")
     parser.add_argument("--seeds", type=int, help="of each configuration (default: 3; 2 on drawn photographs, 1 with "
                         "--distil; a claim takes 5)")
@@ -380,7 +383,8 @@ def select_configurations(args: argparse.Namespace, base: Config) -> list[Config
     names = [c.name for c in configurations]
     if args.only:
         if unknown := [name for name in args.only if name not in names]:
-            raise InputError(f"--only {unknown[0]}: no such configuration; there are {', '.join(names)}")
+            raise InputError(f"--only {unknown[0]}: no such configuration; there are {', '.join(names)}" +
+                             "; more with --distil" * (not args.distil))
         if args.only == ["constant"]:
             raise InputError("--only constant: nothing to train; name a configuration to compare it with")
         needed = {*args.only, *(teacher for c in configurations if c.name in args.only for teacher in c.teachers)}
@@ -401,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     base, notes = base_options(args)
     configurations, folds = select_configurations(args, base), first_folds(args.num_folds, base)
-    folder = records.HERE / "runs" / (args.name or ("distil" if args.distil else "baselines") + (f"_{Path(base.data).stem}" if base.data else ""))
+    name = ("distil" if args.distil else "baselines") + (f"_{Path(base.data).stem}" if base.data else "")
+    folder = records.HERE / "runs" / (args.name or name)
     folder.mkdir(parents=True, exist_ok=True)
     with files.lock_folder(folder):
         asked = jobs_for(configurations, base, args.seeds or (3 if base.data else 2 - args.distil), folds, folder)

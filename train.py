@@ -245,7 +245,7 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     steps = config.epochs * sampler.per_epoch
     with explain_failures(folder, config, world) as failure, StopSignal(world) as stop:
         state = failure.state = make_state(net, tasks, config, steps, device, world)
-        teachers = Teachers(runs, tasks, config, steps) if runs and config.distil_weight else None
+        teachers = Teachers(runs, tasks, config, steps) if runs else None
         run = RunFolder(folder, as_dict(config), state, train_set, val_set, world, quiet,
                         {"learned": distillation.learned_by(train_set.records, runs),
                          "teachers": [checkpoint.weights_hash(run.net) for run in runs]})

@@ -114,7 +114,8 @@ def write_tables(folder: Path, shuffled: bool) -> Path:
             Image.fromarray(rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "noise" / f"{i}.png")
     if shuffled:
         random.Random(0).shuffle(labels)
-    lines = [f"{name},{'val' if i >= TAUGHT else 'train'},{label}" for i, (name, label) in enumerate(zip(names, labels))]
+    lines = [f"{name},{'val' if i >= TAUGHT else 'train'},{label}"
+             for i, (name, label) in enumerate(zip(names, labels))]
     for table, rows in (("many.csv", lines), ("few.csv", lines[:LABELLED] + lines[TAUGHT:])):
         (folder / table).write_text("\n".join(["image,split,grade,edema_risk", *rows]) + "\n")
     return path
@@ -127,8 +128,8 @@ def teaching(table: Path, tasks: Sequence[str]) -> list[Configuration]:
     return [
         Configuration("teacher", f"the teacher, {TAUGHT} grades", {"data": many}),
         Configuration("alone", f"{LABELLED} grades", times_epochs=longer),
-        Configuration("untaught", "and photographs, no teacher", {"unlabelled": photographs, "distil_weight": 0.0},
-                      against=["alone"], teachers=["teacher"]),
+        Configuration("untaught", "and photographs, a teacher that does not count",
+                      {"unlabelled": photographs, "distil_weight": 0.0}, against=["alone"], teachers=["teacher"]),
         Configuration("taught", "and photographs, the teacher", {"unlabelled": photographs},
                       against=["untaught", "alone"], teachers=["teacher"]),
         Configuration("taught_few", "and the teacher, no more photographs", against=["alone"], teachers=["teacher"],
@@ -353,7 +354,7 @@ def main() -> None:
     known = [*dict.fromkeys(name for name, *_ in EXPERIMENTS), "routing"]
     parser.add_argument("which", nargs="*", default=known, help=f"{', '.join(known)}: see the top of this file "
                         "(default: all)")
-    parser.add_argument("--epochs", type=int, help="of whole networks, not of routing (default: 12; with teachers 4)")
+    parser.add_argument("--epochs", type=int, help="of few, shuffled and equal (default: 12)")
     parser.add_argument("--seeds", type=int, default=5, help="of each way of training (default: 5, as a claim takes)")
     parser.add_argument("--folder", type=Path, help="where runs go on (default: a new temporary one, which is kept)")
     args = parser.parse_args()
@@ -367,10 +368,11 @@ def main() -> None:
         if experiment not in args.which:
             continue
         print(f"{experiment}: {words}")
-        write, train_all, epochs = (write_tables, measure_taught, 4) if "taught" in place else (write_table, measure, 12)
+        write, train_all, epochs = (write_tables, measure_taught, 4) if "taught" in place else (
+            write_table, measure, 12)
         tasks, measured = train_all(write(home / place, "shuffled" in place), home / "runs" / place, configurations,
                                     min(seeds, args.seeds) if experiment != "equal" else 2 * args.seeds,
-                                    args.epochs or epochs)
+                                    epochs if "taught" in place else args.epochs or epochs)
         if experiment == "equal":
             hard, halves = measured["hard"], (slice(0, args.seeds), slice(args.seeds, None))
             measured = {name: replace(hard, words=f"{which} seeds", seeds=list(range(args.seeds)),

@@ -29,10 +29,11 @@ from retina.files import atomic_write, write_text
 
 TAUGHT = """A trained network's probabilities tell a student more than a label does, and there are some where labels
 are not (Hinton et al. 2015, arXiv 1503.02531). Here a student learns from labels and from teachers, of which several
-answer with the mean of their probabilities. Teachers have its seed, fold and labels. Where 15 % of the eyes of training
-keep their labels, the same ones in all networks, its teachers answer for the others, too (as Chelaramani et al. 2021,
-WACV, have it). "Without weight" is the same with teachers that nobody listens to: what they add stands against it, and
-against the network that never sees these photographs and makes about as many steps."""
+answer with the mean of their probabilities. Teachers have its seed, fold and labels. What they add stands against a
+student whose teacher does not count, and against the network without any."""
+FEW_LABELS = """Where 15 % of the eyes of training keep their labels, the same ones in all networks, teachers answer for
+the others, too (as Chelaramani et al. 2021, WACV, have it). Networks without teachers never see these, in epochs that
+are as much shorter and as many more."""
 PICTURES = "pictures/comparison"  # where those of the report lie
 
 
@@ -44,7 +45,7 @@ def primary_metric(scores: Mapping) -> Mapping:
 
 
 def mean_cell(scores: Mapping, interval: bool = True) -> str:
-    """Mean of the primary metric, interval, and single seeds: from FEWEST_SEEDS on, their standard deviation instead."""
+    """Mean of the primary metric, interval, single seeds: from FEWEST_SEEDS on, their standard deviation instead."""
     v = primary_metric(scores)
     few = len(v["values"]) < FEWEST_SEEDS
     return number_cell(v["mean"]) + f" ± {number_cell(v['sd'])}" * (not few) + around(v["interval"]) * interval + (
@@ -237,8 +238,9 @@ def loss_weight_words(summary: Mapping) -> str:
 def taught_section(summary: Mapping) -> str:
     """What teachers added; nothing where there were none."""
     said = [f"* {sentence(summary, d)}." for d in summary["differences"]
-            if d["configuration"].startswith(("by_", "annealed", "untaught"))]
-    return "\n\n".join(["## Learning from teachers", TAUGHT, "\n".join(said)]) if said else ""
+            if d["configuration"] in summary.get("taught", ())]
+    few = [FEW_LABELS] * any(name.endswith("_15") for name in summary["configurations"])
+    return "\n\n".join(["## Learning from teachers", TAUGHT, *few, "\n".join(said)]) if said else ""
 
 
 def threads_words(numbers: Sequence[int]) -> str:
@@ -313,7 +315,8 @@ def circumstances(summary: Mapping) -> dict[str, str]:
     return {
         "start": "random weights" if o["encoder_weights"] == "none" else f"weights {o['encoder_weights']}",
         "failed": "".join(f"\n* {line}" for line in failures(summary)) + "\n" * bool(summary["failed"]),
-        "machine": "; ".join(summary["machine"]), "minutes": summary["seconds"] / 60, "encoder": o["encoder"].capitalize(),
+        "machine": "; ".join(summary["machine"]), "minutes": summary["seconds"] / 60,
+        "encoder": o["encoder"].capitalize(),
         "published": ", less for published weights" * (o["encoder_weights"] != "none"),
         "crops": ", parts of photographs with masks" * (o["crops"] > 1),
         "drawn": " **These are drawings: nothing here is a result on IDRiD.**" * (summary["data"] is None),
@@ -328,9 +331,11 @@ def circumstances(summary: Mapping) -> dict[str, str]:
         "leaky": " The configuration without leak protection is split as if each file showed another eye, and compared "
         "with none." * ("leaky" in configurations),
         "unchanged": " (but for the configurations without augmentation and without leak protection)" * (
-            "no_augmentation" in configurations or "leaky" in configurations),
+            "no_augmentation" in configurations or "leaky" in configurations) +
+        " (those that see unlabelled ones have batches of their own)" * bool(summary.get("taught")),
         "first": in_pictures[0], "curves": ", ".join(in_pictures), "credit": CREDIT * (summary["data"] == "IDRiD"),
-        "over": over(summary), "interval": f" (95 % over {over(summary)})" * has_intervals(summary), "fewest": FEWEST_SEEDS, "seeds": few_seeds(seeds).capitalize()
+        "over": over(summary), "interval": f" (95 % over {over(summary)})" * has_intervals(summary),
+        "fewest": FEWEST_SEEDS, "seeds": few_seeds(seeds).capitalize()
         if seeds < FEWEST_SEEDS else f"{seeds} seeds a side, one data set"}
 
 

@@ -19,7 +19,7 @@ NAN = float("nan")
 
 RANGES = {  # by how names begin
     **dict.fromkeys(("kappa", "broad_kappa"), (-1.0, 1.0)), "bleu": (0.0, 100.0),
-    **dict.fromkeys(("px4288", "median_px4288", "diameters", "length_ratio", "different"), (0.0, math.inf)),
+    **dict.fromkeys(("px4288", "median_px4288", "diameters", "length_ratio"), (0.0, math.inf)),
     **dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "calibration_error", "referable", "dice",
                      "iou", "aupr", "five_masks_dice", "within_radius", "top5", "broad_accuracy", "exact", "slots",
                      "side", "readable", "stutters"), (0.0, 1.0))}

@@ -334,7 +334,8 @@ class SignMetrics(TaskMetrics):
     def predicted_columns(self, answer, sample, calibration):
         columns = {}
         for name, p in zip(self.classes, answer.tolist()):
-            columns |= {f"sign_{name}": "yes" if p >= calibration[f"sign_{name}"] else "no", f"sign_{name}_p": round(p, 4)}
+            column = f"sign_{name}"
+            columns |= {column: "yes" if p >= calibration[column] else "no", f"{column}_p": round(p, 4)}
         return columns
 
     def caption(self, columns):

@@ -62,8 +62,9 @@ def in_words(ctx: FigureContext, name: str) -> str:
                 "right" if guess == true else f"true {task.word(true)!r} (p {p[true]:.2f})"))
         elif isinstance(task, SignMetrics):
             said, = task.caption(task.predicted_columns(answers[task.name], None, ctx.run.calibration[task.name]))
+            thresholds = ctx.run.calibration[task.name]
             wrong = [] if stats is None else [sign for sign, (p, true) in zip(task.classes, stats.tolist())
-                                              if true in (0, 1) and (p >= ctx.run.calibration[task.name][sign]) != true]
+                                              if true in (0, 1) and (p >= thresholds[f"sign_{sign}"]) != true]
             parts.append(f"{said}, " + ("true ones not known" if stats is None else
                                         f"wrong about {', '.join(wrong)}" if wrong else "right"))
         elif isinstance(task, TextMetrics):

@@ -145,12 +145,15 @@ class LossMonitor:
 def gradient_cosines(losses: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, float]:
     """{"cls seg": cosine between the gradients of two tasks' losses on the encoder}; below 0 the tasks conflict.
 
-    Yu et al. 2020, arXiv 2001.06782, definition 1.
+    Yu et al. 2020, arXiv 2001.06782, definition 1. "cls teachers" is a part of the loss of cls.
     """
-    shared = list(encoder.parameters())
+    shared, by_task = list(encoder.parameters()), {}
+    for name, loss in losses.items():
+        task = name.removesuffix(" teachers")
+        by_task[task] = by_task[task] + loss if task in by_task else loss
     flat = {t: torch.cat([g.flatten() for g in torch.autograd.grad(
         loss, shared, retain_graph=True, allow_unused=True, materialize_grads=True)])
-            for t, loss in losses.items() if t != "balance"}
+            for t, loss in by_task.items() if t != "balance"}
     return {f"{one} {other}": float(nn.functional.cosine_similarity(flat[one], flat[other], dim=0))
             for one, other in itertools.combinations(flat, 2)}
 

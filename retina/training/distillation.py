@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -39,10 +40,10 @@ class Lesson(NamedTuple):
     """What a student is asked of a batch, by task; its output may have rows for teachers, for labels, or for both."""
     indices: dict[str, Tensor]  # the photograph of each row
     targets: dict[str, Tensor]  # what guides the rows of sentences
-    labelled: dict[str, Tensor] = {}  # (n,) the rows that labels are compared with
-    asked: dict[str, Tensor] = {}  # (m,) the rows that teachers are compared with
-    unlabelled: dict[str, Tensor] = {}  # (m,) 1.0 where their photograph has no label, else 0.0
-    answers: dict[str, list[Tensor]] = {}  # of each teacher that has the task: its raw output (m, ...)
+    labelled: Mapping[str, Tensor] = MappingProxyType({})  # (n,) the rows that labels are compared with
+    asked: Mapping[str, Tensor] = MappingProxyType({})  # (m,) the rows that teachers are compared with
+    unlabelled: Mapping[str, Tensor] = MappingProxyType({})  # (m,) 1.0 where their photograph has no label, else 0.0
+    answers: Mapping[str, list[Tensor]] = MappingProxyType({})  # raw outputs (m, ...) of each teacher that has the task
 
 
 class Teachers:
@@ -134,7 +135,8 @@ def learned_by(training: Sequence[Record], teachers: Sequence[Run]) -> list[str]
 
 def words_of(teachers: Sequence[Run]) -> dict[str, list[str]]:
     """{"text": words} of the first teacher that says sentences; a student says them in its words."""
-    return next(({"text": list(run.options["names"]["text"])} for run in teachers if "text" in run.options["names"]), {})
+    known = (run.options["names"] for run in teachers)
+    return next(({"text": list(names["text"])} for names in known if "text" in names), {})
 
 
 def check_teachers(runs: Sequence[Run], tasks: Sequence[Task], config: Config, judged: Sequence[Record]) -> None:

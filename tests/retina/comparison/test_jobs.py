@@ -82,3 +82,15 @@ def test_two_runs_at_once_come_to_what_they_come_to_single(tmp_path, monkeypatch
     for one, other in zip(*([job.measured() for job in asked] for asked in (both, single)), strict=True):
         assert one["threads"] == other["threads"] == 1
         assert torch.equal(one["scores"]["stats"]["cls"], other["scores"]["stats"]["cls"])
+
+
+def test_a_student_waits_for_all_of_its_teachers():
+    """Of four jobs, listed with the student first: whatever is unfinished or running holds it back."""
+    def job(name, *teachers):
+        return Job(name, replace(SMALL, teachers=tuple(str(Path(t)) for t in teachers)), Path(name), [])
+    student, a, b, other = waiting = [job("student", "a", "b"), job("a"), job("b"), job("other", "elsewhere")]
+    assert jobs.first_ready(waiting, []) is a
+    assert jobs.first_ready([student, b, other], [a]) is b
+    assert jobs.first_ready([student, other], [b]) is other
+    assert jobs.first_ready([student], [b]) is None and jobs.first_ready([], [b]) is None
+    assert jobs.first_ready([student], [other]) is student
