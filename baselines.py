@@ -331,7 +331,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         f"{' '.join(Config.tasks)})")
     parser.add_argument("--data", help="as for train.py (default: data/IDRiD if it exists, else drawn photographs)")
     parser.add_argument("--all", action="store_true", help="all configurations, not only the usual ones")
-    parser.add_argument("--distil", action="store_true", help="students of teachers in place of the usual ones")
+    parser.add_argument("--distil", action="store_true", help="by default students of teachers, not the usual ones")
     parser.add_argument("--only", nargs="+", metavar="NAME",
                         help="these configurations, and their teachers; --list names them")
     parser.add_argument("--list", action="store_true", help="say which configurations there are, and end")
@@ -399,8 +399,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.finish:
         return finish_single(args.finish)
     if args.list:
-        configurations = configurations_for(args.tasks, readers.find_data(args.data) is None,
-                                            args.encoder_weights or "imagenet", args.distil)
+        drawn = readers.find_data(args.data) is None
+        configurations = configurations_for(args.tasks, drawn, args.encoder_weights or (
+            "none" if drawn else "imagenet"), args.distil)
         print("\n".join([*(f"{c.name:16}{c.words}{' *' * c.usual}" for c in configurations), "* also without --all"]))
         return
     base, notes = base_options(args)

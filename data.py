@@ -337,21 +337,21 @@ def load_datasets(config, tasks: Sequence[Task]) -> tuple[FundusDataset, FundusD
                  f" (of {sum(r.split != 'test' for r in joined)} photographs, {len(split.leaks)} show an eye of the "
                  "test split)")
     sampled = [*tasks, *make_tasks(config.sampling_tasks, config.names)]
-    training, validation, test, leaks = (
+    hidden = splits.hide_labels(split.training, config.labelled)  # whatever the tasks, those of the same eyes
+    labelled, all_labelled, validation, test, leaks = (
         [r for r in records if any(t.labelled(r) for t in wanted)] for records, wanted in (
-            (split.training, sampled), (split.validation, tasks), (split.test, tasks), (split.leaks, tasks)))
+            (hidden, sampled), (split.training, sampled), (split.validation, tasks), (split.test, tasks),
+            (split.leaks, tasks)))
     judged = {r.eye for r in split.validation + split.test}
-    hidden = splits.hide_labels(training, config.labelled)
     if config.labelled < 1:
-        labels_left = [r for r in hidden if r.labels]
-        notes.append(f"--labelled {config.labelled:g}: {len(labels_left)} of {len(training)} photographs keep their "
+        notes.append(f"--labelled {config.labelled:g}: {len(labelled)} of {len(all_labelled)} photographs keep their "
                      "labels")
-        check_labels({"training": labels_left}, tasks, all_tasks, root, notes[-1])
+        check_labels({"training": labelled}, tasks, all_tasks, root, notes[-1])
     usable = [r for r in joined if r.split == "unlabelled" and r.eye not in judged]
     if unlabelled:
         notes.append(f"{len(usable)} of {len(unlabelled)} photographs without labels are used; the others show an eye "
                      "of the validation or test split")
-    training = [*hidden, *usable] if config.teachers else [r for r in hidden if r.labels]
+    training = [*hidden, *usable] if config.teachers else labelled
     validated = [r.name for r in split.validated if any(t.labelled(r) for t in tasks)]
     names = data_set.names([t.label for t in sampled])
     findings = {"leaks": {"kept": config.keep_leaks, "photographs": len(leaks), "names": [r.name for r in leaks],

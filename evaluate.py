@@ -62,7 +62,7 @@ def load_run(folder: Path, device: torch.device, checkpoint: str = "best.pt") ->
     """Load a run's best checkpoint. InputError: no run folder, none in it, a damaged one, not one of ours."""
     path = folder / checkpoint
     if folder.is_file():
-        raise InputError(f"{folder}: a file; expected the run's folder, {folder.parent}")
+        raise InputError(f"{folder}: a file; expected a run's folder, made by train.py, such as runs/cls_seg_1")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a folder made by train.py, such as runs/cls_seg_1")
     state = load_tensors(path, device)

@@ -62,11 +62,11 @@ class Config:
     teachers: tuple[str, ...] = flag((), TEACHERS, "runs whose answers are learned, too, for the tasks that they have")
     unlabelled: str | None = flag(None, TEACHERS, "folder of photographs without labels, for which teachers answer")
     labelled: float = flag(1.0, TEACHERS, "share of the eyes of training that keep their labels, always the same ones; "
-                           "teachers answer for the others", lowest=1e-6, below=1.0000001)
-    temperature: float = flag(2.0, TEACHERS, "of probabilities of classes and words: the higher, the more counts what "
-                              "teachers hold possible", lowest=1e-3)
+                           "teachers answer for the others", lowest=1e-6, highest=1)
+    temperature: float = flag(2.0, TEACHERS, "makes probabilities of classes and words softer; 1: as they are",
+                              lowest=1e-3)
     distil_weight: float = flag(1.0, TEACHERS, "of teachers' answers beside labels", lowest=0)
-    anneal: bool = flag(False, TEACHERS, "where there are labels, go over from the teachers' answers to them")
+    anneal: bool = flag(False, TEACHERS, "of photographs with labels, these count ever more and teachers ever less")
     epochs: int = flag(5, TRAINING, "at most", real=11, lowest=1)
     batch_size: int = flag(8, TRAINING, "photographs in a step", lowest=2)
     lr: float = flag(2.5e-3, TRAINING, f"highest learning rate of AdamW; {PUBLISHED} of it for published weights",
@@ -227,13 +227,13 @@ def fit(config: Config, folder: Path, notes: Sequence[str] = (), resume: bool = 
     quiet = quiet or world.rank > 0
     device = world.device(precision.pick_device(config.device))
     checkpoint.make_repeatable(config.seed, device.type == "cpu" or config.deterministic)
-    runs = [load_run(Path(teacher), device) for teacher in config.teachers]
+    runs = distillation.load_teachers(load_run, config, device)
     with world.main_process_first():
         train_set, val_set, findings = data.load_datasets(config, make_tasks(config.tasks, config.names))
     config = replace(config, names=findings.pop("names") | distillation.words_of(runs))
     saved = read_same(folder, config) if resume else None
     net, tasks = build_net(asdict(config))
-    distillation.check_teachers(runs, tasks, config, findings.pop("judged"))
+    distillation.check_teachers(runs, tasks, config.names, findings.pop("judged"))
     if saved is None and world.rank == 0:  # the other processes take over its weights
         pretrained.start_from(net, config.encoder_weights, config.encoder)
     telling = telling_tasks(findings["counts"], tasks)

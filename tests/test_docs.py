@@ -40,19 +40,14 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def pasted(page: str, home: Path) -> str:
-    """Copy the project to `home` and append the page's blocks to its files; -> the one for a Python shell, if any."""
+def pasted(page: str, home: Path) -> None:
+    """Copy the project to `home` and append the page's blocks to its files."""
     for module in MODULES:
         (shutil.copytree if module.is_dir() else shutil.copy)(module, home / module.name)
-    shell = ""
     for block in blocks(page):
         first, _, code = block.partition("\n")
-        if first == "# in a Python shell":
-            shell += code
-            continue
         path = home / first.removeprefix("# at the end of ")
         path.write_text(f"{path.read_text(encoding='utf-8')}\n\n{code}", encoding="utf-8")
-    return shell
 
 
 def run_there(home: Path, program: str) -> str:
@@ -88,9 +83,12 @@ def test_a_task_and_a_label_from_the_page_are_learned_and_scored(tmp_path):
     pasted("add-a-task.md", tmp_path)
     write_labels(tmp_path)
     said = run_there(tmp_path, 'FLAGS = "--encoder-weights none --tasks edema age".split()' + TRAIN_AND_SCORE +
-                     "import tasks\nprint('guess', tasks.TASKS['age'].constant_guess(torch.tensor([40., 50.])))")
+                     "import tasks\nage, one = tasks.TASKS['age'], torch.ones(2, 1)\n"
+                     "print('guess', age.constant_guess(torch.tensor([40., 50.])))\n"
+                     "print('taught', age.teacher_loss(one, [0 * one, one], 1.0))")
     assert "edema: 4 photographs of 4 eyes" in said and "age: 4 photographs of 4 eyes" in said
     assert "1 of 1 photographs answered for" in said and "guess tensor([45.])" in said
+    assert "taught tensor([0.5000, 0.5000])" in said
     scored, predicted = ((tmp_path / path).read_text().splitlines()[0].split(",") for path in (
         "runs/run/per_photograph.csv", "out/predictions.csv"))
     assert {"edema_risk", "edema_risk_p1", "edema_risk_true", "age", "age_true"} <= set(scored)
@@ -99,12 +97,12 @@ def test_a_task_and_a_label_from_the_page_are_learned_and_scored(tmp_path):
 
 def test_an_encoder_from_the_page_is_trained_and_scored(tmp_path):
     """From published weights, of which all but the classifier are taken."""
-    shell = pasted("another-encoder.md", tmp_path)
+    pasted("another-encoder.md", tmp_path)
     write_labels(tmp_path)
     (tmp_path / "labels.csv").write_text((tmp_path / "labels.csv").read_text().replace(",age,", ",group,"))
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
-    said = run_there(tmp_path, shell + 'FLAGS = "--encoder resnet18 --encoder-weights resnet18.pth --tasks cls".split()'
-                     + TRAIN_AND_SCORE)
+    said = run_there(tmp_path, 'FLAGS = "--encoder resnet18 --encoder-weights resnet18.pth --tasks cls".split()' +
+                     TRAIN_AND_SCORE)
     assert "cls: 4 photographs of 4 eyes" in said and "1 of 1 photographs answered for" in said
 
 

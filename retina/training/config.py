@@ -45,10 +45,10 @@ ABBREVIATED = {"l", "r"}, {"le", "re"}, {"od", "os"}  # sides where both occur; 
 
 def flag(default: Any, group: str, text: str, *, real: Any = None, default_text: str | None = None,
          choices: Collection[str] | Mapping[str, str] | None = None, lowest: float | None = None,
-         below: float = math.inf, multiple: int | None = None) -> Any:
+         below: float = math.inf, highest: float = math.inf, multiple: int | None = None) -> Any:
     """A field of Config that is a flag. `real` is the default on real data, if it differs from that on drawn data.
 
-    `default_text` describes a default that depends on more; `lowest`, `below` and `multiple` bound numbers.
+    `default_text` describes a default that depends on more; `lowest`, `below`, `highest` and `multiple` bound numbers.
     """
     if isinstance(choices, Mapping):
         text += "".join(f"{'; ' if k else ''}{name}: {what}" for k, (name, what) in enumerate(choices.items()))
@@ -58,7 +58,8 @@ def flag(default: Any, group: str, text: str, *, real: Any = None, default_text:
         default_text = f"{words} drawn, else {real:g}" if real is not None else words
     return field(default=default, metadata={
         "group": group, "help": text if default_text is None else f"{text} (default: {default_text})", "real": real,
-        "choices": choices, "lowest": lowest, "below": below, "multiple": multiple})
+        "choices": choices, "lowest": lowest, "below": below, "highest": highest,
+        "multiple": multiple})
 
 
 def flag_name(f: Field) -> str:
@@ -99,7 +100,8 @@ def parse(config_class: type[Config], argv: Sequence[str] | None) -> dict[str, A
 
 def check(f: Field, value: Any) -> None:
     """InputError: a number is out of its range, or a word is not among the choices."""
-    known, lowest, below, multiple = (f.metadata[k] for k in ("choices", "lowest", "below", "multiple"))
+    known, lowest, below, highest, multiple = (
+        f.metadata[k] for k in ("choices", "lowest", "below", "highest", "multiple"))
     words = value if isinstance(value, tuple) else (value,)
     if known and (unknown := [word for word in words if word not in known]):
         several = isinstance(value, tuple)
@@ -111,6 +113,8 @@ def check(f: Field, value: Any) -> None:
         raise InputError(f"{flag_name(f)} {value}: expected a multiple of {multiple}, the stride of the bottleneck")
     if below < math.inf and value >= below:
         raise InputError(f"{flag_name(f)} {value}: expected less than {below}")
+    if highest < math.inf and value > highest:
+        raise InputError(f"{flag_name(f)} {value}: expected at most {highest}")
 
 
 def as_dict(config: Config) -> dict:

@@ -1,7 +1,7 @@
 """Learning from teachers: trained networks whose answers a student learns beside labels, or where there are none.
 
-    Teachers            the networks, and what they answer for a batch
-    check_teachers      they must fit the student, and must not have seen what it is judged on
+    Teachers                        the networks, and what they answer for a batch
+    load_teachers, check_teachers   they must fit the student, and must not have seen what it is judged on
 
 Teachers are frozen and in evaluation mode. They see each photograph as the student does, turned, mirrored and coloured
 alike (Beyer et al. 2022, arXiv 2106.05237). Several of them answer with the mean of their probabilities: a mean of
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -139,28 +140,44 @@ def words_of(teachers: Sequence[Run]) -> dict[str, list[str]]:
     return next(({"text": list(names["text"])} for names in known if "text" in names), {})
 
 
-def check_teachers(runs: Sequence[Run], tasks: Sequence[Task], config: Config, judged: Sequence[Record]) -> None:
-    """InputError: a run cannot teach the student, or has learned from one of the photographs that it is `judged` on.
-
-    These are all photographs of eyes of its validation and test splits. A run knows those that its own teachers learned
-    from as its own.
-    """
-    names = {photograph_hash(r): r.name for r in judged} if runs else {}  # the files are read for it
-    for run in runs:
+def load_teachers(load_run: Callable[[Path, torch.device], Run], config: Config, device: torch.device) -> list[Run]:
+    """The runs that teach. InputError: there is none of that name, or it cannot teach the student."""
+    runs = []
+    for teacher in config.teachers:
+        try:
+            run = load_run(Path(teacher), device)
+        except InputError as error:
+            raise InputError(f"--teachers {error}") from None
         what = f"--teachers {run.folder}"
-        common = [t for t in run.tasks if t.name in config.tasks]
-        if not common:
+        if not any(t.name in config.tasks for t in run.tasks):
             raise InputError(f"{what}: it was trained for {' '.join(t.name for t in run.tasks)}; expected one of "
                              f"--tasks {' '.join(config.tasks)}")
         if run.options["image_size"] != config.image_size:
             raise InputError(f"{what}: it was trained at --image-size {run.options['image_size']}, the student at "
                              f"{config.image_size}; expected the same, as both see the same pictures")
-        if seen := [names[digest] for digest in run.learned if digest in names]:
+        runs.append(run)
+    return runs
+
+
+def check_teachers(runs: Sequence[Run], tasks: Sequence[Task], names: Mapping[str, Sequence[str]],
+                   judged: Sequence[Record]) -> None:
+    """InputError: a run has learned from one of the photographs that the student is `judged` on, or has other `names`.
+
+    These are all photographs of eyes of its validation and test splits. A run knows those that its own teachers learned
+    from as its own. Also: a task cannot learn from teachers.
+    """
+    known = {photograph_hash(r): r.name for r in judged} if runs else {}  # the files are read for it
+    for run in runs:
+        what = f"--teachers {run.folder}"
+        if seen := [known[digest] for digest in run.learned if digest in known]:
             raise InputError(f"{what}: it learned from {len(seen)} photographs of eyes that the student is judged on "
                              f"({', '.join(seen[:3])}{', ...' * (len(seen) > 3)}); expected none; train it with the "
                              "same --data and --fold")
-        for task in (t for t in tasks if t.name in {t.name for t in common}):
-            theirs, ours = (options.get(task.label, []) for options in (run.options["names"], config.names))
+        for task in (t for t in tasks if t.name in [t.name for t in run.tasks]):
+            theirs, ours = (of.get(task.label, []) for of in (run.options["names"], names))
             if list(theirs) != list(ours):
                 raise InputError(f"{what}: for {task.name} it has other classes or words than the student or another "
                                  f"teacher ({len(theirs)} and {len(ours)}); expected the same, in the same order")
+            if type(task).teacher_loss.__qualname__ == "Task.teacher_loss":
+                raise InputError(f"{what}: the task {task.name} cannot learn from it; expected a method teacher_loss "
+                                 "in its class in tasks.py")

@@ -17,7 +17,7 @@ from retina.datasets import readers, splits
 from retina.files import InputError
 from retina.training import distillation
 from retina.training.distillation import Teachers
-from tasks import TASKS, build_net, class_divergence, make_tasks, yes_no_divergence
+from tasks import TASKS, Classification, Task, build_net, class_divergence, make_tasks, yes_no_divergence
 
 
 def random(*shape, seed=0) -> torch.Tensor:
@@ -255,19 +255,40 @@ def test_other_classes_are_refused():
     run = SimpleNamespace(folder="runs/a", tasks=task_list, learned=[], options={
         "image_size": TINY.image_size, "names": {"fine": ["b", "a"]}})
     with pytest.raises(InputError, match="for fine it has other classes or words than the student"):
-        distillation.check_teachers([run], task_list, config, [])
+        distillation.check_teachers([run], task_list, config.names, [])
 
 
 @pytest.mark.parametrize("words,word", [
     ("--anneal", "--anneal: nobody teaches; expected --teachers RUN as well"),
     ("--unlabelled .", "--unlabelled: nobody teaches"),
-    ("--teachers nowhere", "nowhere/best.pt: no such checkpoint"),
+    ("--teachers nowhere", "--teachers .*nowhere/best.pt: no such checkpoint"),
     ("--teachers a --unlabelled nowhere", "--unlabelled nowhere: no such folder"),
-    ("--labelled 0", "--labelled 0.0: expected at least"), ("--labelled 1.5", "--labelled 1.5: expected less than")])
+    ("--labelled 0", "--labelled 0.0: expected at least"), ("--labelled 1.5", "--labelled 1.5: expected at most 1")])
 def test_flags_that_cannot_be(words, word, capsys):
     with pytest.raises(InputError, match=word):
         config, _ = train.configure(words.split())
         train.fit(config, None, quiet=True)
+
+
+@pytest.mark.usefixtures("few_drawings")
+def test_a_task_that_cannot_learn_from_teachers_is_told_before_training(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "teacher_loss", Task.teacher_loss)
+    with pytest.raises(InputError, match="the task cls cannot learn from it; expected a method teacher_loss"):
+        train.fit(replace(SHORT, teachers=(str(teacher),)), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_eyes_keep_their_labels_whatever_the_tasks(shared_tree):
+    """Of IDRiD, where photographs carry grades, masks or both; without teachers the others are left out."""
+    kept = []
+    for words in ("seg", "cls seg", "cls dme loc seg"):
+        for teachers in ((), ("run",)):
+            config = replace(TINY, tasks=words.split(), data=str(shared_tree), labelled=0.5, teachers=teachers)
+            training = data.load_datasets(config, make_tasks(config.tasks))[0].records
+            kept.append({r.name for r in training if TASKS["seg"].labelled(r)})
+            assert any(not r.labels for r in training) == bool(teachers)
+    everything = data.load_datasets(replace(TINY, tasks=("seg",), data=str(shared_tree)), [TASKS["seg"]])[0].records
+    assert all(names == kept[0] for names in kept) and 0 < len(kept[0]) < len(everything)
 
 
 # ---- photographs without labels ----
