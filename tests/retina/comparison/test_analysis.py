@@ -100,6 +100,7 @@ def test_equal_configurations_with_different_names_differ_by_nothing(few_resampl
     for k in range(10):
         configurations = {name: measured(name, *[right(0.6, 100, 100 * k + i)] * 5)
                           for i, name in enumerate(("cls_single", "hard", "dense", "learned"))}
+        configurations["cls_single"].against = ()
         wrong += any(d["claimed"] for d in analysis.differences(configurations, [Accurate()]))
     assert wrong <= 2
 
