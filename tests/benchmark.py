@@ -12,7 +12,6 @@ channels first. Where segmentation_models_pytorch is installed, its U-Net with t
 import argparse
 import atexit
 import contextlib
-import copy
 import importlib.util
 import itertools
 import json
@@ -515,7 +514,7 @@ def teachers() -> None:
     def job(number):
         net, tasks = built[0]
         state = train.make_state(net, tasks, config, 100, CPU)
-        runs = [SimpleNamespace(net=copy.deepcopy(net).eval()) for net, _ in built[1:number + 1]]
+        runs = [SimpleNamespace(net=net) for net, _ in built[1:number + 1]]  # Teachers copies and freezes them
         taught = Teachers(runs, tasks, config, 100) if runs else None
         return lambda: train.train_step(state, batch, tasks, config, teachers=taught)
     times = medians({number: job(number) for number in range(3)}, 15)

@@ -50,8 +50,8 @@ from baselines import Configuration  # noqa: E402
 from model import MoELayer, Net, NetConfig, Routing, load_balancing_loss  # noqa: E402
 from retina.comparison import analysis, jobs, report  # noqa: E402
 from retina.datasets import cache, records, synthetic  # noqa: E402
-from retina.evaluation.interventions import RerouteWrapper, routed_by  # noqa: E402
 from retina.evaluation import scoring  # noqa: E402
+from retina.evaluation.interventions import RerouteWrapper, routed_by  # noqa: E402
 from retina.evaluation.routing import mutual_information  # noqa: E402
 from retina.evaluation.scoring import SplitScores  # noqa: E402
 from retina.files import run_cli  # noqa: E402
